@@ -1,0 +1,40 @@
+# `make demo` and `make test` are all a fresh machine needs: each sets up what it uses.
+PYTHON ?= 3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+UV := $(or $(shell command -v uv),.uv/bin/uv)
+VLLM := $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
+# torch's CPU build is not on PyPI: take it from the user's own wheel folder, or let uv find its index.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+TORCH := $(if $(UV_FIND_LINKS),,$(if $(filter cpu,$(VLLM)),--torch-backend=cpu))
+
+.PHONY: setup demo test check lint clean
+
+setup: $(VENV)/.ready  ## virtual environment with vLLM for this machine
+
+$(VENV)/.ready: pyproject.toml | $(UV)
+	$(UV) venv -q --allow-existing --python $(PYTHON) $(VENV)
+	$(UV) pip install -q --python $(RUN) $(TORCH) -r pyproject.toml --extra $(VLLM) --extra demo --group dev
+	$(UV) pip install -q --python $(RUN) --no-deps -e .
+	touch $@
+
+.uv/bin/uv:
+	python3 -m venv .uv
+	.uv/bin/pip install -q uv
+
+demo: setup  ## tune SmolLM2-135M on this machine: a baseline and 5 trials
+	$(RUN) -m autotune -m experiment=demo
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+check: lint  ## what a commit must pass, in a minute
+	$(RUN) -m pytest
+
+test: lint  ## everything, with real vLLM
+	$(RUN) -m pytest -m "not gpu"
+
+clean:
+	rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache

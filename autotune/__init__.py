@@ -1,0 +1,1 @@
+"""Finds the best vLLM server configuration for a model and a workload."""

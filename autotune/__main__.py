@@ -1,0 +1,82 @@
+"""The command: `python -m autotune` runs one trial, `python -m autotune -m` a study."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from autotune import report, schema, sweep, tracking, trial
+from autotune.errors import AutotuneError, TrackingError
+from autotune.result import Result
+from autotune.text import one_line
+
+log = logging.getLogger(__name__)
+CONF = Path(__file__).parent.parent / "conf"
+
+
+@hydra.main(config_path=str(CONF), config_name="config")
+def job(composed: DictConfig) -> float | list[float]:
+    """One trial, alone or as a study's job; returns the objective."""
+    if HydraConfig.get().mode is RunMode.RUN:
+        with errors_in_one_line():
+            return single(composed)
+    return values(trial.run(*inputs(composed)))
+
+
+def single(composed: DictConfig) -> float | list[float]:
+    config, overrides, folder = inputs(composed)
+    tracking.check(config.tracking)
+    with ThreadPoolExecutor(1) as pool:  # MLflow takes seconds to import; vLLM takes longer to start
+        tracker = pool.submit(tracking.Tracker, config.tracking, None, folder)
+        result = trial.run(config, overrides, folder)
+    log.info(report.single(result, config, folder))
+    try:
+        tracker.result().log_trial(folder, config.study, result)
+    except TrackingError as error:
+        log.warning("%s", error)
+    return values(result)
+
+
+def inputs(composed: DictConfig) -> tuple[schema.Config, list[str], Path]:
+    """The typed configuration, the overrides that made it, and the trial's folder."""
+    context = HydraConfig.get()
+    return schema.typed(composed), list(context.overrides.task), Path(context.runtime.output_dir)
+
+
+def values(result: Result) -> float | list[float]:
+    return result.values[0] if len(result.values) == 1 else result.values
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (AutotuneError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"autotune: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main() -> None:
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are, and leave as one line
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds every `with`: no server stays behind
+    OmegaConf.register_resolver("model_name", lambda path: Path(path or "model").name.lower())
+    schema.register()
+    sweep.register()
+    with errors_in_one_line():
+        job()
+
+
+if __name__ == "__main__":
+    main()

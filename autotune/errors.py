@@ -1,0 +1,21 @@
+"""Exceptions by stage. Each message is one line: what is wrong, where, and what to write instead."""
+
+
+class AutotuneError(Exception):
+    """What a user can act on; shown without a traceback."""
+
+
+class InputError(AutotuneError):
+    """The configuration, the data set or the model is not usable as written."""
+
+
+class StartError(AutotuneError):
+    """vLLM did not come up."""
+
+
+class MeasureError(AutotuneError):
+    """The run broke; what it measured can't be used."""
+
+
+class TrackingError(AutotuneError):
+    """MLflow can't be reached or refused a record."""

@@ -1,0 +1,1 @@
+"""Real vLLM, driven by MLPerf LoadGen on the wall clock."""

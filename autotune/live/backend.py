@@ -1,0 +1,121 @@
+"""The live backend: a fresh vLLM server for each measurement, LoadGen against it."""
+
+import csv
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from autotune.backend import Measurement, RequestTiming
+from autotune.errors import MeasureError
+from autotune.facts import hardware
+from autotune.live import flags, loadgen_log
+from autotune.live.loadgen import ClientReport, Run
+from autotune.live.process import GuardedProcess
+from autotune.live.server import Server, serve
+from autotune.models import Model
+from autotune.schema import LiveConfig, ScenarioConfig
+
+POLL_S = 0.1
+
+
+class LiveBackend:
+    Config = LiveConfig
+
+    def __init__(self, config: LiveConfig, cache_dir: Path) -> None:
+        self.config = config
+        self.vllm = flags.installed(config.python, cache_dir)
+
+    def check(self, args: Mapping[str, Any]) -> None:
+        self.vllm.check(args)
+
+    def measure(
+        self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Path, folder: Path
+    ) -> Measurement:
+        with serve(self.config, self.vllm, model, args, folder) as server:
+            run_loadgen(server, scenario, samples, folder, self.config)
+            stopping = time.monotonic()
+        stop_s = time.monotonic() - stopping
+        client = ClientReport(**json.loads((folder / "client.json").read_text()))
+        loadgen = loadgen_log.read(folder / "mlperf_log_detail.txt")
+        requests = read_requests(folder / "requests.csv")
+        total = len(requests) + client.failed
+        reasons = list(loadgen.reasons)
+        if client.failed:
+            reasons.insert(0, f"{client.failed} of {total} requests failed: {client.errors[0]}")
+        if not requests:
+            raise MeasureError(f"every request failed: {client.errors[0]}")
+        return Measurement(
+            requests=requests,
+            failed=client.failed,
+            verdict="INVALID" if client.failed else loadgen.verdict,
+            reasons=reasons,
+            loadgen=loadgen.figures,
+            phases={"start": server.start_s, "warmup": client.warmup_s, "run": client.run_s, "stop": stop_s},
+            command=self.command(model, args),
+            facts={
+                "vllm": self.vllm.version,
+                "torch": self.vllm.torch,
+                "loadgen": loadgen.version.split()[0],
+                **hardware(),
+            },
+        )
+
+    def command(self, model: Model, args: Mapping[str, Any]) -> list[str]:
+        """What a user types to serve the same configuration."""
+        revision = ["--revision", model.revision] if model.revision else []
+        return ["vllm", "serve", model.path, *revision, *self.vllm.command_line(args)]
+
+
+def run_loadgen(server: Server, scenario: ScenarioConfig, samples: Path, folder: Path, config: LiveConfig) -> None:
+    """One LoadGen run against `server`; its files go to `folder`.
+
+    Raises MeasureError if the server ends, the run does, or it takes longer than run_timeout_s.
+    """
+    run = Run(
+        url=server.url,
+        model=server.model,
+        samples=str(samples.resolve()),
+        kind=scenario.kind.value,
+        qps=scenario.qps,
+        ttft_ms=scenario.ttft_ms,
+        tpot_ms=scenario.tpot_ms,
+        min_duration_s=scenario.min_duration_s,
+        max_duration_s=scenario.max_duration_s,
+        min_queries=scenario.min_queries,
+        max_queries=scenario.max_queries,
+        warmup_requests=scenario.warmup_requests,
+        seed=scenario.seed,
+        request_timeout_s=config.request_timeout_s,
+    )
+    (folder / "run.json").write_text(json.dumps(asdict(run), indent=1))
+    command = [sys.executable, "-m", "autotune.live.loadgen", str(folder / "run.json")]
+    log = folder / "loadgen.log"
+    deadline = time.monotonic() + config.run_timeout_s
+    with GuardedProcess(command, log, {"PYTHONPATH": os.pathsep.join(sys.path)}, stop_timeout_s=1.0) as process:
+        while (code := process.wait(POLL_S)) is None:
+            server.check_alive()
+            if time.monotonic() > deadline:
+                raise MeasureError(f"LoadGen had not finished after backend.run_timeout_s={config.run_timeout_s:.0f}")
+    if code:
+        server.check_alive()
+        lines = log.read_text(errors="replace").strip().splitlines()
+        raise MeasureError(f"LoadGen's process ended with exit code {code}: {lines[-1] if lines else log}")
+
+
+def read_requests(path: Path) -> list[RequestTiming]:
+    with path.open(newline="") as file:
+        return [
+            RequestTiming(
+                int(row["sample"]),
+                float(row["issued"]),
+                float(row["first_token"]),
+                float(row["last_token"]),
+                int(row["output_tokens"]),
+            )
+            for row in csv.DictReader(file)
+        ]

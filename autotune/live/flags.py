@@ -1,0 +1,127 @@
+"""vLLM's own flags: read from the vLLM that will run, checked before it starts, written as its command line."""
+
+import difflib
+import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autotune.errors import InputError
+
+# Set by autotune for each trial; not the user's.
+MANAGED = {
+    "model": "model.path",
+    "host": "nothing (servers listen on 127.0.0.1)",
+    "port": "backend.port",
+    "served_model_name": "nothing (it identifies the trial's server)",
+    "api_key": "nothing (servers listen on 127.0.0.1)",
+    "revision": "model.revision",
+    "tokenizer_revision": "model.revision",
+    "uds": "nothing (servers listen on 127.0.0.1)",
+}
+
+PROBE = Path(__file__).with_name("flags_probe.py")
+
+
+@dataclass(frozen=True)
+class Flag:
+    default: Any
+    choices: list[Any] | None
+    negatable: bool  # has a --no-… form
+    takes_value: bool
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """The installed vLLM: versions and the flags of `vllm serve`, by name with underscores."""
+
+    version: str
+    torch: str
+    serve: list[str]  # `<python> *serve <model>` starts it
+    flags: dict[str, Flag]
+
+    def check(self, args: Mapping[str, Any]) -> None:
+        """Raise InputError for a flag this vLLM does not have, or a choice that a flag does not accept."""
+        for written, value in args.items():
+            name = written.replace("-", "_")
+            where = f"engine.args.{written}"
+            if name in MANAGED:
+                raise InputError(f"{where}: set by autotune itself; write {MANAGED[name]} instead")
+            if name not in self.flags:
+                close = difflib.get_close_matches(name, self.flags, n=3, cutoff=0.6)
+                hint = f"did you mean {', '.join(close)}?" if close else "see `vllm serve --help=all`"
+                raise InputError(f"{where}: vLLM {self.version} has no such flag; {hint}")
+            choices = self.flags[name].choices
+            for item in value if isinstance(value, list) else [value]:
+                if choices and item is not None and str(item) not in map(str, choices):
+                    accepted = ", ".join(map(str, choices))
+                    raise InputError(f"{where}={item}: vLLM {self.version} accepts {accepted}")
+
+    def command_line(self, args: Mapping[str, Any]) -> list[str]:
+        """`args` as vLLM's command line; null is left out, lists repeat, objects become JSON."""
+        words: list[str] = []
+        for name, value in args.items():
+            flag = "--" + name.replace("_", "-")
+            known = self.flags.get(name.replace("-", "_"))
+            if value is None:
+                continue
+            if isinstance(value, bool) and known and not known.takes_value:
+                if value:
+                    words.append(flag)
+                elif known.negatable:
+                    words.append("--no-" + flag[2:])
+            elif isinstance(value, dict):
+                words += [flag, json.dumps(value)]
+            elif isinstance(value, list):
+                words += [flag, *map(str, value)]
+            else:
+                words += [flag, str(value)]
+        return words
+
+
+def installed(python: str | None, cache_dir: Path) -> Vllm:
+    """What `python`'s vLLM is; takes seconds once per version, then comes from the cache.
+
+    Raises InputError if there is none.
+    """
+    return _installed(python or sys.executable, cache_dir)
+
+
+@functools.cache
+def _installed(python: str, cache_dir: Path) -> Vllm:
+    versions = _probe(python, "versions")
+    key = hashlib.sha256(json.dumps([python, versions, PROBE.read_text()]).encode()).hexdigest()[:16]
+    cached = cache_dir / "vllm" / f"{key}.json"
+    if cached.exists():
+        body = json.loads(cached.read_text())
+    else:
+        body = _probe(python, "flags") | versions
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        draft = cached.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(body, indent=1))
+        draft.rename(cached)
+    return Vllm(
+        version=body["vllm"],
+        torch=body["torch"],
+        serve=body["serve"],
+        flags={name: Flag(**flag) for name, flag in body["flags"].items()},
+    )
+
+
+def _probe(python: str, what: str) -> dict[str, Any]:
+    command: Sequence[str] = [python, str(PROBE), what]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except OSError as error:
+        raise InputError(f"backend.python={python}: {error.strerror}") from None
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise InputError(f"no usable vLLM for {python} ({reason}); run `make setup`, or set backend.python")
+    body: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return body

@@ -1,0 +1,176 @@
+"""One LoadGen run, in a process of its own: a second run in one process would not read its settings again.
+
+    python -m autotune.live.loadgen RUN.json
+
+writes LoadGen's logs, `requests.csv` and `client.json` beside RUN.json.
+"""
+
+import array
+import asyncio
+import csv
+import dataclasses
+import json
+import resource
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlperf_loadgen as lg
+import uvloop
+
+from autotune.backend import RequestTiming
+from autotune.errors import MeasureError
+from autotune.live.client import Client, bodies
+from autotune.samples import Samples
+from autotune.schema import Kind
+
+NO_LIMIT_MS = 3_600_000.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """RUN.json. Fields as in ScenarioConfig."""
+
+    url: str
+    model: str
+    samples: str
+    kind: str
+    qps: float
+    ttft_ms: float | None
+    tpot_ms: float | None
+    min_duration_s: float
+    max_duration_s: float
+    min_queries: int
+    max_queries: int
+    warmup_requests: int
+    seed: int
+    request_timeout_s: float
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """client.json."""
+
+    failed: int
+    errors: list[str]  # the first few, in the server's words
+    warmup_s: float
+    run_s: float
+
+
+class Sut:
+    """LoadGen's system under test: hands each query to the event loop, and each answer back to LoadGen."""
+
+    def __init__(self, client: Client, loop: asyncio.AbstractEventLoop, first_token: bool) -> None:
+        self.completed: list[RequestTiming] = []
+        self.failures: list[str] = []
+        self._client = client
+        self._loop = loop
+        self._first_token = first_token
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._buffer = array.array("B", bytes(8))  # LoadGen copies it; performance runs never look inside
+        self._address, self._size = self._buffer.buffer_info()
+
+    def issue(self, queries: list[lg.QuerySample]) -> None:
+        """Called on LoadGen's thread."""
+        issued = time.perf_counter()
+        batch = [(query.id, query.index) for query in queries]
+        self._loop.call_soon_threadsafe(self._start, batch, issued)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def _start(self, batch: list[tuple[int, int]], issued: float) -> None:
+        for query, sample in batch:
+            task = self._loop.create_task(self._answer(query, sample, issued))
+            self._tasks.add(task)  # the loop itself keeps only weak references
+            task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, query: int, sample: int, issued: float) -> None:
+        begun = False
+
+        def first_token() -> None:
+            nonlocal begun
+            begun = True
+            if self._first_token:
+                lg.FirstTokenComplete([lg.QuerySampleResponse(query, self._address, self._size)])
+
+        tokens = 2  # what a failed request is completed with: LoadGen must end, and the run is invalid anyway
+        try:
+            timing = await self._client.complete(sample, issued, first_token)
+            self.completed.append(timing)
+            tokens = timing.output_tokens
+        except MeasureError as error:
+            self.failures.append(str(error))
+            if not begun:
+                first_token()
+        lg.QuerySamplesComplete([lg.QuerySampleResponse(query, self._address, self._size, tokens)])
+
+
+def settings(run: Run) -> lg.TestSettings:
+    """LoadGen's settings for `run`; its times are ms, its token limits ns."""
+    found = lg.TestSettings()
+    found.scenario = getattr(lg.TestScenario, run.kind)
+    found.mode = lg.TestMode.PerformanceOnly
+    found.use_token_latencies = True
+    found.ttft_latency = int((run.ttft_ms or NO_LIMIT_MS) * 1e6)
+    found.tpot_latency = int((run.tpot_ms or NO_LIMIT_MS) * 1e6)
+    found.server_target_qps = run.qps
+    found.server_target_latency_percentile = 0.99
+    found.offline_expected_qps = run.qps
+    found.min_duration_ms = int(run.min_duration_s * 1e3)
+    found.max_duration_ms = int(run.max_duration_s * 1e3)
+    found.min_query_count = run.min_queries
+    found.max_query_count = run.max_queries
+    found.qsl_rng_seed = found.sample_index_rng_seed = found.schedule_rng_seed = run.seed
+    return found
+
+
+async def measure(run: Run, folder: Path) -> None:
+    samples = Samples.load(Path(run.samples))
+    loop = asyncio.get_running_loop()
+    async with Client(run.url, bodies(samples, run.model), run.request_timeout_s) as client:
+        started = time.perf_counter()
+        warmup = (client.complete(i % len(samples), started) for i in range(run.warmup_requests))
+        await asyncio.gather(*warmup)
+        await client.reset_caches()
+        warm = time.perf_counter()
+        sut = Sut(client, loop, first_token=run.kind != Kind.Offline.value)
+        await asyncio.to_thread(start_test, sut, settings(run), len(samples), folder)
+        ended = time.perf_counter()
+    with (folder / "requests.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow([field.name for field in dataclasses.fields(RequestTiming)])
+        rows.writerows(dataclasses.astuple(timing) for timing in sut.completed)
+    report = ClientReport(len(sut.failures), sut.failures[:5], warm - started, ended - warm)
+    (folder / "client.json").write_text(json.dumps(dataclasses.asdict(report)))
+
+
+def start_test(sut: Sut, test_settings: lg.TestSettings, samples: int, folder: Path) -> None:
+    """Run LoadGen to its end; its logs go to `folder`."""
+    log = lg.LogSettings()
+    log.log_output.outdir = str(folder)
+    log.log_output.copy_summary_to_stdout = False
+    log.enable_trace = False
+    library = lg.ConstructQSL(samples, samples, lambda _: None, lambda _: None)
+    system = lg.ConstructSUT(sut.issue, sut.flush)
+    lg.StartTestWithLogSettings(system, library, test_settings, log)
+    lg.DestroySUT(system)
+    lg.DestroyQSL(library)
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    run = Run(**json.loads(path.read_text()))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one connection a request in flight
+    threading.excepthook = lambda _: None  # asyncio.to_thread re-raises it
+    try:
+        uvloop.run(measure(run, path.parent))
+    except MeasureError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Processes that can't outlive the trial that started them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+GUARD = Path(__file__).with_name("guard.py")
+
+
+class GuardedProcess:
+    """`command` in its own session, under guard.py, with its output in `log`.
+
+    Leaving the `with` block ends it and everything it started; so does the death of this process.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str], stop_timeout_s: float) -> None:
+        self.stop_timeout_s = stop_timeout_s
+        with log.open("wb") as output:
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(GUARD), str(stop_timeout_s), *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **env},
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "GuardedProcess":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def session(self) -> int:
+        """Session id that the command and its children share, unless they leave it."""
+        return self._guard.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs; 128 + n after signal n."""
+        return self._guard.poll()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Exit code, or None if it still runs after `timeout_s`."""
+        try:
+            return self._guard.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def stop(self) -> None:
+        assert self._guard.stdin
+        self._guard.stdin.close()
+        # The guard needs a moment after its own SIGKILL; longer than that and it is stuck itself.
+        if self.wait(self.stop_timeout_s + 5) is None:
+            os.killpg(self._guard.pid, 9)
+            self._guard.wait()

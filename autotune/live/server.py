@@ -1,0 +1,144 @@
+"""One `vllm serve` process: started, proven to be ours and healthy, stopped with all it started."""
+
+import json
+import re
+import secrets
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autotune.errors import MeasureError, StartError
+from autotune.live.flags import Vllm
+from autotune.live.process import GuardedProcess
+from autotune.models import Model
+from autotune.schema import LiveConfig
+
+HOST = "127.0.0.1"
+POLL_S = 0.1
+
+ENV = {
+    "VLLM_SERVER_DEV_MODE": "1",  # for POST /reset_prefix_cache
+    "VLLM_NO_USAGE_STATS": "1",
+    "PYTHONUNBUFFERED": "1",  # a log that is complete when vLLM dies
+    "PYTHONDONTWRITEBYTECODE": "",  # vLLM imports itself in three processes: never compile it each time
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A healthy vLLM server that this trial started."""
+
+    url: str
+    model: str  # the name it serves, known to this trial alone
+    process: GuardedProcess
+    log: Path
+    start_s: float  # launch to healthy
+
+    def check_alive(self) -> None:
+        """Raise MeasureError if the server has ended."""
+        code = self.process.exit_code()
+        if code is not None:
+            raise MeasureError(f"vLLM ended while it was measured ({_ending(code)}): {reason(self.log)}")
+
+
+@contextmanager
+def serve(config: LiveConfig, vllm: Vllm, model: Model, args: Mapping[str, Any], folder: Path) -> Iterator[Server]:
+    """Start vLLM with the flags `args`; its log and exact command are written to `folder`.
+
+    Raises StartError if it ends, hangs, or is not the server that answers.
+    """
+    port = _free_port() if config.port is None else config.port
+    if config.port is not None and _answers(port):
+        raise StartError(f"backend.port={port}: in use by another process; choose another, or null for a free one")
+    name = f"autotune-{secrets.token_hex(8)}"
+    command = [
+        config.python or sys.executable,
+        *vllm.serve,
+        model.path,
+        *(["--revision", model.revision] if model.revision else []),
+        *("--host", HOST, "--port", str(port), "--served-model-name", name),
+        *vllm.command_line(args),
+    ]
+    (folder / "command.json").write_text(json.dumps({"command": command, "env": config.env}, indent=1))
+    log = folder / "vllm.log"
+    started = time.monotonic()
+    with GuardedProcess(command, log, {**ENV, **config.env}, config.stop_timeout_s) as process:
+        url = f"http://{HOST}:{port}"
+        _await_healthy(url, name, process, log, config.start_timeout_s)
+        yield Server(url, name, process, log, time.monotonic() - started)
+
+
+def _await_healthy(url: str, name: str, process: GuardedProcess, log: Path, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while _get(f"{url}/health") is None:
+        code = process.wait(POLL_S)
+        if code is not None:
+            raise StartError(f"vLLM did not start ({_ending(code)}): {reason(log)}")
+        if time.monotonic() > deadline:
+            raise StartError(
+                f"vLLM was not healthy after {timeout_s:.0f} s (backend.start_timeout_s); last line of {log}: "
+                f"{_last_line(log)}"
+            )
+    served = json.loads(_get(f"{url}/v1/models") or '{"data": []}')["data"]
+    if name not in [model["id"] for model in served] or process.exit_code() is not None:
+        raise StartError(f"another server answers at {url}; set backend.port=null, or end that server")
+
+
+def _get(url: str) -> bytes | None:
+    """Body of a 200 answer, else None."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            body: bytes = response.read()
+            return body
+    except (urllib.error.URLError, OSError):
+        return None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
+
+
+def _ending(code: int) -> str:
+    return f"signal {code - 128}" if code > 128 else f"exit code {code}"
+
+
+# (EngineCore pid=1) ERROR 11-24 08:20:25 [core.py:1] …
+PREFIX = re.compile(r"^\([\w-]+ pid=\d+\) (?:[A-Z]+ [\d-]+ [\d:]+ \[[^]]+\] ?)?")
+ERROR_LINE = re.compile(r"(?:^|\s|\.)(\w*(?:Error|Exception|error)): (.+)$")
+# What follows from an error that the log already holds.
+ECHOES = ("initialization failed", "cancelled", "EngineDeadError")
+
+
+def reason(log: Path) -> str:
+    """The root cause in vLLM's log: its last error that is not the echo of another, in one line."""
+    lines = [PREFIX.sub("", line.rstrip()) for line in log.read_text(errors="replace").splitlines()]
+    for number in range(len(lines) - 1, -1, -1):
+        found = ERROR_LINE.search(lines[number])
+        if not found or any(echo in lines[number] for echo in ECHOES):
+            continue
+        kind, text = found.groups()
+        if kind == "ValidationError" and number + 2 < len(lines):  # pydantic says what on the next lines
+            text = lines[number + 1].strip() + " " + lines[number + 2].strip()
+            text = re.sub(r"\s*\[type=.*", "", text).strip()
+        return f"{kind}: {text}"[:500]
+    return f"no error in {log}; its last line: {_last_line(log)}"
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "(empty)"

@@ -1,0 +1,26 @@
+"""Measurement → objective values and constraints."""
+
+from collections.abc import Mapping
+
+from autotune.errors import InputError
+from autotune.schema import ObjectiveConfig, ScenarioConfig
+
+
+def values(objective: ObjectiveConfig, metrics: Mapping[str, float]) -> list[float]:
+    """The metrics that the sampler optimises. Raises InputError for a name that no trial has."""
+    missing = [name for name in objective.metrics if name not in metrics]
+    if missing:
+        raise InputError(f"objective.metrics: no metric {missing[0]}; a trial has {', '.join(sorted(metrics))}")
+    return [metrics[name] for name in objective.metrics]
+
+
+def constraints(scenario: ScenarioConfig, metrics: Mapping[str, float], failed: int) -> dict[str, float]:
+    """What must be at most 0 for a trial to be feasible (Optuna's convention).
+
+    For a limit: how far p99 is over it, as a share of it. `failed` requests allow none.
+    """
+    found = {"failed_requests": float(failed)}
+    for name, limit in (("ttft", scenario.ttft_ms), ("tpot", scenario.tpot_ms)):
+        if limit is not None:
+            found[f"{name}_p99"] = metrics[f"{name}_p99_ms"] / limit - 1
+    return found

@@ -1,0 +1,24 @@
+"""Secrets never reach a file, a log or MLflow."""
+
+import re
+from typing import Any
+
+SECRET_NAME = re.compile(r"(^|[._-])(token|key|secret|password|passwd|pwd|credentials?)$", re.IGNORECASE)
+URL_PASSWORD = re.compile(r"(\w+://[^/\s:@]*):[^/\s@]+@")
+HIDDEN = "***"
+
+
+def redact(value: Any, name: str = "") -> Any:
+    """`value` without passwords in URLs and without what stands under a secret's name (`hf_token`, `API_KEY`)."""
+    if isinstance(value, dict):
+        return {key: redact(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact(item, name) for item in value]
+    if not isinstance(value, str):
+        return value
+    if SECRET_NAME.search(name) and value:
+        return HIDDEN
+    key, equals, _ = value.partition("=")
+    if equals and SECRET_NAME.search(key):  # an override: backend.env.HF_TOKEN=…
+        return f"{key}={HIDDEN}"
+    return URL_PASSWORD.sub(rf"\1:{HIDDEN}@", value)

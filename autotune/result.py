@@ -1,0 +1,51 @@
+"""result.json: all that a trial leaves behind for the sweep, for MLflow and for the report."""
+
+import json
+import shlex
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "result.json"
+
+
+@dataclass
+class Result:
+    state: str = "failed"  # complete or failed
+    reason: str = ""  # why it failed
+    values: list[float] = field(default_factory=list)  # of objective.metrics
+    constraints: dict[str, float] = field(default_factory=dict)  # feasible while all are at most 0
+    verdict: str = ""  # LoadGen's: VALID or INVALID
+    reasons: list[str] = field(default_factory=list)  # why it is not VALID
+    metrics: dict[str, float] = field(default_factory=dict)
+    phases: dict[str, float] = field(default_factory=dict)  # seconds: start, warmup, run, stop, other
+    args: dict[str, Any] = field(default_factory=dict)  # vLLM's flags, as configured
+    command: list[str] = field(default_factory=list)  # `vllm serve …`
+    params: dict[str, Any] = field(default_factory=dict)  # what the sampler chose; empty for the baseline
+    overrides: list[str] = field(default_factory=list)  # what the command line and the sampler set
+    config: dict[str, str] = field(default_factory=dict)  # model, dataset, scenario, objective by name
+    facts: dict[str, str] = field(default_factory=dict)  # versions, hardware, data set's checksum
+    started_at: float = 0.0  # seconds since the epoch
+    ended_at: float = 0.0
+    estimated: bool = False  # simulated, not measured
+
+    @property
+    def complete(self) -> bool:
+        return self.state == "complete"
+
+    @property
+    def feasible(self) -> bool:
+        return self.complete and all(value <= 0 for value in self.constraints.values())
+
+    @property
+    def shell_command(self) -> str:
+        return shlex.join(self.command)
+
+    def save(self, folder: Path) -> None:
+        draft = folder / f".{FILE}"
+        draft.write_text(json.dumps(asdict(self), indent=1))
+        draft.rename(folder / FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Result":
+        return cls(**json.loads((folder / FILE).read_text()))

@@ -1,0 +1,61 @@
+"""Records with chosen lengths, in MLPerf's format; the text is our own and the same for the same seed."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from tokenizers import Tokenizer
+
+HEAD, TAIL = "Summarize:\n", "\nSummary:"
+
+WHO = "the council|a ferry captain|two engineers|the museum|a young goalkeeper|the harbour union|a retired judge"
+DID = "announced|delayed|defended|questioned|welcomed|rebuilt|measured|cancelled|photographed|sold"
+WHAT = "the new tram line|a record harvest|the winter timetable|an old lighthouse|the city budget|a rare comet"
+WHERE = "near the northern bridge|at the central market|in a crowded hall|outside the old mill|on the east coast"
+WHEN = "on Monday|after weeks of rain|before the vote|at dawn|late last year|during the festival"
+WHY = "because costs had doubled|although few expected it|while neighbours watched|as the season began"
+
+
+def news(
+    tokenizer: Tokenizer,
+    count: int,
+    prompt_tokens: float,
+    prompt_sigma: float,
+    prompt_bounds: tuple[int, int],
+    output_tokens: float,
+    output_deviation: float,
+    output_bounds: tuple[int, int],
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """Yield `count` records: prompt lengths lognormal around their median, output lengths normal.
+
+    Lengths are tokens of `tokenizer`, exact, clipped to their bounds.
+    """
+    draw = random.Random(seed)
+    head = tokenizer.encode(HEAD).ids
+    tail = tokenizer.encode(TAIL, add_special_tokens=False).ids
+    for _ in range(count):
+        wanted = _clip(prompt_tokens * draw.lognormvariate(0, prompt_sigma), prompt_bounds)
+        body = _text(tokenizer, draw, max(1, wanted - len(head) - len(tail)))
+        output = _text(tokenizer, draw, _clip(draw.normalvariate(output_tokens, output_deviation), output_bounds))
+        yield {
+            "instruction": HEAD + "{input}" + TAIL,
+            "input": tokenizer.decode(body),
+            "tok_input": head + body + tail,
+            "output": tokenizer.decode(output),
+            "tok_output": output,
+        }
+
+
+def _clip(value: float, bounds: tuple[int, int]) -> int:
+    return int(min(max(round(value), bounds[0]), bounds[1]))
+
+
+def _text(tokenizer: Tokenizer, draw: random.Random, tokens: int) -> list[int]:
+    """Exactly `tokens` token ids of made-up news: a word is at least one token, so that many words suffice."""
+    words: list[str] = []
+    while len(words) < tokens:
+        parts = [draw.choice(part.split("|")) for part in (WHO, DID, WHAT, WHERE, WHEN, WHY)]
+        words += f"{' '.join(parts).capitalize()} for {draw.randrange(2, 9000)} visitors.".split()
+    ids: list[int] = tokenizer.encode(" ".join(words), add_special_tokens=False).ids
+    return ids[:tokens]

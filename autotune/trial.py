@@ -1,0 +1,111 @@
+"""One trial: prepare, measure, score, leave a result.json."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
+
+from autotune import metrics, models, objective, samples
+from autotune.backend import Backend
+from autotune.errors import AutotuneError
+from autotune.facts import git_revision
+from autotune.models import Model
+from autotune.redact import redact
+from autotune.result import Result
+from autotune.samples import Samples
+from autotune.schema import Config
+
+log = logging.getLogger(__name__)
+
+# What `_target_` in conf/ may name.
+WHITELIST = ("autotune.*",)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a trial needs before it takes a GPU: all of it exists and is valid."""
+
+    model: Model
+    samples: Path  # for Samples.load
+    checksum: str  # of the samples
+    backend: Backend
+    args: dict[str, Any]  # vLLM's flags
+
+
+def prepare(config: Config) -> Prepared:
+    """Check everything that can be checked without a GPU. Raises InputError."""
+    cache = Path(config.cache_dir)
+    backend_class: Any = get_class(config.backend["_target_"])
+    settings = OmegaConf.merge(OmegaConf.structured(backend_class.Config), config.backend)
+    backend = backend_class(OmegaConf.to_object(settings), cache)
+    args = {**config.scenario.args, **config.model.args, **config.engine.args}
+    backend.check(args)
+    model = models.locate(config.model, cache, _partial(config.model.build))
+    path = samples.prepare(config.dataset, model, cache, _partial(config.dataset.records))
+    loaded = Samples.load(path)
+    loaded.check_fits(int(args.get("max_model_len") or model.config["max_position_embeddings"]))
+    return Prepared(model, path, loaded.checksum, backend, args)
+
+
+def _partial(node: Any) -> Callable[..., Any] | None:
+    if node is None:
+        return None
+    made = instantiate({**node, "_partial_": True}, _convert_="all", _execution_whitelist_=WHITELIST)
+    assert isinstance(made, partial)
+    return made
+
+
+def run(config: Config, overrides: list[str], folder: Path) -> Result:
+    """Measure `config`; result.json and all logs go to `folder`.
+
+    Raises the AutotuneError that ended the trial, after it was written down.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    result = Result(started_at=time.time(), overrides=redact(overrides))
+    result.config = {
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "scenario": config.scenario.name,
+        "objective": config.objective.name,
+    }
+    resolved = redact(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(resolved))
+    try:
+        _measure(config, result, folder)
+        result.state = "complete"
+    except AutotuneError as error:
+        result.reason = f"{type(error).__name__}: {redact(str(error))}"
+        raise
+    except BaseException as error:
+        result.reason = f"{type(error).__name__}: {redact(str(error))}".rstrip(": ")
+        raise
+    finally:
+        result.ended_at = time.time()
+        elapsed = result.ended_at - result.started_at
+        result.phases["other"] = elapsed - sum(result.phases.values())
+        result.save(folder)
+    return result
+
+
+def _measure(config: Config, result: Result, folder: Path) -> None:
+    prepared = prepare(config)
+    result.args = redact(prepared.args)
+    result.facts = {"dataset_checksum": prepared.checksum, "autotune": git_revision()}
+    log.info("starting vLLM for %s; its log: %s", config.model.name, folder / "vllm.log")
+    measured = prepared.backend.measure(prepared.model, prepared.args, config.scenario, prepared.samples, folder)
+    limits = (config.scenario.ttft_ms, config.scenario.tpot_ms)
+    in_seconds = [limit / 1e3 if limit is not None else None for limit in limits]
+    result.metrics = metrics.from_requests(measured.requests, *in_seconds) | measured.loadgen
+    result.metrics["failed_requests"] = measured.failed
+    result.verdict, result.reasons = measured.verdict, measured.reasons
+    result.phases, result.command = dict(measured.phases), measured.command
+    result.facts |= measured.facts
+    result.estimated = measured.estimated
+    result.values = objective.values(config.objective, result.metrics)
+    result.constraints = objective.constraints(config.scenario, result.metrics, measured.failed)
