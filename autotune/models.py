@@ -170,6 +170,7 @@ def _convert(folder: str) -> None:
         "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf",
     }
     loaded = LlamaForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    del loaded.config.quantization_config  # the weights are plain bfloat16 now
     fresh = LlamaForCausalLM(loaded.config).to(torch.bfloat16)  # the loaded one refuses to be saved
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(folder)

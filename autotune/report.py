@@ -84,10 +84,13 @@ def summary(study: optuna.Study, folder: Path, config: Config) -> str:
         elif row and not row.feasible:
             lines.append(f"{name} is infeasible: {outcome(row, config.objective.metrics)}")
     if trial is None:
-        lines += ["", "No trial is feasible: loosen the limits or widen the space. Reasons:"]
-        lines += sorted({f"  {t.user_attrs['reason']}" for t in study.trials if "reason" in t.user_attrs})
+        reasons = sorted({f"  {t.user_attrs['reason']}" for t in study.trials if "reason" in t.user_attrs})
+        if failed < len(states):
+            lines += ["", "No trial is feasible: loosen the limits or widen the space."]
+        if reasons:
+            lines += ["", "Why trials failed:", *reasons]
     else:
-        lines += ["", *_verdict(trial, baseline, rows[f"best: trial-{trial.number}"])]
+        lines += ["", *_verdict(study, trial, baseline, rows[f"best: trial-{trial.number}"])]
     uri = config.tracking.uri
     lines += ["", f"Everything measured: {folder}/"]
     if config.tracking.enabled:
@@ -95,18 +98,21 @@ def summary(study: optuna.Study, folder: Path, config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _verdict(trial: optuna.trial.FrozenTrial, baseline: Result | None, result: Result | None) -> list[str]:
+def _verdict(
+    study: optuna.Study, trial: optuna.trial.FrozenTrial, baseline: Result | None, result: Result | None
+) -> list[str]:
     assert result is not None
-    if baseline and baseline.feasible and result.values == baseline.values:
-        change = "the same as vLLM's defaults"
-    elif baseline and baseline.feasible:
-        change = f"{result.values[0] / baseline.values[0] - 1:+.1%} against vLLM's defaults, measured once each"
-    else:
-        change = "no usable baseline to compare with"
+    changed, command = shorten(trial.params), ["", f"  {result.shell_command}"]
+    if not (baseline and baseline.feasible):
+        return [f"Best: {changed} (no usable baseline to compare with)", *command]
+    gain = f"{result.values[0] / baseline.values[0] - 1:+.1%} against vLLM's defaults, measured once each"
+    sign = 1 if study.directions[0] is optuna.study.StudyDirection.MAXIMIZE else -1
+    if sign * (result.values[0] - baseline.values[0]) > 0:
+        return [f"Best: {changed} ({gain})", *command]
     return [
-        f"Best: {shorten(trial.params)} ({change})",
+        f"No trial beat vLLM's defaults. The best was {changed} ({gain}). Serve the defaults:",
         "",
-        f"  {result.shell_command}",
+        f"  {baseline.shell_command}",
     ]
 
 

@@ -135,7 +135,7 @@ def reason(log: Path) -> str:
         if kind == "ValidationError" and number + 2 < len(lines):  # pydantic says what on the next lines
             text = lines[number + 1].strip() + " " + lines[number + 2].strip()
             text = re.sub(r"\s*\[type=.*", "", text).strip()
-        return f"{kind}: {text}"[:500]
+        return f"{kind}: {text}"[:240]
     return f"no error in {log}; its last line: {_last_line(log)}"
 
 
