@@ -14,7 +14,7 @@ setup: $(VENV)/.ready  ## virtual environment with vLLM for this machine
 
 $(VENV)/.ready: pyproject.toml | $(UV)
 	$(UV) venv -q --allow-existing --python $(PYTHON) $(VENV)
-	$(UV) pip install -q --python $(RUN) $(TORCH) -r pyproject.toml --extra $(VLLM) --extra demo --group dev
+	$(UV) pip install -q --python $(RUN) $(TORCH) -r pyproject.toml --extra $(VLLM) --extra demo --extra botorch --group dev
 	$(UV) pip install -q --python $(RUN) --no-deps -e .
 	touch $@
 

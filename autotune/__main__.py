@@ -4,25 +4,20 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from autotune import report, schema, sweep, tracking, trial
-from autotune.errors import AutotuneError, TrackingError
+from autotune import report, schema, tracking, trial
+from autotune.compose import CONF, errors_in_one_line, register
+from autotune.errors import TrackingError
 from autotune.result import Result
-from autotune.text import one_line
 
 log = logging.getLogger(__name__)
-CONF = Path(__file__).parent.parent / "conf"
 
 
 @hydra.main(config_path=str(CONF), config_name="config")
@@ -58,22 +53,10 @@ def values(result: Result) -> float | list[float]:
     return result.values[0] if len(result.values) == 1 else result.values
 
 
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except (AutotuneError, HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"autotune: {one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are, and leave as one line
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds every `with`: no server stays behind
-    OmegaConf.register_resolver("model_name", lambda path: Path(path or "model").name.lower())
-    schema.register()
-    sweep.register()
+    register()
     with errors_in_one_line():
         job()
 

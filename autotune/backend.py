@@ -48,9 +48,20 @@ class Measurement:
     estimated: bool = False  # simulated, not measured
 
 
+@dataclass(frozen=True)
+class DryRunOutcome:
+    """What vLLM makes of a configuration before it takes a GPU."""
+
+    refusal: str  # its reason; empty if it accepts
+    resolved: dict[str, Any]  # the value of each flag that it would run with, defaults included
+
+
 class Backend(Protocol):
     def check(self, args: Mapping[str, Any]) -> None:
         """Raise InputError for vLLM flags that can't be served. Cheap; takes no GPU."""
+
+    def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
+        """Whether vLLM's own configuration accepts `args`, and what they resolve to. Takes no GPU."""
 
     def measure(
         self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Path, folder: Path

@@ -1,6 +1,6 @@
 """Measurement → objective values and constraints."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from autotune.errors import InputError
 from autotune.schema import ObjectiveConfig, ScenarioConfig
@@ -12,6 +12,16 @@ def values(objective: ObjectiveConfig, metrics: Mapping[str, float]) -> list[flo
     if missing:
         raise InputError(f"objective.metrics: no metric {missing[0]}; a trial has {', '.join(sorted(metrics))}")
     return [metrics[name] for name in objective.metrics]
+
+
+def penalised(objective: ObjectiveConfig, found: Sequence[float], broken: Mapping[str, float]) -> list[float]:
+    """`found` made worse by the sum of what is over a limit, for a sampler without constraints (CMA-ES).
+
+    A throughput is divided by 1 + that sum, a latency multiplied with it.
+    """
+    factor = 1 + sum(max(0.0, over) for over in broken.values())
+    pairs = zip(found, objective.directions, strict=True)
+    return [value / factor if direction == "maximize" else value * factor for value, direction in pairs]
 
 
 def constraints(scenario: ScenarioConfig, metrics: Mapping[str, float], failed: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Data sets → token ids and output lengths, checked record by record."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class Samples:
 def prepare(config: DatasetConfig, model: Model, cache_dir: Path, make: Callable[..., Iterable[Record]] | None) -> Path:
     """The file of `config`'s samples as `model` sees them, for Samples.load; made once, then cached.
 
-    `make(tokenizer=…)` yields the records when the data set has no path. Raises InputError.
+    A file at the data set's path holds the records, unless `config.records` has a `path` and so reads it itself;
+    else `make(tokenizer=…)` yields them, called with `model=…` too if it takes one. Raises InputError.
     """
     key = hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
     if config.path:
@@ -80,16 +82,17 @@ def prepare(config: DatasetConfig, model: Model, cache_dir: Path, make: Callable
         except OSError as error:
             raise InputError(f"dataset.path={config.path}: {error.strerror or error}") from None
     key.update((model.folder / "config.json").read_bytes())
-    for file in sorted(model.folder.glob("tokenizer*")):
+    for file in sorted([*model.folder.glob("tokenizer*"), *model.folder.glob("chat_template*")]):
         key.update(file.read_bytes())
     path = cache_dir / "samples" / f"{config.name}-{key.hexdigest()[:16]}.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = model.tokenizer()
-        if config.path:
+        if config.path and "path" not in (config.records or {}):
             records: Iterable[Record] = read_records(Path(config.path).expanduser())
         elif make:
-            records = make(tokenizer=tokenizer)
+            takes_model = "model" in inspect.signature(make).parameters
+            records = make(tokenizer=tokenizer, model=model) if takes_model else make(tokenizer=tokenizer)
         else:
             raise InputError("no data set: write dataset=cnn_shaped (see --help) or dataset.path=<JSON or JSONL>")
         _samples(config, records, tokenizer).save(path)
@@ -98,14 +101,17 @@ def prepare(config: DatasetConfig, model: Model, cache_dir: Path, make: Callable
 
 def read_records(path: Path) -> Iterator[Record]:
     """The records of a JSON list or of JSON lines. Raises InputError, naming the record."""
-    text = path.read_text()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}, byte {error.start + 1}: not UTF-8 text; write JSON or JSON lines") from None
     if text.lstrip().startswith("["):
         try:
             yield from json.loads(text)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
         return
-    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
+    for number, line in enumerate(filter(str.strip, text.split("\n")), 1):
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:

@@ -89,6 +89,7 @@ class LiveConfig:
     _target_: str = MISSING
     python: str | None = None  # interpreter that has vLLM; null is the one that runs autotune
     port: int | None = None  # loopback port for vLLM; null takes a free one
+    gpus: Any = None  # as Config.gpus
     env: dict[str, str] = field(default_factory=dict)  # added to vLLM's environment
     start_timeout_s: float = 900.0  # from launch to healthy, s
     stop_timeout_s: float = 10.0  # from SIGTERM to SIGKILL, s
@@ -104,11 +105,6 @@ class ObjectiveConfig:
 
 
 @dataclass
-class LauncherConfig:
-    name: str = MISSING
-
-
-@dataclass
 class TrackingConfig:
     enabled: bool = True
     uri: str = MISSING  # MLflow tracking URI
@@ -121,6 +117,11 @@ class Config:
     n_trials: int = 20  # trials of a study, the baseline not counted
     baseline: bool = True  # run vLLM's defaults first
     seed: int = 0  # of the sampler
+    # GPUs that trials may lease: a list of indices, `all`, or null for no leases (vLLM takes what it sees).
+    gpus: Any = None
+    baseline_gpu: int | None = None  # GPU for the baseline; null is any of `gpus`
+    conditions: dict[str, str] = field(default_factory=dict)  # what must hold between parameters, by name
+    only_if: dict[str, str] = field(default_factory=dict)  # parameter → when it is swept at all
     cache_dir: str = MISSING  # built models, prepared samples, what is known of the installed vLLM
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -130,15 +131,16 @@ class Config:
     # `_target_` is the backend's class; its `Config` types the other fields (backend=live: LiveConfig).
     backend: dict[str, Any] = field(default_factory=dict)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    launcher: dict[str, Any] = field(default_factory=dict)  # `_target_` starts the trials; its other fields
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 def register() -> None:
     """Make the schema known to Hydra, with the fields open whose names only vLLM or the backend knows."""
     schema = OmegaConf.structured(Config)
-    for flags in (schema.engine.args, schema.model.args, schema.scenario.args, schema.backend):
-        OmegaConf.set_struct(flags, False)
+    named_by_others = [schema.engine.args, schema.model.args, schema.scenario.args, schema.backend, schema.launcher]
+    for open_node in [*named_by_others, schema.conditions, schema.only_if]:
+        OmegaConf.set_struct(open_node, False)
     ConfigStore.instance().store(name="schema", node=schema)
 
 

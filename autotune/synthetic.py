@@ -6,6 +6,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from autotune.errors import InputError
+
 HEAD, TAIL = "Summarize:\n", "\nSummary:"
 
 WHO = "the council|a ferry captain|two engineers|the museum|a young goalkeeper|the harbour union|a retired judge"
@@ -26,17 +28,25 @@ def news(
     output_deviation: float,
     output_bounds: tuple[int, int],
     seed: int,
+    shared_prefix: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
     """Yield `count` records: prompt lengths lognormal around their median, output lengths normal.
 
-    Lengths are tokens of `tokenizer`, exact, clipped to their bounds.
+    Lengths are tokens of `tokenizer`, exact, clipped to their bounds. The first `shared_prefix` (0 to 1) of each
+    prompt's tokens, rounded to whole ones, is the start of one text for all prompts of the same seed, as a system
+    prompt would be. Raises InputError.
     """
+    if not 0 <= shared_prefix <= 1:
+        raise InputError(f"dataset.records.shared_prefix={shared_prefix}: write a share from 0 to 1")
     draw = random.Random(seed)
     head = tokenizer.encode(HEAD).ids
     tail = tokenizer.encode(TAIL, add_special_tokens=False).ids
+    prefix = _text(tokenizer, random.Random(f"prefix {seed}"), round(shared_prefix * prompt_bounds[1]))
     for _ in range(count):
         wanted = _clip(prompt_tokens * draw.lognormvariate(0, prompt_sigma), prompt_bounds)
-        body = _text(tokenizer, draw, max(1, wanted - len(head) - len(tail)))
+        room = max(1, wanted - len(head) - len(tail))
+        shared = min(max(0, round(shared_prefix * wanted) - len(head)), room)  # `head` is shared already
+        body = prefix[:shared] + _text(tokenizer, draw, room - shared)
         output = _text(tokenizer, draw, _clip(draw.normalvariate(output_tokens, output_deviation), output_bounds))
         yield {
             "instruction": HEAD + "{input}" + TAIL,

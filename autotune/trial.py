@@ -29,28 +29,32 @@ WHITELIST = ("autotune.*",)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a trial needs before it takes a GPU: all of it exists and is valid."""
+    """What is served, before it takes a GPU: it exists and its flags are known."""
 
     model: Model
-    samples: Path  # for Samples.load
-    checksum: str  # of the samples
     backend: Backend
     args: dict[str, Any]  # vLLM's flags
 
 
 def prepare(config: Config) -> Prepared:
-    """Check everything that can be checked without a GPU. Raises InputError."""
+    """Check the model and vLLM's flags. Raises InputError."""
     cache = Path(config.cache_dir)
     backend_class: Any = get_class(config.backend["_target_"])
     settings = OmegaConf.merge(OmegaConf.structured(backend_class.Config), config.backend)
     backend = backend_class(OmegaConf.to_object(settings), cache)
     args = {**config.scenario.args, **config.model.args, **config.engine.args}
     backend.check(args)
-    model = models.locate(config.model, cache, _partial(config.model.build))
-    path = samples.prepare(config.dataset, model, cache, _partial(config.dataset.records))
+    return Prepared(models.locate(config.model, cache, _partial(config.model.build)), backend, args)
+
+
+def prepare_samples(config: Config, prepared: Prepared) -> tuple[Path, Samples]:
+    """The data set as the model sees it, in a file and loaded. Raises InputError."""
+    path = samples.prepare(config.dataset, prepared.model, Path(config.cache_dir), _partial(config.dataset.records))
     loaded = Samples.load(path)
-    loaded.check_fits(int(args.get("max_model_len") or model.config["max_position_embeddings"]))
-    return Prepared(model, path, loaded.checksum, backend, args)
+    longest = prepared.args.get("max_model_len") or prepared.model.config.get("max_position_embeddings")
+    if isinstance(longest, int):
+        loaded.check_fits(longest)
+    return path, loaded
 
 
 def _partial(node: Any) -> Callable[..., Any] | None:
@@ -96,9 +100,10 @@ def run(config: Config, overrides: list[str], folder: Path) -> Result:
 def _measure(config: Config, result: Result, folder: Path) -> None:
     prepared = prepare(config)
     result.args = redact(prepared.args)
-    result.facts = {"dataset_checksum": prepared.checksum, "autotune": git_revision()}
+    samples_path, loaded = prepare_samples(config, prepared)
+    result.facts = {"dataset_checksum": loaded.checksum, "autotune": git_revision()}
     log.info("starting vLLM for %s; its log: %s", config.model.name, folder / "vllm.log")
-    measured = prepared.backend.measure(prepared.model, prepared.args, config.scenario, prepared.samples, folder)
+    measured = prepared.backend.measure(prepared.model, prepared.args, config.scenario, samples_path, folder)
     limits = (config.scenario.ttft_ms, config.scenario.tpot_ms)
     in_seconds = [limit / 1e3 if limit is not None else None for limit in limits]
     result.metrics = metrics.from_requests(measured.requests, *in_seconds) | measured.loadgen

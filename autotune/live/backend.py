@@ -5,19 +5,23 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from autotune.backend import Measurement, RequestTiming
+from autotune.backend import DryRunOutcome, Measurement, RequestTiming
 from autotune.errors import MeasureError
 from autotune.facts import hardware
 from autotune.live import flags, loadgen_log
+from autotune.live.dry_run import DryRun
+from autotune.live.leases import Lease, devices, lease
 from autotune.live.loadgen import ClientReport, Run
-from autotune.live.process import GuardedProcess
 from autotune.live.server import Server, serve
 from autotune.models import Model
+from autotune.process import GuardedProcess
 from autotune.schema import LiveConfig, ScenarioConfig
 
 POLL_S = 0.1
@@ -29,14 +33,18 @@ class LiveBackend:
     def __init__(self, config: LiveConfig, cache_dir: Path) -> None:
         self.config = config
         self.vllm = flags.installed(config.python, cache_dir)
+        self._dry_run = DryRun(self.vllm, config.env, cache_dir)
 
     def check(self, args: Mapping[str, Any]) -> None:
         self.vllm.check(args)
 
+    def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
+        return self._dry_run.ask(model.folder, args)
+
     def measure(
         self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Path, folder: Path
     ) -> Measurement:
-        with serve(self.config, self.vllm, model, args, folder) as server:
+        with self._lease(args) as lease, serve(self.config, self.vllm, model, args, folder, lease) as server:
             run_loadgen(server, scenario, samples, folder, self.config)
             stopping = time.monotonic()
         stop_s = time.monotonic() - stopping
@@ -64,6 +72,15 @@ class LiveBackend:
                 **hardware(),
             },
         )
+
+    @contextmanager
+    def _lease(self, args: Mapping[str, Any]) -> Iterator[Lease | None]:
+        if self.config.gpus is None:
+            yield None
+            return
+        parallel = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+        with lease(devices(self.config.gpus), prod(int(args.get(name) or 1) for name in parallel)) as held:
+            yield held
 
     def command(self, model: Model, args: Mapping[str, Any]) -> list[str]:
         """What a user types to serve the same configuration."""

@@ -26,7 +26,9 @@ MANAGED = {
     "uds": "nothing (servers listen on 127.0.0.1)",
 }
 
-PROBE = Path(__file__).with_name("flags_probe.py")
+PROBE = Path(__file__).with_name("probe.py")
+# Python would compile all of vLLM again at each import where its environment forbids to keep the result.
+ENV = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Flag:
 class Vllm:
     """The installed vLLM: versions and the flags of `vllm serve`, by name with underscores."""
 
+    python: str
     version: str
     torch: str
     serve: list[str]  # `<python> *serve <model>` starts it
@@ -107,6 +110,7 @@ def _installed(python: str, cache_dir: Path) -> Vllm:
         draft.write_text(json.dumps(body, indent=1))
         draft.rename(cached)
     return Vllm(
+        python=python,
         version=body["vllm"],
         torch=body["torch"],
         serve=body["serve"],
@@ -117,7 +121,7 @@ def _installed(python: str, cache_dir: Path) -> Vllm:
 def _probe(python: str, what: str) -> dict[str, Any]:
     command: Sequence[str] = [python, str(PROBE), what]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENV)
     except OSError as error:
         raise InputError(f"backend.python={python}: {error.strerror}") from None
     if done.returncode:

@@ -16,8 +16,9 @@ from typing import Any
 
 from autotune.errors import MeasureError, StartError
 from autotune.live.flags import Vllm
-from autotune.live.process import GuardedProcess
+from autotune.live.leases import Lease
 from autotune.models import Model
+from autotune.process import GuardedProcess
 from autotune.schema import LiveConfig
 
 HOST = "127.0.0.1"
@@ -49,7 +50,9 @@ class Server:
 
 
 @contextmanager
-def serve(config: LiveConfig, vllm: Vllm, model: Model, args: Mapping[str, Any], folder: Path) -> Iterator[Server]:
+def serve(
+    config: LiveConfig, vllm: Vllm, model: Model, args: Mapping[str, Any], folder: Path, lease: Lease | None = None
+) -> Iterator[Server]:
     """Start vLLM with the flags `args`; its log and exact command are written to `folder`.
 
     Raises StartError if it ends, hangs, or is not the server that answers.
@@ -69,7 +72,9 @@ def serve(config: LiveConfig, vllm: Vllm, model: Model, args: Mapping[str, Any],
     (folder / "command.json").write_text(json.dumps({"command": command, "env": config.env}, indent=1))
     log = folder / "vllm.log"
     started = time.monotonic()
-    with GuardedProcess(command, log, {**ENV, **config.env}, config.stop_timeout_s) as process:
+    devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, lease.gpus))} if lease else {}
+    keep = lease.files if lease else ()
+    with GuardedProcess(command, log, {**ENV, **devices, **config.env}, config.stop_timeout_s, keep) as process:
         url = f"http://{HOST}:{port}"
         _await_healthy(url, name, process, log, config.start_timeout_s)
         yield Server(url, name, process, log, time.monotonic() - started)

@@ -7,7 +7,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from hydra_plugins.hydra_optuna_sweeper.config import OptunaSweeperConf
+from hydra_plugins.hydra_optuna_sweeper.config import OptunaSweeperConf, SamplerConfig
 from omegaconf import DictConfig
 
 
@@ -34,6 +34,17 @@ class StudySweeper(Sweeper):
         Study(self._config, self._job, self._hydra_context.config_loader, launcher).run(arguments)
 
 
+@dataclass
+class BoTorchSamplerConf(SamplerConfig):  # type: ignore[misc]
+    """https://optuna-integration.readthedocs.io/en/stable/reference/generated/optuna_integration.BoTorchSampler.html"""
+
+    _target_: str = "optuna_integration.BoTorchSampler"
+    seed: int | None = None
+    n_startup_trials: int = 10
+    consider_running_trials: bool = True
+
+
 def register() -> None:
     Plugins.instance().register(StudySweeper)
     ConfigStore.instance().store(group="hydra/sweeper", name="autotune", node=StudySweeperConf)
+    ConfigStore.instance().store(group="hydra/sweeper/sampler", name="botorch", node=BoTorchSamplerConf)

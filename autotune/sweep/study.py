@@ -1,97 +1,126 @@
-"""One study: ask Optuna for parameters, run the trial, tell Optuna what it measured."""
+"""One study: ask Optuna for parameters, run the trials, tell Optuna what they measured."""
 
+import functools
 import logging
 import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from hydra.plugins.launcher import Launcher
-from hydra.utils import instantiate
-from hydra_plugins.hydra_optuna_sweeper._impl import create_optuna_distribution_from_override
+from hydra.errors import InstantiationException
+from hydra.plugins.launcher import Launcher as HydraLauncher
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import CmaEsSampler, GridSampler
 from optuna.trial import TrialState
 
-from autotune import report, tracking
+from autotune import objective, report, tracking
 from autotune.errors import InputError, TrackingError
 from autotune.result import Result
-from autotune.schema import Config, typed
-from autotune.text import one_line
-from autotune.trial import prepare
+from autotune.schema import typed
+from autotune.space import DEFAULT, FLAG, check_flags, parse
+from autotune.sweep.launchers import Job, Launcher
+from autotune.trial import Prepared, prepare, prepare_samples
 
 log = logging.getLogger(__name__)
 
-FLAG = "engine.args."
+POLL_S = 0.1
+REFUSALS_IN_A_ROW = 500  # then the space is at fault
+
+
+@dataclass
+class Running:
+    """A trial in flight; the baseline has no Optuna trial yet."""
+
+    name: str
+    params: dict[str, Any]
+    trial: optuna.Trial | None
+    job: Job
+
+
+class Grid(GridSampler):
+    """Optuna's grid, which otherwise stops a study that it did not start."""
+
+    def after_trial(self, *_: Any) -> None:
+        pass
 
 
 class Study:
     def __init__(
-        self, sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, launcher: Launcher
+        self, sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, hydra_launcher: HydraLauncher
     ) -> None:
         self._sweeper = sweeper
         self._job = job
         self._config_loader = config_loader
-        self._launcher = launcher
+        self._hydra_launcher = hydra_launcher
         self._folder = Path(job.hydra.sweep.dir)
 
     def run(self, arguments: list[str]) -> None:
         """Run the study that the command line `arguments` and the sweeper's configuration describe.
 
-        Raises InputError before the first trial; exits with 1 if no trial completed, 130 after Ctrl-C.
+        Raises InputError before the first trial; exits with 1 if no trial completed.
         """
-        space, fixed = self._space(arguments)
-        config = typed(self._config_loader.load_sweep_config(self._job, fixed))
-        self._check(config, space)
-        tracking.check(config.tracking)
+        self._space, self._fixed = parse(
+            self._sweeper["params"] or {}, arguments, self._job.conditions, self._job.only_if
+        )
+        self._config = typed(self._config_loader.load_sweep_config(self._job, self._fixed))
+        # Each trial composes again, and must not make up a study name of its own.
+        self._fixed = [*self._fixed, f"study={self._config.study}"]
+        self._prepared = prepare(self._config)
+        prepare_samples(self._config, self._prepared)
+        check_flags(self._space, self._prepared.backend)
+        defaults = self._prepared.backend.dry_run(self._prepared.model, self._prepared.args)
+        if defaults.refusal:
+            log.warning("vLLM refuses the configuration before anything is swept: %s", defaults.refusal)
+        self._known = self._prepared.args | defaults.resolved
+        self._launcher = self._make_launcher()
+        tracking.check(self._config.tracking)
         self._folder.mkdir(parents=True, exist_ok=True)
-        study = self._open()
-        with tracking.study(config.tracking, config.study, self._folder) as tracker:
+        self._study = self._open()
+        with tracking.study(self._config.tracking, self._config.study, self._folder) as self._tracker:
+            running: list[Running] = []
             try:
-                self._run_trials(study, config, space, fixed, tracker)
+                self._run_trials(running)
             except (KeyboardInterrupt, SystemExit):
                 log.info("stopped; what was measured is kept")
                 raise
             finally:
-                summary = report.summary(study, self._folder, config)
+                for one in running:
+                    self._abandon(one)
+                summary = report.summary(self._study, self._folder, self._config)
                 (self._folder / "summary.txt").write_text(summary)
                 log.info("\n%s", summary)
-                tracker.summarise(self._folder, report.headline(study, self._folder, config))
-        if not any(trial.state is TrialState.COMPLETE for trial in study.trials):
-            sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
+                self._tracker.summarise(self._folder, report.headline(self._study, self._folder, self._config))
+        if not any(trial.state is TrialState.COMPLETE for trial in self._study.trials):
+            sys.exit(f"autotune: no trial of {self._config.study} completed; reasons above")
 
-    def _space(self, arguments: list[str]) -> tuple[dict[str, BaseDistribution], list[str]]:
-        """What is swept, by parameter, and the overrides that hold for every trial."""
-        params = [f"{name}={value}" for name, value in (self._sweeper["params"] or {}).items()]
-        space: dict[str, BaseDistribution] = {}
-        fixed: dict[str, str] = {}
-        for override in OverridesParser.create().parse_overrides(params + arguments):
-            name = override.get_key_element()
-            if override.is_sweep_override():
-                space[name] = create_optuna_distribution_from_override(override)
-                fixed.pop(name, None)
-            else:
-                assert override.input_line is not None
-                fixed[name] = override.input_line
-                space.pop(name, None)  # a value on the command line wins over the space
-        if not space:
-            raise InputError("nothing to tune: choose space=scheduler or sweep a flag, 'engine.args.x=choice(1,2)'")
-        return space, list(fixed.values())
-
-    def _check(self, config: Config, space: dict[str, BaseDistribution]) -> None:
-        backend = prepare(config).backend
-        for name, distribution in space.items():
-            if name.startswith(FLAG):
-                values = list(distribution.choices) if isinstance(distribution, CategoricalDistribution) else None
-                backend.check({name.removeprefix(FLAG): values})
+    def _make_launcher(self) -> Launcher:
+        settings = {name: value for name, value in self._config.launcher.items() if name not in ("_target_", "name")}
+        launcher: Launcher = get_class(self._config.launcher["_target_"])(
+            self._hydra_launcher, self._job, self._config.gpus, **settings
+        )
+        return launcher
 
     def _open(self) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampler = instantiate(self._sweeper["sampler"], _execution_whitelist_=("optuna.*", "hydra_plugins.*"))
+        try:
+            sampler = instantiate(
+                self._sweeper["sampler"],
+                _execution_whitelist_=("optuna.*", "optuna_integration.*", "hydra_plugins.*"),
+            )
+        except (InstantiationException, ImportError) as error:
+            if "botorch" in str(error):
+                raise InputError("sampler=botorch needs the extra `botorch`: uv pip install -e '.[botorch]'") from None
+            raise
+        self._n_trials = self._config.n_trials
+        if isinstance(sampler, functools.partial):  # the grid, which is made from the space
+            self._n_trials = self._space.grid_size
+            log.info("grid: %d points", self._n_trials)
+            sampler = Grid(self._space.grid, **sampler.keywords)
         return optuna.create_study(
             study_name=self._sweeper["study_name"],
             storage=self._sweeper["storage"],
@@ -100,66 +129,145 @@ class Study:
             load_if_exists=True,
         )
 
-    def _run_trials(
-        self,
-        study: optuna.Study,
-        config: Config,
-        space: dict[str, BaseDistribution],
-        fixed: list[str],
-        tracker: tracking.Tracker,
-    ) -> None:
-        if config.baseline and report.BASELINE not in study.user_attrs:
-            log.info("baseline: vLLM's defaults")
-            result = self._launch(0, [*fixed, f"hydra.sweep.subdir={report.BASELINE}"], self._folder / "baseline")
-            study.set_user_attr(report.BASELINE, {"values": result.values, "reason": result.reason})
-            self._log(tracker, report.BASELINE, result, config)
-        while len(study.trials) < config.n_trials:
-            trial = study.ask(space)
-            folder = self._folder / f"trial-{trial.number}"
-            log.info("trial %d of %d: %s", trial.number + 1, config.n_trials, report.shorten(trial.params))
-            try:
-                overrides = [f"{name}={value}" for name, value in trial.params.items()]
-                result = self._launch(trial.number, [*fixed, *overrides], folder)
-            except BaseException:
-                trial.set_user_attr("reason", "interrupted")
-                study.tell(trial, state=TrialState.FAIL)
-                raise
-            _tell(study, trial, result)
-            result.params = trial.params
-            result.save(folder)
-            self._log(tracker, folder.name, result, config)
+    def _run_trials(self, running: list[Running]) -> None:
+        """Keep the launcher's `n_jobs` trials in flight until `n_trials` were run; `running` holds those that are."""
+        if self._config.baseline and report.BASELINE not in self._study.user_attrs:
+            running.append(self._start_baseline())
+        while True:
+            while len(running) < self._launcher.n_jobs and (one := self._start_next()):
+                running.append(one)
+            if not running:
+                return
+            ended = [one for one in running if one.job.done()]
+            for one in ended:
+                running.remove(one)
+                self._finish(one)
+            if not ended:
+                time.sleep(POLL_S)
 
-    def _launch(self, number: int, overrides: list[str], folder: Path) -> Result:
-        """Run one trial; its result, also when it failed before it could write one."""
+    def _start_baseline(self) -> Running:
+        log.info("baseline: the configuration without swept parameters")
+        overrides = list(self._fixed)
+        if self._config.baseline_gpu is not None:
+            overrides.append(f"gpus=[{self._config.baseline_gpu}]")
+        return self._start(report.BASELINE, {}, None, overrides)
+
+    def _start_next(self) -> Running | None:
+        """Ask for parameters that vLLM accepts and start them; None if the study has all its trials."""
+        for _ in range(REFUSALS_IN_A_ROW):
+            number = sum(self._counts(trial) for trial in self._study.trials)
+            if number >= self._n_trials:
+                return None
+            trial = self._study.ask()
+            params = self._space.suggest(trial, self._known)
+            if refusal := self._refusal(params):
+                self._refuse(trial, refusal)
+                continue
+            log.info("trial-%d (%d of %d): %s", trial.number, number + 1, self._n_trials, report.shorten(params))
+            overrides = [f"{name}={_written(value)}" for name, value in params.items()]
+            return self._start(f"trial-{trial.number}", params, trial, [*self._fixed, *overrides])
+        raise InputError(
+            f"{REFUSALS_IN_A_ROW} combinations in a row can't be run; the last: {refusal}; narrow the space"
+        )
+
+    def _counts(self, trial: optuna.trial.FrozenTrial) -> bool:
+        """Whether `trial` is one of n_trials; a refused one is only where each point is asked for once."""
+        free = "refused" in trial.user_attrs and not isinstance(self._study.sampler, Grid)
+        return not free and report.BASELINE not in trial.user_attrs
+
+    def _refusal(self, params: Mapping[str, Any]) -> str:
+        """Why this combination can't be run, by the space's own conditions or by vLLM; empty if it can."""
+        if broken := self._space.violated(params, self._known):
+            return broken
+        flags = {
+            name.removeprefix(FLAG): None if value == DEFAULT else value
+            for name, value in params.items()
+            if name.startswith(FLAG)
+        }
+        prepared: Prepared = self._prepared
+        return prepared.backend.dry_run(prepared.model, prepared.args | flags).refusal
+
+    def _refuse(self, trial: optuna.Trial, reason: str) -> None:
+        """Record a combination that took no GPU: infeasible to the sampler, and none of the study's n_trials."""
+        trial.set_user_attr("refused", reason)
+        trial.set_constraint("refused", 1.0)
+        self._study.tell(trial, state=TrialState.PRUNED)
+        log.info("trial-%d refused: %s (%s)", trial.number, reason, report.shorten(trial.params))
+
+    def _start(self, name: str, params: dict[str, Any], trial: optuna.Trial | None, overrides: list[str]) -> Running:
+        folder = self._folder / name
         (folder / "result.json").unlink(missing_ok=True)
         try:
-            job = self._launcher.launch([overrides], initial_job_idx=number)[0]
-            return Result.load(folder)
-        except FileNotFoundError:
-            error = job._return_value
-        except (HydraException, OmegaConfBaseException) as refused:
-            error = refused
-        result = Result(overrides=overrides, reason=f"{type(error).__name__}: {one_line(error)}")
-        folder.mkdir(parents=True, exist_ok=True)
-        result.save(folder)
-        return result
+            return Running(name, params, trial, self._launcher.submit(trial.number if trial else 0, overrides, folder))
+        except BaseException:
+            if trial:
+                self._fail(trial, "interrupted")
+            raise
 
-    def _log(self, tracker: tracking.Tracker, name: str, result: Result, config: Config) -> None:
-        log.info("  %s", report.outcome(result, config.objective.metrics))
+    def _finish(self, one: Running) -> None:
+        folder = self._folder / one.name
         try:
-            tracker.log_trial(self._folder / name, name, result)
+            result = Result.load(folder)
+        except FileNotFoundError:
+            result = Result(reason=one.job.reason())
+            folder.mkdir(parents=True, exist_ok=True)
+        result.params = one.params
+        result.save(folder)
+        log.info("%s: %s", one.name, report.outcome(result, self._config.objective.metrics))
+        if one.trial is None:
+            self._record_baseline(result)
+        elif result.complete:
+            self._tell(one.trial, result)
+        else:
+            self._fail(one.trial, result.reason)
+        try:
+            self._tracker.log_trial(folder, one.name, result)
         except TrackingError as error:
-            log.warning("  %s", error)
+            log.warning("%s", error)
+
+    def _record_baseline(self, result: Result) -> None:
+        """Note the baseline; where vLLM's defaults lie within the space, the sampler learns from it, too."""
+        self._study.set_user_attr(report.BASELINE, {"values": result.values, "reason": result.reason})
+        defaults = {name: self._known.get(name.removeprefix(FLAG)) for name in self._space.parameters}
+        if result.complete and all(_contains(d, defaults[name]) for name, d in self._space.parameters.items()):
+            self._study.add_trial(
+                optuna.trial.create_trial(
+                    params=defaults,
+                    distributions=self._space.parameters,
+                    values=result.values,
+                    user_attrs={report.BASELINE: True, **result.metrics},
+                    constraints=result.constraints,
+                )
+            )
+
+    def _tell(self, trial: optuna.Trial, result: Result) -> None:
+        for name, value in result.metrics.items():
+            trial.set_user_attr(name, value)
+        trial.set_user_attr("verdict", result.verdict)
+        for name, value in result.constraints.items():
+            trial.set_constraint(name, value)
+        values = result.values
+        if isinstance(self._study.sampler, CmaEsSampler):
+            values = objective.penalised(self._config.objective, values, result.constraints)
+        self._study.tell(trial, values)
+
+    def _fail(self, trial: optuna.Trial, reason: str) -> None:
+        trial.set_user_attr("reason", reason)
+        self._study.tell(trial, state=TrialState.FAIL)
+
+    def _abandon(self, one: Running) -> None:
+        one.job.cancel()
+        if one.trial:
+            self._fail(one.trial, "interrupted")
 
 
-def _tell(study: optuna.Study, trial: optuna.Trial, result: Result) -> None:
-    for name, value in result.metrics.items():
-        trial.set_user_attr(name, value)
-    if not result.complete:
-        trial.set_user_attr("reason", result.reason)
-        study.tell(trial, state=TrialState.FAIL)
-        return
-    trial.set_user_attr("verdict", result.verdict)
-    for name, value in result.constraints.items():
-        trial.set_constraint(name, value)
-    study.tell(trial, result.values)
+def _contains(distribution: optuna.distributions.BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+        return value in distribution.choices
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and distribution._contains(distribution.to_internal_repr(value))
+
+
+def _written(value: Any) -> str:
+    """A parameter's value as Hydra reads it."""
+    return "null" if value == DEFAULT else str(value)

@@ -13,10 +13,13 @@ GUARD = Path(__file__).with_name("guard.py")
 class GuardedProcess:
     """`command` in its own session, under guard.py, with its output in `log`.
 
+    `keep` are descriptors (a lease's locks) that stay open until the last of them has ended.
     Leaving the `with` block ends it and everything it started; so does the death of this process.
     """
 
-    def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str], stop_timeout_s: float) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, env: Mapping[str, str], stop_timeout_s: float, keep: Sequence[int] = ()
+    ) -> None:
         self.stop_timeout_s = stop_timeout_s
         with log.open("wb") as output:
             self._guard = subprocess.Popen(
@@ -26,6 +29,7 @@ class GuardedProcess:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **env},
                 start_new_session=True,
+                pass_fds=keep,
             )
 
     def __enter__(self) -> "GuardedProcess":

@@ -1,0 +1,121 @@
+"""MLPerf's data set for llama3.1-8b: the validation split of CNN/DailyMail 3.0.0, from the Hugging Face Hub."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow  # type: ignore[import-untyped]
+from huggingface_hub import constants as hub
+from huggingface_hub import snapshot_download
+from pyarrow import parquet
+from tokenizers import Tokenizer
+
+from autotune.errors import InputError
+
+log = logging.getLogger(__name__)
+
+REPOSITORY, SHARDS = "abisee/cnn_dailymail", "3.0.0/validation-*.parquet"
+
+# As in mlcommons/inference, language/llama3.1-8b/download_cnndm.py, which works out a longest prompt but cuts none.
+TEMPLATE = (
+    "Summarize the following news article in 128 tokens. Please output the summary only, without any other text."
+    "\n\nArticle:\n{input}\n\nSummary:"
+)
+
+
+def records(tokenizer: Tokenizer, folder: str, revision: str | None, expected: int) -> Iterator[dict[str, Any]]:
+    """Yield MLPerf's `expected` records in their order, prompts as token ids of `tokenizer`.
+
+    They are kept in `folder` as `cnn_eval-<hash of the tokenizer>.json` with its sha256 beside it, and made again
+    when the two disagree. Raises InputError.
+    """
+    home = Path(folder).expanduser()
+    path = home / f"cnn_eval-{hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]}.json"
+    if not _is_intact(path):
+        _write(path, tokenizer, _shards(home / "cnn_dailymail", revision), expected)
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("{"):  # one record a line, the list's brackets on lines of their own
+                yield json.loads(line.rstrip(",\n"))
+
+
+def _checksum(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _sha256_line(path: Path) -> str:
+    """What `sha256sum` prints for `path` in its folder."""
+    with path.open("rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
+
+
+def _is_intact(path: Path) -> bool:
+    if not (path.exists() and _checksum(path).exists()):
+        return False
+    intact = _checksum(path).read_text() == _sha256_line(path)
+    if not intact:
+        log.warning("%s is not what its sha256 says; making it again", path)
+    return intact
+
+
+def _shards(local: Path, revision: str | None) -> list[Path]:
+    """The Parquet files: those in `local`, or the Hub's through its own cache, which resumes a download."""
+    shards = sorted(local.glob(SHARDS))
+    if not shards:
+        try:
+            fetched = snapshot_download(REPOSITORY, repo_type="dataset", revision=revision, allow_patterns=SHARDS)
+        except Exception as error:  # the HTTP library, and so the exception, differs between versions
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = "HF_HUB_OFFLINE is set" if hub.HF_HUB_OFFLINE else f"no download from the Hub ({first_line})"
+            raise InputError(
+                f"dataset=cnn_dailymail: {reason}; go online once, or put {SHARDS} of {REPOSITORY} into {local}/3.0.0, "
+                f"or give MLPerf's own file: dataset.path=<cnn_eval.json>"
+            ) from None
+        shards = sorted(Path(fetched).glob(SHARDS))
+    return shards
+
+
+def _write(path: Path, tokenizer: Tokenizer, shards: list[Path], expected: int) -> None:
+    """Write the JSON list and its checksum; both appear whole or not at all. Holds one batch of articles."""
+    log.info("making %s, once for this tokenizer", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        count = 0
+        with draft.open("w", encoding="utf-8") as file:
+            for record in _from_parquet(tokenizer, shards):
+                file.write(("[\n" if count == 0 else ",\n") + json.dumps(record, ensure_ascii=False))
+                count += 1
+            file.write("\n]\n")
+        if count != expected:
+            where = ", ".join(map(str, shards)) or "the Hub's snapshot"
+            raise InputError(
+                f"dataset=cnn_dailymail: {count} records in {where}, not {expected}; "
+                f"delete it to download it again, or set dataset.records.expected"
+            )
+        _checksum(draft).write_text(_sha256_line(draft))
+        draft.rename(path)
+        _checksum(draft).rename(_checksum(path))
+
+
+def _from_parquet(tokenizer: Tokenizer, shards: list[Path]) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        try:
+            batches = parquet.ParquetFile(shard).iter_batches(batch_size=256, columns=["article", "highlights"])
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                for column in ("article", "highlights"):
+                    if not row.get(column):
+                        raise InputError(f"{shard}, record {number}: no `{column}`; download the file again")
+                yield {
+                    "instruction": {"llama": TEMPLATE},
+                    "input": row["article"],
+                    "tok_input": tokenizer.encode(TEMPLATE.replace("{input}", row["article"])).ids,
+                    "output": row["highlights"],
+                }
+        except pyarrow.ArrowException as error:
+            raise InputError(f"{shard}: not a readable Parquet file ({error}); download it again") from None

@@ -1,0 +1,51 @@
+"""Hydra's side of every command: the schema and plugins made known, a command line turned into a Config."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from autotune import schema, sweep
+from autotune.errors import AutotuneError
+from autotune.text import one_line
+
+CONF = Path(__file__).parent.parent / "conf"
+STARTED = time.localtime()
+
+
+def register() -> None:
+    """Make resolvers, schema and sweeper known to Hydra; once per process."""
+    OmegaConf.register_resolver("model_name", lambda path: Path(path or "model").name.lower())
+    # Hydra's ${now:…} moves on between a study's name and its trials' names.
+    OmegaConf.register_resolver("started", lambda pattern: time.strftime(pattern, STARTED))
+    schema.register()
+    sweep.register()
+
+
+def command_line(arguments: Sequence[str]) -> tuple[schema.Config, dict[str, Any], list[str]]:
+    """The Config that `arguments` compose, the parameters of its space as written, and the arguments that sweep."""
+    register()
+    parsed = OverridesParser.create().parse_overrides(list(arguments))
+    sweeps = [str(override.input_line) for override in parsed if override.is_sweep_override()]
+    with hydra.initialize_config_dir(str(CONF)):
+        fixed = [argument for argument in arguments if argument not in sweeps]
+        composed = hydra.compose("config", overrides=fixed, return_hydra_config=True)
+        return schema.typed(composed), dict(composed.hydra.sweeper.params or {}), sweeps
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (AutotuneError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"autotune: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)

