@@ -1,13 +1,16 @@
 """Study → words: the outcome of a trial, the summary of a study."""
 
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
+from autotune.redact import redact
 from autotune.result import Result
 from autotune.schema import Config
 
@@ -40,17 +43,23 @@ def outcome(result: Result, objectives: list[str]) -> str:
 
 def single(result: Result, config: Config, folder: Path) -> str:
     """A trial that ran alone."""
-    lines = ["", *_table({config.model.name: result}), "", outcome(result, config.objective.metrics)]
+    lines = ["", *_table({config.model.name: result}, config), "", outcome(result, config.objective.metrics)]
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in result.phases.items())
     return "\n".join([*lines, seconds, "", f"  {result.shell_command}", "", f"Everything measured: {folder}/"])
 
 
-def best(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
-    """The best feasible trial; of several objectives, the best in the first."""
+def best(study: optuna.Study) -> FrozenTrial | None:
+    """The best feasible trial but the baseline; of several objectives, the best in the first."""
     complete = [trial for trial in study.trials if trial.state is TrialState.COMPLETE]
     feasible = [trial for trial in complete if all(value <= 0 for value in trial.constraints.values())]
-    sign = 1 if study.directions[0] is optuna.study.StudyDirection.MAXIMIZE else -1
-    return max(feasible, key=lambda trial: sign * trial.values[0], default=None)
+    swept = [trial for trial in feasible if BASELINE not in trial.user_attrs]
+    return max(swept, key=lambda trial: _sign(study) * trial.values[0], default=None)
+
+
+def front(study: optuna.Study) -> list[str]:
+    """Names of the feasible trials that no other beats in every objective, the best in the first at the top."""
+    trials = sorted(study.best_trials, key=lambda trial: -_sign(study) * trial.values[0])
+    return [_name(trial) for trial in trials]
 
 
 def headline(study: optuna.Study, folder: Path, config: Config) -> dict[str, float]:
@@ -69,63 +78,95 @@ def headline(study: optuna.Study, folder: Path, config: Config) -> dict[str, flo
 
 
 def summary(study: optuna.Study, folder: Path, config: Config) -> str:
-    """Best against baseline, the command that serves it, where things lie."""
-    states = [trial.state for trial in study.trials]
-    failed = states.count(TrialState.FAIL)
-    lines = [f"Study {config.study}: {len(states)} trials, {failed} failed", ""]
-    trial, baseline = best(study), _load(folder / BASELINE)
-    rows = {BASELINE: baseline}
-    if trial:
-        rows[f"best: trial-{trial.number}"] = _load(folder / f"trial-{trial.number}")
-    lines += _table({name: row for name, row in rows.items() if row and row.complete})
-    for name, row in rows.items():
-        if row and not row.complete:
-            lines.append(f"{name} failed: {row.reason}")
-        elif row and not row.feasible:
-            lines.append(f"{name} is infeasible: {outcome(row, config.objective.metrics)}")
+    """Best against baseline (or the Pareto front), the command that serves it, where things lie.
+
+    Of several objectives, the front is also written to `folder`/pareto.json.
+    """
+    parts = [_counts(study, config)]
+    baseline, trial = _load(folder / BASELINE), best(study)
+    names = front(study) if len(study.directions) > 1 else [_name(trial)] if trial else []
+    rows = {BASELINE: baseline} | {name: _load(folder / name) for name in names}
+    parts += _table({name: row for name, row in rows.items() if row and row.complete}, config)
+    if baseline and not baseline.complete:
+        parts.append(f"{BASELINE} failed: {baseline.reason}")
+    elif baseline and not baseline.feasible:
+        parts.append(f"{BASELINE} is infeasible: {outcome(baseline, config.objective.metrics)}")
     if trial is None:
-        reasons = sorted({f"  {t.user_attrs['reason']}" for t in study.trials if "reason" in t.user_attrs})
-        if failed < len(states):
-            lines += ["", "No trial is feasible: loosen the limits or widen the space."]
-        if reasons:
-            lines += ["", "Why trials failed:", *reasons]
+        parts += _why_none(study)
+    elif len(study.directions) > 1:
+        parts += _pareto({name: row for name, row in rows.items() if row and name in names}, folder)
     else:
-        lines += ["", *_verdict(study, trial, baseline, rows[f"best: trial-{trial.number}"])]
-    uri = config.tracking.uri
-    lines += ["", f"Everything measured: {folder}/"]
+        result = rows[_name(trial)]
+        assert result is not None
+        parts += _verdict(_sign(study), trial, result, baseline)
+    parts += ["", f"Everything measured: {folder}/"]
     if config.tracking.enabled:
-        lines.append(f"Compare the trials:  mlflow ui --backend-store-uri {shlex.quote(uri)}")
-    return "\n".join(lines) + "\n"
+        uri = shlex.quote(redact(config.tracking.uri))
+        parts.append(f"Compare the trials:  mlflow ui --backend-store-uri {uri}")
+    return "\n".join(parts) + "\n"
 
 
-def _verdict(
-    study: optuna.Study, trial: optuna.trial.FrozenTrial, baseline: Result | None, result: Result | None
-) -> list[str]:
-    assert result is not None
+def _counts(study: optuna.Study, config: Config) -> str:
+    trials = [trial for trial in study.trials if BASELINE not in trial.user_attrs]
+    refused = sum("refused" in trial.user_attrs for trial in trials)
+    failed = sum(trial.state is TrialState.FAIL for trial in trials)
+    more = f", {refused} combinations refused before they took a GPU" if refused else ""
+    return f"Study {config.study}: {len(trials) - refused} trials, {failed} failed{more}\n"
+
+
+def _why_none(study: optuna.Study) -> list[str]:
+    reasons = sorted({f"  {trial.user_attrs['reason']}" for trial in study.trials if "reason" in trial.user_attrs})
+    parts = ["", *(["Why trials failed:", *reasons] if reasons else [])]
+    if any(trial.state is TrialState.COMPLETE for trial in study.trials):
+        parts += ["No trial is feasible: loosen the limits, lower the load or widen the space."]
+    return parts
+
+
+def _verdict(sign: int, trial: FrozenTrial, result: Result, baseline: Result | None) -> list[str]:
     changed, command = shorten(trial.params), ["", f"  {result.shell_command}"]
     if not (baseline and baseline.feasible):
-        return [f"Best: {changed} (no usable baseline to compare with)", *command]
+        return ["", f"Best: {changed} (no usable baseline to compare with)", *command]
     gain = f"{result.values[0] / baseline.values[0] - 1:+.1%} against vLLM's defaults, measured once each"
-    sign = 1 if study.directions[0] is optuna.study.StudyDirection.MAXIMIZE else -1
     if sign * (result.values[0] - baseline.values[0]) > 0:
-        return [f"Best: {changed} ({gain})", *command]
-    return [
-        f"No trial beat vLLM's defaults. The best was {changed} ({gain}). Serve the defaults:",
-        "",
-        f"  {baseline.shell_command}",
+        return ["", f"Best: {changed} ({gain})", *command]
+    worse = f"No trial beat vLLM's defaults. The best was {changed} ({gain}). Serve the defaults:"
+    return ["", worse, "", f"  {baseline.shell_command}"]
+
+
+def _pareto(rows: Mapping[str, Result], folder: Path) -> list[str]:
+    body = [
+        {"name": name, "params": row.params, "values": row.values, "command": row.shell_command}
+        for name, row in rows.items()
     ]
+    (folder / "pareto.json").write_text(json.dumps(body, indent=1))
+    parts = ["", "Pareto front: for each of these, no other is better in every objective (pareto.json)"]
+    for name, row in rows.items():
+        parts += [f"  {name}: {shorten(row.params)}", f"    {row.shell_command}"]
+    return parts
 
 
-def _table(rows: Mapping[str, Result]) -> list[str]:
+def _table(rows: Mapping[str, Result], config: Config) -> list[str]:
     if not rows:
         return []
-    head = ["", *(heading for _, heading, _ in COLUMNS), "LoadGen"]
+    known = {key for key, _, _ in COLUMNS}
+    columns = [*COLUMNS, *((name, name, 2) for name in config.objective.metrics if name not in known)]
+    head = ["", *(heading for _, heading, _ in columns), "LoadGen"]
     body = [
-        [name, *(f"{row.metrics[key]:,.{digits}f}" for key, _, digits in COLUMNS), row.verdict]
+        [name, *(f"{row.metrics[key]:,.{digits}f}" for key, _, digits in columns), row.verdict]
         for name, row in rows.items()
     ]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]]
+
+
+def _name(trial: FrozenTrial) -> str:
+    """The trial's folder."""
+    return BASELINE if BASELINE in trial.user_attrs else f"trial-{trial.number}"
+
+
+def _sign(study: optuna.Study) -> int:
+    """1 where more of the first objective is better, else -1."""
+    return 1 if study.directions[0] is StudyDirection.MAXIMIZE else -1
 
 
 def _load(folder: Path) -> Result | None:

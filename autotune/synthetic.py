@@ -33,8 +33,8 @@ def news(
     """Yield `count` records: prompt lengths lognormal around their median, output lengths normal.
 
     Lengths are tokens of `tokenizer`, exact, clipped to their bounds. The first `shared_prefix` (0 to 1) of each
-    prompt's tokens, rounded to whole ones, is the start of one text for all prompts of the same seed, as a system
-    prompt would be. Raises InputError.
+    prompt's tokens, rounded to whole ones and at most up to TAIL, is the start of one text for all prompts of the same
+    seed, as a system prompt would be; it changes no length. Raises InputError.
     """
     if not 0 <= shared_prefix <= 1:
         raise InputError(f"dataset.records.shared_prefix={shared_prefix}: write a share from 0 to 1")
@@ -46,7 +46,7 @@ def news(
         wanted = _clip(prompt_tokens * draw.lognormvariate(0, prompt_sigma), prompt_bounds)
         room = max(1, wanted - len(head) - len(tail))
         shared = min(max(0, round(shared_prefix * wanted) - len(head)), room)  # `head` is shared already
-        body = prefix[:shared] + _text(tokenizer, draw, room - shared)
+        body = prefix[:shared] + _text(tokenizer, draw, room)[shared:]
         output = _text(tokenizer, draw, _clip(draw.normalvariate(output_tokens, output_deviation), output_bounds))
         yield {
             "instruction": HEAD + "{input}" + TAIL,

@@ -90,12 +90,11 @@ def resolved(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """The value that each flag ends up with, defaults included, where vLLM's configuration holds it by that name."""
     parts = [part for name, part in vars(config).items() if name.endswith("_config") and part is not None]
     found = {}
-    for name in arguments:
-        for part in parts:
-            value = getattr(part, name, None)
-            if isinstance(value, (bool, int, float, str)):
-                found[name] = value
-                break
+    for name, given in arguments.items():
+        values = [getattr(part, name, None) for part in parts]
+        scalars = [value for value in [*values, given] if isinstance(value, (bool, int, float, str))]
+        if scalars:
+            found[name] = scalars[0]
     return found
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from autotune.errors import MeasureError, StartError
@@ -74,7 +75,12 @@ def serve(
     started = time.monotonic()
     devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, lease.gpus))} if lease else {}
     keep = lease.files if lease else ()
-    with GuardedProcess(command, log, {**ENV, **devices, **config.env}, config.stop_timeout_s, keep) as process:
+    with (
+        TemporaryDirectory(prefix="autotune-") as scratch,  # vLLM leaves sockets in it
+        GuardedProcess(
+            command, log, {**ENV, "TMPDIR": scratch, **devices, **config.env}, config.stop_timeout_s, keep
+        ) as process,
+    ):
         url = f"http://{HOST}:{port}"
         _await_healthy(url, name, process, log, config.start_timeout_s)
         yield Server(url, name, process, log, time.monotonic() - started)

@@ -1,0 +1,79 @@
+"""Does the dry run say what vLLM does?
+
+    python benchmarks/dry_run.py --points 200 --starts 12
+
+Draws random points of space=all for model=tiny, asks the dry run about each, then starts real vLLM on some that
+it passes and some that it refuses. Prints both counts, and every point on which the two disagree; exits with 1 then.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from autotune.compose import command_line
+from autotune.errors import StartError
+from autotune.live.backend import LiveBackend
+from autotune.live.server import serve
+from autotune.space import DEFAULT, FLAG, parse
+from autotune.trial import Prepared, prepare
+
+
+def points(prepared: Prepared, space: Any, count: int, seed: int) -> list[tuple[dict[str, Any], str]]:
+    """`count` random flags that the space's own conditions allow, each with the dry run's refusal."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    known = prepared.args | prepared.backend.dry_run(prepared.model, prepared.args).resolved
+    found: list[tuple[dict[str, Any], str]] = []
+    while len(found) < count:
+        chosen = space.suggest(study.ask(), known)
+        if not space.violated(chosen, known):
+            flags = {name.removeprefix(FLAG): None if value == DEFAULT else value for name, value in chosen.items()}
+            found.append((flags, prepared.backend.dry_run(prepared.model, prepared.args | flags).refusal))
+    return found
+
+
+def start(prepared: Prepared, flags: dict[str, Any]) -> str:
+    """Why real vLLM does not start with `flags`; empty if it does."""
+    backend = prepared.backend
+    assert isinstance(backend, LiveBackend)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with serve(backend.config, backend.vllm, prepared.model, prepared.args | flags, Path(folder)):
+                return ""
+        except StartError as error:
+            return str(error)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=200)
+    parser.add_argument("--starts", type=int, default=12, help="real starts of each kind, passed and refused")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    config, params, _ = command_line(["model=tiny", "space=all", "+engine.args.enforce_eager=true"])
+    prepared = prepare(config)
+    space, _ = parse(params, [], config.conditions, config.only_if)
+    drawn = points(prepared, space, options.points, options.seed)
+    passed = [flags for flags, refusal in drawn if not refusal]
+    refused = [(flags, refusal) for flags, refusal in drawn if refusal]
+    print(f"{len(drawn)} points: the dry run passes {len(passed)}, refuses {len(refused)}", flush=True)
+    wrong = 0
+    for flags in passed[: options.starts]:
+        why = start(prepared, flags)
+        wrong += bool(why)
+        print(f"passed, vLLM {'REFUSES: ' + why if why else 'starts'}  {json.dumps(flags)}", flush=True)
+    for flags, refusal in refused[: options.starts]:
+        why = start(prepared, flags)
+        wrong += not why
+        print(f"refused ({refusal}), vLLM {'refuses' if why else 'STARTS'}  {json.dumps(flags)}", flush=True)
+    print(f"{wrong} of {min(len(passed), options.starts) + min(len(refused), options.starts)} real starts disagree")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
