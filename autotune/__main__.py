@@ -31,6 +31,7 @@ def job(composed: DictConfig) -> float | list[float]:
 
 def single(composed: DictConfig) -> float | list[float]:
     config, overrides, folder = inputs(composed)
+    trial.prepare(config)
     tracking.check(config.tracking)
     with ThreadPoolExecutor(1) as pool:  # MLflow takes seconds to import; vLLM takes longer to start
         tracker = pool.submit(tracking.Tracker, config.tracking, None, folder)

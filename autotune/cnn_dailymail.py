@@ -4,13 +4,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pyarrow  # type: ignore[import-untyped]
-from huggingface_hub import constants as hub
-from huggingface_hub import snapshot_download
+import pyarrow
+from huggingface_hub import dataset_info, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from pyarrow import parquet
 from tokenizers import Tokenizer
 
@@ -63,20 +64,29 @@ def _is_intact(path: Path) -> bool:
 
 
 def _shards(local: Path, revision: str | None) -> list[Path]:
-    """The Parquet files: those in `local`, or the Hub's through its own cache, which resumes a download."""
-    shards = sorted(local.glob(SHARDS))
-    if not shards:
-        try:
-            fetched = snapshot_download(REPOSITORY, repo_type="dataset", revision=revision, allow_patterns=SHARDS)
-        except Exception as error:  # the HTTP library, and so the exception, differs between versions
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            reason = "HF_HUB_OFFLINE is set" if hub.HF_HUB_OFFLINE else f"no download from the Hub ({first_line})"
-            raise InputError(
-                f"dataset=cnn_dailymail: {reason}; go online once, or put {SHARDS} of {REPOSITORY} into {local}/3.0.0, "
-                f"or give MLPerf's own file: dataset.path=<cnn_eval.json>"
-            ) from None
-        shards = sorted(Path(fetched).glob(SHARDS))
-    return shards
+    """The Parquet files: those in `local`, in the Hub's cache, or downloaded there, where a broken download resumes."""
+    if shards := sorted(local.glob(SHARDS)):
+        return shards
+    with suppress(LocalEntryNotFoundError):
+        if shards := _snapshot(revision, local_files_only=True):
+            return shards
+    try:
+        dataset_info(REPOSITORY, revision=revision, timeout=15)  # fails at once; the download would retry for a minute
+        return _snapshot(revision, local_files_only=False)
+    except Exception as error:  # the HTTP library, and so the exception, differs between versions
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise InputError(
+            f"dataset=cnn_dailymail: no download from the Hub ({type(error).__name__}: {reason}); go online once, "
+            f"or put {SHARDS} of {REPOSITORY} into {local}/3.0.0, "
+            f"or give MLPerf's own file: dataset.path=<cnn_eval.json>"
+        ) from None
+
+
+def _snapshot(revision: str | None, local_files_only: bool) -> list[Path]:
+    folder = snapshot_download(
+        REPOSITORY, repo_type="dataset", revision=revision, allow_patterns=SHARDS, local_files_only=local_files_only
+    )
+    return sorted(Path(folder).glob(SHARDS))
 
 
 def _write(path: Path, tokenizer: Tokenizer, shards: list[Path], expected: int) -> None:

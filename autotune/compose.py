@@ -22,7 +22,9 @@ STARTED = time.localtime()
 
 
 def register() -> None:
-    """Make resolvers, schema and sweeper known to Hydra; once per process."""
+    """Make resolvers, schema and sweeper known to Hydra; a second call changes nothing."""
+    if OmegaConf.has_resolver("model_name"):
+        return
     OmegaConf.register_resolver("model_name", lambda path: Path(path or "model").name.lower())
     # Hydra's ${now:…} moves on between a study's name and its trials' names.
     OmegaConf.register_resolver("started", lambda pattern: time.strftime(pattern, STARTED))
@@ -33,7 +35,12 @@ def register() -> None:
 def command_line(arguments: Sequence[str]) -> tuple[schema.Config, dict[str, Any], list[str]]:
     """The Config that `arguments` compose, the parameters of its space as written, and the arguments that sweep."""
     register()
-    parsed = OverridesParser.create().parse_overrides(list(arguments))
+    arguments = list(arguments)
+    if "--config-dir" in arguments:  # as Hydra's own command line takes it
+        at = arguments.index("--config-dir")
+        folder = Path(arguments[at + 1]).resolve()
+        arguments[at : at + 2] = [f"hydra.searchpath=[file://{folder}]"]
+    parsed = OverridesParser.create().parse_overrides(arguments)
     sweeps = [str(override.input_line) for override in parsed if override.is_sweep_override()]
     with hydra.initialize_config_dir(str(CONF)):
         fixed = [argument for argument in arguments if argument not in sweeps]

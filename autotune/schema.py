@@ -52,7 +52,7 @@ class ModelConfig:
 @dataclass
 class DatasetConfig:
     name: str = MISSING
-    path: str | None = None  # JSON or JSONL in MLPerf's record format; wins over `records`
+    path: str | None = None  # JSON or JSONL; wins over `records`, unless they have a `path` of their own
     records: Any = None  # `_target_` that yields such records when no path is given
     count: int | None = None  # samples to use; null is all
     output: Output = Output.reference

@@ -24,10 +24,10 @@ HIGHLIGHTS = [f"Highlight {i} ." for i in range(5)]
 
 
 class Hub:
-    """Stands in for snapshot_download: writes Parquet files as the Hub has them and counts the calls."""
+    """Stands in for snapshot_download: writes Parquet files as the Hub has them and counts the downloads."""
 
     def __init__(self, snapshot: Path) -> None:
-        self.snapshot, self.calls = snapshot, 0
+        self.snapshot, self.calls, self.cached = snapshot, 0, False
         self.write("validation-00000-of-00002.parquet", ARTICLES[:3], HIGHLIGHTS[:3])
         self.write("validation-00001-of-00002.parquet", ARTICLES[3:], HIGHLIGHTS[3:])
 
@@ -37,10 +37,12 @@ class Hub:
         table = pyarrow.table({"article": articles, "highlights": highlights, "id": ids})
         parquet.write_table(table, self.snapshot / "3.0.0" / name)
 
-    def __call__(self, repository: str, **asked: Any) -> str:
+    def __call__(self, repository: str, local_files_only: bool, **asked: Any) -> str:
         assert repository == "abisee/cnn_dailymail"
         assert asked == {"repo_type": "dataset", "revision": "abc", "allow_patterns": "3.0.0/validation-*.parquet"}
-        self.calls += 1
+        if local_files_only and not self.cached:
+            raise LocalEntryNotFoundError("not in the cache")
+        self.calls += not local_files_only
         return str(self.snapshot)
 
 
@@ -48,6 +50,7 @@ class Hub:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub(tmp_path / "snapshot")
     monkeypatch.setattr(cnn_dailymail, "snapshot_download", hub)
+    monkeypatch.setattr(cnn_dailymail, "dataset_info", lambda *_, **__: None)
     return hub
 
 
@@ -186,19 +189,34 @@ def test_files_put_into_the_folder_need_no_hub(hub: Hub, tokenizer: Tokenizer, t
     assert hub.calls == 0
 
 
-def test_without_the_hub_one_line_says_what_to_do(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unreachable(*_: Any, **__: Any) -> str:
-        raise LocalEntryNotFoundError("Got: ConnectError: Name or service not known\nAn error happened while …")
+def test_files_in_the_hubs_cache_need_no_hub(hub: Hub, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    hub.cached = True
+    assert len(records(tokenizer, tmp_path / "kept")) == 5
+    assert hub.calls == 0
 
-    monkeypatch.setattr(cnn_dailymail, "snapshot_download", unreachable)
+
+def test_a_download_that_left_an_empty_cache_is_taken_up_again(hub: Hub, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    hub.cached = True
+    (hub.snapshot / "3.0.0").rename(tmp_path / "3.0.0")
+    with pytest.raises(InputError, match="0 records"):
+        records(tokenizer, tmp_path / "kept")
+    assert hub.calls == 1
+
+
+def test_without_the_hub_one_line_says_what_to_do(
+    hub: Hub, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Name or service not known\nAn error happened while …")
+
+    monkeypatch.setattr(cnn_dailymail, "dataset_info", unreachable)
     with pytest.raises(InputError) as caught:
         records(tokenizer, tmp_path)
     message = str(caught.value)
     assert "\n" not in message
-    for part in ("ConnectError", f"{tmp_path}/cnn_dailymail/3.0.0", "dataset.path=<cnn_eval.json>"):
+    for part in ("ConnectionError: Name", f"{tmp_path}/cnn_dailymail/3.0.0", "dataset.path=<cnn_eval.json>"):
         assert part in message
+    assert hub.calls == 0
 
 
 def test_its_configuration_prepares_samples(hub: Hub, model: Model, tmp_path: Path) -> None:

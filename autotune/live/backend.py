@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -113,7 +112,7 @@ def run_loadgen(server: Server, scenario: ScenarioConfig, samples: Path, folder:
     command = [sys.executable, "-m", "autotune.live.loadgen", str(folder / "run.json")]
     log = folder / "loadgen.log"
     deadline = time.monotonic() + config.run_timeout_s
-    with GuardedProcess(command, log, {"PYTHONPATH": os.pathsep.join(sys.path)}, stop_timeout_s=1.0) as process:
+    with GuardedProcess(command, log, {}, stop_timeout_s=1.0) as process:
         while (code := process.wait(POLL_S)) is None:
             server.check_alive()
             if time.monotonic() > deadline:

@@ -1,11 +1,11 @@
 """One study: ask Optuna for parameters, run the trials, tell Optuna what they measured."""
 
-import functools
 import logging
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ from autotune import objective, report, tracking
 from autotune.errors import InputError, TrackingError
 from autotune.result import Result
 from autotune.schema import typed
-from autotune.space import DEFAULT, FLAG, check_flags, parse
+from autotune.space import DEFAULT, FLAG, Space, check_flags, parse
 from autotune.sweep.launchers import Job, Launcher
 from autotune.trial import Prepared, prepare, prepare_samples
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.1
-REFUSALS_IN_A_ROW = 500  # then the space is at fault
+REFUSALS_IN_A_ROW = 100  # then the space is at fault
 
 
 @dataclass
@@ -47,6 +47,18 @@ class Grid(GridSampler):
 
     def after_trial(self, *_: Any) -> None:
         pass
+
+
+def make_sampler(config: Any, space: Space) -> optuna.samplers.BaseSampler:
+    """The sampler of a `sampler` group; a grid covers `space`. Raises InputError for a missing extra."""
+    try:
+        made = instantiate(config, _execution_whitelist_=("optuna.*", "optuna_integration.*", "hydra_plugins.*"))
+    except (InstantiationException, ImportError) as error:
+        if "optuna_integration" in str(error) or "botorch" in str(error):
+            raise InputError("sampler=botorch needs the extra `botorch`: uv pip install -e '.[botorch]'") from None
+        raise
+    sampler: optuna.samplers.BaseSampler = Grid(space.grid, **made.keywords) if isinstance(made, partial) else made
+    return sampler
 
 
 class Study:
@@ -107,20 +119,11 @@ class Study:
 
     def _open(self) -> optuna.Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        try:
-            sampler = instantiate(
-                self._sweeper["sampler"],
-                _execution_whitelist_=("optuna.*", "optuna_integration.*", "hydra_plugins.*"),
-            )
-        except (InstantiationException, ImportError) as error:
-            if "botorch" in str(error):
-                raise InputError("sampler=botorch needs the extra `botorch`: uv pip install -e '.[botorch]'") from None
-            raise
+        sampler = make_sampler(self._sweeper["sampler"], self._space)
         self._n_trials = self._config.n_trials
-        if isinstance(sampler, functools.partial):  # the grid, which is made from the space
+        if isinstance(sampler, Grid):
             self._n_trials = self._space.grid_size
             log.info("grid: %d points", self._n_trials)
-            sampler = Grid(self._space.grid, **sampler.keywords)
         return optuna.create_study(
             study_name=self._sweeper["study_name"],
             storage=self._sweeper["storage"],

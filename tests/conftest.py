@@ -1,0 +1,32 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+Autotune = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def autotune(tmp_path: Path) -> Autotune:
+    """Runs `python -m autotune …` in an empty folder."""
+
+    def run(*arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "autotune", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **env}, timeout=500
+        )
+
+    return run
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """What still runs and was started from below `folder`: autotune, guards, vLLM and its workers."""
+    found = []
+    for process in psutil.process_iter(["cwd"]):
+        if process.info["cwd"] and Path(process.info["cwd"]).is_relative_to(folder):
+            found.append(process)
+    return found

@@ -1,0 +1,102 @@
+"""Every option of every group composes, is well typed, and names only what exists."""
+
+import subprocess
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.utils import get_method
+
+from autotune import compose, schema
+from tests.conftest import Autotune
+
+OPTIONS = sorted((path.parent.name, path.stem) for path in compose.CONF.glob("*/*.yaml") if path.parent.name != "hydra")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    compose.register()
+
+
+def composed(*overrides: str) -> schema.Config:
+    with hydra.initialize_config_dir(str(compose.CONF)):
+        return schema.typed(hydra.compose("config", overrides=list(overrides), return_hydra_config=True))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_option_composes_and_its_targets_exist(group: str, option: str):
+    needed = ["model=tiny"] if group != "model" else []
+    config = composed(*needed, f"{group}={'[' + option + ']' if group == 'space' else option}")
+    for node in (config.model.build, config.dataset.records, config.backend, config.launcher):
+        if node:
+            assert callable(get_method(node["_target_"]))
+
+
+def test_limits_follow_the_model():
+    assert composed("model=llama405b", "scenario=server").scenario.ttft_ms == 6000
+    assert composed("model=llama2_70b", "scenario=interactive").scenario.tpot_ms == 40
+    assert composed("model=llama405b", "scenario=server", "scenario.ttft_ms=9").scenario.ttft_ms == 9
+
+
+def test_any_vllm_flag_is_a_field():
+    config = composed("model=tiny", "engine.args.kv_cache_dtype=fp8", "engine.args.compilation_config.mode=3")
+    assert config.engine.args == {"kv_cache_dtype": "fp8", "compilation_config": {"mode": 3}}
+
+
+def test_spaces_combine():
+    _, params, _ = compose.command_line(["model=tiny", "space=[memory,quantization]"])
+    assert {"engine.args.block_size", "engine.args.kv_cache_dtype"} <= set(params)
+
+
+def test_help_shows_groups_and_examples(autotune: Autotune):
+    shown = autotune("--help").stdout
+    for group in {group for group, _ in OPTIONS}:
+        assert f"\n{group}: " in shown
+    assert shown.count("python -m autotune") == 3
+
+
+def test_cfg_job_shows_the_composed_trial(autotune: Autotune):
+    assert "max_num_seqs: 7" in autotune("model=tiny", "engine.args.max_num_seqs=7", "--cfg", "job").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model=tinyy"], "Could not find 'model/tinyy'; Available options in 'model': custom; llama2_70b"),
+        (["model=tiny", "engine.foo=1"], "Key 'foo' not in 'EngineConfig'"),
+        (["model=tiny", "n_trials=abc"], "'abc' of type 'str' could not be converted to Integer"),
+        (["model=tiny", "backend.prot=1"], "Key 'prot' not in 'LiveConfig'. Did you mean: 'port'?"),
+        ([], "no model: write model=smollm2"),
+    ],
+)
+def test_wrong_configuration_is_one_line(autotune: Autotune, arguments: list[str], words: str):
+    assert_one_line(autotune(*arguments), words)
+
+
+def assert_one_line(done: "subprocess.CompletedProcess[str]", words: str) -> None:
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert done.stderr.startswith("autotune: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["engine.args.max_num_seq=1"], "no such flag; did you mean max_num_seqs"),
+        (["engine.args.kv_cache_dtype=fp9"], "accepts auto, "),
+        (["engine.args.port=1"], "set by autotune itself; write backend.port instead"),
+        (["dataset.path=none.json"], "dataset.path=none.json: No such file"),
+        (["dataset.path=broken.jsonl"], "broken.jsonl, record 2: not JSON"),
+        (["dataset.path=empty.jsonl"], "dataset empty.jsonl: no records"),
+        (["dataset.path=long.jsonl"], "record 1: 5000 prompt + 2 output tokens exceed max_model_len=4096"),
+        (["model.path=no/such/model"], "neither a local folder nor a Hub id"),
+        (["model.path=./nothing"], "no model there; a model's folder holds a config.json"),
+        (["gpus=2"], "write a list of indices, gpus=[0,1], or gpus=all"),
+        (["tracking=mlflow", "tracking.uri=http://127.0.0.1:9"], "no MLflow server answers"),
+    ],
+)
+def test_bad_input_is_one_line(autotune: Autotune, tmp_path: Path, arguments: list[str], words: str):
+    (tmp_path / "broken.jsonl").write_text('{"input": "a", "output": "b"}\n{"input": "a"\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "long.jsonl").write_text('{"input": "' + "a" * 5000 + '", "output": "b"}\n')
+    assert_one_line(autotune("model=tiny", "dataset=cnn_small", "tracking=none", *arguments), words)

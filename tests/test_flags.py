@@ -1,0 +1,70 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autotune.errors import InputError
+from autotune.live.flags import Flag, Vllm, installed
+
+
+def flag(choices: list[Any] | None = None, negatable: bool = False, takes_value: bool = True) -> Flag:
+    return Flag(None, choices, negatable, takes_value)
+
+
+VLLM = Vllm(
+    python="python",
+    version="1.0",
+    torch="2.0",
+    serve=["serve"],
+    flags={
+        "max_num_seqs": flag(),
+        "enable_prefix_caching": flag(negatable=True, takes_value=False),
+        "disable_log_stats": flag(takes_value=False),
+        "kv_cache_dtype": flag(choices=["auto", "fp8"]),
+        "compilation_config": flag(),
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"max_num_seqs": 8}, ["--max-num-seqs", "8"]),
+        ({"max-num-seqs": 8}, ["--max-num-seqs", "8"]),
+        ({"max_num_seqs": None}, []),
+        ({"enable_prefix_caching": True}, ["--enable-prefix-caching"]),
+        ({"enable_prefix_caching": False}, ["--no-enable-prefix-caching"]),
+        ({"disable_log_stats": False}, []),
+        ({"cudagraph_capture_sizes": [1, 2]}, ["--cudagraph-capture-sizes", "1", "2"]),
+        ({"compilation_config": {"mode": 3}}, ["--compilation-config", '{"mode": 3}']),
+    ],
+)
+def test_values_become_the_command_line_that_vllm_reads(args: dict[str, Any], words: list[str]):
+    assert VLLM.command_line(args) == words
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"max_num_seq": 8}, r"engine.args.max_num_seq: vLLM 1.0 has no such flag; did you mean max_num_seqs\?"),
+        ({"kv_cache_dtype": "fp9"}, "engine.args.kv_cache_dtype=fp9: vLLM 1.0 accepts auto, fp8"),
+        ({"kv_cache_dtype": ["auto", "fp9"]}, "kv_cache_dtype=fp9"),
+        ({"port": 8000}, "engine.args.port: set by autotune itself; write backend.port instead"),
+    ],
+)
+def test_flag_that_vllm_would_not_take_is_named(args: dict[str, Any], message: str):
+    with pytest.raises(InputError, match=message):
+        VLLM.check(args)
+
+
+def test_installed_vllm_is_read_once_and_then_cached():
+    cache = Path.home() / ".cache/autotune"
+    found = installed(None, cache)
+    assert found is installed(None, cache)
+    assert found.flags["enable_prefix_caching"].negatable
+    assert "fp8" in (found.flags["kv_cache_dtype"].choices or [])
+
+
+def test_interpreter_without_vllm_says_what_to_do(tmp_path: Path):
+    with pytest.raises(InputError, match=r"no usable vLLM for /usr/bin/python3 \(vllm is not installed\); run `make"):
+        installed("/usr/bin/python3", tmp_path)

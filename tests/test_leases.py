@@ -1,0 +1,87 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from autotune.errors import InputError
+from autotune.live import leases
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from autotune.live import leases
+leases.FOLDER = Path(sys.argv[1])
+with leases.lease([0, 1], int(sys.argv[2])) as held:
+    print(*held.gpus, flush=True)
+    time.sleep(float(sys.argv[3]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(leases, "FOLDER", tmp_path)
+    return tmp_path
+
+
+def hold(folder: Path, count: int, seconds: float) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", HOLD, str(folder), str(count), str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_trials_get_different_gpus():
+    with leases.lease([0, 1], 1) as one, leases.lease([0, 1], 1) as other:
+        assert {*one.gpus, *other.gpus} == {0, 1}
+
+
+def test_lease_ends_with_its_block():
+    for _ in range(2):
+        with leases.lease([0], 1) as held:
+            assert held.gpus == (0,)
+
+
+def test_trial_waits_until_enough_gpus_are_free(folder: Path):
+    holder = hold(folder, 1, 1.0)
+    assert holder.stdout and holder.stdout.readline() == "0\n"
+    started = time.monotonic()
+    with leases.lease([0, 1], 2) as held:
+        assert held.gpus == (0, 1) or held.gpus == (1, 0)
+    assert time.monotonic() - started > 0.5
+    holder.wait()
+
+
+def test_killed_holder_frees_its_gpus(folder: Path):
+    holder = hold(folder, 2, 60)
+    assert holder.stdout and holder.stdout.readline()
+    holder.kill()
+    with leases.lease([0, 1], 2) as held:
+        assert len(held.gpus) == 2
+    holder.wait()
+
+
+def test_trial_of_many_gpus_is_not_overtaken(folder: Path):
+    first = hold(folder, 1, 1.0)
+    assert first.stdout and first.stdout.readline()
+    large = hold(folder, 2, 0.5)
+    time.sleep(0.5)
+    small = hold(folder, 1, 0.1)
+    assert large.stdout and large.stdout.readline()
+    assert small.poll() is None
+    assert small.wait(20) == large.wait(20) == first.wait(20) == 0
+
+
+def test_more_gpus_than_there_are_is_an_input_error():
+    with pytest.raises(InputError, match=r"needs 4 GPUs .* gpus has 2"), leases.lease([0, 1], 4):
+        pass
+
+
+@pytest.mark.parametrize("gpus", ["0,1", [], [-1], ["a"]])
+def test_malformed_gpus_say_what_to_write(gpus: object):
+    with pytest.raises(InputError, match=r"gpus=\[0,1\]"):
+        leases.devices(gpus)
+
+
+def test_all_means_the_visible_ones(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert leases.devices("all") == [2, 5]

@@ -1,0 +1,161 @@
+"""Trials and studies on real vLLM (model=tiny)."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+from mlflow import MlflowClient
+from omegaconf import OmegaConf
+from optuna.trial import TrialState
+
+from autotune import compose
+from autotune.errors import MeasureError, StartError
+from autotune.live import loadgen_log
+from autotune.live.backend import LiveBackend, read_requests, run_loadgen
+from autotune.live.server import Server, serve
+from autotune.schema import Config, Kind, ScenarioConfig
+from autotune.trial import Prepared, prepare, prepare_samples
+from tests.conftest import Autotune, processes_in
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+
+TINY = ["model=tiny", "dataset=cnn_small", "engine.args.enforce_eager=true"]
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return compose.command_line([*TINY, "backend.stop_timeout_s=5"])[0]
+
+
+@pytest.fixture(scope="module")
+def prepared(config: Config) -> Prepared:
+    return prepare(config)
+
+
+def backend(prepared: Prepared) -> LiveBackend:
+    assert isinstance(prepared.backend, LiveBackend)
+    return prepared.backend
+
+
+def scenario(kind: Kind, **settings: float) -> ScenarioConfig:
+    common = {"min_duration_s": 0.0, "min_queries": 64, "qps": 20.0, "warmup_requests": 4} | settings
+    return ScenarioConfig(name=kind.value, kind=kind, ttft_ms=2000, tpot_ms=100, **common)
+
+
+@pytest.fixture(scope="module")
+def server(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    live = backend(prepared)
+    with serve(live.config, live.vllm, prepared.model, prepared.args, tmp_path_factory.mktemp("server")) as running:
+        yield running
+    assert gone_within(5, lambda: not vllm_processes(running.model))
+
+
+def vllm_processes(name: str) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or [])]
+
+
+def gone_within(seconds: float, gone: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not gone() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return gone()
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_loadgen_measures_each_scenario_on_real_vllm(
+    kind: Kind, config: Config, prepared: Prepared, server: Server, tmp_path: Path
+):
+    path, samples = prepare_samples(config, prepared)
+    run_loadgen(server, scenario(kind), path, tmp_path, backend(prepared).config)
+    requests = read_requests(tmp_path / "requests.csv")
+    assert len(requests) >= 64
+    assert all(request.output_tokens == samples.output_tokens[request.sample] for request in requests)
+    assert all(request.issued < request.first_token <= request.last_token for request in requests)
+    figures = loadgen_log.read(tmp_path / "mlperf_log_detail.txt").figures
+    assert figures["tokens_per_s"] > 0 and figures["samples_per_s"] > 0
+
+
+def test_vllm_killed_in_mid_run_ends_the_trial_and_leaves_nothing(config: Config, prepared: Prepared, tmp_path: Path):
+    live = backend(prepared)
+    path, _ = prepare_samples(config, prepared)
+    with serve(live.config, live.vllm, prepared.model, prepared.args, tmp_path) as running:
+        children = [p.pid for p in psutil.Process(running.process.session).children(recursive=True)]
+        killer = subprocess.Popen(["sh", "-c", f"sleep 4; kill -9 {vllm_processes(running.model)[-1].pid}"])
+        with pytest.raises(MeasureError, match="vLLM ended while it was measured"):
+            run_loadgen(running, scenario(Kind.Server, min_duration_s=60.0), path, tmp_path, live.config)
+    killer.wait()
+    assert gone_within(5, lambda: not any(psutil.pid_exists(pid) for pid in children))
+
+
+def test_port_in_use_is_said_before_vllm_starts(autotune: Autotune):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = autotune(*TINY, "tracking=none", f"backend.port={port}")
+    assert done.returncode == 1
+    assert f"backend.port={port}: in use by another process" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_vllm_that_does_not_come_up_in_time_is_ended(autotune: Autotune, tmp_path: Path):
+    done = autotune(*TINY, "tracking=none", "backend.start_timeout_s=3")
+    assert done.returncode == 1 and "vLLM was not healthy after 3 s (backend.start_timeout_s)" in done.stderr
+    assert not processes_in(tmp_path)
+    result = next(tmp_path.glob("multirun/trials/*/result.json"))
+    assert "StartError" in json.loads(result.read_text())["reason"]
+
+
+def test_vllm_dying_at_start_gives_its_own_reason(prepared: Prepared, tmp_path: Path):
+    live = backend(prepared)
+    too_much = prepared.args | {"max_num_seqs": 64, "max_num_batched_tokens": 32}
+    with (
+        pytest.raises(StartError, match=r"max_num_batched_tokens \(32\) must be greater"),
+        serve(live.config, live.vllm, prepared.model, too_much, tmp_path),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_signal_to_autotune_leaves_no_process(number: signal.Signals, tmp_path: Path):
+    command = [sys.executable, "-m", "autotune", "-m", *TINY, "tracking=none", "study=s", "n_trials=1"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert gone_within(60, lambda: bool(list(tmp_path.glob("multirun/s/baseline/vllm.log"))))
+    time.sleep(2)
+    os.kill(running.pid, number)
+    output, _ = running.communicate(timeout=60)
+    assert gone_within(15, lambda: not processes_in(tmp_path))
+    assert running.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/multirun/s/study.db") is not None
+    if number != signal.SIGKILL:
+        assert "stopped; what was measured is kept" in output and "Traceback" not in output
+
+
+def test_study_of_real_vllm_is_complete_in_optuna_mlflow_and_files(autotune: Autotune, tmp_path: Path):
+    done = autotune(
+        "-m", *TINY, "study=s", "space=none", "sampler=grid", "scenario.min_queries=64", "scenario.warmup_requests=4",
+        "engine.args.max_num_seqs=choice(4,64)", "engine.args.block_size=choice(16,32)", "engine.args.seed=range(1,2)",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "block_size 16: CPU_ATTN takes" in done.stdout and "  vllm serve " in done.stdout
+    trials = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/multirun/s/study.db").trials
+    states = [trial.state for trial in trials if "baseline" not in trial.user_attrs]
+    assert sorted(states) == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
+    for folder in [path.parent for path in tmp_path.glob("multirun/s/*/result.json")]:
+        result = json.loads((folder / "result.json").read_text())
+        assert result["verdict"] == "VALID" and result["metrics"]["tokens_per_s"] > 0
+        beyond = result["phases"]["warmup"] + result["phases"]["stop"] + result["phases"]["other"]
+        assert beyond < 15  # seconds; 3 on a machine with nothing else to do
+        assert OmegaConf.load(folder / "config.yaml").model.name == "tiny"
+        for file in ("vllm.log", "command.json", "mlperf_log_summary.txt", "mlperf_log_detail.txt", "requests.csv"):
+            assert (folder / file).stat().st_size
+    client = MlflowClient(f"sqlite:///{tmp_path}/multirun/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("autotune").experiment_id])
+    assert len([run for run in runs if "mlflow.parentRunId" in run.data.tags]) == 3
+    assert not processes_in(tmp_path)

@@ -1,0 +1,53 @@
+import pytest
+
+from autotune import metrics, objective
+from autotune.backend import RequestTiming
+from autotune.errors import InputError
+from autotune.redact import redact
+from autotune.schema import Kind, ObjectiveConfig, ScenarioConfig
+
+
+def test_tpot_excludes_first_token():
+    timing = RequestTiming(sample=0, issued=0.0, first_token=0.5, last_token=1.5, output_tokens=11)
+    assert timing.tpot == pytest.approx(0.1)
+    assert (timing.ttft, timing.latency) == (0.5, 1.5)
+
+
+def test_percentile_is_a_value_that_was_seen():
+    found = metrics.summary("ttft", [i / 1000 for i in range(1, 101)])
+    assert found["ttft_p50_ms"] == 51 and found["ttft_p99_ms"] == 100 and found["ttft_mean_ms"] == 50.5
+
+
+def test_goodput_counts_requests_within_every_limit():
+    requests = [
+        RequestTiming(0, 0.0, 0.1, 1.0, 11),  # TTFT 0.1 s, TPOT 0.09 s
+        RequestTiming(1, 0.0, 0.5, 1.0, 11),  # TTFT over
+        RequestTiming(2, 0.0, 0.1, 2.0, 11),  # TPOT over
+    ]
+    found = metrics.from_requests(requests, ttft_limit=0.2, tpot_limit=0.1)
+    assert found["goodput_per_s"] == pytest.approx(1 / 2)
+    assert found["samples_per_s"] == pytest.approx(3 / 2) and found["tokens_per_s"] == pytest.approx(33 / 2)
+
+
+def test_constraint_is_the_share_over_the_limit():
+    scenario = ScenarioConfig(name="server", kind=Kind.Server, ttft_ms=200, tpot_ms=None)
+    found = objective.constraints(scenario, {"ttft_p99_ms": 250.0}, failed=2)
+    assert found == {"failed_requests": 2, "ttft_p99": 0.25}
+
+
+def test_unknown_objective_names_the_metrics_there_are():
+    with pytest.raises(InputError, match="no metric speed; a trial has tokens_per_s"):
+        objective.values(ObjectiveConfig("o", ["speed"], ["maximize"]), {"tokens_per_s": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("shown", "hidden"),
+    [
+        ({"env": {"HF_TOKEN": "***", "A": "b"}}, {"env": {"HF_TOKEN": "hf_x", "A": "b"}}),
+        ("backend.env.API_KEY=***", "backend.env.API_KEY=sk"),
+        ("postgresql://me:***@host/db", "postgresql://me:pw@host/db"),
+        ({"max_tokens": 3, "monkey": "x"}, {"max_tokens": 3, "monkey": "x"}),
+    ],
+)
+def test_secrets_are_hidden_and_nothing_else(shown: object, hidden: object):
+    assert redact(hidden) == shown

@@ -1,0 +1,86 @@
+"""Whatever happens to a trial, nothing that it started is left."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from autotune.process import GuardedProcess
+
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+# Starts a grandchild in a session of its own, writes both pids, then does what its second argument says.
+FAMILY = """
+import json, os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+open(sys.argv[1] + ".draft", "w").write(json.dumps([os.getpid(), child.pid]))
+os.rename(sys.argv[1] + ".draft", sys.argv[1])
+time.sleep(float(sys.argv[2]))
+"""
+PARENT = """
+import sys, time
+from pathlib import Path
+from autotune.process import GuardedProcess
+with GuardedProcess(sys.argv[2:], Path(sys.argv[1]), {}, 1.0):
+    time.sleep(60)
+"""
+
+
+def guarded(tmp_path: Path, *command: str, stop_timeout_s: float = 1.0) -> GuardedProcess:
+    return GuardedProcess([sys.executable, "-c", *command], tmp_path / "log", {"MARK": "yes"}, stop_timeout_s)
+
+
+def pids(file: Path) -> list[int]:
+    for _ in range(200):
+        if file.exists():
+            return list(json.loads(file.read_text()))
+        time.sleep(0.05)
+    raise TimeoutError(file)
+
+
+def gone(pids: list[int], timeout_s: float = 10) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_output_and_environment_reach_the_command(tmp_path: Path):
+    with guarded(tmp_path, "import os; print(os.environ['MARK'])") as process:
+        assert process.wait(10) == 0
+    assert (tmp_path / "log").read_text() == "yes\n"
+
+
+@pytest.mark.parametrize(("command", "code"), [("exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)])
+def test_exit_code_or_signal_comes_through(tmp_path: Path, command: str, code: int):
+    with guarded(tmp_path, command) as process:
+        assert process.wait(10) == code
+
+
+def test_command_that_ignores_sigterm_is_killed_after_its_grace(tmp_path: Path):
+    started = time.monotonic()
+    with guarded(tmp_path, STUBBORN, stop_timeout_s=0.5):
+        time.sleep(0.3)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("lives_s", ["60", "0"], ids=["stopped", "ended by itself"])
+def test_grandchildren_in_sessions_of_their_own_end_too(tmp_path: Path, lives_s: str):
+    with guarded(tmp_path, FAMILY, str(tmp_path / "pids"), lives_s) as process:
+        family = pids(tmp_path / "pids")
+        if lives_s == "0":
+            process.wait(10)
+            assert gone(family)
+    assert gone(family)
+
+
+def test_sigkill_of_the_parent_leaves_nothing(tmp_path: Path):
+    command = [sys.executable, "-c", FAMILY, str(tmp_path / "pids"), "60"]
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path / "log"), *command])
+    family = pids(tmp_path / "pids")
+    parent.kill()
+    parent.wait()
+    assert gone(family)

@@ -1,0 +1,70 @@
+"""Every sampler that conf/ offers is made and asked, with a seed, on a space with all kinds of parameters."""
+
+import sys
+
+import hydra
+import optuna
+import pytest
+
+from autotune import compose, objective, schema
+from autotune.errors import InputError
+from autotune.space import parse
+from autotune.sweep.study import make_sampler
+
+SAMPLERS = sorted(path.stem for path in (compose.CONF / "sampler").glob("*.yaml"))
+SPACE, _ = parse({}, ["a=range(1,5,step=1)", "b=range(0.1,0.5,step=0.1)", "c=choice(x,y)"], {}, {})
+NUMERIC, _ = parse({}, ["a=range(1,5,step=1)", "b=range(0.1,0.5,step=0.1)"], {}, {})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    compose.register()
+
+
+def sampler(name: str, seed: int = 3) -> optuna.samplers.BaseSampler:
+    with hydra.initialize_config_dir(str(compose.CONF)):
+        overrides = ["model=tiny", f"sampler={name}", f"seed={seed}"]
+        composed = hydra.compose("config", overrides=overrides, return_hydra_config=True)
+        return make_sampler(composed.hydra.sweeper.sampler, NUMERIC if name == "cmaes" else SPACE)
+
+
+def asked(name: str, trials: int) -> list[dict]:
+    study = optuna.create_study(sampler=sampler(name), direction="maximize")
+    for _ in range(trials):
+        trial = study.ask()
+        chosen = (NUMERIC if name == "cmaes" else SPACE).suggest(trial, {})
+        trial.set_constraint("ttft_p99", chosen["a"] - 3)
+        study.tell(trial, chosen["a"] + chosen["b"])
+    return [trial.params for trial in study.trials]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "botorch"])
+def test_same_seed_gives_the_same_trials(name: str):
+    first = asked(name, 12)
+    assert first == asked(name, 12)
+    assert len({tuple(params.items()) for params in first}) > 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_botorch_asks_by_its_model_once_it_has_ten_trials():
+    assert len(asked("botorch", 11)) == 11
+
+
+def test_grid_runs_every_point_once():
+    points = asked("grid", SPACE.grid_size)
+    assert len({tuple(sorted(params.items())) for params in points}) == SPACE.grid_size == 32
+
+
+def test_missing_botorch_names_the_extra(monkeypatch: pytest.MonkeyPatch):
+    for module in [name for name in sys.modules if name.startswith("optuna_integration")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "optuna_integration", None)
+    with pytest.raises(InputError, match=r"needs the extra `botorch`: uv pip install -e '\.\[botorch\]'"):
+        sampler("botorch")
+
+
+def test_penalty_makes_every_objective_worse_by_what_is_over():
+    config = schema.ObjectiveConfig("o", ["tokens_per_s", "ttft_p99_ms"], ["maximize", "minimize"])
+    assert objective.penalised(config, [100.0, 50.0], {"ttft_p99": 0.25, "tpot_p99": -0.5}) == [80.0, 62.5]
+    assert objective.penalised(config, [100.0, 50.0], {"ttft_p99": -0.1}) == [100.0, 50.0]
