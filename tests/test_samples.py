@@ -1,0 +1,102 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from autotune.errors import InputError
+from autotune.models import Model, build_shape
+from autotune.samples import Samples, prepare
+from autotune.schema import DatasetConfig, Output
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    """Its tokenizer makes one token of each byte."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    build_shape(folder, vocab_size=300)
+    return Model(str(folder), None, folder)
+
+
+def load(tmp_path: Path, model: Model, records: str | list[Any], **settings: Any) -> Samples:
+    path = tmp_path / "data.jsonl"
+    path.write_text(records if isinstance(records, str) else "\n".join(map(json.dumps, records)))
+    return Samples.load(prepare(DatasetConfig(name="d", path=str(path), **settings), model, tmp_path / "cache", None))
+
+
+def text(tokenizer: Tokenizer, samples: Samples, index: int = 0) -> str:
+    return str(tokenizer.decode(samples.prompts[index].tolist()))
+
+
+def test_token_ids_are_sent_as_they_are(tmp_path: Path, model: Model):
+    samples = load(tmp_path, model, [{"tok_input": [5, 6], "input": "ignored", "output": "four"}])
+    assert samples.prompts[0].tolist() == [5, 6] and samples.output_tokens.tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt"),
+    [
+        ({"input": "text"}, "text"),
+        ({"instruction": "Say:", "input": "text"}, "Say:\n\ntext"),
+        ({"instruction": "Say {input}!", "input": "text"}, "Say text!"),
+        ({"instruction": {"llama": "Say {input}!"}, "input": "text"}, "Say text!"),
+    ],
+)
+def test_text_becomes_the_prompt_that_mlperf_makes(tmp_path: Path, model: Model, record: dict[str, Any], prompt: str):
+    samples = load(tmp_path, model, [record | {"output": "xx"}])
+    assert text(model.tokenizer(), samples) == prompt
+
+
+def test_json_list_and_json_lines_load_the_same(tmp_path: Path, model: Model):
+    records = [{"input": "a", "output": "bb"}, {"input": "c", "output": "dd"}]
+    assert load(tmp_path, model, records).checksum == load(tmp_path, model, json.dumps(records)).checksum
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ('{"input": "a", "output": "bb"}\n{"input"', "record 2: not JSON"),
+        ('[{"input": "a"', "line 1: not JSON"),
+        ("", "no records"),
+        ([{"input": "a", "output": "bb"}, {"output": "bb"}], "record 2: no prompt"),
+        ([7], "record 1: int instead of an object"),
+        ([{"tok_input": [1, 300], "output": "bb"}], "record 1: `tok_input` must be .* below the vocabulary's 300"),
+        ([{"tok_input": [], "output": "bb"}], "record 1: the prompt is empty"),
+        ([{"input": "a"}], "record 1: no `output` .* set dataset.output=natural"),
+    ],
+)
+def test_broken_record_is_named(tmp_path: Path, model: Model, records: str | list[Any], message: str):
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, model, records)
+
+
+def test_lengths_stay_within_their_bounds(tmp_path: Path, model: Model):
+    records = [{"input": "a", "output": "x" * length} for length in (1, 5, 500)]
+    assert load(tmp_path, model, records).output_tokens.tolist() == [2, 5, 128]
+
+
+def test_natural_end_needs_no_reference(tmp_path: Path, model: Model):
+    samples = load(tmp_path, model, [{"input": "a"}], output=Output.natural, max_output_tokens=9)
+    assert samples.output_tokens.tolist() == [9] and not samples.ignore_eos
+
+
+def test_count_takes_the_first_and_refuses_too_few(tmp_path: Path, model: Model):
+    records = [{"input": "a", "output": "bb"}] * 3
+    assert len(load(tmp_path, model, records, count=2)) == 2
+    with pytest.raises(InputError, match=r"3 records, fewer than dataset.count=4"):
+        load(tmp_path, model, records, count=4)
+
+
+def test_sample_that_does_not_fit_is_named(tmp_path: Path, model: Model):
+    samples = load(tmp_path, model, [{"input": "a", "output": "bb"}, {"input": "a" * 9, "output": "bb"}])
+    samples.check_fits(11)
+    with pytest.raises(InputError, match="record 2: 9 prompt \\+ 2 output tokens exceed max_model_len=10"):
+        samples.check_fits(10)
+
+
+def test_changed_file_is_prepared_again(tmp_path: Path, model: Model):
+    assert len(load(tmp_path, model, [{"input": "a", "output": "bb"}])) == 1
+    assert len(load(tmp_path, model, [{"input": "a", "output": "bb"}] * 2)) == 2
+    assert len(list((tmp_path / "cache/samples").iterdir())) == 2
