@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,12 @@ def test_flag_that_vllm_would_not_take_is_named(args: dict[str, Any], message: s
 
 def test_installed_vllm_is_read_once_and_then_cached():
     cache = Path.home() / ".cache/autotune"
-    found = installed(None, cache)
-    assert found is installed(None, cache)
+    found = installed(sys.executable, (), cache)
+    assert found is installed(sys.executable, (), cache)
     assert found.flags["enable_prefix_caching"].negatable
     assert "fp8" in (found.flags["kv_cache_dtype"].choices or [])
 
 
 def test_interpreter_without_vllm_says_what_to_do(tmp_path: Path):
     with pytest.raises(InputError, match=r"no usable vLLM for /usr/bin/python3 \(vllm is not installed\); run `make"):
-        installed("/usr/bin/python3", tmp_path)
+        installed("/usr/bin/python3", (), tmp_path)

@@ -15,9 +15,9 @@ from autotune.backend import DryRunOutcome, Measurement, RequestTiming
 from autotune.errors import MeasureError
 from autotune.facts import hardware
 from autotune.live import flags, loadgen_log
-from autotune.live.dry_run import DryRun
+from autotune.live.dry_run import dry_run
 from autotune.live.leases import Lease, devices, lease
-from autotune.live.loadgen import ClientReport, Run
+from autotune.live.run import ClientReport, Run
 from autotune.live.server import Server, serve
 from autotune.models import Model
 from autotune.process import GuardedProcess
@@ -31,14 +31,15 @@ class LiveBackend:
 
     def __init__(self, config: LiveConfig, cache_dir: Path) -> None:
         self.config = config
-        self.vllm = flags.installed(config.python, cache_dir)
-        self._dry_run = DryRun(self.vllm, config.env, cache_dir)
+        self._cache_dir = cache_dir
+        self._env = tuple(sorted(config.env.items()))
+        self.vllm = flags.installed(config.python or sys.executable, self._env, cache_dir)
 
     def check(self, args: Mapping[str, Any]) -> None:
         self.vllm.check(args)
 
     def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
-        return self._dry_run.ask(model.folder, args)
+        return dry_run(self.vllm, self._env, model.folder, args, self._cache_dir)
 
     def measure(
         self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Path, folder: Path

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,23 +87,53 @@ class Vllm:
         return words
 
 
-def installed(python: str | None, cache_dir: Path) -> Vllm:
+class Probe:
+    """An interpreter that has vLLM imported and answers questions about it; see probe.py."""
+
+    def __init__(self, python: str, env: Mapping[str, str]) -> None:
+        self.python = python
+        # It reads until its input ends, and so ends with this process, however that dies.
+        self._process = subprocess.Popen(
+            [python, str(PROBE), "answer"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**ENV, **env},
+            start_new_session=True,
+        )
+
+    def ask(self, question: str | list[str]) -> dict[str, Any]:
+        """The answer to `flags`, or to a dry run of a command line. Raises InputError if there is none."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise InputError(f"vLLM does not answer; see `echo '\"flags\"' | {self.python} {PROBE} answer`")
+        body: dict[str, Any] = json.loads(answer)
+        return body
+
+
+@functools.cache
+def probe(python: str, env: tuple[tuple[str, str], ...]) -> Probe:
+    """The open interpreter for `python` and `env`: vLLM takes seconds to import, so there is one per process."""
+    return Probe(python, dict(env))
+
+
+@functools.cache
+def installed(python: str, env: tuple[tuple[str, str], ...], cache_dir: Path) -> Vllm:
     """What `python`'s vLLM is; takes seconds once per version, then comes from the cache.
 
     Raises InputError if there is none.
     """
-    return _installed(python or sys.executable, cache_dir)
-
-
-@functools.cache
-def _installed(python: str, cache_dir: Path) -> Vllm:
-    versions = _probe(python, "versions")
+    versions = _versions(python)
     key = hashlib.sha256(json.dumps([python, versions, PROBE.read_text()]).encode()).hexdigest()[:16]
     cached = cache_dir / "vllm" / f"{key}.json"
     if cached.exists():
         body = json.loads(cached.read_text())
     else:
-        body = _probe(python, "flags") | versions
+        body = probe(python, env).ask("flags") | versions
         cached.parent.mkdir(parents=True, exist_ok=True)
         draft = cached.with_suffix(f".{os.getpid()}")
         draft.write_text(json.dumps(body, indent=1))
@@ -118,8 +147,8 @@ def _installed(python: str, cache_dir: Path) -> Vllm:
     )
 
 
-def _probe(python: str, what: str) -> dict[str, Any]:
-    command: Sequence[str] = [python, str(PROBE), what]
+def _versions(python: str) -> dict[str, Any]:
+    command: Sequence[str] = [python, str(PROBE), "versions"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENV)
     except OSError as error:

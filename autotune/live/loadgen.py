@@ -14,7 +14,6 @@ import resource
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlperf_loadgen as lg
@@ -23,40 +22,11 @@ import uvloop
 from autotune.backend import RequestTiming
 from autotune.errors import MeasureError
 from autotune.live.client import Client, bodies
+from autotune.live.run import ClientReport, Run
 from autotune.samples import Samples
 from autotune.schema import Kind
 
 NO_LIMIT_MS = 3_600_000.0
-
-
-@dataclass(frozen=True)
-class Run:
-    """RUN.json. Fields as in ScenarioConfig."""
-
-    url: str
-    model: str
-    samples: str
-    kind: str
-    qps: float
-    ttft_ms: float | None
-    tpot_ms: float | None
-    min_duration_s: float
-    max_duration_s: float
-    min_queries: int
-    max_queries: int
-    warmup_requests: int
-    seed: int
-    request_timeout_s: float
-
-
-@dataclass(frozen=True)
-class ClientReport:
-    """client.json."""
-
-    failed: int
-    errors: list[str]  # the first few, in the server's words
-    warmup_s: float
-    run_s: float
 
 
 class Sut:

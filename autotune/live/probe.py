@@ -1,8 +1,9 @@
 """Runs in vLLM's own interpreter and answers in lines of JSON:
 
-versions   vLLM's and torch's, and how `serve` is started
-flags      `vllm serve`'s flags with defaults and choices
-dry-run    for each line of flags (a JSON list) on standard input, what vLLM makes of them or why it refuses
+    probe.py versions    vLLM's and torch's, and how `serve` is started
+    probe.py answer      for each question on standard input, a line of JSON, its answer:
+        "flags"          `vllm serve`'s flags with defaults and choices
+        ["--model", …]   a dry run: what vLLM makes of this command line, or why it refuses
 
 Takes no GPU memory: vLLM's configuration is built, its engine is not.
 """
@@ -52,9 +53,9 @@ def make_parser() -> Any:
     sys.exit("vLLM's argument parser was not found")
 
 
-def flags() -> dict[str, Any]:
+def flags(parser: Any) -> dict[str, Any]:
     found = {}
-    for action in make_parser()._actions:
+    for action in parser._actions:
         names = [option for option in action.option_strings if option.startswith("--")]
         if not names or action.dest == "help":
             continue
@@ -70,20 +71,25 @@ def flags() -> dict[str, Any]:
     return {"flags": found}
 
 
-def dry_run() -> None:
+def dry_run(parser: Any, words: list[str]) -> dict[str, Any]:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    parser = make_parser()
+    try:
+        arguments = parser.parse_args(words)
+        config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+        check_start(config)
+        return {"refusal": "", "resolved": resolved(config, vars(arguments))}
+    except (Exception, SystemExit) as error:
+        return {"refusal": one_line(error), "resolved": {}}
+
+
+def answer() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # vLLM prints, too
+    parser = make_parser()
     for line in sys.stdin:
-        try:
-            arguments = parser.parse_args(json.loads(line))
-            config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
-            check_start(config)
-            answer = {"refusal": "", "resolved": resolved(config, vars(arguments))}
-        except (Exception, SystemExit) as error:
-            answer = {"refusal": one_line(error), "resolved": {}}
-        print(json.dumps(answer), file=answers, flush=True)
+        question = json.loads(line)
+        found = flags(parser) if question == "flags" else dry_run(parser, question)
+        print(json.dumps(found, default=str), file=answers, flush=True)
 
 
 def resolved(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +156,7 @@ def one_line(error: BaseException) -> str:
 
 if __name__ == "__main__":
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-    if sys.argv[1] == "dry-run":
-        dry_run()
+    if sys.argv[1] == "answer":
+        answer()
     else:
-        print(json.dumps(versions() if sys.argv[1] == "versions" else flags(), default=str))
+        print(json.dumps(versions()))
