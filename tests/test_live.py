@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from autotune import compose
 from autotune.errors import MeasureError, StartError
 from autotune.live import loadgen_log
-from autotune.live.backend import LiveBackend, read_requests, run_loadgen
+from autotune.live.backend import LiveBackend, read_requests, run_loadgen, start_loadgen
 from autotune.live.server import Server, serve
 from autotune.schema import Config, Kind, ScenarioConfig
 from autotune.trial import Prepared, prepare, prepare_samples
@@ -75,7 +75,8 @@ def test_loadgen_measures_each_scenario_on_real_vllm(
     kind: Kind, config: Config, prepared: Prepared, server: Server, tmp_path: Path
 ):
     path, samples = prepare_samples(config, prepared)
-    run_loadgen(server, scenario(kind), path, tmp_path, backend(prepared).config)
+    with start_loadgen(path, tmp_path) as process:
+        run_loadgen(process, server, scenario(kind), tmp_path, backend(prepared).config)
     requests = read_requests(tmp_path / "requests.csv")
     assert len(requests) >= 64
     assert all(request.output_tokens == samples.output_tokens[request.sample] for request in requests)
@@ -91,7 +92,9 @@ def test_vllm_killed_in_mid_run_ends_the_trial_and_leaves_nothing(config: Config
         children = [p.pid for p in psutil.Process(running.process.session).children(recursive=True)]
         killer = subprocess.Popen(["sh", "-c", f"sleep 4; kill -9 {vllm_processes(running.model)[-1].pid}"])
         with pytest.raises(MeasureError, match="vLLM ended while it was measured"):
-            run_loadgen(running, scenario(Kind.Server, min_duration_s=60.0), path, tmp_path, live.config)
+            long = scenario(Kind.Server, min_duration_s=60.0)
+            with start_loadgen(path, tmp_path) as process:
+                run_loadgen(process, running, long, tmp_path, live.config)
     killer.wait()
     assert gone_within(5, lambda: not any(psutil.pid_exists(pid) for pid in children))
 

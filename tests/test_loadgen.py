@@ -61,7 +61,6 @@ def run(folder: Path, url: str, kind: str, firsts: list[int], **settings: float)
     spec = {
         "url": url,
         "model": "m",
-        "samples": str(samples),
         "kind": kind,
         "qps": 50,
         "ttft_ms": 2000,
@@ -76,7 +75,7 @@ def run(folder: Path, url: str, kind: str, firsts: list[int], **settings: float)
         **settings,
     }
     (folder / "run.json").write_text(json.dumps(spec))
-    command = [sys.executable, "-m", "autotune.live.loadgen", str(folder / "run.json")]
+    command = [sys.executable, "-m", "autotune.live.loadgen", str(samples), str(folder)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 

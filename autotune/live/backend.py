@@ -44,8 +44,12 @@ class LiveBackend:
     def measure(
         self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Path, folder: Path
     ) -> Measurement:
-        with self._lease(args) as lease, serve(self.config, self.vllm, model, args, folder, lease) as server:
-            run_loadgen(server, scenario, samples, folder, self.config)
+        with (
+            self._lease(args) as lease,
+            start_loadgen(samples, folder) as loadgen_process,
+            serve(self.config, self.vllm, model, args, folder, lease) as server,
+        ):
+            run_loadgen(loadgen_process, server, scenario, folder, self.config)
             stopping = time.monotonic()
         stop_s = time.monotonic() - stopping
         client = ClientReport(**json.loads((folder / "client.json").read_text()))
@@ -88,15 +92,23 @@ class LiveBackend:
         return ["vllm", "serve", model.path, *revision, *self.vllm.command_line(args)]
 
 
-def run_loadgen(server: Server, scenario: ScenarioConfig, samples: Path, folder: Path, config: LiveConfig) -> None:
-    """One LoadGen run against `server`; its files go to `folder`.
+def start_loadgen(samples: Path, folder: Path) -> GuardedProcess:
+    """LoadGen's process, which gets the samples ready and then waits for run_loadgen."""
+    (folder / "run.json").unlink(missing_ok=True)
+    command = [sys.executable, "-m", "autotune.live.loadgen", str(samples.resolve()), str(folder)]
+    return GuardedProcess(command, folder / "loadgen.log", {}, stop_timeout_s=1.0)
+
+
+def run_loadgen(
+    process: GuardedProcess, server: Server, scenario: ScenarioConfig, folder: Path, config: LiveConfig
+) -> None:
+    """One LoadGen run against `server`, in the `process` that start_loadgen made for `folder`.
 
     Raises MeasureError if the server ends, the run does, or it takes longer than run_timeout_s.
     """
     run = Run(
         url=server.url,
         model=server.model,
-        samples=str(samples.resolve()),
         kind=scenario.kind.value,
         qps=scenario.qps,
         ttft_ms=scenario.ttft_ms,
@@ -109,17 +121,17 @@ def run_loadgen(server: Server, scenario: ScenarioConfig, samples: Path, folder:
         seed=scenario.seed,
         request_timeout_s=config.request_timeout_s,
     )
-    (folder / "run.json").write_text(json.dumps(asdict(run), indent=1))
-    command = [sys.executable, "-m", "autotune.live.loadgen", str(folder / "run.json")]
-    log = folder / "loadgen.log"
+    draft = folder / ".run.json"
+    draft.write_text(json.dumps(asdict(run), indent=1))
+    draft.rename(folder / "run.json")
     deadline = time.monotonic() + config.run_timeout_s
-    with GuardedProcess(command, log, {}, stop_timeout_s=1.0) as process:
-        while (code := process.wait(POLL_S)) is None:
-            server.check_alive()
-            if time.monotonic() > deadline:
-                raise MeasureError(f"LoadGen had not finished after backend.run_timeout_s={config.run_timeout_s:.0f}")
+    while (code := process.wait(POLL_S)) is None:
+        server.check_alive()
+        if time.monotonic() > deadline:
+            raise MeasureError(f"LoadGen had not finished after backend.run_timeout_s={config.run_timeout_s:.0f}")
     if code:
         server.check_alive()
+        log = folder / "loadgen.log"
         lines = log.read_text(errors="replace").strip().splitlines()
         raise MeasureError(f"LoadGen's process ended with exit code {code}: {lines[-1] if lines else log}")
 

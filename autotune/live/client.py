@@ -16,9 +16,9 @@ TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 TAIL_BYTES = 1024  # enough for the last event, which holds the usage
 
 
-def bodies(samples: Samples, model: str) -> list[bytes]:
-    """Each sample's request to /v1/completions, ready to send."""
-    common = {"model": model, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+def bodies(samples: Samples) -> list[bytes]:
+    """Each sample's request to /v1/completions, ready to send but for the model's name."""
+    common = {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     found = []
     for prompt, tokens in zip(samples.prompts, samples.output_tokens.tolist(), strict=True):
         length = {"max_tokens": tokens}
@@ -31,9 +31,10 @@ def bodies(samples: Samples, model: str) -> list[bytes]:
 class Client:
     """One HTTP session to one server; use it on one event loop."""
 
-    def __init__(self, url: str, bodies: Sequence[bytes], timeout_s: float) -> None:
+    def __init__(self, url: str, model: str, bodies: Sequence[bytes], timeout_s: float) -> None:
         self._url = url
-        self._bodies = bodies
+        head = json.dumps({"model": model}).encode()[:-1] + b", "
+        self._bodies = [head + body[1:] for body in bodies]
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=timeout_s),

@@ -1,5 +1,6 @@
 """vLLM's own flags: read from the vLLM that will run, checked before it starts, written as its command line."""
 
+import atexit
 import difflib
 import functools
 import hashlib
@@ -102,6 +103,7 @@ class Probe:
             env={**ENV, **env},
             start_new_session=True,
         )
+        atexit.register(self._process.kill)
 
     def ask(self, question: str | list[str]) -> dict[str, Any]:
         """The answer to `flags`, or to a dry run of a command line. Raises InputError if there is none."""

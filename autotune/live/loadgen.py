@@ -1,8 +1,9 @@
 """One LoadGen run, in a process of its own: a second run in one process would not read its settings again.
 
-    python -m autotune.live.loadgen RUN.json
+    python -m autotune.live.loadgen SAMPLES FOLDER
 
-writes LoadGen's logs, `requests.csv` and `client.json` beside RUN.json.
+gets the samples ready while vLLM starts, waits for FOLDER/run.json, and writes LoadGen's logs, `requests.csv` and
+`client.json` beside it.
 """
 
 import array
@@ -12,8 +13,8 @@ import dataclasses
 import json
 import resource
 import sys
-import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlperf_loadgen as lg
@@ -27,6 +28,7 @@ from autotune.samples import Samples
 from autotune.schema import Kind
 
 NO_LIMIT_MS = 3_600_000.0
+POLL_S = 0.02
 
 
 class Sut:
@@ -97,17 +99,16 @@ def settings(run: Run) -> lg.TestSettings:
     return found
 
 
-async def measure(run: Run, folder: Path) -> None:
-    samples = Samples.load(Path(run.samples))
+async def measure(run: Run, requests: Sequence[bytes], folder: Path) -> None:
     loop = asyncio.get_running_loop()
-    async with Client(run.url, bodies(samples, run.model), run.request_timeout_s) as client:
+    async with Client(run.url, run.model, requests, run.request_timeout_s) as client:
         started = time.perf_counter()
-        warmup = (client.complete(i % len(samples), started) for i in range(run.warmup_requests))
+        warmup = (client.complete(i % len(requests), started) for i in range(run.warmup_requests))
         await asyncio.gather(*warmup)
         await client.reset_caches()
         warm = time.perf_counter()
         sut = Sut(client, loop, first_token=run.kind != Kind.Offline.value)
-        await asyncio.to_thread(start_test, sut, settings(run), len(samples), folder)
+        await asyncio.to_thread(start_test, sut, settings(run), len(requests), folder)
         ended = time.perf_counter()
     with (folder / "requests.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -131,13 +132,15 @@ def start_test(sut: Sut, test_settings: lg.TestSettings, samples: int, folder: P
 
 
 def main() -> None:
-    path = Path(sys.argv[1])
-    run = Run(**json.loads(path.read_text()))
+    samples, folder = map(Path, sys.argv[1:])
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one connection a request in flight
-    threading.excepthook = lambda _: None  # asyncio.to_thread re-raises it
+    requests = bodies(Samples.load(samples))
+    while not (folder / "run.json").exists():
+        time.sleep(POLL_S)
+    run = Run(**json.loads((folder / "run.json").read_text()))
     try:
-        uvloop.run(measure(run, path.parent))
+        uvloop.run(measure(run, requests, folder))
     except MeasureError as error:
         sys.exit(str(error))
 

@@ -73,10 +73,12 @@ def flags(parser: Any) -> dict[str, Any]:
 
 def dry_run(parser: Any, words: list[str]) -> dict[str, Any]:
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
 
     try:
         arguments = parser.parse_args(words)
-        config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config()
+        # vLLM's defaults depend on who asks: a server batches less than LLM() does.
+        config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
         check_start(config)
         return {"refusal": "", "resolved": resolved(config, vars(arguments))}
     except (Exception, SystemExit) as error:

@@ -9,7 +9,6 @@ class Run:
 
     url: str
     model: str
-    samples: str
     kind: str
     qps: float
     ttft_ms: float | None
