@@ -35,7 +35,8 @@ def outcome(result: Result, objectives: list[str]) -> str:
     if not result.complete:
         return f"failed: {result.reason}"
     values = ", ".join(f"{name} {value:.4g}" for name, value in zip(objectives, result.values, strict=True))
-    over = [f"{name} over by {value:.0%}" for name, value in result.constraints.items() if value > 0]
+    limits = {name: value for name, value in result.constraints.items() if name != "failed_requests"}
+    over = [f"{name} over by {value:.0%}" for name, value in limits.items() if value > 0]
     why = f"; infeasible: {', '.join(over)}" if over else ""
     verdict = result.verdict + (f" ({'; '.join(result.reasons)})" if result.reasons else "")
     return f"{values}; LoadGen: {verdict}{why}"
