@@ -56,6 +56,7 @@ def values(result: Result) -> float | list[float]:
 
 def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are, and leave as one line
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds every `with`: no server stays behind
     register()
     with errors_in_one_line():
