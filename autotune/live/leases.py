@@ -5,7 +5,7 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,6 +50,8 @@ def lease(gpus: Sequence[int], count: int) -> Iterator[Lease]:
     if count > len(gpus):
         raise InputError(f"this trial needs {count} GPUs (tensor × pipeline × data parallel), gpus has {len(gpus)}")
     FOLDER.mkdir(parents=True, exist_ok=True)
+    with suppress(PermissionError):  # another user made it, and opened it to all
+        FOLDER.chmod(0o1777)
     with ExitStack() as held:
         with _open("queue") as queue:
             fcntl.flock(queue, fcntl.LOCK_EX)
@@ -70,4 +72,6 @@ def lease(gpus: Sequence[int], count: int) -> Iterator[Lease]:
 
 def _open(name: str) -> BinaryIO:
     descriptor = os.open(FOLDER / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    with suppress(PermissionError):
+        os.fchmod(descriptor, 0o666)
     return os.fdopen(descriptor, "r+b")
