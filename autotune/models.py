@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,7 +113,7 @@ def _built(build: Callable[..., object], config: ModelConfig, cache_dir: Path) -
         try:
             build(folder=draft)
             draft.chmod(0o755)
-            if not folder.exists():  # another process may have been faster
+            with suppress(OSError):  # not empty: another process was faster
                 draft.rename(folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)

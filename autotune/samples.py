@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class Samples:
                 )
 
     def save(self, path: Path) -> None:
-        draft = path.with_suffix(f".{id(self)}.npz")
+        draft = path.with_suffix(f".{os.getpid()}.npz")
         np.savez(
             draft,
             name=self.name,

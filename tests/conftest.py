@@ -7,6 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+# Each of the many processes that tests start would compile all of Hydra and MLflow again where this is set.
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
+
 Autotune = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

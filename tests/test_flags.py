@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from autotune.errors import InputError
-from autotune.live.flags import Flag, Vllm, installed
+from autotune.live.flags import MANAGED, Flag, Vllm, installed
 
 
 def flag(choices: list[Any] | None = None, negatable: bool = False, takes_value: bool = True) -> Flag:
@@ -33,6 +33,7 @@ VLLM = Vllm(
         ({"max_num_seqs": 8}, ["--max-num-seqs", "8"]),
         ({"max-num-seqs": 8}, ["--max-num-seqs", "8"]),
         ({"max_num_seqs": None}, []),
+        ({"disable_log_stats": True}, ["--disable-log-stats"]),
         ({"enable_prefix_caching": True}, ["--enable-prefix-caching"]),
         ({"enable_prefix_caching": False}, ["--no-enable-prefix-caching"]),
         ({"disable_log_stats": False}, []),
@@ -56,6 +57,17 @@ def test_values_become_the_command_line_that_vllm_reads(args: dict[str, Any], wo
 def test_flag_that_vllm_would_not_take_is_named(args: dict[str, Any], message: str):
     with pytest.raises(InputError, match=message):
         VLLM.check(args)
+
+
+@pytest.mark.parametrize("name", ["max-num-seqs", "max_num_seqs"])
+def test_flag_is_known_with_hyphens_and_underscores(name: str):
+    VLLM.check({name: 8, "kv_cache_dtype": None, "enable-prefix-caching": False})
+
+
+@pytest.mark.parametrize("name", MANAGED)
+def test_flag_that_autotune_sets_is_refused(name: str):
+    with pytest.raises(InputError, match=f"engine.args.{name}: set by autotune itself; write .+ instead"):
+        VLLM.check({name: "x"})
 
 
 def test_installed_vllm_is_read_once_and_then_cached():

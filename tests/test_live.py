@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,6 +69,12 @@ def gone_within(seconds: float, gone: Callable[[], bool]) -> bool:
     while not gone() and time.monotonic() < deadline:
         time.sleep(0.1)
     return gone()
+
+
+def test_server_serves_one_model_under_a_name_of_its_own(server: Server):
+    with urllib.request.urlopen(f"{server.url}/v1/models") as answer:
+        assert [model["id"] for model in json.loads(answer.read())["data"]] == [server.model]
+    assert server.model.startswith("autotune-")
 
 
 @pytest.mark.parametrize("kind", list(Kind))
@@ -138,6 +145,7 @@ def test_signal_to_autotune_leaves_no_process(number: signal.Signals, tmp_path: 
     assert optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/multirun/s/study.db") is not None
     if number != signal.SIGKILL:
         assert "stopped; what was measured is kept" in output and "Traceback" not in output
+        assert "Study s: 0 trials" in (tmp_path / "multirun/s/summary.txt").read_text()
 
 
 def test_study_of_real_vllm_is_complete_in_optuna_mlflow_and_files(autotune: Autotune, tmp_path: Path):
@@ -160,5 +168,7 @@ def test_study_of_real_vllm_is_complete_in_optuna_mlflow_and_files(autotune: Aut
             assert (folder / file).stat().st_size
     client = MlflowClient(f"sqlite:///{tmp_path}/multirun/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("autotune").experiment_id])
-    assert len([run for run in runs if "mlflow.parentRunId" in run.data.tags]) == 3
+    parents = [run.info.run_id for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.data.tags.get("mlflow.parentRunId") for run in runs if run.info.run_id not in parents] == parents * 3
+    assert len(parents) == 1
     assert not processes_in(tmp_path)

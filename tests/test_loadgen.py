@@ -5,39 +5,53 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
+from autotune import metrics
 from autotune.live import loadgen_log
 from autotune.live.backend import read_requests
 from autotune.samples import Samples
 
 TOKENS = 4
+OK, REFUSED, CUT, SLOW, SILENT, RESET = 5, 1, 2, 3, 4, 6  # first token of a prompt, and what its request meets
+TTFT_S, TPOT_S = 0.2, 0.03  # of a slow one
 
 
 class Streaming(BaseHTTPRequestHandler):
-    """/v1/completions in server-sent events; a prompt that begins with token 1 gets a 500, with 2 half a stream."""
+    """/v1/completions in server-sent events, with the faults that a prompt's first token asks for."""
+
+    received: ClassVar[list[tuple[str, dict[str, Any]]]] = []
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
+        self.received.append((self.path, body))
         if self.path == "/reset_prefix_cache":
             self.send_response(200)
             self.end_headers()
             return
-        first = json.loads(body)["prompt"][0]
-        self.send_response(500 if first == 1 else 200)
+        first = body["prompt"][0]
+        if first == SILENT:
+            time.sleep(2)
+        self.send_response(500 if first == REFUSED else 200)
+        if first == RESET:
+            self.send_header("Content-Length", "1000000")
         self.end_headers()
-        if first == 1:
+        if first == REFUSED:
             self.wfile.write(b'{"error": "out of blocks"}')
             return
-        for _ in range(TOKENS):
+        for number in range(body["max_tokens"]):
+            if first == SLOW:
+                time.sleep(TPOT_S if number else TTFT_S)
             self.wfile.write(b'data: {"choices": [{"text": "x"}]}\n\n')
-        if first != 2:
-            self.wfile.write(b'data: {"choices": [], "usage": {"completion_tokens": %d}}\n\n' % TOKENS)
+        if first not in (CUT, RESET):
+            self.wfile.write(b'data: {"choices": [], "usage": {"completion_tokens": %d}}\n\n' % body["max_tokens"])
             self.wfile.write(b"data: [DONE]\n\n")
 
     def log_message(self, *_: object) -> None:
@@ -53,11 +67,14 @@ def url() -> Iterator[str]:
     server.shutdown()
 
 
-def run(folder: Path, url: str, kind: str, firsts: list[int], **settings: float) -> "subprocess.CompletedProcess[str]":
+def run(
+    folder: Path, url: str, kind: str, firsts: list[int], lengths: list[int] | None = None, **settings: Any
+) -> "subprocess.CompletedProcess[str]":
     """LoadGen over one sample for each of `firsts`, its prompt's first token."""
     prompts = [np.array([first, 7], dtype=np.int32) for first in firsts]
     samples = folder / "samples.npz"
-    Samples("s", "c", prompts, np.full(len(firsts), TOKENS, np.int32), ignore_eos=True).save(samples)
+    output_tokens = np.array(lengths or [TOKENS] * len(firsts), dtype=np.int32)
+    Samples("s", "c", prompts, output_tokens, ignore_eos=settings.pop("ignore_eos", True)).save(samples)
     spec = {
         "url": url,
         "model": "m",
@@ -82,7 +99,7 @@ def run(folder: Path, url: str, kind: str, firsts: list[int], **settings: float)
 @pytest.mark.parametrize("kind", ["Offline", "Server", "SingleStream"])
 def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: str):
     enough = 64  # SingleStream's early stopping at p90 needs as many
-    done = run(tmp_path, url, kind, [5] * 30, min_queries=enough)
+    done = run(tmp_path, url, kind, [OK] * 30, min_queries=enough)
     assert done.returncode == 0, done.stderr
     requests = read_requests(tmp_path / "requests.csv")
     assert len(requests) >= enough
@@ -94,15 +111,84 @@ def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: str)
     assert log.reasons == (["early stopping: too few queries for p99, or too many over the limit"] * (kind == "Server"))
 
 
-@pytest.mark.parametrize(("first", "words"), [(1, "vLLM answered 500: .*out of blocks"), (2, "vLLM answered 200")])
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        (REFUSED, "vLLM answered 500: .*out of blocks"),
+        (CUT, "vLLM answered 200"),
+        (RESET, "request failed: ClientPayloadError"),
+        (SILENT, "request failed: TimeoutError"),
+    ],
+    ids=["refused", "cut", "reset", "silent"],
+)
 def test_failed_requests_are_counted_and_the_run_ends(tmp_path: Path, url: str, first: int, words: str):
-    done = run(tmp_path, url, "Server", [5, first])
+    done = run(tmp_path, url, "Server", [OK, first], request_timeout_s=1)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "client.json").read_text())
-    assert report["failed"] > 0 and report["failed"] + len(read_requests(tmp_path / "requests.csv")) >= 20
+    assert report["failed"] > 0 and len(report["errors"]) <= 5
+    assert report["failed"] + len(read_requests(tmp_path / "requests.csv")) >= 20
     assert re.search(words, report["errors"][0])
 
 
 def test_failing_warmup_ends_the_run_in_one_line(tmp_path: Path, url: str):
-    done = run(tmp_path, url, "Offline", [1], warmup_requests=2)
+    done = run(tmp_path, url, "Offline", [REFUSED], warmup_requests=2)
     assert done.returncode == 1 and done.stderr.startswith("vLLM answered 500") and done.stderr.count("\n") == 1
+
+
+def test_latencies_are_what_the_server_took(tmp_path: Path, url: str):
+    done = run(tmp_path, url, "SingleStream", [SLOW], lengths=[6], min_queries=5)
+    assert done.returncode == 0, done.stderr
+    requests = read_requests(tmp_path / "requests.csv")
+    for request in requests:
+        assert TTFT_S <= request.ttft < TTFT_S + 0.1
+        assert TPOT_S <= request.tpot < TPOT_S + 0.02
+    ours = metrics.from_requests(requests, None, None)
+    loadgens = loadgen_log.read(tmp_path / "mlperf_log_detail.txt").figures
+    for name in ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "latency_p50_ms", "latency_p99_ms", "latency_mean_ms"):
+        assert loadgens[name] == pytest.approx(ours[name], rel=0.03)
+
+
+def test_tokens_are_counted_for_each_sample_on_its_own(tmp_path: Path, url: str):
+    lengths = [2, 3, 9]
+    done = run(tmp_path, url, "Offline", [OK] * 3, lengths)
+    assert done.returncode == 0, done.stderr
+    requests = read_requests(tmp_path / "requests.csv")
+    assert {request.sample for request in requests} == {0, 1, 2}
+    assert all(request.output_tokens == lengths[request.sample] for request in requests)
+    duration = metrics.from_requests(requests, None, None)["duration_s"]
+    tokens = loadgen_log.read(tmp_path / "mlperf_log_detail.txt").figures["tokens_per_s"] * duration
+    assert tokens == pytest.approx(sum(request.output_tokens for request in requests), rel=0.25)
+
+
+@pytest.mark.parametrize("ignore_eos", [True, False], ids=["reference", "natural"])
+def test_request_asks_for_the_sample_and_its_length(tmp_path: Path, url: str, ignore_eos: bool):
+    Streaming.received.clear()
+    run(tmp_path, url, "SingleStream", [OK], ignore_eos=ignore_eos, min_queries=1)
+    exactly = {"min_tokens": TOKENS, "ignore_eos": True} if ignore_eos else {}
+    assert (
+        "/v1/completions",
+        {
+            "model": "m",
+            "prompt": [OK, 7],
+            "max_tokens": TOKENS,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **exactly,
+        },
+    ) in Streaming.received
+
+
+def test_caches_are_reset_between_warmup_and_run(tmp_path: Path, url: str):
+    Streaming.received.clear()
+    run(tmp_path, url, "SingleStream", [OK], warmup_requests=3, min_queries=4)
+    paths = [path for path, _ in Streaming.received]
+    assert paths.index("/reset_prefix_cache") == 3
+    assert paths.count("/v1/completions") == 3 + len(read_requests(tmp_path / "requests.csv"))
+
+
+def test_broken_limit_makes_the_run_invalid(tmp_path: Path, url: str):
+    done = run(tmp_path, url, "Server", [SLOW], ttft_ms=TTFT_S * 1e3 / 2)
+    assert done.returncode == 0, done.stderr
+    log = loadgen_log.read(tmp_path / "mlperf_log_detail.txt")
+    assert log.verdict == "INVALID" and "p99 of TTFT or TPOT is over its limit" in log.reasons

@@ -13,6 +13,10 @@ def test_tpot_excludes_first_token():
     assert (timing.ttft, timing.latency) == (0.5, 1.5)
 
 
+def test_one_token_has_no_time_per_token():
+    assert RequestTiming(sample=0, issued=0.0, first_token=0.5, last_token=0.5, output_tokens=1).tpot == 0
+
+
 def test_percentile_is_a_value_that_was_seen():
     found = metrics.summary("ttft", [i / 1000 for i in range(1, 101)])
     assert found["ttft_p50_ms"] == 51 and found["ttft_p99_ms"] == 100 and found["ttft_mean_ms"] == 50.5
@@ -35,6 +39,11 @@ def test_constraint_is_the_share_over_the_limit():
     assert found == {"failed_requests": 2, "ttft_p99": 0.25}
 
 
+def test_objective_takes_its_metrics_in_order():
+    config = ObjectiveConfig("o", ["b", "a"], ["maximize", "minimize"])
+    assert objective.values(config, {"a": 1.0, "b": 2.0, "c": 3.0}) == [2.0, 1.0]
+
+
 def test_unknown_objective_names_the_metrics_there_are():
     with pytest.raises(InputError, match="no metric speed; a trial has tokens_per_s"):
         objective.values(ObjectiveConfig("o", ["speed"], ["maximize"]), {"tokens_per_s": 1.0})
@@ -44,6 +53,9 @@ def test_unknown_objective_names_the_metrics_there_are():
     ("shown", "hidden"),
     [
         ({"env": {"HF_TOKEN": "***", "A": "b"}}, {"env": {"HF_TOKEN": "hf_x", "A": "b"}}),
+        (["seed=1", "engine.args.hf_token=***"], ["seed=1", "engine.args.hf_token=hf_x"]),
+        ({"secrets": {"token": ["***", "***"]}}, {"secrets": {"token": ["a", "b"]}}),
+        ({"hf_token": ""}, {"hf_token": ""}),
         ("backend.env.API_KEY=***", "backend.env.API_KEY=sk"),
         ("postgresql://me:***@host/db", "postgresql://me:pw@host/db"),
         ({"max_tokens": 3, "monkey": "x"}, {"max_tokens": 3, "monkey": "x"}),

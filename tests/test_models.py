@@ -30,6 +30,20 @@ def test_model_is_built_once(tmp_path: Path):
     assert len(built) == 1
 
 
+def test_model_that_another_process_built_meanwhile_is_taken(tmp_path: Path):
+    config = ModelConfig(name="m", build={"a": 1})
+
+    def build(folder: Path) -> None:
+        (folder / "config.json").write_text('{"by": "me"}')
+
+    def overtaken(folder: Path) -> None:
+        locate(config, tmp_path, build)
+        (folder / "config.json").write_text('{"by": "the other"}')
+
+    assert locate(config, tmp_path, overtaken).config == {"by": "me"}
+    assert len(list((tmp_path / "models").iterdir())) == 1
+
+
 def test_interrupted_build_leaves_nothing(tmp_path: Path):
     def build(folder: Path) -> None:
         (folder / "config.json").write_text("{}")

@@ -67,6 +67,28 @@ def test_command_that_ignores_sigterm_is_killed_after_its_grace(tmp_path: Path):
     assert time.monotonic() - started < 5
 
 
+def test_command_that_heeds_sigterm_has_time_to_tidy_up(tmp_path: Path):
+    tidy = "import signal, sys, time; signal.signal(15, lambda *_: (time.sleep(0.3), print('tidy'), sys.exit()))"
+    with guarded(tmp_path, f"{tidy}; print('ready', flush=True); time.sleep(60)", stop_timeout_s=10) as process:
+        while (tmp_path / "log").read_text() != "ready\n":
+            assert process.wait(0.05) is None
+    assert (tmp_path / "log").read_text() == "ready\ntidy\n"
+
+
+def test_both_streams_are_in_the_log(tmp_path: Path):
+    with guarded(tmp_path, "import sys; print('out', flush=True); print('err', file=sys.stderr)") as process:
+        process.wait(10)
+    assert (tmp_path / "log").read_text() == "out\nerr\n"
+
+
+def test_stopping_what_has_ended_changes_nothing(tmp_path: Path):
+    process = guarded(tmp_path, "exit(7)")
+    process.wait(10)
+    for _ in range(2):
+        process.stop()
+    assert process.exit_code() == 7
+
+
 @pytest.mark.parametrize("lives_s", ["60", "0"], ids=["stopped", "ended by itself"])
 def test_grandchildren_in_sessions_of_their_own_end_too(tmp_path: Path, lives_s: str):
     with guarded(tmp_path, FAMILY, str(tmp_path / "pids"), lives_s) as process:

@@ -96,6 +96,44 @@ def test_sample_that_does_not_fit_is_named(tmp_path: Path, model: Model):
         samples.check_fits(10)
 
 
+def test_samples_load_as_they_were_saved(tmp_path: Path, model: Model):
+    made = load(tmp_path, model, [{"input": "a", "output": "bb"}, {"input": "cde", "output": "ffff"}])
+    made.save(tmp_path / "copy.npz")
+    copy = Samples.load(tmp_path / "copy.npz")
+    assert (copy.name, copy.checksum, copy.ignore_eos) == (made.name, made.checksum, True)
+    assert [prompt.tolist() for prompt in copy.prompts] == [[64], [66, 67, 68]]
+    assert copy.output_tokens.tolist() == [2, 4]
+    assert {file.name for file in tmp_path.glob("copy*")} == {"copy.npz"}
+
+
+def test_records_are_made_once_for_the_same_data_set_and_model(tmp_path: Path, model: Model):
+    calls = 0
+
+    def make(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+        nonlocal calls
+        calls += 1
+        return [{"tok_input": [1], "output": "aa"}]
+
+    one, again, other = (
+        prepare(DatasetConfig(name="d", max_output_tokens=most), model, tmp_path, make) for most in (8, 8, 9)
+    )
+    assert one == again != other
+    assert calls == 2
+
+
+def test_another_tokenizer_makes_other_samples(tmp_path: Path, model: Model):
+    before = load(tmp_path, model, [{"input": "a", "output": "bb"}])
+    build_shape(model.folder, vocab_size=400)
+    load(tmp_path, model, [{"input": "a", "output": "bb"}])
+    assert len(list((tmp_path / "cache/samples").iterdir())) == 2
+    assert len(before) == 1
+
+
+def test_nothing_to_send_says_what_to_write(tmp_path: Path, model: Model):
+    with pytest.raises(InputError, match="no data set: write dataset=cnn_shaped"):
+        prepare(DatasetConfig(name="d"), model, tmp_path, None)
+
+
 def test_changed_file_is_prepared_again(tmp_path: Path, model: Model):
     assert len(load(tmp_path, model, [{"input": "a", "output": "bb"}])) == 1
     assert len(load(tmp_path, model, [{"input": "a", "output": "bb"}] * 2)) == 2

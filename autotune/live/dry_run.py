@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,5 +23,7 @@ def dry_run(
         return DryRunOutcome(**json.loads(cached.read_text()))
     answer = probe(vllm.python, env).ask(words)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    cached.write_text(json.dumps(answer))
+    draft = cached.with_suffix(f".{os.getpid()}")
+    draft.write_text(json.dumps(answer))
+    draft.rename(cached)
     return DryRunOutcome(**answer)
