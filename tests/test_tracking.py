@@ -1,6 +1,4 @@
-import contextlib
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +9,25 @@ from mlflow.entities import Run
 
 from autotune import tracking
 from autotune.errors import TrackingError
-from autotune.process import GuardedProcess
 from autotune.result import Result
 from autotune.schema import TrackingConfig
+
+pytestmark = pytest.mark.xdist_group("mlflow")  # one worker makes `empty`
+
+
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables, which take it seconds to make."""
+    file = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def uri(empty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A database of the test's own, in its working folder."""
+    monkeypatch.chdir(tmp_path)
+    return f"sqlite:///{shutil.copy(empty, tmp_path / 'mlflow.db')}"
 
 
 @pytest.fixture
@@ -38,21 +52,29 @@ def config(uri: str) -> TrackingConfig:
     return TrackingConfig(uri=uri, experiment="e")
 
 
-def test_trial_is_logged_once_below_its_study(tmp_path: Path, trial: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+def all_runs(uri: str) -> list[Run]:
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name("e")
+    assert found is not None
+    return list(client.search_runs([found.experiment_id]))
+
+
+def runs(uri: str) -> dict[str, Run]:
+    return {run.info.run_name: run for run in all_runs(uri)}
+
+
+def test_trial_is_logged_once_below_its_study(uri: str, trial: Path):
     with tracking.study(config(uri), "s", trial.parent) as tracker:
         for _ in range(2):
             tracker.log_trial(trial, "trial-0", Result.load(trial))
-    client = MlflowClient(uri)
-    runs = {run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("e").experiment_id])}
-    assert set(runs) == {"s", "trial-0"}
-    child = runs["trial-0"].data
-    assert child.tags["mlflow.parentRunId"] == runs["s"].info.run_id
+    logged = runs(uri)
+    assert len(all_runs(uri)) == 2
+    child = logged["trial-0"].data
+    assert child.tags["mlflow.parentRunId"] == logged["s"].info.run_id
     assert child.metrics["tokens_per_s"] == 5 and child.metrics["phase_start_s"] == 30
     assert child.params == {"engine.args.max_num_seqs": "8"}
     assert (child.tags["feasible"], child.tags["vllm"], child.tags["command"]) == ("true", "0.32.0", "vllm serve x")
-    artifacts = {file.path for file in client.list_artifacts(runs["trial-0"].info.run_id)}
+    artifacts = {file.path for file in MlflowClient(uri).list_artifacts(logged["trial-0"].info.run_id)}
     assert artifacts == {"result.json", "vllm.log"}
 
 
@@ -91,20 +113,7 @@ def test_tracking_that_is_off_asks_no_server_and_logs_nothing(trial: Path):
     assert not list(trial.parent.glob("**/mlflow_run"))
 
 
-def all_runs(uri: str) -> list[Run]:
-    client = MlflowClient(uri)
-    found = client.get_experiment_by_name("e")
-    assert found is not None
-    return list(client.search_runs([found.experiment_id]))
-
-
-def runs(uri: str) -> dict[str, Run]:
-    return {run.info.run_name: run for run in all_runs(uri)}
-
-
-def test_failed_trial_is_logged_as_failed_with_its_reason(tmp_path: Path, trial: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+def test_failed_trial_is_logged_as_failed_with_its_reason(uri: str, trial: Path):
     with tracking.study(config(uri), "s", trial.parent) as tracker:
         tracker.log_trial(trial, "trial-0", Result(reason="StartError: no memory"))
     logged = runs(uri)
@@ -112,17 +121,13 @@ def test_failed_trial_is_logged_as_failed_with_its_reason(tmp_path: Path, trial:
     assert logged["trial-0"].data.tags["reason"] == "StartError: no memory"
 
 
-def test_stopped_study_is_logged_as_killed(tmp_path: Path, trial: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+def test_stopped_study_is_logged_as_killed(uri: str, trial: Path):
     with pytest.raises(KeyboardInterrupt), tracking.study(config(uri), "s", trial.parent):
         raise KeyboardInterrupt
     assert runs(uri)["s"].info.status == "KILLED"
 
 
-def test_only_what_is_missing_is_logged_later(tmp_path: Path, trial: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+def test_only_what_is_missing_is_logged_later(uri: str, trial: Path, monkeypatch: pytest.MonkeyPatch):
     with tracking.study(config(uri), "s", trial.parent) as tracker:
         tracker.log_trial(trial, "trial-0", Result.load(trial))
     late = trial.with_name("trial-1")
@@ -142,31 +147,9 @@ def test_folder_without_a_trial_is_said_to_hold_none(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-def test_study_whose_server_dies_is_logged_later_by_hand(tmp_path: Path, trial: Path):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    uri = f"http://127.0.0.1:{port}"
-    arguments = ["--port", str(port), "--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--workers", "1"]
-    command = [sys.executable, "-m", "mlflow", "server", *arguments, "--artifacts-destination", str(tmp_path / "kept")]
-    with GuardedProcess(command, tmp_path / "server.log", {}, stop_timeout_s=5) as server:
-        answers(uri, server)
-        with tracking.study(config(uri), "s", trial.parent) as tracker:
-            tracker.log_trial(trial, "trial-0", Result.load(trial))
-            server.stop()
-            late = trial.with_name("trial-1")
-            shutil.copytree(trial, late, ignore=shutil.ignore_patterns("mlflow_run"))
-            with pytest.raises(TrackingError, match=f"nothing is lost, log it later: .* --uri {uri}"):
-                tracker.log_trial(late, "trial-1", Result.load(late))
-    with GuardedProcess(command, tmp_path / "server.log", {}, stop_timeout_s=5) as server:
-        answers(uri, server)
-        later = [sys.executable, "-m", "autotune.tracking", str(trial.parent), "--uri", uri, "--experiment", "e"]
-        done = subprocess.run(later, capture_output=True, text=True, cwd=tmp_path)
-        assert done.stdout == f"2 trials of {trial.parent} are in MLflow at {uri}\n", done.stderr
-        assert sorted(run.info.run_name for run in all_runs(uri)) == ["s", "trial-0", "trial-1"]
-
-
-def answers(uri: str, server: GuardedProcess) -> None:
-    while server.wait(0.2) is None:
-        with contextlib.suppress(TrackingError):
-            return tracking.check(config(uri))
-    raise AssertionError("mlflow server ended")
+def test_study_is_logged_later_by_hand(tmp_path: Path, trial: Path):
+    uri = f"sqlite:///{tmp_path}/later.db"
+    command = [sys.executable, "-m", "autotune.tracking", str(trial.parent), "--uri", uri]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert "1 trials of" in done.stdout, done.stderr
+    assert len(MlflowClient(uri).search_runs(["1"])) == 2
