@@ -33,6 +33,8 @@ def _cpu() -> str:
 def git_revision() -> str:
     """Revision of autotune itself, with `+changes` where the working tree has some; empty outside git."""
     here = Path(__file__).parent
+    if not shutil.which("git"):
+        return ""
     done = subprocess.run(
         ["git", "-C", here, "describe", "--always", "--dirty=+changes"], capture_output=True, text=True
     )

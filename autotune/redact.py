@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 SECRET_NAME = re.compile(r"(^|[._-])(token|key|secret|password|passwd|pwd|credentials?)$", re.IGNORECASE)
-URL_PASSWORD = re.compile(r"(\w+://[^/\s:@]*):[^/\s@]+@")
+URL_SECRET = re.compile(r"(\w+://)(?:([^/\s:@]*):[^/\s]+|[^/\s]+)@")
 HIDDEN = "***"
 
 
@@ -21,4 +21,4 @@ def redact(value: Any, name: str = "") -> Any:
     key, equals, _ = value.partition("=")
     if equals and SECRET_NAME.search(key):  # an override: backend.env.HF_TOKEN=…
         return f"{key}={HIDDEN}"
-    return URL_PASSWORD.sub(rf"\1:{HIDDEN}@", value)
+    return URL_SECRET.sub(lambda url: f"{url[1]}{f'{url[2]}:' if url[2] is not None else ''}{HIDDEN}@", value)

@@ -58,6 +58,9 @@ def test_unknown_objective_names_the_metrics_there_are():
         ({"hf_token": ""}, {"hf_token": ""}),
         ("backend.env.API_KEY=***", "backend.env.API_KEY=sk"),
         ("postgresql://me:***@host/db", "postgresql://me:pw@host/db"),
+        ("postgresql://me:***@host/db", "postgresql://me:p@ss@host/db"),
+        ("https://***@host/x", "https://token@host/x"),
+        ("http://127.0.0.1:5000/a@b", "http://127.0.0.1:5000/a@b"),
         ({"max_tokens": 3, "monkey": "x"}, {"max_tokens": 3, "monkey": "x"}),
     ],
 )

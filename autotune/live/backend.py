@@ -20,6 +20,7 @@ from autotune.live.leases import Lease, devices, lease
 from autotune.live.run import ClientReport, Run
 from autotune.live.server import Server, serve
 from autotune.models import Model
+from autotune.redact import redact
 from autotune.process import GuardedProcess
 from autotune.schema import LiveConfig, ScenarioConfig
 
@@ -89,7 +90,7 @@ class LiveBackend:
     def command(self, model: Model, args: Mapping[str, Any]) -> list[str]:
         """What a user types to serve the same configuration."""
         revision = ["--revision", model.revision] if model.revision else []
-        return ["vllm", "serve", model.path, *revision, *self.vllm.command_line(args)]
+        return ["vllm", "serve", model.path, *revision, *self.vllm.command_line(redact(args))]
 
 
 def start_loadgen(samples: Path, folder: Path) -> GuardedProcess:

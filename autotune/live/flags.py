@@ -21,6 +21,7 @@ MANAGED = {
     "port": "backend.port",
     "served_model_name": "nothing (it identifies the trial's server)",
     "api_key": "nothing (servers listen on 127.0.0.1)",
+    "hf_token": "the environment variable HF_TOKEN (vLLM logs its flags)",
     "revision": "model.revision",
     "tokenizer_revision": "model.revision",
     "uds": "nothing (servers listen on 127.0.0.1)",

@@ -19,6 +19,7 @@ from autotune.errors import MeasureError, StartError
 from autotune.live.flags import Vllm
 from autotune.live.leases import Lease
 from autotune.models import Model
+from autotune.redact import redact
 from autotune.process import GuardedProcess
 from autotune.schema import LiveConfig
 
@@ -62,15 +63,17 @@ def serve(
     if config.port is not None and _answers(port):
         raise StartError(f"backend.port={port}: in use by another process; choose another, or null for a free one")
     name = f"autotune-{secrets.token_hex(8)}"
+    flags = vllm.command_line(args)
     command = [
         config.python or sys.executable,
         *vllm.serve,
         model.path,
         *(["--revision", model.revision] if model.revision else []),
         *("--host", HOST, "--port", str(port), "--served-model-name", name),
-        *vllm.command_line(args),
+        *flags,
     ]
-    (folder / "command.json").write_text(json.dumps({"command": command, "env": config.env}, indent=1))
+    shown = [*command[: len(command) - len(flags)], *vllm.command_line(redact(args))]
+    (folder / "command.json").write_text(json.dumps({"command": shown, "env": redact(config.env)}, indent=1))
     log = folder / "vllm.log"
     started = time.monotonic()
     devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, lease.gpus))} if lease else {}
