@@ -6,6 +6,18 @@ from autotune.errors import InputError
 from autotune.schema import ObjectiveConfig, ScenarioConfig
 
 
+def check(objective: ObjectiveConfig) -> None:
+    """Raise InputError unless each metric has its direction."""
+    wrong = [direction for direction in objective.directions if direction not in ("minimize", "maximize")]
+    if wrong:
+        raise InputError(f"objective.directions: {wrong[0]} is neither minimize nor maximize")
+    if len(objective.metrics) != len(objective.directions):
+        raise InputError(
+            f"objective: {len(objective.metrics)} metrics and {len(objective.directions)} directions; "
+            f"write one of objective.directions for each of objective.metrics"
+        )
+
+
 def values(objective: ObjectiveConfig, metrics: Mapping[str, float]) -> list[float]:
     """The metrics that the sampler optimises. Raises InputError for a name that no trial has."""
     missing = [name for name in objective.metrics if name not in metrics]

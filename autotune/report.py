@@ -73,8 +73,8 @@ def headline(study: optuna.Study, folder: Path, config: Config) -> dict[str, flo
         figures[f"baseline_{name}"] = baseline.values[0]
     if trial:
         figures[f"best_{name}"] = trial.values[0]
-        if baseline and baseline.complete:
-            figures["gain_percent"] = (trial.values[0] / baseline.values[0] - 1) * 100
+        if baseline and baseline.complete and baseline.values[0]:
+            figures["gain_percent"] = _sign(study) * (trial.values[0] / baseline.values[0] - 1) * 100
     return figures
 
 
@@ -127,7 +127,8 @@ def _verdict(sign: int, trial: FrozenTrial, result: Result, baseline: Result | N
     changed, command = shorten(trial.params), ["", f"  {result.shell_command}"]
     if not (baseline and baseline.feasible):
         return ["", f"Best: {changed} (no usable baseline to compare with)", *command]
-    gain = f"{result.values[0] / baseline.values[0] - 1:+.1%} against vLLM's defaults, measured once each"
+    change = f"{result.values[0] / baseline.values[0] - 1:+.1%}" if baseline.values[0] else f"{result.values[0]:g}"
+    gain = f"{change} against vLLM's defaults, measured once each"
     if sign * (result.values[0] - baseline.values[0]) > 0:
         return ["", f"Best: {changed} ({gain})", *command]
     worse = f"No trial beat vLLM's defaults. The best was {changed} ({gain}). Serve the defaults:"

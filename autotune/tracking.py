@@ -5,6 +5,7 @@ later:  python -m autotune.tracking multirun/<study> --uri http://…
 """
 
 import argparse
+import json
 import logging
 import os
 import socket
@@ -44,7 +45,10 @@ def check(config: TrackingConfig) -> None:
     address = urlsplit(config.uri)
     if not config.enabled or address.scheme not in ("http", "https"):
         return
-    port = address.port or {"http": 80, "https": 443}[address.scheme]
+    try:
+        port = address.port or {"http": 80, "https": 443}[address.scheme]
+    except ValueError:
+        raise TrackingError(f"tracking.uri={redact(config.uri)}: the port is not a number") from None
     try:
         socket.create_connection((address.hostname or "", port), timeout=5).close()
     except OSError as error:
@@ -66,12 +70,12 @@ class Tracker:
         with self._errors():
             self._client, self._experiment = _connect(config)
             if study is not None:
-                known = _known_run(folder)
+                known = _known_run(folder, self._uri)
                 self._parent = known or self._create(folder, study, {"autotune.study": study}, time.time())
 
     def log_trial(self, folder: Path, name: str, result: Result) -> None:
         """Log a trial's parameters, metrics, tags and artifacts once. Raises TrackingError."""
-        if not self._enabled or _known_run(folder):
+        if not self._enabled or _known_run(folder, self._uri):
             return
         from mlflow.entities import Metric, Param, RunTag
 
@@ -101,7 +105,7 @@ class Tracker:
                 if (folder / file).exists():
                     self._client.log_artifact(run, str(folder / file))
             self._client.set_terminated(run, "FINISHED" if result.complete else "FAILED", ended)
-            _remember(folder, run)
+            _remember(folder, self._uri, run)
 
     def summarise(self, folder: Path, figures: dict[str, float]) -> None:
         """Put the study's figures and summary on the parent run; a server that is down is no reason to fail."""
@@ -127,7 +131,7 @@ class Tracker:
         tags = {"mlflow.runName": name, **{key: str(value)[:5000] for key, value in tags.items() if value}}
         run = self._client.create_run(self._experiment, start_time=int(started * 1000), tags=tags)
         if keep:
-            _remember(folder, run.info.run_id)
+            _remember(folder, self._uri, run.info.run_id)
         run_id: str = run.info.run_id
         return run_id
 
@@ -176,13 +180,17 @@ def _connect(config: TrackingConfig) -> tuple[Any, str]:
     return client, client.create_experiment(config.experiment, artifact_location=artifacts)
 
 
-def _known_run(folder: Path) -> str | None:
-    file = folder / "mlflow_run"
-    return file.read_text() if file.exists() else None
+def _known_run(folder: Path, uri: str) -> str | None:
+    """The run that `folder` was logged as at `uri`."""
+    file = folder / "mlflow_run.json"
+    found: str | None = json.loads(file.read_text()).get(uri) if file.exists() else None
+    return found
 
 
-def _remember(folder: Path, run: str) -> None:
-    (folder / "mlflow_run").write_text(run)
+def _remember(folder: Path, uri: str, run: str) -> None:
+    file = folder / "mlflow_run.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(known | {uri: run}))
 
 
 def main() -> None:

@@ -42,7 +42,9 @@ def prepare(config: Config) -> Prepared:
     backend_class: Any = get_class(config.backend["_target_"])
     settings = OmegaConf.merge(OmegaConf.structured(backend_class.Config), config.backend)
     backend = backend_class(OmegaConf.to_object(settings), cache)
-    args = {**config.scenario.args, **config.model.args, **config.engine.args}
+    written = (config.scenario.args, config.model.args, config.engine.args)  # the last wins
+    args = {flag.replace("-", "_"): value for args in written for flag, value in args.items()}
+    objective.check(config.objective)
     backend.check(args)
     return Prepared(models.locate(config.model, cache, _partial(config.model.build)), backend, args)
 

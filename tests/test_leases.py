@@ -82,6 +82,17 @@ def test_malformed_gpus_say_what_to_write(gpus: object):
         leases.devices(gpus)
 
 
+def test_gpu_named_twice_is_not_waited_for():
+    with pytest.raises(InputError, match="names a GPU twice"):
+        leases.devices([0, 0])
+
+
+def test_visible_devices_without_indices_say_what_to_write(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f3a")
+    with pytest.raises(InputError, match=r"holds no indices; write gpus=\[0,1\]"):
+        leases.devices("all")
+
+
 def test_all_means_the_visible_ones(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert leases.devices("all") == [2, 5]

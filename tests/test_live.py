@@ -27,7 +27,7 @@ from autotune.schema import Config, Kind, ScenarioConfig
 from autotune.trial import Prepared, prepare, prepare_samples
 from tests.conftest import Autotune, processes_in
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.slow
 
 TINY = ["model=tiny", "dataset=cnn_small", "engine.args.enforce_eager=true"]
 

@@ -110,6 +110,16 @@ def test_two_servers_have_ports_and_names_of_their_own(tmp_path: Path):
         assert one.url != other.url and one.model != other.model
 
 
+def test_secrets_stay_out_of_the_command_that_is_written_down(tmp_path: Path):
+    vllm = Vllm(sys.executable, "1.0", "2.0", ["-c", "pass"], {})
+    config = LiveConfig(env={"HF_TOKEN": "hidden"}, stop_timeout_s=1.0)
+    args = {"kv_transfer_config": {"api_key": "hidden"}, "max_num_seqs": 8}
+    with pytest.raises(StartError), serve(config, vllm, Model("m", None, tmp_path), args, tmp_path):
+        pass
+    written = (tmp_path / "command.json").read_text()
+    assert "hidden" not in written and "--max-num-seqs" in written
+
+
 def test_exact_command_is_written_before_it_runs(tmp_path: Path):
     with start(tmp_path, HEALTHY) as server:
         command = json.loads((tmp_path / "command.json").read_text())["command"]

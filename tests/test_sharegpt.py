@@ -14,8 +14,6 @@ from autotune.errors import InputError
 from autotune.models import Model, build_shape
 from autotune.schema import DatasetConfig
 
-pytestmark = pytest.mark.xdist_group("transformers")  # one worker pays for its import
-
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -12,8 +12,6 @@ from autotune.errors import TrackingError
 from autotune.result import Result
 from autotune.schema import TrackingConfig
 
-pytestmark = pytest.mark.xdist_group("mlflow")  # one worker makes `empty`
-
 
 @pytest.fixture(scope="session")
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -83,7 +81,7 @@ def test_server_that_goes_away_costs_a_line_and_no_result(trial: Path, monkeypat
     with pytest.raises(TrackingError, match=r"nothing is lost, log it later: python -m autotune.tracking"):
         tracking.Tracker(config("http://127.0.0.1:9"), "s", trial.parent)
     assert Result.load(trial).complete
-    assert not (trial / "mlflow_run").exists()
+    assert not (trial / "mlflow_run.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -110,7 +108,7 @@ def test_tracking_that_is_off_asks_no_server_and_logs_nothing(trial: Path):
     tracking.check(off)
     with tracking.study(off, "s", trial.parent) as tracker:
         tracker.log_trial(trial, "trial-0", Result.load(trial))
-    assert not list(trial.parent.glob("**/mlflow_run"))
+    assert not list(trial.parent.glob("**/mlflow_run.json"))
 
 
 def test_failed_trial_is_logged_as_failed_with_its_reason(uri: str, trial: Path):

@@ -20,8 +20,8 @@ from autotune.live.leases import Lease, devices, lease
 from autotune.live.run import ClientReport, Run
 from autotune.live.server import Server, serve
 from autotune.models import Model
-from autotune.redact import redact
 from autotune.process import GuardedProcess
+from autotune.redact import redact
 from autotune.schema import LiveConfig, ScenarioConfig
 
 POLL_S = 0.1

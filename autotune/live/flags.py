@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,11 @@ class Probe:
     def ask(self, question: str | list[str]) -> dict[str, Any]:
         """The answer to `flags`, or to a dry run of a command line. Raises InputError if there is none."""
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
+        answer = ""
+        with suppress(BrokenPipeError):  # it has ended
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
         if not answer:
             raise InputError(f"vLLM does not answer; see `echo '\"flags\"' | {self.python} {PROBE} answer`")
         body: dict[str, Any] = json.loads(answer)

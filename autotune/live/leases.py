@@ -27,8 +27,12 @@ def devices(gpus: Any) -> list[int]:
     if gpus != "all":
         if not isinstance(gpus, list) or not gpus or not all(type(gpu) is int and gpu >= 0 for gpu in gpus):
             raise InputError(f"gpus={gpus}: write a list of indices, gpus=[0,1], or gpus=all")
+        if len(set(gpus)) < len(gpus):
+            raise InputError(f"gpus={gpus}: names a GPU twice; write each index once")
         return list(gpus)
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        if not all(index.strip().isdigit() for index in visible.split(",")):
+            raise InputError(f"gpus=all: CUDA_VISIBLE_DEVICES={visible} holds no indices; write gpus=[0,1]")
         return [int(index) for index in visible.split(",")]
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout

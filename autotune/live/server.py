@@ -19,8 +19,8 @@ from autotune.errors import MeasureError, StartError
 from autotune.live.flags import Vllm
 from autotune.live.leases import Lease
 from autotune.models import Model
-from autotune.redact import redact
 from autotune.process import GuardedProcess
+from autotune.redact import redact
 from autotune.schema import LiveConfig
 
 HOST = "127.0.0.1"

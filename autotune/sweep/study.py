@@ -15,6 +15,7 @@ from hydra.errors import InstantiationException
 from hydra.plugins.launcher import Launcher as HydraLauncher
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
+from optuna.distributions import CategoricalDistribution
 from optuna.samplers import CmaEsSampler, GridSampler
 from optuna.trial import TrialState
 
@@ -124,13 +125,26 @@ class Study:
         if isinstance(sampler, Grid):
             self._n_trials = self._space.grid_size
             log.info("grid: %d points", self._n_trials)
-        return optuna.create_study(
+        study = optuna.create_study(
             study_name=self._sweeper["study_name"],
             storage=self._sweeper["storage"],
             sampler=sampler,
             directions=list(self._sweeper["direction"]),
             load_if_exists=True,
         )
+        self._check_continues(study)
+        return study
+
+    def _check_continues(self, study: optuna.Study) -> None:
+        """Raise InputError if `study` has trials that this space and objective can't go on from."""
+        other = "write another study=…, or what it was started with"
+        if [direction.name.lower() for direction in study.directions] != list(self._sweeper["direction"]):
+            raise InputError(f"study={study.study_name} exists with another objective; {other}")
+        for trial in study.trials:
+            for name, distribution in trial.distributions.items():
+                wanted = self._space.parameters.get(name, distribution)
+                if isinstance(wanted, CategoricalDistribution) and wanted != distribution:
+                    raise InputError(f"study={study.study_name} exists with other choices for {name}; {other}")
 
     def _run_trials(self, running: list[Running]) -> None:
         """Keep the launcher's `n_jobs` trials in flight until `n_trials` were run; `running` holds those that are."""
@@ -273,4 +287,8 @@ def _contains(distribution: optuna.distributions.BaseDistribution, value: Any) -
 
 def _written(value: Any) -> str:
     """A parameter's value as Hydra reads it."""
-    return "null" if value == DEFAULT else str(value)
+    if value == DEFAULT:
+        return "null"
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return str(value)
