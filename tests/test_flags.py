@@ -1,11 +1,12 @@
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from autotune.errors import InputError
-from autotune.live.flags import MANAGED, Flag, Vllm, installed
+from autotune.live.flags import MANAGED, Flag, Probe, Vllm, installed
 
 
 def flag(choices: list[Any] | None = None, negatable: bool = False, takes_value: bool = True) -> Flag:
@@ -76,6 +77,13 @@ def test_installed_vllm_is_read_once_and_then_cached():
     assert found is installed(sys.executable, (), cache)
     assert found.flags["enable_prefix_caching"].negatable
     assert "fp8" in (found.flags["kv_cache_dtype"].choices or [])
+
+
+def test_interpreter_that_ended_is_said_not_to_answer():
+    ended = Probe("/bin/true", {})
+    time.sleep(0.5)
+    with pytest.raises(InputError, match="vLLM does not answer"):
+        ended.ask("flags")
 
 
 def test_interpreter_without_vllm_says_what_to_do(tmp_path: Path):

@@ -71,6 +71,41 @@ def test_no_feasible_trial_says_so(tmp_path: Path):
     assert "No trial is feasible" in done.stdout
 
 
+def test_baseline_of_nothing_does_not_end_the_study_in_a_traceback(tmp_path: Path):
+    limits = ["scenario=server", "scenario.ttft_ms=5", "objective=goodput"]
+    done = autotune(tmp_path, *limits, "sampler=grid", "engine.args.max_num_seqs=choice(2,4)")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Best: " in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (["engine.args.max_num_seqs=choice(2,6)"], "exists with other choices for engine.args.max_num_seqs"),
+        (["engine.args.max_num_seqs=choice(2,4)", "objective=pareto"], "exists with another objective"),
+        (["objective.directions=[maximise]", "engine.args.max_num_seqs=choice(2)"], "neither minimize nor maximize"),
+        (["objective.metrics=[a,b]", "engine.args.max_num_seqs=choice(2)"], "2 metrics and 1 directions"),
+    ],
+)
+def test_study_that_can_not_go_on_says_so(tmp_path: Path, changed: list[str], words: str):
+    autotune(tmp_path, "n_trials=1", "engine.args.max_num_seqs=choice(2,4)")
+    done = autotune(tmp_path, "n_trials=2", *changed)
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_choice_with_a_comma_reaches_the_trial_as_it_is(tmp_path: Path):
+    autotune(tmp_path, "n_trials=1", "baseline=false", 'engine.args.x=choice("a,b")')
+    result = json.loads(next(tmp_path.glob("multirun/s/trial-*/result.json")).read_text())
+    assert result["args"]["x"] == "a,b"
+
+
+def test_hyphenated_flag_is_the_same_flag(tmp_path: Path):
+    gpus = ["launcher=gpus", "gpus=[0,1]", "engine.args.tensor-parallel-size=2"]
+    autotune(tmp_path, *gpus, "n_trials=1", "baseline=false", "engine.args.max_num_seqs=choice(9)")
+    assert json.loads(next(tmp_path.glob("multirun/s/*/lease.json")).read_text())[0] == [0, 1]
+
+
 def test_pareto_front_is_printed_and_stored(tmp_path: Path):
     objective = ["objective=pareto", "objective.metrics=[tokens_per_s,ttft_p99_ms]"]
     done = autotune(tmp_path, *objective, "sampler=grid", "engine.args.max_num_seqs=choice(2,4)")

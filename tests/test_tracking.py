@@ -138,6 +138,22 @@ def test_only_what_is_missing_is_logged_later(uri: str, trial: Path, monkeypatch
     assert sorted(run.info.run_name for run in all_runs(uri)) == ["s", "trial-0", "trial-1"]
 
 
+def test_trial_logged_at_one_server_can_be_logged_at_another(
+    tmp_path: Path, trial: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        uri = f"sqlite:///{tmp_path}/{name}.db"
+        with tracking.study(config(uri), "s", trial.parent) as tracker:
+            tracker.log_trial(trial, "trial-0", Result.load(trial))
+        assert set(runs(uri)) == {"s", "trial-0"}
+
+
+def test_port_that_is_no_number_is_one_line():
+    with pytest.raises(TrackingError, match="the port is not a number"):
+        tracking.check(config("http://localhost:abc"))
+
+
 def test_folder_without_a_trial_is_said_to_hold_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["autotune.tracking", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"no result.json below it"):
