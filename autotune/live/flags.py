@@ -116,6 +116,8 @@ class Probe:
             self._process.stdin.flush()
             answer = self._process.stdout.readline()
         if not answer:
+            self._process.kill()
+            self._process.wait()
             raise InputError(f"vLLM does not answer; see `echo '\"flags\"' | {self.python} {PROBE} answer`")
         body: dict[str, Any] = json.loads(answer)
         return body
