@@ -6,6 +6,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tokenizers import Tokenizer
+
+from autotune.models import Model, build_shape
 
 # Each of the many processes that tests start would compile all of Hydra and MLflow again where this is set.
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""
@@ -24,6 +27,20 @@ def autotune(tmp_path: Path) -> Autotune:
         )
 
     return run
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    """A shape without weights; its tokenizer makes one token of each byte."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    build_shape(folder, vocab_size=512)
+    return Model(str(folder), None, folder)
+
+
+@pytest.fixture
+def tokenizer(model: Model) -> Tokenizer:
+    return model.tokenizer()
 
 
 def processes_in(folder: Path) -> list[psutil.Process]:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, processors
 
 from autotune import cnn_dailymail, samples
 from autotune.errors import InputError
-from autotune.models import Model, build_shape
+from autotune.models import Model
 from autotune.schema import DatasetConfig
 
 ARTICLES = [f"(CNN) Article {i} with {{braces}},\u2028\x85 a line break and 東京." for i in range(5)]
@@ -52,19 +52,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(cnn_dailymail, "snapshot_download", hub)
     monkeypatch.setattr(cnn_dailymail, "dataset_info", lambda *_, **__: None)
     return hub
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Model:
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    build_shape(folder, vocab_size=512)
-    return Model(str(folder), None, folder)
-
-
-@pytest.fixture
-def tokenizer(model: Model) -> Tokenizer:
-    return model.tokenizer()
 
 
 def records(tokenizer: Tokenizer, folder: Path, expected: int = 5) -> list[dict[str, Any]]:

@@ -11,15 +11,6 @@ from autotune.samples import Samples, prepare
 from autotune.schema import DatasetConfig, Output
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Model:
-    """Its tokenizer makes one token of each byte."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    build_shape(folder, vocab_size=300)
-    return Model(str(folder), None, folder)
-
-
 def load(tmp_path: Path, model: Model, records: str | list[Any], **settings: Any) -> Samples:
     path = tmp_path / "data.jsonl"
     path.write_text(records if isinstance(records, str) else "\n".join(map(json.dumps, records)))
@@ -62,7 +53,7 @@ def test_json_list_and_json_lines_load_the_same(tmp_path: Path, model: Model):
         ("", "no records"),
         ([{"input": "a", "output": "bb"}, {"output": "bb"}], "record 2: no prompt"),
         ([7], "record 1: int instead of an object"),
-        ([{"tok_input": [1, 300], "output": "bb"}], "record 1: `tok_input` must be .* below the vocabulary's 300"),
+        ([{"tok_input": [1, 512], "output": "bb"}], "record 1: `tok_input` must be .* below the vocabulary's 512"),
         ([{"tok_input": [], "output": "bb"}], "record 1: the prompt is empty"),
         ([{"input": "a"}], "record 1: no `output` .* set dataset.output=natural"),
     ],

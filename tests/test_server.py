@@ -35,6 +35,14 @@ sys.exit("RuntimeError: the engine died")
 """
 
 
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Fails the test if it leaves a process behind."""
+    before = psutil.Process().children()
+    yield
+    assert [process for process in psutil.Process().children() if process not in before] == []
+
+
 def start(folder: Path, code: str, **settings: object):
     vllm = Vllm(sys.executable, "1.0", "2.0", ["-c", code], {})
     config = LiveConfig(**{"start_timeout_s": 20.0, "stop_timeout_s": 1.0, **settings})
@@ -70,12 +78,12 @@ def occupied() -> Iterator[int]:
     ],
     ids=["ends", "is killed", "hangs"],
 )
+@pytest.mark.usefixtures("nothing_left")
 def test_vllm_that_does_not_come_up_is_an_error_and_leaves_nothing(
     tmp_path: Path, code: str, settings: dict[str, object], message: str
 ):
     with pytest.raises(StartError, match=message), start(tmp_path, code, **settings):
         pass
-    assert not psutil.Process().children()
 
 
 def test_port_in_use_is_said_before_vllm_starts(tmp_path: Path, occupied: int):
@@ -85,13 +93,13 @@ def test_port_in_use_is_said_before_vllm_starts(tmp_path: Path, occupied: int):
     assert not (tmp_path / "vllm.log").exists()
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_another_server_on_the_port_is_not_taken_for_ours(
     tmp_path: Path, occupied: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("autotune.live.server._free_port", lambda: occupied)  # lost between the choice and vLLM's bind
     with pytest.raises(StartError, match="another server answers at"), start(tmp_path, HANGS):
         pass
-    assert not psutil.Process().children()
 
 
 def test_death_of_a_healthy_server_is_noticed_with_its_reason(tmp_path: Path):

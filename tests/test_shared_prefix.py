@@ -8,7 +8,6 @@ import pytest
 from tokenizers import Tokenizer
 
 from autotune.errors import InputError
-from autotune.models import build_shape
 from autotune.synthetic import HEAD, news
 
 DATASETS = Path(__file__).parents[1] / "datasets"
@@ -22,13 +21,6 @@ FIELDS = {
     "output_bounds": (4, 40),
     "seed": 3,
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("tiny")
-    build_shape(folder, vocab_size=512)
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def prompts(tokenizer: Tokenizer, **fields: object) -> list[list[int]]:

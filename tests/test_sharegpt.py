@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from autotune import samples, sharegpt
 from autotune.errors import InputError
-from autotune.models import Model, build_shape
+from autotune.models import Model
 from autotune.schema import DatasetConfig
 
 TEMPLATE = (
@@ -21,14 +21,6 @@ TEMPLATE = (
 STRICT = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
 
 Write = Callable[..., str]
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Model:
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    build_shape(folder, vocab_size=512)
-    return Model(str(folder), None, folder)
 
 
 @pytest.fixture

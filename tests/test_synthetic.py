@@ -5,7 +5,6 @@ from statistics import mean, median
 import pytest
 from tokenizers import Tokenizer
 
-from autotune.models import build_shape
 from autotune.synthetic import news
 
 FIELDS = {
@@ -18,13 +17,6 @@ FIELDS = {
     "output_bounds": (10, 30),
     "seed": 0,
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    folder = tmp_path_factory.mktemp("model")
-    build_shape(folder, vocab_size=512)
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def lengths(tokenizer: Tokenizer, field: str, **fields: object) -> list[int]:
