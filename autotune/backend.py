@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from autotune.models import Model
+from autotune.samples import Samples
 from autotune.schema import ScenarioConfig
 
 
@@ -57,6 +58,8 @@ class DryRunOutcome:
 
 
 class Backend(Protocol):
+    needs_weights: bool  # or a model's shape will do
+
     def check(self, args: Mapping[str, Any]) -> None:
         """Raise InputError for vLLM flags that can't be served. Cheap; takes no GPU."""
 
@@ -64,7 +67,7 @@ class Backend(Protocol):
         """Whether vLLM's own configuration accepts `args`, and what they resolve to. Takes no GPU."""
 
     def measure(
-        self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Path, folder: Path
+        self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Samples, folder: Path
     ) -> Measurement:
         """Serve `model` with vLLM's flags `args`, send `samples` as `scenario` says; logs go to `folder`.
 

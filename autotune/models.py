@@ -51,11 +51,20 @@ class Model:
         return tokenizer
 
 
-def locate(config: ModelConfig, cache_dir: Path, build: Callable[..., object] | None = None) -> Model:
+def locate(
+    config: ModelConfig,
+    cache_dir: Path,
+    build: Callable[..., object] | None = None,
+    shape: Callable[..., object] | None = None,
+) -> Model:
     """The model that `config` names; `build(folder=…)` makes it when it has no path.
 
+    With `shape`, a folder that this makes stands for it: its configuration and a tokenizer, without weights.
     Raises InputError if it does not exist or can't be read.
     """
+    if shape:
+        folder = _built(shape, config.name, config.shape, cache_dir)
+        return Model(config.path or str(folder), config.revision, folder)
     if config.path:
         folder = Path(config.path).expanduser()
         if (folder / "config.json").exists():
@@ -65,7 +74,7 @@ def locate(config: ModelConfig, cache_dir: Path, build: Callable[..., object] | 
         return Model(config.path, config.revision, _download(config.path, config.revision))
     if build is None:
         raise InputError("no model: write model=smollm2 (see --help) or model.path=<Hub id or local folder>")
-    folder = _built(build, config, cache_dir)
+    folder = _built(build, config.name, config.build, cache_dir)
     return Model(str(folder), None, folder)
 
 
@@ -104,9 +113,9 @@ def _cached(path: str, revision: str | None, error: Exception) -> Path:
         ) from None
 
 
-def _built(build: Callable[..., object], config: ModelConfig, cache_dir: Path) -> Path:
-    key = hashlib.sha256(json.dumps(config.build, sort_keys=True).encode()).hexdigest()[:8]
-    folder = cache_dir / "models" / f"{config.name}-{key}"
+def _built(build: Callable[..., object], name: str, recipe: Any, cache_dir: Path) -> Path:
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
+    folder = cache_dir / "models" / f"{name}-{key}"
     if not (folder / "config.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=folder.parent))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from autotune.errors import InputError
+from autotune.result import Result
 from autotune.schema import ObjectiveConfig, ScenarioConfig
 
 
@@ -34,6 +35,13 @@ def penalised(objective: ObjectiveConfig, found: Sequence[float], broken: Mappin
     factor = 1 + sum(max(0.0, over) for over in broken.values())
     pairs = zip(found, objective.directions, strict=True)
     return [value / factor if direction == "maximize" else value * factor for value, direction in pairs]
+
+
+def told(sampler: object, objective: ObjectiveConfig, result: Result) -> list[float]:
+    """What `sampler` is told of `result`: its values, penalised if it can't take constraints."""
+    if type(sampler).__name__ == "CmaEsSampler":
+        return penalised(objective, result.values, result.constraints)
+    return result.values
 
 
 def constraints(scenario: ScenarioConfig, metrics: Mapping[str, float], failed: int) -> dict[str, float]:

@@ -15,6 +15,8 @@ from autotune.result import Result
 from autotune.schema import Config
 
 BASELINE = "baseline"
+EXPECTED = "expected"  # what a simulation said of a trial
+SURPRISE = 0.15  # share of the expected value by which a measured one contradicts it
 # What a table shows of a trial: metric, heading, digits.
 COLUMNS = [
     ("tokens_per_s", "tokens/s", 1),
@@ -27,7 +29,11 @@ COLUMNS = [
 
 def shorten(params: Mapping[str, Any]) -> str:
     """`max_num_seqs=64 block_size=32`: what a trial changed, without prefixes."""
-    return " ".join(f"{name.removeprefix('engine.args.')}={value}" for name, value in params.items())
+    return " ".join(f"{name.removeprefix('engine.args.')}={_short(value)}" for name, value in params.items())
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def outcome(result: Result, objectives: list[str]) -> str:
@@ -45,6 +51,8 @@ def outcome(result: Result, objectives: list[str]) -> str:
 def single(result: Result, config: Config, folder: Path) -> str:
     """A trial that ran alone."""
     lines = ["", *_table({config.model.name: result}, config), "", outcome(result, config.objective.metrics)]
+    if result.estimated:
+        lines.append("These are estimates of a simulation (backend=sim), not measurements.")
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in result.phases.items())
     return "\n".join([*lines, seconds, "", f"  {result.shell_command}", "", f"Everything measured: {folder}/"])
 
@@ -100,6 +108,9 @@ def summary(study: optuna.Study, folder: Path, config: Config) -> str:
         result = rows[_name(trial)]
         assert result is not None
         parts += _verdict(_sign(study), trial, result, baseline)
+    parts += _surprises(study)
+    if any(row and row.estimated for row in rows.values()):
+        parts += ["", "These are estimates of a simulation (backend=sim), not measurements."]
     parts += ["", f"Everything measured: {folder}/"]
     if config.tracking.enabled:
         uri = shlex.quote(redact(config.tracking.uri))
@@ -133,6 +144,32 @@ def _verdict(sign: int, trial: FrozenTrial, result: Result, baseline: Result | N
         return ["", f"Best: {changed} ({gain})", *command]
     worse = f"No trial beat vLLM's defaults. The best was {changed} ({gain}). Serve the defaults:"
     return ["", worse, "", f"  {baseline.shell_command}"]
+
+
+def _surprises(study: optuna.Study) -> list[str]:
+    """Where a measurement contradicts the simulation that a study's first trials came from."""
+    found, checked = [], 0
+    for trial in study.trials:
+        expected = trial.user_attrs.get(EXPECTED)
+        if expected is None or trial.state not in (TrialState.COMPLETE, TrialState.FAIL):
+            continue
+        checked += 1
+        if trial.state is TrialState.FAIL:
+            found.append(f"  {_name(trial)}: expected to run, and failed: {trial.user_attrs['reason']}")
+            continue
+        off = trial.values[0] / expected["values"][0] - 1 if expected["values"][0] else 0.0
+        feasible = all(value <= 0 for value in trial.constraints.values())
+        if abs(off) > SURPRISE or feasible != expected["feasible"]:
+            words = {True: "feasible", False: "infeasible"}
+            found.append(
+                f"  {_name(trial)}: expected {expected['values'][0]:.4g} ({words[expected['feasible']]}), "
+                f"measured {trial.values[0]:.4g} ({words[feasible]})"
+            )
+    if not checked:
+        return []
+    if not found:
+        return ["", f"The simulation was right about all {checked} trials that it chose (within {SURPRISE:.0%})."]
+    return ["", f"The simulation was wrong about {len(found)} of the {checked} trials that it chose:", *found]
 
 
 def _pareto(rows: Mapping[str, Result], folder: Path) -> list[str]:

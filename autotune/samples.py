@@ -1,5 +1,6 @@
 """Data sets → token ids and output lengths, checked record by record."""
 
+import functools
 import hashlib
 import inspect
 import json
@@ -30,6 +31,7 @@ class Samples:
     prompts: list[NDArray[np.int32]]
     output_tokens: NDArray[np.int32]
     ignore_eos: bool  # generate exactly output_tokens
+    path: Path  # the file that holds them
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -45,8 +47,8 @@ class Samples:
                     f"dataset.max_output_tokens or leave the record out"
                 )
 
-    def save(self, path: Path) -> None:
-        draft = path.with_suffix(f".{os.getpid()}.npz")
+    def save(self) -> None:
+        draft = self.path.with_suffix(f".{os.getpid()}.npz")
         np.savez(
             draft,
             name=self.name,
@@ -56,7 +58,7 @@ class Samples:
             output_tokens=self.output_tokens,
             ignore_eos=self.ignore_eos,
         )
-        draft.rename(path)
+        draft.rename(self.path)
 
     @classmethod
     def load(cls, path: Path) -> "Samples":
@@ -67,11 +69,14 @@ class Samples:
             prompts=np.split(body["tokens"], np.cumsum(body["lengths"])[:-1]),
             output_tokens=body["output_tokens"],
             ignore_eos=bool(body["ignore_eos"]),
+            path=path,
         )
 
 
-def prepare(config: DatasetConfig, model: Model, cache_dir: Path, make: Callable[..., Iterable[Record]] | None) -> Path:
-    """The file of `config`'s samples as `model` sees them, for Samples.load; made once, then cached.
+def prepare(
+    config: DatasetConfig, model: Model, cache_dir: Path, make: Callable[..., Iterable[Record]] | None
+) -> Samples:
+    """`config`'s samples as `model` sees them; made once, then cached on disk.
 
     A file at the data set's path holds the records, unless `config.records` has a `path` and so reads it itself;
     else `make(tokenizer=…)` yields them, called with `model=…` too if it takes one. Raises InputError.
@@ -96,8 +101,13 @@ def prepare(config: DatasetConfig, model: Model, cache_dir: Path, make: Callable
             records = make(tokenizer=tokenizer, model=model) if takes_model else make(tokenizer=tokenizer)
         else:
             raise InputError("no data set: write dataset=cnn_shaped (see --help) or dataset.path=<JSON or JSONL>")
-        _samples(config, records, tokenizer).save(path)
-    return path
+        _samples(config, records, tokenizer, path).save()
+    return _loaded(path)
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(path: Path) -> Samples:
+    return Samples.load(path)  # named for its content
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -119,7 +129,7 @@ def read_records(path: Path) -> Iterator[Record]:
             raise InputError(f"{path}, record {number}: not JSON ({error.msg})") from None
 
 
-def _samples(config: DatasetConfig, records: Iterable[Record], tokenizer: Tokenizer) -> Samples:
+def _samples(config: DatasetConfig, records: Iterable[Record], tokenizer: Tokenizer, path: Path) -> Samples:
     source = config.path or config.name
     prompts, lengths = [], []
     for number, record in enumerate(records, 1):
@@ -142,6 +152,7 @@ def _samples(config: DatasetConfig, records: Iterable[Record], tokenizer: Tokeni
         prompts=prompts,
         output_tokens=output_tokens,
         ignore_eos=config.output is Output.reference,
+        path=path,
     )
 
 

@@ -1,5 +1,6 @@
 """The structured configs: every field typed, with its unit. `conf/` fills them, the command line overrides."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -45,6 +46,7 @@ class ModelConfig:
     path: str | None = None  # Hugging Face id or local folder
     revision: str | None = None  # git revision on the Hub
     build: Any = None  # `_target_` that makes the model's folder when no path is given
+    shape: Any = None  # `_target_` that makes a folder of its shape, for a backend that needs no weights
     args: dict[str, Any] = field(default_factory=dict)  # vllm serve flags that belong to the model
     limits: Limits = field(default_factory=Limits)
 
@@ -98,10 +100,66 @@ class LiveConfig:
 
 
 @dataclass
+class Device:
+    """What a simulated step costs on one GPU (or CPU); autotune.sim.calibrate fits what is marked."""
+
+    name: str = MISSING
+    memory_gib: float = MISSING  # what vLLM's gpu_memory_utilization is a share of
+    kv_gib: float | None = None  # KV cache by itself, for a CPU; null: what the weights leave
+    other_gib: float = 0.22  # memory outside torch's allocator
+    workspace_gib: float = 0.44  # besides a step's activations
+    activations_gib: float = 1.01  # least that vLLM's memory profile takes for both
+    graph_gib: float = 0.019  # one CUDA graph
+    tflops: float = MISSING  # bf16, dense, of a large matrix product
+    fp8_tflops: float | None = None  # null: it has no fp8 product
+    bandwidth_gbs: float = MISSING  # memory, GB/s
+    link_gbs: float = 450.0  # one GPU's link to the others, GB/s a direction
+    link_s: float = 1e-5  # latency of one all-reduce, s
+    math_efficiency: float = 0.91  # fitted: share of tflops that a model's products reach
+    attention_efficiency: float = 0.8  # fitted: the same for attention, of what products reach
+    bandwidth_efficiency: float = 0.83  # fitted: share of bandwidth_gbs
+    step_s: float = 0.0013  # fitted: fixed on the GPU, each step, s
+    host_s: float = 0.0016  # fitted: to schedule and prepare a step, s
+    host_sequence_s: float = 8e-6  # fitted: the same for each sequence in it, s
+    launch_s: float = 4.6e-4  # fitted: to launch a layer that no CUDA graph holds, s
+    fp8_factor: float = 2.4  # fitted: launches of a layer that quantises its inputs against one that does not
+    eager_factor: float = 3.0  # launches of enforce_eager against compiled layers
+    accept_s: float = 9e-4  # fitted: the API server takes in one request, s
+    answer_s: float = 0.017  # fitted: from a step's end to the client, s
+    import_s: float = 45.0  # a start's parts, s
+    load_gbs: float = 8.0  # weights into memory, GB/s
+    compile_s: float = 27.0
+    capture_s: float = 0.12  # a CUDA graph
+    warmup_s: float = 18.0
+    max_num_batched_tokens: int = 8192  # vLLM's defaults on this device, for a server
+    max_num_seqs: int = 1024
+    block_size: int = 16  # smallest and default
+    async_scheduling: bool = True  # whether vLLM schedules a step while the last one runs
+    gpus: int = 8  # in one machine
+
+
+@dataclass
+class SimConfig:
+    """backend=sim: vLLM's scheduler on a virtual clock."""
+
+    _target_: str = MISSING
+    device: Device = field(default_factory=Device)
+    gpus: Any = None  # as Config.gpus
+    pace: float = 0.0  # real seconds that pass for each simulated one; 0: none
+
+
+@dataclass
 class ObjectiveConfig:
     name: str = MISSING
     metrics: list[str] = MISSING  # keys of result.json's `metrics`
     directions: list[str] = MISSING  # maximize or minimize, one for each metric
+
+
+@dataclass
+class PriorConfig:
+    backend: Any = None  # simulates; null: no prior
+    trials: int = 200  # simulated
+    keep: int = 5  # of them, the best distinct ones, that a study starts with
 
 
 @dataclass
@@ -131,6 +189,7 @@ class Config:
     # `_target_` is the backend's class; its `Config` types the other fields (backend=live: LiveConfig).
     backend: dict[str, Any] = field(default_factory=dict)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
     launcher: dict[str, Any] = field(default_factory=dict)  # `_target_` starts the trials; its other fields
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -151,3 +210,12 @@ def typed(config: DictConfig) -> Config:
     typed_config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), body))
     assert isinstance(typed_config, Config)
     return typed_config
+
+
+def with_values(config: DictConfig, values: Mapping[str, Any]) -> Config:
+    """The composed configuration with other values at these keys."""
+    body = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    OmegaConf.set_struct(body, False)
+    for key, value in values.items():
+        OmegaConf.update(body, key, value, force_add=True)
+    return typed(body)

@@ -96,6 +96,15 @@ def parse(
     return Space(parameters, dict(conditions), dict(only_if)), list(fixed.values())
 
 
+def flags(params: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's flags among `params`, by name; null where the choice is vLLM's default."""
+    return {
+        name.removeprefix(FLAG).replace("-", "_"): None if value == DEFAULT else value
+        for name, value in params.items()
+        if name.startswith(FLAG)
+    }
+
+
 def _short(name: str) -> str:
     return name.rpartition(".")[2]
 

@@ -12,7 +12,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
 from autotune import metrics, models, objective, samples
-from autotune.backend import Backend
+from autotune.backend import Backend, Measurement
 from autotune.errors import AutotuneError
 from autotune.facts import git_revision
 from autotune.models import Model
@@ -46,17 +46,17 @@ def prepare(config: Config) -> Prepared:
     args = {flag.replace("-", "_"): value for args in written for flag, value in args.items()}
     objective.check(config.objective)
     backend.check(args)
-    return Prepared(models.locate(config.model, cache, _partial(config.model.build)), backend, args)
+    shape = None if backend.needs_weights else _partial(config.model.shape)
+    return Prepared(models.locate(config.model, cache, _partial(config.model.build), shape), backend, args)
 
 
-def prepare_samples(config: Config, prepared: Prepared) -> tuple[Path, Samples]:
-    """The data set as the model sees it, in a file and loaded. Raises InputError."""
-    path = samples.prepare(config.dataset, prepared.model, Path(config.cache_dir), _partial(config.dataset.records))
-    loaded = Samples.load(path)
+def prepare_samples(config: Config, prepared: Prepared) -> Samples:
+    """The data set as the model sees it. Raises InputError."""
+    loaded = samples.prepare(config.dataset, prepared.model, Path(config.cache_dir), _partial(config.dataset.records))
     longest = prepared.args.get("max_model_len") or prepared.model.config.get("max_position_embeddings")
     if isinstance(longest, int):
         loaded.check_fits(longest)
-    return path, loaded
+    return loaded
 
 
 def _partial(node: Any) -> Callable[..., Any] | None:
@@ -74,12 +74,7 @@ def run(config: Config, overrides: list[str], folder: Path) -> Result:
     """
     folder.mkdir(parents=True, exist_ok=True)
     result = Result(started_at=time.time(), overrides=redact(overrides))
-    result.config = {
-        "model": config.model.name,
-        "dataset": config.dataset.name,
-        "scenario": config.scenario.name,
-        "objective": config.objective.name,
-    }
+    result.config = names(config)
     resolved = redact(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(resolved))
     try:
@@ -94,18 +89,33 @@ def run(config: Config, overrides: list[str], folder: Path) -> Result:
     finally:
         result.ended_at = time.time()
         elapsed = result.ended_at - result.started_at
-        result.phases["other"] = elapsed - sum(result.phases.values())
+        if not result.estimated:
+            result.phases["other"] = elapsed - sum(result.phases.values())
         result.save(folder)
     return result
+
+
+def names(config: Config) -> dict[str, str]:
+    """What was chosen of each group."""
+    return {
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "scenario": config.scenario.name,
+        "objective": config.objective.name,
+    }
 
 
 def _measure(config: Config, result: Result, folder: Path) -> None:
     prepared = prepare(config)
     result.args = redact(prepared.args)
-    samples_path, loaded = prepare_samples(config, prepared)
+    loaded = prepare_samples(config, prepared)
     result.facts = {"dataset_checksum": loaded.checksum, "autotune": git_revision()}
-    log.info("starting vLLM for %s; its log: %s", config.model.name, folder / "vllm.log")
-    measured = prepared.backend.measure(prepared.model, prepared.args, config.scenario, samples_path, folder)
+    measured = prepared.backend.measure(prepared.model, prepared.args, config.scenario, loaded, folder)
+    score(config, measured, result)
+
+
+def score(config: Config, measured: Measurement, result: Result) -> None:
+    """Fill `result` with what was measured and what the objective makes of it."""
     limits = (config.scenario.ttft_ms, config.scenario.tpot_ms)
     in_seconds = [limit / 1e3 if limit is not None else None for limit in limits]
     result.metrics = metrics.from_requests(measured.requests, *in_seconds) | measured.loadgen

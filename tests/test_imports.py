@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "autotune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 HOMES = {
     "mlflow": {"tracking.py"},
-    "optuna": {"space.py", "report.py", "sweep/study.py"},
+    "optuna": {"space.py", "report.py", "plan.py", "sweep/study.py", "sweep/estimate.py", "sweep/prior.py"},
     "mlperf_loadgen": {"live/loadgen.py"},
     "vllm": {"live/probe.py"},
     "submitit": set(),
@@ -34,6 +34,13 @@ def test_library_is_imported_only_at_home(library: str, homes: set[str]):
         if any(name == library or name.startswith(f"{library}.") for name in imported(file))
     }
     assert users == homes
+
+
+@pytest.mark.parametrize("backends", [("live", "sim"), ("sim", "live")])
+def test_backends_know_nothing_of_each_other(backends: tuple[str, str]):
+    one, other = backends
+    for file in (PACKAGE / one).glob("*.py"):
+        assert not any(name.startswith(f"autotune.{other}") for name in imported(file)), file
 
 
 @pytest.mark.parametrize("file", sorted((PACKAGE / "live").glob("*.py")), ids=lambda file: file.name)

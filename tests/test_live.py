@@ -81,8 +81,8 @@ def test_server_serves_one_model_under_a_name_of_its_own(server: Server):
 def test_loadgen_measures_each_scenario_on_real_vllm(
     kind: Kind, config: Config, prepared: Prepared, server: Server, tmp_path: Path
 ):
-    path, samples = prepare_samples(config, prepared)
-    with start_loadgen(path, tmp_path) as process:
+    samples = prepare_samples(config, prepared)
+    with start_loadgen(samples, tmp_path) as process:
         run_loadgen(process, server, scenario(kind), tmp_path, backend(prepared).config)
     requests = read_requests(tmp_path / "requests.csv")
     assert len(requests) >= 64
@@ -94,13 +94,13 @@ def test_loadgen_measures_each_scenario_on_real_vllm(
 
 def test_vllm_killed_in_mid_run_ends_the_trial_and_leaves_nothing(config: Config, prepared: Prepared, tmp_path: Path):
     live = backend(prepared)
-    path, _ = prepare_samples(config, prepared)
+    samples = prepare_samples(config, prepared)
     with serve(live.config, live.vllm, prepared.model, prepared.args, tmp_path) as running:
         children = [p.pid for p in psutil.Process(running.process.session).children(recursive=True)]
         killer = subprocess.Popen(["sh", "-c", f"sleep 4; kill -9 {vllm_processes(running.model)[-1].pid}"])
         with pytest.raises(MeasureError, match="vLLM ended while it was measured"):
             long = scenario(Kind.Server, min_duration_s=60.0)
-            with start_loadgen(path, tmp_path) as process:
+            with start_loadgen(samples, tmp_path) as process:
                 run_loadgen(process, running, long, tmp_path, live.config)
     killer.wait()
     assert gone_within(5, lambda: not any(psutil.pid_exists(pid) for pid in children))

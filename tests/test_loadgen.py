@@ -74,7 +74,7 @@ def run(
     prompts = [np.array([first, 7], dtype=np.int32) for first in firsts]
     samples = folder / "samples.npz"
     output_tokens = np.array(lengths or [TOKENS] * len(firsts), dtype=np.int32)
-    Samples("s", "c", prompts, output_tokens, ignore_eos=settings.pop("ignore_eos", True)).save(samples)
+    Samples("s", "c", prompts, output_tokens, settings.pop("ignore_eos", True), samples).save()
     spec = {
         "url": url,
         "model": "m",

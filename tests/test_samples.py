@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from autotune.schema import DatasetConfig, Output
 def load(tmp_path: Path, model: Model, records: str | list[Any], **settings: Any) -> Samples:
     path = tmp_path / "data.jsonl"
     path.write_text(records if isinstance(records, str) else "\n".join(map(json.dumps, records)))
-    return Samples.load(prepare(DatasetConfig(name="d", path=str(path), **settings), model, tmp_path / "cache", None))
+    return prepare(DatasetConfig(name="d", path=str(path), **settings), model, tmp_path / "cache", None)
 
 
 def text(tokenizer: Tokenizer, samples: Samples, index: int = 0) -> str:
@@ -89,7 +90,7 @@ def test_sample_that_does_not_fit_is_named(tmp_path: Path, model: Model):
 
 def test_samples_load_as_they_were_saved(tmp_path: Path, model: Model):
     made = load(tmp_path, model, [{"input": "a", "output": "bb"}, {"input": "cde", "output": "ffff"}])
-    made.save(tmp_path / "copy.npz")
+    replace(made, path=tmp_path / "copy.npz").save()
     copy = Samples.load(tmp_path / "copy.npz")
     assert (copy.name, copy.checksum, copy.ignore_eos) == (made.name, made.checksum, True)
     assert [prompt.tolist() for prompt in copy.prompts] == [[64], [66, 67, 68]]

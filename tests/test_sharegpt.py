@@ -148,7 +148,7 @@ def configured(path: str | None, **fields: Any) -> DatasetConfig:
 
 def prepared(dataset: DatasetConfig, model: Model, cache: Path) -> samples.Samples:
     fields = {key: value for key, value in dataset.records.items() if key != "_target_"}
-    return samples.Samples.load(samples.prepare(dataset, model, cache, partial(sharegpt.records, **fields)))
+    return samples.prepare(dataset, model, cache, partial(sharegpt.records, **fields))
 
 
 def test_its_configuration_prepares_samples_from_the_given_file(model: Model, write: Write, tmp_path: Path) -> None:
@@ -172,5 +172,5 @@ def test_a_given_file_still_wins_over_records_that_read_none(model: Model, tmp_p
         raise AssertionError
 
     dataset = DatasetConfig(name="cnn_shaped", path=str(path), records={"count": 3})
-    found = samples.Samples.load(samples.prepare(dataset, model, tmp_path, unwanted))
+    found = samples.prepare(dataset, model, tmp_path, unwanted)
     assert found.output_tokens.tolist() == [3]

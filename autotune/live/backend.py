@@ -2,33 +2,36 @@
 
 import csv
 import json
+import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
-from math import prod
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from autotune.backend import DryRunOutcome, Measurement, RequestTiming
 from autotune.errors import MeasureError
 from autotune.facts import hardware
+from autotune.leases import leased, lease_for
 from autotune.live import flags, loadgen_log
 from autotune.live.dry_run import dry_run
-from autotune.live.leases import Lease, devices, lease
 from autotune.live.run import ClientReport, Run
 from autotune.live.server import Server, serve
 from autotune.models import Model
 from autotune.process import GuardedProcess
 from autotune.redact import redact
+from autotune.samples import Samples
 from autotune.schema import LiveConfig, ScenarioConfig
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.1
 
 
 class LiveBackend:
     Config = LiveConfig
+    needs_weights = True
 
     def __init__(self, config: LiveConfig, cache_dir: Path) -> None:
         self.config = config
@@ -43,22 +46,28 @@ class LiveBackend:
         return dry_run(self.vllm, self._env, model.folder, args, self._cache_dir)
 
     def measure(
-        self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Path, folder: Path
+        self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Samples, folder: Path
     ) -> Measurement:
+        log.info("starting vLLM for %s; its log: %s", model.path, folder / "vllm.log")
         with (
-            self._lease(args) as lease,
+            lease_for(self.config.gpus, args) as lease,
             start_loadgen(samples, folder) as loadgen_process,
             serve(self.config, self.vllm, model, args, folder, lease) as server,
         ):
             run_loadgen(loadgen_process, server, scenario, folder, self.config)
             stopping = time.monotonic()
-        stop_s = time.monotonic() - stopping
+        phases = {"start": server.start_s, "stop": time.monotonic() - stopping}
+        measured = self.measured(folder, phases, self.command(model, args))
+        return replace(measured, facts={**measured.facts, **leased(lease)})
+
+    def measured(self, folder: Path, phases: dict[str, float], command: list[str]) -> Measurement:
+        """What the LoadGen run in `folder` showed. Raises MeasureError if no request was answered."""
         client = ClientReport(**json.loads((folder / "client.json").read_text()))
         loadgen = loadgen_log.read(folder / "mlperf_log_detail.txt")
         requests = read_requests(folder / "requests.csv")
-        total = len(requests) + client.failed
         reasons = list(loadgen.reasons)
         if client.failed:
+            total = len(requests) + client.failed
             reasons.insert(0, f"{client.failed} of {total} requests failed: {client.errors[0]}")
         if not requests:
             raise MeasureError(f"every request failed: {client.errors[0]}")
@@ -68,8 +77,8 @@ class LiveBackend:
             verdict="INVALID" if client.failed else loadgen.verdict,
             reasons=reasons,
             loadgen=loadgen.figures,
-            phases={"start": server.start_s, "warmup": client.warmup_s, "run": client.run_s, "stop": stop_s},
-            command=self.command(model, args),
+            phases={**phases, "warmup": client.warmup_s, "run": client.run_s},
+            command=command,
             facts={
                 "vllm": self.vllm.version,
                 "torch": self.vllm.torch,
@@ -78,25 +87,16 @@ class LiveBackend:
             },
         )
 
-    @contextmanager
-    def _lease(self, args: Mapping[str, Any]) -> Iterator[Lease | None]:
-        if self.config.gpus is None:
-            yield None
-            return
-        parallel = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-        with lease(devices(self.config.gpus), prod(int(args.get(name) or 1) for name in parallel)) as held:
-            yield held
-
     def command(self, model: Model, args: Mapping[str, Any]) -> list[str]:
         """What a user types to serve the same configuration."""
         revision = ["--revision", model.revision] if model.revision else []
         return ["vllm", "serve", model.path, *revision, *self.vllm.command_line(redact(args))]
 
 
-def start_loadgen(samples: Path, folder: Path) -> GuardedProcess:
+def start_loadgen(samples: Samples, folder: Path) -> GuardedProcess:
     """LoadGen's process, which gets the samples ready and then waits for run_loadgen."""
     (folder / "run.json").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "autotune.live.loadgen", str(samples.resolve()), str(folder)]
+    command = [sys.executable, "-m", "autotune.live.loadgen", str(samples.path.resolve()), str(folder)]
     return GuardedProcess(command, folder / "loadgen.log", {}, stop_timeout_s=1.0)
 
 
@@ -132,9 +132,9 @@ def run_loadgen(
             raise MeasureError(f"LoadGen had not finished after backend.run_timeout_s={config.run_timeout_s:.0f}")
     if code:
         server.check_alive()
-        log = folder / "loadgen.log"
-        lines = log.read_text(errors="replace").strip().splitlines()
-        raise MeasureError(f"LoadGen's process ended with exit code {code}: {lines[-1] if lines else log}")
+        output = folder / "loadgen.log"
+        lines = output.read_text(errors="replace").strip().splitlines()
+        raise MeasureError(f"LoadGen's process ended with exit code {code}: {lines[-1] if lines else output}")
 
 
 def read_requests(path: Path) -> list[RequestTiming]:

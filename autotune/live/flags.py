@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autotune import vllm_args
 from autotune.errors import InputError
 
 # Set by autotune for each trial; not the user's.
@@ -69,25 +70,16 @@ class Vllm:
                     raise InputError(f"{where}={item}: vLLM {self.version} accepts {accepted}")
 
     def command_line(self, args: Mapping[str, Any]) -> list[str]:
-        """`args` as vLLM's command line; null is left out, lists repeat, objects become JSON."""
-        words: list[str] = []
-        for name, value in args.items():
-            flag = "--" + name.replace("_", "-")
-            known = self.flags.get(name.replace("-", "_"))
-            if value is None:
-                continue
-            if isinstance(value, bool) and known and not known.takes_value:
-                if value:
-                    words.append(flag)
-                elif known.negatable:
-                    words.append("--no-" + flag[2:])
-            elif isinstance(value, dict):
-                words += [flag, json.dumps(value)]
-            elif isinstance(value, list):
-                words += [flag, *map(str, value)]
-            else:
-                words += [flag, str(value)]
-        return words
+        """`args` as vLLM's command line; false is left out for a flag that has no --no-… form."""
+
+        def is_switch(name: str) -> bool:
+            return name in self.flags and not self.flags[name].takes_value
+
+        def can_be_said(name: str, value: Any) -> bool:
+            return value is not False or not is_switch(name) or self.flags[name].negatable
+
+        said = {name: value for name, value in args.items() if can_be_said(name.replace("-", "_"), value)}
+        return vllm_args.command_line(said, is_switch)
 
 
 class Probe:

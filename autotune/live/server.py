@@ -16,8 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from autotune.errors import MeasureError, StartError
+from autotune.leases import Lease
 from autotune.live.flags import Vllm
-from autotune.live.leases import Lease
 from autotune.models import Model
 from autotune.process import GuardedProcess
 from autotune.redact import redact

@@ -23,15 +23,12 @@ class StudySweeper(Sweeper):
         self._config = config
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self._hydra_context, self._task_function, self._job = hydra_context, task_function, config
+        self._hydra_context, self._job = hydra_context, config
 
     def sweep(self, arguments: list[str]) -> None:
         from autotune.sweep.study import Study  # optuna takes a second to import
 
-        launcher = Plugins.instance().instantiate_launcher(
-            config=self._job, hydra_context=self._hydra_context, task_function=self._task_function
-        )
-        Study(self._config, self._job, self._hydra_context.config_loader, launcher).run(arguments)
+        Study(self._config, self._job, self._hydra_context.config_loader).run(arguments)
 
 
 @dataclass

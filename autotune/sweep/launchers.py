@@ -1,18 +1,19 @@
 """Where trials run: what `launcher=` names. Each hands back a job at once or when it is done."""
 
+import logging
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hydra.errors import HydraException
-from hydra.plugins.launcher import Launcher as HydraLauncher
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from autotune.live.leases import devices
+from autotune.errors import AutotuneError
+from autotune.leases import devices
 from autotune.process import GuardedProcess
+from autotune.schema import Config
 from autotune.text import one_line
+from autotune.trial import run
 
 
 class Job(Protocol):
@@ -25,35 +26,51 @@ class Job(Protocol):
         """Why it left no result, in one line."""
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What a launcher runs; its result.json goes to `folder`."""
+
+    config: Config
+    overrides: list[str]  # Hydra's, that compose `config`
+    folder: Path
+
+
 class Launcher(Protocol):
     n_jobs: int  # trials at a time
 
-    def submit(self, number: int, overrides: Sequence[str], folder: Path) -> Job:
-        """Start the trial that `overrides` compose; it writes its result.json to `folder`."""
+    def submit(self, trial: Trial) -> Job: ...
 
 
 class Inline:
-    """One trial at a time through Hydra's own launcher, which returns when the trial is done."""
+    """One trial at a time, in this process: `submit` returns when it is done."""
 
     n_jobs = 1
 
-    def __init__(self, hydra_launcher: HydraLauncher, job: DictConfig, gpus: Any, **_: Any) -> None:
-        self._launcher = hydra_launcher
+    def __init__(self, job: DictConfig, gpus: Any, **_: Any) -> None:
+        pass
 
-    def submit(self, number: int, overrides: Sequence[str], folder: Path) -> "Done":
+    def submit(self, trial: Trial) -> "Done":
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        log = logging.FileHandler(trial.folder / "autotune.log")
+        logging.getLogger().addHandler(log)
         try:
-            # The trial's folder is below the study's, and Hydra wants the two apart.
-            returned = self._launcher.launch(
-                [[*overrides, f"hydra.sweep.subdir={folder.name}"]], initial_job_idx=number
-            )
-            return Done(returned[0]._return_value)
-        except (HydraException, OmegaConfBaseException) as error:
-            return Done(error)
+            run(trial.config, trial.overrides, trial.folder)
+            return Done("no result.json")
+        except AutotuneError as error:
+            return Done(f"{type(error).__name__}: {error}")
+        except Exception as error:
+            logging.getLogger(__name__).exception("trial failed")
+            return Done(f"{type(error).__name__}: {one_line(error)}")
+        finally:
+            logging.getLogger().removeHandler(log)
+            log.close()
 
 
+@dataclass(frozen=True)
 class Done:
-    def __init__(self, returned: Any) -> None:
-        self._returned = returned
+    """A job that has ended."""
+
+    why: str
 
     def done(self) -> bool:
         return True
@@ -62,25 +79,25 @@ class Done:
         """Nothing runs."""
 
     def reason(self) -> str:
-        return f"{type(self._returned).__name__}: {one_line(self._returned)}"
+        return self.why
 
 
 class LocalProcesses:
     """Trials side by side, each `python -m autotune …` in a process of its own; the trial leases its GPUs."""
 
-    def __init__(
-        self, hydra_launcher: HydraLauncher, job: DictConfig, gpus: Any, n_jobs: int | None = None, **_: Any
-    ) -> None:
+    def __init__(self, job: DictConfig, gpus: Any, n_jobs: int | None = None, **_: Any) -> None:
         self.n_jobs = n_jobs or len(devices(gpus))
         sources = job.hydra.runtime.config_sources
         self._config_dirs = [source.path for source in sources if source.provider == "command-line"]
 
-    def submit(self, number: int, overrides: Sequence[str], folder: Path) -> "LocalJob":
-        command = [sys.executable, "-m", "autotune", *overrides, f"hydra.run.dir={folder}", "tracking.enabled=false"]
+    def submit(self, trial: Trial) -> "LocalJob":
+        place = [f"hydra.run.dir={trial.folder}", "tracking.enabled=false"]
+        command = [sys.executable, "-m", "autotune", *trial.overrides, *place]
         for directory in self._config_dirs:
             command += ["--config-dir", directory]
-        folder.mkdir(parents=True, exist_ok=True)
-        return LocalJob(GuardedProcess(command, folder / "trial.log", {}, stop_timeout_s=30), folder / "trial.log")
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        log = trial.folder / "trial.log"
+        return LocalJob(GuardedProcess(command, log, {}, stop_timeout_s=30), log)
 
 
 class LocalJob:

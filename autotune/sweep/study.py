@@ -12,19 +12,19 @@ from typing import Any
 import optuna
 from hydra.core.config_loader import ConfigLoader
 from hydra.errors import InstantiationException
-from hydra.plugins.launcher import Launcher as HydraLauncher
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 from optuna.distributions import CategoricalDistribution
-from optuna.samplers import CmaEsSampler, GridSampler
+from optuna.samplers import GridSampler
 from optuna.trial import TrialState
 
 from autotune import objective, report, tracking
 from autotune.errors import InputError, TrackingError
 from autotune.result import Result
-from autotune.schema import typed
-from autotune.space import DEFAULT, FLAG, Space, check_flags, parse
-from autotune.sweep.launchers import Job, Launcher
+from autotune.schema import typed, with_values
+from autotune.space import DEFAULT, FLAG, Space, check_flags, flags, parse
+from autotune.sweep import prior
+from autotune.sweep.launchers import Job, Launcher, Trial
 from autotune.trial import Prepared, prepare, prepare_samples
 
 log = logging.getLogger(__name__)
@@ -63,13 +63,10 @@ def make_sampler(config: Any, space: Space) -> optuna.samplers.BaseSampler:
 
 
 class Study:
-    def __init__(
-        self, sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, hydra_launcher: HydraLauncher
-    ) -> None:
+    def __init__(self, sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader) -> None:
         self._sweeper = sweeper
         self._job = job
         self._config_loader = config_loader
-        self._hydra_launcher = hydra_launcher
         self._folder = Path(job.hydra.sweep.dir)
 
     def run(self, arguments: list[str]) -> None:
@@ -80,7 +77,8 @@ class Study:
         self._space, self._fixed = parse(
             self._sweeper["params"] or {}, arguments, self._job.conditions, self._job.only_if
         )
-        self._config = typed(self._config_loader.load_sweep_config(self._job, self._fixed))
+        self._composed = self._config_loader.load_sweep_config(self._job, self._fixed)
+        self._config = typed(self._composed)
         # Each trial composes again, and must not make up a study name of its own.
         self._fixed = [*self._fixed, f"study={self._config.study}"]
         self._prepared = prepare(self._config)
@@ -113,9 +111,7 @@ class Study:
 
     def _make_launcher(self) -> Launcher:
         settings = {name: value for name, value in self._config.launcher.items() if name not in ("_target_", "name")}
-        launcher: Launcher = get_class(self._config.launcher["_target_"])(
-            self._hydra_launcher, self._job, self._config.gpus, **settings
-        )
+        launcher: Launcher = get_class(self._config.launcher["_target_"])(self._job, self._config.gpus, **settings)
         return launcher
 
     def _open(self) -> optuna.Study:
@@ -133,7 +129,19 @@ class Study:
             load_if_exists=True,
         )
         self._check_continues(study)
+        if self._config.prior.backend and not study.trials and not isinstance(sampler, Grid):
+            self._enqueue_prior(study)
         return study
+
+    def _enqueue_prior(self, study: optuna.Study) -> None:
+        """Ask first for what a simulation of this study found best."""
+        expected = prior.best(self._config, self._space)
+        for one in expected:
+            attributes = {report.EXPECTED: {"values": one.values, "feasible": one.feasible}}
+            study.enqueue_trial(one.params, user_attrs=attributes)
+        log.info(
+            "prior: the first %d trials are the best of %d simulated ones", len(expected), self._config.prior.trials
+        )
 
     def _check_continues(self, study: optuna.Study) -> None:
         """Raise InputError if `study` has trials that this space and objective can't go on from."""
@@ -164,10 +172,8 @@ class Study:
 
     def _start_baseline(self) -> Running:
         log.info("baseline: the configuration without swept parameters")
-        overrides = list(self._fixed)
-        if self._config.baseline_gpu is not None:
-            overrides.append(f"gpus=[{self._config.baseline_gpu}]")
-        return self._start(report.BASELINE, {}, None, overrides)
+        gpu = self._config.baseline_gpu
+        return self._start(report.BASELINE, {}, None, {} if gpu is None else {"gpus": [gpu]})
 
     def _start_next(self) -> Running | None:
         """Ask for parameters that vLLM accepts and start them; None if the study has all its trials."""
@@ -181,8 +187,8 @@ class Study:
                 self._refuse(trial, refusal)
                 continue
             log.info("trial-%d (%d of %d): %s", trial.number, number + 1, self._n_trials, report.shorten(params))
-            overrides = [f"{name}={_written(value)}" for name, value in params.items()]
-            return self._start(f"trial-{trial.number}", params, trial, [*self._fixed, *overrides])
+            changed = {name: None if value == DEFAULT else value for name, value in params.items()}
+            return self._start(f"trial-{trial.number}", params, trial, changed)
         raise InputError(
             f"{REFUSALS_IN_A_ROW} combinations in a row can't be run; the last: {refusal}; narrow the space"
         )
@@ -190,19 +196,15 @@ class Study:
     def _counts(self, trial: optuna.trial.FrozenTrial) -> bool:
         """Whether `trial` is one of n_trials; a refused one is only where each point is asked for once."""
         free = "refused" in trial.user_attrs and not isinstance(self._study.sampler, Grid)
+        free = free or trial.state is TrialState.WAITING
         return not free and report.BASELINE not in trial.user_attrs
 
     def _refusal(self, params: Mapping[str, Any]) -> str:
         """Why this combination can't be run, by the space's own conditions or by vLLM; empty if it can."""
         if broken := self._space.violated(params, self._known):
             return broken
-        flags = {
-            name.removeprefix(FLAG): None if value == DEFAULT else value
-            for name, value in params.items()
-            if name.startswith(FLAG)
-        }
         prepared: Prepared = self._prepared
-        return prepared.backend.dry_run(prepared.model, prepared.args | flags).refusal
+        return prepared.backend.dry_run(prepared.model, prepared.args | flags(params)).refusal
 
     def _refuse(self, trial: optuna.Trial, reason: str) -> None:
         """Record a combination that took no GPU: infeasible to the sampler, and none of the study's n_trials."""
@@ -211,11 +213,15 @@ class Study:
         self._study.tell(trial, state=TrialState.PRUNED)
         log.info("trial-%d refused: %s (%s)", trial.number, reason, report.shorten(trial.params))
 
-    def _start(self, name: str, params: dict[str, Any], trial: optuna.Trial | None, overrides: list[str]) -> Running:
+    def _start(
+        self, name: str, params: dict[str, Any], trial: optuna.Trial | None, changed: Mapping[str, Any]
+    ) -> Running:
         folder = self._folder / name
         (folder / "result.json").unlink(missing_ok=True)
+        overrides = [*self._fixed, *(f"{key}={_written(value)}" for key, value in changed.items())]
         try:
-            return Running(name, params, trial, self._launcher.submit(trial.number if trial else 0, overrides, folder))
+            job = self._launcher.submit(Trial(with_values(self._composed, changed), overrides, folder))
+            return Running(name, params, trial, job)
         except BaseException:
             if trial:
                 self._fail(trial, "interrupted")
@@ -230,7 +236,8 @@ class Study:
             folder.mkdir(parents=True, exist_ok=True)
         result.params = one.params
         result.save(folder)
-        log.info("%s: %s", one.name, report.outcome(result, self._config.objective.metrics))
+        estimated = " (estimated)" if result.estimated else ""
+        log.info("%s: %s%s", one.name, report.outcome(result, self._config.objective.metrics), estimated)
         if one.trial is None:
             self._record_baseline(result)
         elif result.complete:
@@ -252,21 +259,17 @@ class Study:
                     params=defaults,
                     distributions=self._space.parameters,
                     values=result.values,
-                    user_attrs={report.BASELINE: True, **result.metrics},
+                    user_attrs={report.BASELINE: True, "metrics": result.metrics},
                     constraints=result.constraints,
                 )
             )
 
     def _tell(self, trial: optuna.Trial, result: Result) -> None:
-        for name, value in result.metrics.items():
-            trial.set_user_attr(name, value)
+        trial.set_user_attr("metrics", result.metrics)
         trial.set_user_attr("verdict", result.verdict)
         for name, value in result.constraints.items():
             trial.set_constraint(name, value)
-        values = result.values
-        if isinstance(self._study.sampler, CmaEsSampler):
-            values = objective.penalised(self._config.objective, values, result.constraints)
-        self._study.tell(trial, values)
+        self._study.tell(trial, objective.told(self._study.sampler, self._config.objective, result))
 
     def _fail(self, trial: optuna.Trial, reason: str) -> None:
         trial.set_user_attr("reason", reason)
@@ -287,7 +290,7 @@ def _contains(distribution: optuna.distributions.BaseDistribution, value: Any) -
 
 def _written(value: Any) -> str:
     """A parameter's value as Hydra reads it."""
-    if value == DEFAULT:
+    if value is None:
         return "null"
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -4,12 +4,13 @@ import fcntl
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from autotune import vllm_args
 from autotune.errors import InputError
 
 FOLDER = Path(os.environ.get("AUTOTUNE_LEASES", "/tmp/autotune-leases"))  # one for all users of this machine
@@ -72,6 +73,21 @@ def lease(gpus: Sequence[int], count: int) -> Iterator[Lease]:
                 if len(taken) < count:
                     time.sleep(POLL_S)
         yield Lease(tuple(taken), tuple(file.fileno() for file in taken.values()))
+
+
+@contextmanager
+def lease_for(gpus: Any, args: Mapping[str, Any]) -> Iterator[Lease | None]:
+    """The GPUs that a server with vLLM's flags `args` takes, of those that `gpus` names; null leases none."""
+    if gpus is None:
+        yield None
+        return
+    with lease(devices(gpus), vllm_args.gpus(args)) as held:
+        yield held
+
+
+def leased(lease: Lease | None) -> dict[str, str]:
+    """The fact `leased_gpus` of a trial that leased some."""
+    return {"leased_gpus": ",".join(map(str, lease.gpus))} if lease else {}
 
 
 def _open(name: str) -> BinaryIO:

@@ -1,0 +1,190 @@
+"""Fit a device's constants to measured trials:
+
+    python -m autotune.sim.calibrate RESULT.json|FOLDER … [--out FILE] [--check] [backend/device=h100]
+
+A folder stands for every result.json-like file below it. Each trial is simulated as it was configured; the constants
+change until rates and latencies agree. Prints the device's YAML with the error that is left, or writes it to FILE.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+from scipy.optimize import least_squares
+
+from autotune import trial
+from autotune.compose import command_line, errors_in_one_line
+from autotune.errors import AutotuneError, InputError
+from autotune.metrics import from_requests
+from autotune.samples import Samples
+from autotune.schema import Device, Kind, ScenarioConfig
+from autotune.sim.backend import SimBackend, simulate
+from autotune.sim.cost import Cost, Shape
+from autotune.sim.flags import resolve, serving
+
+# Fitted constants with their bounds.
+FITTED = {
+    "math_efficiency": (0.3, 1.1),
+    "fp8_tflops": (100, 4000),
+    "attention_efficiency": (0.1, 2.0),
+    "bandwidth_efficiency": (0.3, 1.0),
+    "step_s": (1e-5, 1e-2),
+    "host_s": (1e-4, 1e-2),
+    "host_sequence_s": (1e-7, 1e-3),
+    "launch_s": (1e-5, 1e-2),
+    "fp8_factor": (1.0, 4.0),
+    "accept_s": (1e-4, 2e-3),
+    "answer_s": (1e-4, 5e-2),
+}
+# What is compared, and the relative error that counts as much as any other's.
+OFFLINE = {"samples_per_s": 0.02}
+ONLINE = {"ttft_p50_ms": 0.3, "ttft_p99_ms": 0.1, "tpot_p50_ms": 0.2, "tpot_p99_ms": 0.1}
+PRIOR = 0.1  # weight of a constant's distance from where it starts, in logarithms: what no trial shows stays put
+SEEDS = 4  # draws that are averaged where the measured run had other samples than the simulated one
+KEPT = (
+    "experiment",
+    "model",
+    "dataset",
+    "scenario",
+    "engine.",
+    "objective",
+)  # overrides that describe what was measured
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured trial."""
+
+    name: str
+    shape: Shape
+    args: dict[str, Any]
+    draws: list[tuple[ScenarioConfig, Samples]]
+    measured: dict[str, float]
+    start_s: float | None
+
+    def tolerances(self) -> dict[str, float]:
+        compared = OFFLINE if self.draws[0][0].kind is Kind.Offline else ONLINE
+        return {metric: tolerance for metric, tolerance in compared.items() if metric in self.measured}
+
+    def estimated(self, device: Device) -> dict[str, float]:
+        """The compared metrics, simulated."""
+        flags = resolve(self.args, device, self.shape)
+        cost = Cost(device, self.shape, serving(flags))
+        runs = [from_requests(simulate(flags, cost, scenario, samples), None, None) for scenario, samples in self.draws]
+        return {metric: float(np.mean([run[metric] for run in runs])) for metric in self.tolerances()}
+
+    def start_error_s(self, device: Device) -> float:
+        cost = Cost(device, self.shape, serving(resolve(self.args, device, self.shape)))
+        return (self.start_s or 0.0) - cost.start_s()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, help="write the device's YAML here")
+    parser.add_argument("--check", action="store_true", help="fit nothing: print the error that the device leaves")
+    arguments, overrides = parser.parse_known_intermixed_args()
+    given = [path for path in arguments.results if "=" not in str(path)]
+    overrides += [str(path) for path in arguments.results if "=" in str(path)]
+    files = sorted(file for path in given for file in (path.rglob("*.json") if path.is_dir() else [path]))
+    cases = [case for file in files if (case := read(file))]
+    if not cases:
+        raise InputError("no complete trial among the results; give result.json files, or folders that hold some")
+    device = start_device(overrides)
+    text = as_yaml(device if arguments.check else fit(cases, device), cases)
+    if arguments.out:
+        arguments.out.write_text(text)
+    print(text)
+
+
+def start_device(overrides: Sequence[str]) -> Device:
+    config, _, _ = command_line(["model=tiny", "backend=sim", *overrides])
+    backend = trial.prepare(config).backend
+    assert isinstance(backend, SimBackend)
+    return backend.config.device
+
+
+def read(file: Path) -> Case | None:
+    """The trial in `file`; None for another kind of file, or a trial that measured nothing."""
+    try:
+        body = json.loads(file.read_text())
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(body, dict) or body.get("state") != "complete" or body.get("estimated"):
+        return None
+    overrides = [override for override in body["overrides"] if override.lstrip("+~").startswith(KEPT)]
+    try:
+        config, _, _ = command_line([*overrides, "backend=sim"])
+        prepared = trial.prepare(config)
+        samples = trial.prepare_samples(config, prepared)
+    except AutotuneError as error:
+        print(f"{file} left out: {error}", file=sys.stderr)
+        return None
+    same = body.get("facts", {}).get("dataset_checksum") == samples.checksum
+    scenario = config.scenario
+    seeds = [scenario.seed] if same or scenario.kind is Kind.Offline else range(1, SEEDS + 1)
+    draws = [(dataclasses.replace(scenario, seed=seed), samples) for seed in seeds]
+    start_s = body.get("phases", {}).get("start")
+    name = file.parent.name if file.stem == "result" else file.stem
+    return Case(name, Shape.of(prepared.model.config), prepared.args, draws, body["metrics"], start_s)
+
+
+def fit(cases: Sequence[Case], start: Device) -> Device:
+    """`start` with its FITTED constants moved to where `cases` agree best."""
+    names = [name for name in FITTED if getattr(start, name) is not None]
+    bounds = np.log([FITTED[name] for name in names]).T
+    first = np.clip(np.log([getattr(start, name) for name in names]), *bounds)
+
+    def device(logs: NDArray[np.float64]) -> Device:
+        constants: dict[str, Any] = dict(zip(names, map(float, np.exp(logs)), strict=True))
+        return dataclasses.replace(start, **constants)
+
+    def residuals(logs: NDArray[np.float64]) -> list[float]:
+        found = [
+            np.log(estimate / case.measured[metric]) / case.tolerances()[metric]
+            for case in cases
+            for metric, estimate in case.estimated(device(logs)).items()
+        ]
+        return [*found, *(PRIOR * (logs - first))]
+
+    inside = np.clip(first, bounds[0] + 1e-6, bounds[1] - 1e-6)
+    solution = least_squares(residuals, inside, bounds=bounds, diff_step=0.05, loss="soft_l1", max_nfev=30)
+    fitted = device(solution.x)
+    if starts := [case.start_error_s(fitted) for case in cases if case.start_s]:
+        fitted = dataclasses.replace(fitted, warmup_s=max(0.0, fitted.warmup_s + float(np.mean(starts))))
+    return fitted
+
+
+def errors(cases: Sequence[Case], device: Device) -> dict[str, Mapping[str, float]]:
+    """By case: how far each simulated metric is from the measured one, as a share of it."""
+    return {
+        case.name: {name: value / case.measured[name] - 1 for name, value in case.estimated(device).items()}
+        for case in cases
+    }
+
+
+def as_yaml(device: Device, cases: Sequence[Case]) -> str:
+    """A file for conf/backend/device/, with the error that is left as comments."""
+    lines = [f"# {device.name} and {len(cases)} measured trials; the error of what is simulated:"]
+    for name, found in errors(cases, device).items():
+        shown = ", ".join(f"{metric.removesuffix('_ms')} {error:+.1%}" for metric, error in found.items())
+        lines.append(f"#   {name}: {shown}")
+    body = {
+        field.name: float(f"{value:.4g}") if isinstance(value, float) else value
+        for field in dataclasses.fields(device)
+        if (value := getattr(device, field.name)) != field.default
+    }
+    return "\n".join(lines) + "\n" + OmegaConf.to_yaml(OmegaConf.create(body))
+
+
+if __name__ == "__main__":
+    with errors_in_one_line():
+        main()

@@ -1,0 +1,34 @@
+"""vLLM's flags as they are configured: names with underscores, null for vLLM's default."""
+
+import json
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any
+
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+
+
+def gpus(args: Mapping[str, Any]) -> int:
+    """How many GPUs a server with these flags takes."""
+    return prod(int(args.get(name) or 1) for name in PARALLEL)
+
+
+def command_line(args: Mapping[str, Any], is_switch: Callable[[str], bool] = lambda _: True) -> list[str]:
+    """`args` as words for `vllm serve`; null is left out, lists repeat, objects become JSON.
+
+    A boolean is written `--flag` or `--no-flag` where `is_switch(flag)`, else as a value.
+    """
+    words: list[str] = []
+    for name, value in args.items():
+        flag = name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool) and is_switch(name.replace("-", "_")):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, dict):
+            words += [f"--{flag}", json.dumps(value)]
+        elif isinstance(value, list):
+            words += [f"--{flag}", *map(str, value)]
+        else:
+            words += [f"--{flag}", str(value)]
+    return words

@@ -1,0 +1,53 @@
+"""Measure one server configuration under several loads, with one start of vLLM: a latency curve, calibration data.
+
+python benchmarks/loads.py FOLDER --load scenario=offline --load 'scenario=interactive scenario.qps=24' \\
+    [model=llama8b_dummy engine.args.max_num_seqs=128 …]
+
+Each load leaves a result.json in FOLDER/<number>, as a trial does.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from autotune import trial
+from autotune.compose import command_line, errors_in_one_line
+from autotune.live.backend import LiveBackend, run_loadgen, start_loadgen
+from autotune.live.server import serve
+from autotune.redact import redact
+from autotune.result import Result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--load", action="append", required=True, help="Hydra overrides of the scenario, by spaces")
+    arguments, overrides = parser.parse_known_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    common, _, _ = command_line([*overrides, *arguments.load[0].split()])
+    prepared = trial.prepare(common)
+    backend = prepared.backend
+    assert isinstance(backend, LiveBackend)
+    with serve(backend.config, backend.vllm, prepared.model, prepared.args, arguments.folder) as server:
+        for number, load in enumerate(arguments.load):
+            folder = arguments.folder / str(number)
+            folder.mkdir(exist_ok=True)
+            config, _, _ = command_line([*overrides, *load.split()])
+            result = Result(started_at=time.time(), overrides=redact([*overrides, *load.split()]))
+            result.args = redact(prepared.args)
+            result.config = trial.names(config)
+            samples = trial.prepare_samples(config, prepared)
+            result.facts = {"dataset_checksum": samples.checksum}
+            with start_loadgen(samples, folder) as process:
+                run_loadgen(process, server, config.scenario, folder, backend.config)
+            command = backend.command(prepared.model, prepared.args)
+            trial.score(config, backend.measured(folder, {"start": server.start_s}, command), result)
+            result.state, result.ended_at = "complete", time.time()
+            result.save(folder)
+            shown = ("samples_per_s", "tokens_per_s", "ttft_p99_ms", "tpot_p99_ms")
+            print(load, *(f"{name}={result.metrics[name]:.1f}" for name in shown), flush=True)
+
+
+if __name__ == "__main__":
+    with errors_in_one_line():
+        main()

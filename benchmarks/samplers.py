@@ -1,0 +1,352 @@
+"""Which sampler finds a good configuration with the least engine time?
+
+    python benchmarks/samplers.py [--seeds 5] [--trials 40] [--samplers tpe gp …] [--out FOLDER]
+
+Everything is simulated. Each workload's grid is simulated once and is the truth: the samplers look their trials up in
+it, with and without a prior (the best configurations of a simulated study, asked for first). A trial takes its start
+and its run; one that runs out of memory takes its start, a refused one nothing, one asked for twice takes its time
+twice. Every arm is given the engine time of --trials average points.
+
+The prior must not know the truth: it simulates a device with each fitted constant multiplied by a lognormal factor of
+its own (--sigma, another one for each seed), as if the device were badly calibrated. It still shares with the truth
+what no calibration changes: the scheduler, the order of requests, and how much memory there is. What the simulator
+gets wrong in kind, and the noise of real measurements, are not tested here.
+
+Prints a table, and leaves samplers.json (every trial) and samplers.png in FOLDER.
+"""
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import matplotlib
+import numpy as np
+import optuna
+from matplotlib.figure import Figure
+from optuna.trial import TrialState
+
+from autotune import compose, objective
+from autotune.compose import command_line, errors_in_one_line
+from autotune.schema import Config, Device
+from autotune.sim.calibrate import FITTED
+from autotune.space import Space, parse
+from autotune.sweep import prior
+from autotune.sweep.estimate import Estimate, Simulation, search, simulation
+from autotune.sweep.study import REFUSALS_IN_A_ROW, Grid, make_sampler
+
+SAMPLERS = ("tpe", "gp", "botorch", "nsga2", "cmaes", "qmc", "random")
+LONG_ANSWERS = (
+    "dataset=synthetic dataset.max_output_tokens=1024 dataset.records.output_bounds=[32,1024] "
+    "dataset.records.output_tokens=512 dataset.records.output_deviation=256"
+)
+# Each maximises its objective, over a grid.
+WORKLOADS = {
+    # Long answers fill the KV cache: more of it runs more sequences, until vLLM's warm-up has no memory left for them.
+    "offline": f"model=llama8b scenario=offline scenario.min_queries=1024 {LONG_ANSWERS} "
+    "engine.args.max_num_seqs=range(64,1025,step=64) engine.args.max_num_batched_tokens=range(2048,8193,step=2048) "
+    "engine.args.gpu_memory_utilization=range(0.90,0.981,step=0.04) engine.args.quantization=choice(default,fp8)",
+    # The highest load that a configuration serves within the limits.
+    "interactive": "model=llama8b scenario=interactive objective=goodput scenario.qps=range(20,41,step=2) "
+    "engine.args.max_num_seqs=range(32,193,step=32) engine.args.max_num_batched_tokens=choice(512,1024,2048,4096) "
+    "engine.args.quantization=choice(default,fp8)",
+    # Long prompts, too, on a small GPU: a sequence too many is preempted and computed again.
+    "tight": f"model=llama8b scenario=offline scenario.min_queries=512 {LONG_ANSWERS} backend/device=l40s "
+    "dataset.records.prompt_tokens=2000 dataset.records.prompt_bounds=[500,6000] ++engine.args.max_model_len=8192 "
+    "engine.args.max_num_seqs=range(32,385,step=32) engine.args.max_num_batched_tokens=range(2048,8193,step=2048) "
+    "engine.args.gpu_memory_utilization=range(0.88,0.981,step=0.02) engine.args.kv_cache_dtype=choice(auto,fp8)",
+}
+GOOD = 0.02  # a regret that is good enough
+REGRETS_AFTER = (10, 20)  # trials
+GRID = "grid"
+
+
+@dataclass(frozen=True)
+class Workload:
+    name: str
+    simulated: Simulation
+    space: Space
+    points: dict[tuple[Any, ...], Estimate]  # of the whole grid, by `key`
+    start_s: float  # mean
+
+    @property
+    def config(self) -> Config:
+        return self.simulated.config
+
+    @property
+    def device(self) -> Device:
+        return self.simulated.prepared.backend.config.device
+
+    @property
+    def best(self) -> Estimate:
+        return max((e for e in self.points.values() if e.result.feasible), key=lambda e: e.result.values[0])
+
+    def engine_s(self, found: Estimate) -> float:
+        return self.start_s if found.failed else found.engine_s
+
+    @property
+    def grid_s(self) -> float:
+        return sum(map(self.engine_s, self.points.values()))
+
+    def regret(self, found: Estimate) -> float:
+        """Share below the best; 1 if it is no answer."""
+        return 1 - found.result.values[0] / self.best.result.values[0] if found.result.feasible else 1.0
+
+    @property
+    def good(self) -> list[Estimate]:
+        return [found for found in self.points.values() if self.regret(found) <= GOOD]
+
+    def expected_s(self) -> float:
+        """Engine time until the grid's first good point, expected over its random orders."""
+        good_s = sum(map(self.engine_s, self.good))
+        # Of k good points each is as likely the first, and a bad one comes before all of them with 1 / (k + 1).
+        return (self.grid_s - good_s) / (len(self.good) + 1) + good_s / len(self.good)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm on one workload; a list has an entry for each trial that was run."""
+
+    workload: str
+    arm: str
+    seed: int
+    engine_s: list[float]  # taken when it ends
+    regret: list[float]  # best so far
+
+    def good_s(self) -> float:
+        """Engine time until it is good; infinite if it never is."""
+        return next((at for at, regret in zip(self.engine_s, self.regret, strict=True) if regret <= GOOD), np.inf)
+
+    def regret_after(self, trials: int) -> float:
+        return self.regret[min(trials, len(self.regret)) - 1]
+
+
+def key(space: Space, params: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A point's place in the grid; steps of a float are not exact."""
+    values = (params.get(name) for name in space.parameters)
+    return tuple(round(value, 6) if isinstance(value, float) else value for value in values)
+
+
+def workload(name: str, words: str) -> Workload:
+    config, params, sweeps = command_line(["backend=sim", "prior=sim", "space=none", *words.split()])
+    assert config.objective.directions == ["maximize"]
+    space, _ = parse(params, sweeps, config.conditions, config.only_if)
+    simulated = simulation(config, config.backend)
+    found = list(search(simulated, space, Grid(space.grid), config.objective.directions, space.grid_size))
+    points = {key(space, point.params): point for point in found}
+    assert len(points) == space.grid_size
+    starts = [point.result.phases["start"] for point in found if point.result.complete]
+    return Workload(name, simulated, space, points, statistics.mean(starts))
+
+
+def miscalibrated(device: Device, sigma: float, seed: int) -> Device:
+    """`device` as one would have it whose fit went wrong."""
+    factors = dict(zip(FITTED, np.random.default_rng(seed).lognormal(0, sigma, len(FITTED)), strict=True))
+    known = {name: getattr(device, name) for name in FITTED}
+    return replace(device, **{name: value * float(factors[name]) for name, value in known.items() if value is not None})
+
+
+def expected_best(load: Workload, sigma: float, seed: int) -> list[dict[str, Any]]:
+    """What a study with this seed and a miscalibrated prior asks for first."""
+    backend = {**load.config.backend, "device": asdict(miscalibrated(load.device, sigma, seed))}
+    config = replace(load.config, seed=seed, prior=replace(load.config.prior, backend=backend))
+    return [one.params for one in prior.best(config, load.space)]
+
+
+@cache
+def sampler_config(name: str, seed: int) -> Any:
+    with hydra.initialize_config_dir(str(compose.CONF)):
+        composed = hydra.compose("config", [f"sampler={name}", f"seed={seed}"], return_hydra_config=True)
+    return composed.hydra.sweeper.sampler
+
+
+def run(load: Workload, arm: str, seed: int, first: Sequence[dict[str, Any]], budget_s: float) -> Run:
+    """A study as `autotune.sweep.study` runs it, trials looked up, until it has taken `budget_s`."""
+    sampler = make_sampler(sampler_config(arm.split("+")[0], seed), load.space)
+    study = optuna.create_study(sampler=sampler, directions=load.config.objective.directions)
+    for params in first:
+        study.enqueue_trial(params)
+    done = Run(load.name, arm, seed, [], [])
+    taken_s, least, refusals = 0.0, 1.0, 0
+    while taken_s < budget_s and refusals < REFUSALS_IN_A_ROW:
+        trial = study.ask()
+        found = load.points[key(load.space, load.space.suggest(trial, load.simulated.known))]
+        if found.refused:
+            refusals += 1
+            trial.set_constraint("refused", 1.0)
+            study.tell(trial, state=TrialState.PRUNED)
+            continue
+        refusals = 0
+        if found.failed:
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            for name, value in found.result.constraints.items():
+                trial.set_constraint(name, value)
+            study.tell(trial, objective.told(sampler, load.config.objective, found.result))
+        taken_s += load.engine_s(found)
+        least = min(least, load.regret(found))
+        done.engine_s.append(taken_s)
+        done.regret.append(least)
+    return done
+
+
+def table(loads: Sequence[Workload], runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """By arm: medians over seeds and workloads; times as a share of the full grid's."""
+    grid_s = {load.name: load.grid_s for load in loads}
+    rows = {}
+    for arm in dict.fromkeys(run.arm for run in runs):
+        of_arm = [run for run in runs if run.arm == arm]
+        shares = {name: [r.good_s() / grid_s[name] for r in of_arm if r.workload == name] for name in grid_s}
+        rows[arm] = {
+            "good_h": statistics.median(run.good_s() / 3600 for run in of_arm),
+            "good_share": statistics.median(sum(shares.values(), [])),
+            **{f"good_share_{name}": statistics.median(found) for name, found in shares.items()},
+            "reached": sum(run.good_s() < np.inf for run in of_arm) / len(of_arm),
+            **{f"regret_{n}": statistics.median(run.regret_after(n) for run in of_arm) for n in REGRETS_AFTER},
+        }
+    expected = {load.name: load.expected_s() / load.grid_s for load in loads}
+    rows[GRID] = {
+        "good_h": statistics.median(load.expected_s() / 3600 for load in loads),
+        "good_share": statistics.median(expected.values()),
+        **{f"good_share_{name}": share for name, share in expected.items()},
+        "reached": 1.0,
+    }
+    return dict(sorted(rows.items(), key=lambda row: row[1]["good_share"]))
+
+
+def words(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """The table for people."""
+    columns = {
+        "good_h": "hours",
+        "good_share": "of grid",
+        **{name: name.removeprefix("good_share_") for name in rows[GRID] if name.startswith("good_share_")},
+        "reached": "reached",
+        **{f"regret_{n}": f"regret@{n}" for n in REGRETS_AFTER},
+    }
+
+    def cell(name: str, value: float | None) -> str:
+        if value is None:
+            return ""
+        if value == np.inf:
+            return "over"
+        return f"{value:.2f}" if name == "good_h" else f"{value:.0%}" if name == "reached" else f"{value:.1%}"
+
+    lines = [" ".join(["".ljust(15), *(f"{title:>11}" for title in columns.values())])]
+    for arm, row in rows.items():
+        lines.append(" ".join([arm.ljust(15), *(f"{cell(name, row.get(name)):>11}" for name in columns)]))
+    return "\n".join(lines)
+
+
+def verdicts(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    if not {"tpe", "tpe+prior"} <= rows.keys():
+        return []
+    found = []
+    mine = rows["tpe+prior"]["good_share"]
+    for share, name, other in (
+        (1 / 5, "the grid's in a random order", rows[GRID]["good_share"]),
+        (1 / 5, "the full grid's", 1.0),
+        (1 / 2, "plain tpe's", rows["tpe"]["good_share"]),
+    ):
+        verdict = "reached" if mine <= share * other and mine < np.inf else "MISSED"
+        found.append(f"tpe+prior takes {mine:.1%}, at most {share:g} of {name} {other:.1%}: {verdict}")
+    return found
+
+
+def plot(loads: Sequence[Workload], runs: Sequence[Run], file: Path) -> None:
+    """Median regret against engine time, a panel for each workload."""
+    figure = Figure(figsize=(6 * len(loads), 5), layout="constrained")
+    panels = figure.subplots(1, len(loads), sharey=True, squeeze=False)[0]
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    colours = dict(zip(dict.fromkeys(arm.split("+")[0] for arm in arms), matplotlib.colormaps["tab10"].colors))
+    for panel, load in zip(panels, loads, strict=True):
+        of_load = [run for run in runs if run.workload == load.name]
+        hours = np.linspace(0, max(run.engine_s[-1] for run in of_load) / 3600, 300)
+        for arm in arms:
+            curves = [
+                np.array([1.0, *run.regret])[np.searchsorted(run.engine_s, hours * 3600, side="right")]
+                for run in of_load
+                if run.arm == arm
+            ]
+            style = {"color": colours[arm.split("+")[0]], "linestyle": "-" if "+" in arm else "--"}
+            panel.step(hours, np.median(curves, axis=0), where="post", label=arm, **style)
+        panel.axhline(GOOD, color="grey", linewidth=0.5)
+        panel.set(title=f"{load.name}: {len(load.points)} points", xlabel="engine time, hours", yscale="symlog")
+        panel.set_yscale("symlog", linthresh=GOOD)
+    panels[0].set_ylabel("regret: share below the grid's best")
+    panels[-1].legend(fontsize="small")
+    figure.savefig(file, dpi=120)
+
+
+def summary(load: Workload) -> dict[str, Any]:
+    """What samplers.json says of a grid."""
+    points = load.points.values()
+    return {
+        "points": len(points),
+        "refused": sum(bool(point.refused) for point in points),
+        "failed": sum(bool(point.failed) for point in points),
+        "feasible": sum(point.result.feasible for point in points),
+        "good": len(load.good),
+        "best": load.best.result.values[0],
+        "best_params": load.best.params,
+        "values": [point.result.values[0] for point in points if point.result.feasible],
+        "grid_s": load.grid_s,
+        "expected_s": load.expected_s(),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="studies of each arm on each workload")
+    parser.add_argument("--trials", type=int, default=40, help="average trials that each arm has time for")
+    parser.add_argument("--samplers", nargs="+", default=SAMPLERS, metavar="SAMPLER")
+    parser.add_argument("--sigma", type=float, default=0.2, help="of the logarithm of the prior's miscalibration")
+    parser.add_argument("--out", type=Path, default=Path("multirun/samplers"))
+    options = parser.parse_args(arguments)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore")
+    options.out.mkdir(parents=True, exist_ok=True)
+    loads, runs = [], []
+    spent_s = dict.fromkeys(options.samplers, 0.0)
+    for name, overrides in WORKLOADS.items():
+        load = workload(name, overrides)
+        loads.append(load)
+        print(
+            f"{name}: {len(load.points)} points, {sum(bool(point.failed) for point in load.points.values())} run out of "
+            f"memory, {len(load.good)} within {GOOD:.0%} of the best; the grid takes {load.grid_s / 3600:.1f} h",
+            flush=True,
+        )
+        budget_s = options.trials * load.grid_s / len(load.points)
+        for seed in range(options.seeds):
+            first = expected_best(load, options.sigma, seed)
+            for sampler in options.samplers:
+                began = time.perf_counter()
+                runs.append(run(load, sampler, seed, [], budget_s))
+                runs.append(run(load, f"{sampler}+prior", seed, first, budget_s))
+                spent_s[sampler] += time.perf_counter() - began
+    rows = table(loads, runs)
+    body = {
+        "options": {**vars(options), "out": str(options.out)},
+        "workloads": {load.name: summary(load) for load in loads},
+        "arms": rows,
+        "sampler_s": spent_s,
+        "runs": [asdict(run) for run in runs],
+    }
+    (options.out / "samplers.json").write_text(json.dumps(body, indent=1))
+    plot(loads, runs, options.out / "samplers.png")
+    print(f"\nEngine time until within {GOOD:.0%} of the best: the median of {options.seeds} seeds on each workload.")
+    print(
+        f"The prior simulates a miscalibrated device: each fitted constant is off by a factor, sigma {options.sigma:g}.\n"
+    )
+    print("\n".join([words(rows), "", *verdicts(rows)]))
+
+
+if __name__ == "__main__":
+    with errors_in_one_line():
+        main()

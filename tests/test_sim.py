@@ -1,0 +1,183 @@
+"""The simulator against what it stands for: LoadGen's schedule, measured trials, vLLM's memory."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autotune import trial
+from autotune.compose import command_line
+from autotune.errors import StartError
+from autotune.schema import Kind, ScenarioConfig
+from autotune.sim import calibrate
+from autotune.sim.arrivals import issues
+from autotune.sim.backend import SimBackend
+from autotune.sweep.estimate import Estimate, estimate, simulation
+
+MEASURED = Path(__file__).parent.parent / "datasets" / "calibration" / "h100"
+
+# Answers each query at once and writes down when LoadGen issued which sample.
+NULL_SUT = """
+import json, sys, time, dataclasses
+import mlperf_loadgen as lg
+from autotune.live.loadgen import Sut, settings, start_test
+from autotune.live.run import Run
+from pathlib import Path
+run, samples, folder = Run(**json.loads(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
+seen = []
+class Null:
+    def issue(self, queries):
+        seen.extend((time.perf_counter(), query.index) for query in queries)
+        if run.kind != "Offline":
+            lg.FirstTokenComplete([lg.QuerySampleResponse(query.id, 0, 0) for query in queries])
+        lg.QuerySamplesComplete([lg.QuerySampleResponse(query.id, 0, 0, 2) for query in queries])
+    def flush(self): pass
+start_test(Null(), settings(run), samples, folder)
+print(json.dumps(seen))
+"""
+
+
+def simulated(*arguments: str) -> Estimate:
+    """A trial of Llama-3.1-8B on a simulated H100."""
+    config, _, _ = command_line(["model=llama8b", "backend=sim", *arguments])
+    return estimate(simulation(config, config.backend), {})
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("samples", [7, 64])
+def test_arrivals_are_those_of_loadgen(kind: Kind, samples: int, tmp_path: Path):
+    scenario = ScenarioConfig(name="s", kind=kind, qps=100.0, min_duration_s=0.5, min_queries=40, seed=3)
+    run = {
+        **{"url": "", "model": "", "kind": kind.value, "ttft_ms": None, "tpot_ms": None, "request_timeout_s": 1.0},
+        **{"qps": 100.0, "min_duration_s": 0.5, "max_duration_s": 0.0, "min_queries": 40, "max_queries": 0},
+        **{"warmup_requests": 0, "seed": 3},
+    }
+    command = [sys.executable, "-c", NULL_SUT, json.dumps(run), str(samples), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seen = json.loads(done.stdout)
+    expected = [issue for issue, _ in zip(issues(scenario, samples), seen, strict=False)]
+    assert [sample for _, sample in expected] == [sample for _, sample in seen]
+    if kind is Kind.Server:
+        assert len(expected) == len(list(issues(scenario, samples)))
+        lateness = [at - seen[0][0] - time_s for (at, _), (time_s, _) in zip(seen, expected, strict=True)]
+        assert sorted(lateness)[len(lateness) // 2] == pytest.approx(0, abs=0.01)
+
+
+def test_device_agrees_with_the_trials_it_was_fitted_to():
+    """The limits are those within which an estimate is worth having: 5 % of a rate, 15 % of a p99."""
+    cases = [case for file in sorted(MEASURED.glob("*.json")) if (case := calibrate.read(file))]
+    assert len(cases) >= 13
+    for name, errors in calibrate.errors(cases, calibrate.start_device([])).items():
+        for metric, error in errors.items():
+            if "p50" not in metric:
+                assert abs(error) < (0.05 if metric == "samples_per_s" else 0.15), (name, metric, error)
+
+
+def test_calibration_finds_constants_that_were_changed():
+    """Trials simulated with a slower GPU, given as measured ones, make a device of its speed."""
+    truth = replace(calibrate.start_device([]), math_efficiency=0.6)
+    files = [MEASURED / "reference-offline.json", MEASURED / "offline-2048-tokens.json"]
+    cases = [brief(case) for file in files if (case := calibrate.read(file))]
+    slower = [replace(case, measured=case.estimated(truth), start_s=None) for case in cases]
+    fitted = calibrate.fit(slower, calibrate.start_device([]))
+    assert fitted.math_efficiency == pytest.approx(0.6, rel=0.15)  # other constants take up the rest
+    assert all(abs(error) < 0.02 for found in calibrate.errors(slower, fitted).values() for error in found.values())
+
+
+def brief(case: calibrate.Case) -> calibrate.Case:
+    return replace(case, draws=[(replace(scenario, min_queries=150), samples) for scenario, samples in case.draws])
+
+
+def test_ten_minutes_of_load_take_a_second():
+    began = time.process_time()
+    found = simulated("scenario=server", "scenario.qps=30", "scenario.min_duration_s=600")
+    assert found.result.metrics["requests"] > 17_000
+    assert time.process_time() - began < 3  # 0.4 s of simulation on a quiet machine; the rest loads the data set
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["engine.args.gpu_memory_utilization=0.1"], "no memory is left for the KV cache"),
+        (["engine.args.gpu_memory_utilization=0.21", "engine.args.max_model_len=131072"], "the KV cache holds"),
+        (["engine.args.max_num_seqs=16384", "engine.args.max_num_batched_tokens=16384"], "CUDA out of memory"),
+    ],
+)
+def test_what_does_not_fit_fails_as_vllm_would(arguments: list[str], message: str):
+    assert message in simulated("scenario=offline", "scenario.min_queries=8", *arguments).failed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["engine.args.max_num_seqs=64", "engine.args.max_num_batched_tokens=32"], "must be at least max_num_seqs"),
+        (["engine.args.enable_chunked_prefill=false", "engine.args.max_num_batched_tokens=2048"], "without chunked"),
+        (["engine.args.tensor_parallel_size=16"], "H100 has 8"),
+        (["engine.args.tensor_parallel_size=3"], "can't be split"),
+        (["engine.args.block_size=24"], "multiples of 16"),
+        (["backend/device=a100", "engine.args.quantization=fp8"], "A100 has no fp8"),
+    ],
+)
+def test_what_vllm_refuses_is_refused_with_the_reason(arguments: list[str], message: str):
+    assert message in simulated("scenario=offline", *arguments).refused
+
+
+def test_kv_cache_is_as_large_as_vllm_measured_it():
+    """462,944 tokens with vLLM's defaults, 1,046,576 with fp8 and 16,384 tokens a step (vllm.log of the H100)."""
+    default = simulated("scenario=offline", "scenario.min_queries=8")
+    assert kv_tokens(default) == pytest.approx(462_944, rel=0.01)
+    fp8 = ["quantization=fp8", "kv_cache_dtype=fp8", "max_num_batched_tokens=16384", "gpu_memory_utilization=0.94"]
+    quantised = simulated("scenario=offline", "scenario.min_queries=8", *(f"engine.args.{flag}" for flag in fp8))
+    assert kv_tokens(quantised) == pytest.approx(1_046_576, rel=0.01)
+
+
+def kv_tokens(found: Estimate) -> int:
+    from autotune.sim.cost import Cost, Shape
+    from autotune.sim.flags import resolve, serving
+
+    config, _, _ = command_line(["model=llama8b", "backend=sim"])
+    prepared = trial.prepare(config)
+    assert isinstance(prepared.backend, SimBackend)
+    device, shape = prepared.backend.config.device, Shape.of(prepared.model.config)
+    return Cost(device, shape, serving(resolve(found.result.args, device, shape))).kv_tokens()
+
+
+def test_tensor_parallelism_is_faster_and_less_than_twice_as_fast():
+    offline = ["scenario=offline", "scenario.min_queries=400"]
+    one = simulated(*offline).result.metrics["samples_per_s"]
+    two = simulated(*offline, "engine.args.tensor_parallel_size=2").result.metrics["samples_per_s"]
+    assert one < two < 2 * one
+
+
+def test_prefix_caching_saves_shared_prompts():
+    shared = ["dataset=synthetic", "dataset.records.shared_prefix=0.8", "scenario=offline", "scenario.min_queries=400"]
+    without = simulated(*shared).result.metrics["samples_per_s"]
+    cached = simulated(*shared, "engine.args.enable_prefix_caching=true").result.metrics["samples_per_s"]
+    assert cached > 1.5 * without
+
+
+def test_single_stream_never_waits():
+    found = simulated("scenario=single_stream", "scenario.min_queries=20").result.metrics
+    assert found["requests"] == 20 and found["ttft_p99_ms"] < 150
+
+
+def test_model_that_is_no_dense_decoder_is_said_so(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 8, "num_experts": 4}')
+    from autotune.errors import InputError
+    from autotune.sim.cost import Shape
+
+    with pytest.raises(InputError, match="knows dense decoders"):
+        Shape.of(json.loads((tmp_path / "config.json").read_text()))
+
+
+def test_start_error_is_raised_to_the_trial():
+    config, _, _ = command_line(["model=llama8b", "backend=sim", "engine.args.gpu_memory_utilization=0.1"])
+    prepared = trial.prepare(config)
+    with pytest.raises(StartError):
+        prepared.backend.measure(
+            prepared.model, prepared.args, config.scenario, trial.prepare_samples(config, prepared), Path()
+        )
