@@ -8,7 +8,10 @@ VLLM := $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 TORCH := $(if $(UV_FIND_LINKS),,$(if $(filter cpu,$(VLLM)),--torch-backend=cpu))
 
-.PHONY: setup demo test check lint clean
+SLURM := munge slurmctld slurmd slurm-client
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
+
+.PHONY: setup demo test check lint slurm clean
 
 setup: $(VENV)/.ready  ## virtual environment with vLLM for this machine
 
@@ -33,7 +36,11 @@ lint: setup
 check: lint  ## what a commit must pass, in a minute
 	$(RUN) -m pytest
 
-test: lint  ## everything, with real vLLM
+slurm:  ## SLURM's programs for the tests that submit jobs: Debian's packages, where they are missing
+	@PATH=$$PATH:/usr/sbin; which munged slurmctld slurmd srun >/dev/null || \
+	  { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends $(SLURM); }
+
+test: lint slurm  ## everything, with real vLLM and a real SLURM
 	$(RUN) -m pytest -m "not gpu"
 
 clean:

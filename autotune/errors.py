@@ -19,3 +19,7 @@ class MeasureError(AutotuneError):
 
 class TrackingError(AutotuneError):
     """MLflow can't be reached or refused a record."""
+
+
+class StoppedError(AutotuneError):
+    """The study asked the trial to end before it was done."""

@@ -59,7 +59,7 @@ def single(result: Result, config: Config, folder: Path) -> str:
 
 def best(study: optuna.Study) -> FrozenTrial | None:
     """The best feasible trial but the baseline; of several objectives, the best in the first."""
-    complete = [trial for trial in study.trials if trial.state is TrialState.COMPLETE]
+    complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state is TrialState.COMPLETE]
     feasible = [trial for trial in complete if all(value <= 0 for value in trial.constraints.values())]
     swept = [trial for trial in feasible if BASELINE not in trial.user_attrs]
     return max(swept, key=lambda trial: _sign(study) * trial.values[0], default=None)

@@ -174,6 +174,10 @@ class Config:
     study: str = MISSING  # name of the study and of its folder below multirun/
     n_trials: int = 20  # trials of a study, the baseline not counted
     baseline: bool = True  # run vLLM's defaults first
+    budget: str | None = None  # 30m, 2h: then nothing new begins, and what runs may end; null is no limit
+    budget_of: str = "engine"  # what the budget is of: engine (start and run of all trials) or wall time
+    max_failures: int = 10  # trials that fail in a row end the study
+    resume: bool = False  # insist that the study exists; one that does goes on in any case
     seed: int = 0  # of the sampler
     # GPUs that trials may lease: a list of indices, `all`, or null for no leases (vLLM takes what it sees).
     gpus: Any = None
@@ -190,6 +194,7 @@ class Config:
     backend: dict[str, Any] = field(default_factory=dict)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
+    pruner: Any = None  # `_target_` decides which trials end early; see pruner=
     launcher: dict[str, Any] = field(default_factory=dict)  # `_target_` starts the trials; its other fields
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

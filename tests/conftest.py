@@ -1,7 +1,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from autotune.models import Model, build_shape
+from tests.slurm_cluster import Slurm, missing_programs, slurm_cluster
 
 # Each of the many processes that tests start would compile all of Hydra and MLflow again where this is set.
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""
@@ -50,3 +51,14 @@ def processes_in(folder: Path) -> list[psutil.Process]:
         if process.info["cwd"] and Path(process.info["cwd"]).is_relative_to(folder):
             found.append(process)
     return found
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A cluster of one node and four fake GPUs. submitit and SLURM's programs find it."""
+    if missing := missing_programs():
+        pytest.fail(f"SLURM's programs are missing ({', '.join(missing)}): `make slurm` installs them")
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as cluster, pytest.MonkeyPatch.context() as patch:
+        for name, value in cluster.environment.items():
+            patch.setenv(name, value)
+        yield cluster

@@ -9,10 +9,19 @@ PACKAGE = Path(__file__).parent.parent / "autotune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 HOMES = {
     "mlflow": {"tracking.py"},
-    "optuna": {"space.py", "report.py", "plan.py", "sweep/study.py", "sweep/estimate.py", "sweep/prior.py"},
+    "optuna": {
+        "space.py",
+        "report.py",
+        "plan.py",
+        "sweep/study.py",
+        "sweep/storage.py",
+        "sweep/display.py",
+        "sweep/estimate.py",
+        "sweep/prior.py",
+    },
     "mlperf_loadgen": {"live/loadgen.py"},
     "vllm": {"live/probe.py"},
-    "submitit": set(),
+    "submitit": {"sweep/launchers.py"},
 }
 
 

@@ -10,10 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from autotune import progress
 from autotune.backend import DryRunOutcome, Measurement, RequestTiming
 from autotune.errors import MeasureError
 from autotune.facts import hardware
-from autotune.leases import leased, lease_for
+from autotune.leases import lease_for, leased
 from autotune.live import flags, loadgen_log
 from autotune.live.dry_run import dry_run
 from autotune.live.run import ClientReport, Run
@@ -49,6 +50,7 @@ class LiveBackend:
         self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Samples, folder: Path
     ) -> Measurement:
         log.info("starting vLLM for %s; its log: %s", model.path, folder / "vllm.log")
+        progress.phase(folder, "start")
         with (
             lease_for(self.config.gpus, args) as lease,
             start_loadgen(samples, folder) as loadgen_process,
@@ -125,9 +127,11 @@ def run_loadgen(
     draft = folder / ".run.json"
     draft.write_text(json.dumps(asdict(run), indent=1))
     draft.rename(folder / "run.json")
+    progress.phase(folder, "run")
     deadline = time.monotonic() + config.run_timeout_s
     while (code := process.wait(POLL_S)) is None:
         server.check_alive()
+        progress.check(folder)
         if time.monotonic() > deadline:
             raise MeasureError(f"LoadGen had not finished after backend.run_timeout_s={config.run_timeout_s:.0f}")
     if code:

@@ -10,6 +10,7 @@ import array
 import asyncio
 import csv
 import dataclasses
+import itertools
 import json
 import resource
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 import mlperf_loadgen as lg
 import uvloop
 
+from autotune import progress
 from autotune.backend import RequestTiming
 from autotune.errors import MeasureError
 from autotune.live.client import Client, bodies
@@ -29,6 +31,7 @@ from autotune.schema import Kind
 
 NO_LIMIT_MS = 3_600_000.0
 POLL_S = 0.02
+PUBLISH_S = 2.0
 
 
 class Sut:
@@ -108,14 +111,32 @@ async def measure(run: Run, requests: Sequence[bytes], folder: Path) -> None:
         await client.reset_caches()
         warm = time.perf_counter()
         sut = Sut(client, loop, first_token=run.kind != Kind.Offline.value)
+        publishing = loop.create_task(publish(sut, run, folder))
         await asyncio.to_thread(start_test, sut, settings(run), len(requests), folder)
         ended = time.perf_counter()
+        publishing.cancel()
     with (folder / "requests.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow([field.name for field in dataclasses.fields(RequestTiming)])
         rows.writerows(dataclasses.astuple(timing) for timing in sut.completed)
     report = ClientReport(len(sut.failures), sut.failures[:5], warm - started, ended - warm)
     (folder / "client.json").write_text(json.dumps(dataclasses.asdict(report)))
+
+
+async def publish(sut: Sut, run: Run, folder: Path) -> None:
+    """Every few seconds, the rates so far; what completed is counted once."""
+    began = time.perf_counter()
+    counted = tokens = good = 0
+    for step in itertools.count():
+        await asyncio.sleep(PUBLISH_S)
+        for timing in sut.completed[counted:]:
+            tokens += timing.output_tokens
+            in_time = run.ttft_ms is None or timing.ttft * 1e3 <= run.ttft_ms
+            good += in_time and (run.tpot_ms is None or timing.tpot * 1e3 <= run.tpot_ms)
+        counted = len(sut.completed)
+        elapsed = time.perf_counter() - began
+        rates = {"tokens_per_s": tokens / elapsed, "samples_per_s": counted / elapsed, "goodput_per_s": good / elapsed}
+        progress.publish(folder, step, {**rates, "completed": counted, "over_limit": counted - good})
 
 
 def start_test(sut: Sut, test_settings: lg.TestSettings, samples: int, folder: Path) -> None:

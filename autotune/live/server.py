@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from autotune import progress
 from autotune.errors import MeasureError, StartError
 from autotune.leases import Lease
 from autotune.live.flags import Vllm
@@ -93,6 +94,7 @@ def _await_healthy(url: str, name: str, process: GuardedProcess, log: Path, time
     deadline = time.monotonic() + timeout_s
     while _get(f"{url}/health") is None:
         code = process.wait(POLL_S)
+        progress.check(log.parent)
         if code is not None:
             raise StartError(f"vLLM did not start ({_ending(code)}): {reason(log)}")
         if time.monotonic() > deadline:

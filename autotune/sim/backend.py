@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from autotune import vllm_args
+from autotune import progress, vllm_args
 from autotune.backend import DryRunOutcome, Measurement, RequestTiming
 from autotune.errors import StartError
-from autotune.leases import leased, lease_for
+from autotune.leases import lease_for, leased
 from autotune.metrics import summary
 from autotune.models import Model
 from autotune.redact import redact
@@ -23,6 +23,8 @@ from autotune.sim.kv_cache import KvCache, prefix_keys
 from autotune.sim.scheduler import Limits, Request, Scheduler
 
 log = logging.getLogger(__name__)
+
+PUBLISH_S = 2.0  # simulated; as often as a real run publishes
 
 
 class SimBackend:
@@ -53,7 +55,8 @@ class SimBackend:
             cost = Cost(self.config.device, shape, serving(flags))
             requests = simulate(flags, cost, scenario, samples)
             run_s = max(request.last_token for request in requests)
-            time.sleep(self.config.pace * (cost.start_s() + run_s))
+            if self.config.pace:
+                pass_time(requests, cost.start_s(), self.config.pace, folder)
         reasons = over_limits(scenario, requests)
         return Measurement(
             requests=requests,
@@ -129,6 +132,37 @@ def check_memory(flags: Mapping[str, Any], cost: Cost) -> None:
             f"CUDA out of memory (simulated): logits of max_num_seqs={flags['max_num_seqs']} sequences need "
             f"{missing / GIB:.1f} GiB more than {share} leaves"
         )
+
+
+def pass_time(requests: Sequence[RequestTiming], start_s: float, pace: float, folder: Path) -> None:
+    """Let `pace` real seconds pass for each simulated one, and publish what a real run would.
+
+    Raises StoppedError if the trial is asked to end.
+    """
+    began = time.monotonic()
+    progress.phase(folder, "start")
+    run_s, running, step = max(request.last_token for request in requests), False, 0
+    while (simulated_s := (time.monotonic() - began) / pace - start_s) < run_s:
+        progress.check(folder)
+        if simulated_s > 0 and not running:
+            running = True
+            progress.phase(folder, "run")
+        while (step + 1) * PUBLISH_S <= simulated_s:
+            elapsed_s = (step + 1) * PUBLISH_S
+            tokens = sum(generated(request, elapsed_s) for request in requests)
+            ended = sum(request.last_token <= elapsed_s for request in requests)
+            rates = {"tokens_per_s": tokens / elapsed_s, "samples_per_s": ended / elapsed_s}
+            progress.publish(folder, step, rates)
+            step += 1
+        time.sleep(min(0.05, pace * PUBLISH_S / 4, max(0.0, pace * (run_s - simulated_s))))
+
+
+def generated(request: RequestTiming, at_s: float) -> float:
+    """Tokens of `request` until `at_s`, as if they came evenly."""
+    if at_s <= request.first_token:
+        return 0.0
+    share = (at_s - request.first_token) / max(1e-9, request.last_token - request.first_token)
+    return 1 + (request.output_tokens - 1) * min(1.0, share)
 
 
 def over_limits(scenario: ScenarioConfig, requests: Sequence[RequestTiming]) -> list[str]:

@@ -26,9 +26,9 @@ class StudySweeper(Sweeper):
         self._hydra_context, self._job = hydra_context, config
 
     def sweep(self, arguments: list[str]) -> None:
-        from autotune.sweep.study import Study  # optuna takes a second to import
+        from autotune.sweep.study import run  # optuna takes a second to import
 
-        Study(self._config, self._job, self._hydra_context.config_loader).run(arguments)
+        run(self._config, self._job, self._hydra_context.config_loader, arguments)
 
 
 @dataclass

@@ -1,112 +1,143 @@
-"""Where trials run: what `launcher=` names. Each hands back a job at once or when it is done."""
+"""Where trials run: what `launcher=` names. Each hands back a job at once."""
 
+import json
 import logging
+import math
+import shutil
+import subprocess
 import sys
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-from omegaconf import DictConfig
+import submitit
 
-from autotune.errors import AutotuneError
+from autotune import progress, vllm_args
+from autotune.errors import InputError
 from autotune.leases import devices
 from autotune.process import GuardedProcess
-from autotune.schema import Config
+from autotune.result import Result
+from autotune.sweep import worker
+from autotune.sweep.worker import Trial
 from autotune.text import one_line
-from autotune.trial import run
+
+log = logging.getLogger(__name__)
+
+JOB = "job.json"  # in a trial's folder: the cluster's id of its job
+LOGS = ".submitit"  # in a study's folder: what submitit writes
+# SLURM's states of a job that never runs again.
+ENDED = {
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"),
+    *("PREEMPTED", "REVOKED"),
+}
 
 
 class Job(Protocol):
+    node: str  # where it runs, where that is known; empty on this machine
+
     def done(self) -> bool: ...
 
+    def wait(self, timeout_s: float) -> None:
+        """Return when it is done, or after `timeout_s`."""
+
     def cancel(self) -> None:
-        """End it and all that it started; returns when that is so."""
+        """End it and all that it started; returns when that is so, or is under way on another machine."""
 
     def reason(self) -> str:
         """Why it left no result, in one line."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What a launcher runs; its result.json goes to `folder`."""
-
-    config: Config
-    overrides: list[str]  # Hydra's, that compose `config`
-    folder: Path
-
-
 class Launcher(Protocol):
     n_jobs: int  # trials at a time
 
-    def submit(self, trial: Trial) -> Job: ...
+    def submit(self, trials: Sequence[Trial]) -> list[Job]: ...
+
+    def set_aside(self, node: str) -> None:
+        """Start nothing on `node` any more."""
+
+    def attach(self, folder: Path) -> Job | None:
+        """The job that still runs the trial in `folder` for an earlier sweeping process, if there is one."""
 
 
 class Inline:
-    """One trial at a time, in this process: `submit` returns when it is done."""
+    """One trial at a time, in this process."""
 
     n_jobs = 1
 
-    def __init__(self, job: DictConfig, gpus: Any, **_: Any) -> None:
+    def __init__(self, gpus: Any) -> None:
         pass
 
-    def submit(self, trial: Trial) -> "Done":
-        trial.folder.mkdir(parents=True, exist_ok=True)
-        log = logging.FileHandler(trial.folder / "autotune.log")
-        logging.getLogger().addHandler(log)
-        try:
-            run(trial.config, trial.overrides, trial.folder)
-            return Done("no result.json")
-        except AutotuneError as error:
-            return Done(f"{type(error).__name__}: {error}")
-        except Exception as error:
-            logging.getLogger(__name__).exception("trial failed")
-            return Done(f"{type(error).__name__}: {one_line(error)}")
-        finally:
-            logging.getLogger().removeHandler(log)
-            log.close()
+    def submit(self, trials: Sequence[Trial]) -> list[Job]:
+        return [Thread(trial) for trial in trials]
+
+    def set_aside(self, node: str) -> None:
+        """There is one node."""
+
+    def attach(self, folder: Path) -> Job | None:
+        return None
 
 
-@dataclass(frozen=True)
-class Done:
-    """A job that has ended."""
+class Thread:
+    """A trial beside the sweep, which watches it."""
 
-    why: str
+    node = ""
+
+    def __init__(self, trial: Trial) -> None:
+        self._folder = trial.folder
+        self._why = ""
+        self._thread = threading.Thread(target=self._run, args=(trial,))
+        self._thread.start()
+
+    def _run(self, trial: Trial) -> None:
+        self._why = worker.run(trial)
 
     def done(self) -> bool:
-        return True
+        return not self._thread.is_alive()
+
+    def wait(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
 
     def cancel(self) -> None:
-        """Nothing runs."""
+        progress.stop(self._folder)
+        self._thread.join()
 
     def reason(self) -> str:
-        return self.why
+        return self._why or "no result.json"
 
 
 class LocalProcesses:
-    """Trials side by side, each `python -m autotune …` in a process of its own; the trial leases its GPUs."""
+    """Trials side by side, each in a process of its own that ends with this one; the trial leases its GPUs."""
 
-    def __init__(self, job: DictConfig, gpus: Any, n_jobs: int | None = None, **_: Any) -> None:
+    def __init__(self, gpus: Any, n_jobs: int | None = None) -> None:
         self.n_jobs = n_jobs or len(devices(gpus))
-        sources = job.hydra.runtime.config_sources
-        self._config_dirs = [source.path for source in sources if source.provider == "command-line"]
 
-    def submit(self, trial: Trial) -> "LocalJob":
-        place = [f"hydra.run.dir={trial.folder}", "tracking.enabled=false"]
-        command = [sys.executable, "-m", "autotune", *trial.overrides, *place]
-        for directory in self._config_dirs:
-            command += ["--config-dir", directory]
-        trial.folder.mkdir(parents=True, exist_ok=True)
-        log = trial.folder / "trial.log"
-        return LocalJob(GuardedProcess(command, log, {}, stop_timeout_s=30), log)
+    def submit(self, trials: Sequence[Trial]) -> list[Job]:
+        return [LocalJob(trial) for trial in trials]
+
+    def set_aside(self, node: str) -> None:
+        """There is one node."""
+
+    def attach(self, folder: Path) -> Job | None:
+        return None
 
 
 class LocalJob:
-    def __init__(self, process: GuardedProcess, log: Path) -> None:
-        self._process = process
-        self._log = log
+    node = ""
+
+    def __init__(self, trial: Trial) -> None:
+        trial.save()
+        self._log = trial.folder / "trial.log"
+        command = [sys.executable, "-m", "autotune.sweep.worker", str(trial.folder)]
+        self._process = GuardedProcess(command, self._log, {}, stop_timeout_s=30)
 
     def done(self) -> bool:
         return self._process.exit_code() is not None
+
+    def wait(self, timeout_s: float) -> None:
+        self._process.wait(timeout_s)
 
     def cancel(self) -> None:
         self._process.stop()
@@ -114,3 +145,173 @@ class LocalJob:
     def reason(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return f"the trial's process ended with {self._process.exit_code()}: {lines[-1] if lines else 'no output'}"
+
+
+class Cluster:
+    """Trials as jobs of a cluster, through submitit: SLURM, or whatever it has an executor for.
+
+    A job outlives this process; a study that is run again finds it by the id in its folder's job.json.
+    """
+
+    def __init__(
+        self, gpus: Any, cluster: str, n_jobs: int, array: bool, poll_s: float, parameters: Mapping[str, Any]
+    ) -> None:
+        if gpus is not None:
+            raise InputError(f"gpus={gpus}: on a cluster it is the cluster that gives out GPUs; leave gpus=null")
+        if cluster == "slurm" and not shutil.which("sbatch"):
+            raise InputError("launcher=slurm: no sbatch here; start the study on a node that can submit jobs")
+        self.n_jobs = n_jobs
+        self._cluster = cluster
+        self._array = array
+        self._parameters = {name: value for name, value in parameters.items() if value is not None}
+        self._excluded: list[str] = []
+        self._queue = Queue(poll_s)
+
+    def submit(self, trials: Sequence[Trial]) -> list[Job]:
+        by_gpus: dict[int, list[Trial]] = {}
+        for trial in trials:
+            by_gpus.setdefault(gpus_of(trial), []).append(trial)
+        jobs: dict[Path, Job] = {}
+        for gpus, group in by_gpus.items():
+            executor = self._executor(group[0].folder.parent, gpus)
+            try:
+                with executor.batch() if self._array and len(group) > 1 else nullcontext():
+                    submitted = [executor.submit(worker.run, trial) for trial in group]
+                ids = [job.job_id for job in submitted]
+            except submitit.core.utils.FailedJobError as error:
+                raise InputError(f"launcher: the cluster refuses the job: {one_line(error)}") from None
+            for trial, job, job_id in zip(group, submitted, ids, strict=True):
+                trial.folder.mkdir(parents=True, exist_ok=True)
+                (trial.folder / JOB).write_text(json.dumps({"id": job_id}))
+                jobs[trial.folder] = self._job(trial.folder, job)
+        return [jobs[trial.folder] for trial in trials]
+
+    def set_aside(self, node: str) -> None:
+        self._excluded.append(node)
+
+    def attach(self, folder: Path) -> Job | None:
+        if not (folder / JOB).exists():
+            return None
+        job_id = json.loads((folder / JOB).read_text())["id"]
+        if self._cluster != "slurm":
+            return None
+        job = self._job(folder, submitit.SlurmJob(folder.parent / LOGS, job_id))
+        return None if job.done() else job
+
+    def _job(self, folder: Path, job: Any) -> "SlurmJob | ClusterJob":
+        return SlurmJob(folder, job, self._queue) if self._cluster == "slurm" else ClusterJob(folder, job)
+
+    def _executor(self, folder: Path, gpus: int) -> Any:
+        logs = folder / LOGS
+        logs.mkdir(parents=True, exist_ok=True, mode=0o700)  # submitit pickles the trials there, secrets included
+        executor = submitit.AutoExecutor(logs, cluster=self._cluster)
+        parameters = {"gpus_per_node": gpus, **self._parameters}
+        if self._excluded:
+            parameters["slurm_exclude"] = ",".join(self._excluded)
+        try:
+            executor.update_parameters(**parameters)
+        except (NameError, ValueError) as error:
+            raise InputError(f"launcher.parameters: {one_line(error)}") from None
+        return executor
+
+
+def gpus_of(trial: Trial) -> int:
+    config = trial.config
+    return vllm_args.gpus({**config.scenario.args, **config.model.args, **config.engine.args})
+
+
+class ClusterJob:
+    """A job that submitit itself knows the state of."""
+
+    node = ""
+
+    def __init__(self, folder: Path, job: Any) -> None:
+        self.folder = folder
+        self.job = job
+
+    def done(self) -> bool:
+        return bool(self.job.done())
+
+    def wait(self, timeout_s: float) -> None:
+        time.sleep(timeout_s)
+
+    def cancel(self) -> None:
+        progress.stop(self.folder)
+        self.job.cancel(check=False)
+
+    def reason(self) -> str:
+        return f"job {self.job.job_id} ended without a result; its log: {self.job.paths.stderr}"
+
+
+class SlurmJob(ClusterJob):
+    """A job whose end is told by its result, or else by SLURM's queue: that works without accounting, too."""
+
+    def __init__(self, folder: Path, job: Any, queue: "Queue") -> None:
+        super().__init__(folder, job)
+        self._queue = queue
+        queue.refresh()
+
+    def done(self) -> bool:
+        # A failed result may be that of a preempted run, and the job is about to start again.
+        return completed(self.folder) or not self._queue.has(self.job.job_id)
+
+    @property
+    def node(self) -> str:  # type: ignore[override]
+        return self._queue.node(self.job.job_id)
+
+    def cancel(self) -> None:
+        subprocess.run(["scancel", self.job.job_id], capture_output=True)
+
+    def reason(self) -> str:
+        show = ["scontrol", "show", "job", "-o", self.job.job_id]
+        words = subprocess.run(show, capture_output=True, text=True).stdout.split()
+        facts = dict(word.split("=", 1) for word in words if "=" in word)
+        state = facts.get("JobState", "gone from SLURM's records")
+        return f"SLURM job {self.job.job_id}: {state}; its log: {self.job.paths.stderr}"
+
+
+class Queue:
+    """What SLURM says of the jobs that are watched, asked at most every `poll_s` seconds for all of them."""
+
+    def __init__(self, poll_s: float) -> None:
+        self._poll_s = poll_s
+        self._asked = -math.inf
+        self._queued: set[str] = set()
+        self._nodes: dict[str, str] = {}
+
+    def refresh(self) -> None:
+        """Ask again at the next question: a job was submitted."""
+        self._asked = -math.inf
+
+    def has(self, job_id: str) -> bool:
+        self._ask()
+        return job_id in self._queued
+
+    def node(self, job_id: str) -> str:
+        return self._nodes.get(job_id, "")
+
+    def _ask(self) -> None:
+        if time.monotonic() - self._asked < self._poll_s:
+            return
+        self._asked = time.monotonic()
+        # %F_%K names one job of an array; -r writes each on its own line.
+        command = ["squeue", "--noheader", "--me", "-r", "-t", "all", "-o", "%A %F_%K %T %N"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            log.warning("squeue failed, asked again in %g s: %s", self._poll_s, done.stderr.strip())
+            return
+        self._queued = set()
+        for line in done.stdout.splitlines():
+            job_id, in_array, state, *node = line.split()
+            names = {job_id, in_array}
+            if node:
+                self._nodes.update(dict.fromkeys(names, node[0]))
+            if state not in ENDED:
+                self._queued |= names
+
+
+def completed(folder: Path) -> bool:
+    try:
+        return Result.load(folder).complete
+    except FileNotFoundError:
+        return False

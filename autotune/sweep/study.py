@@ -1,10 +1,16 @@
-"""One study: ask Optuna for parameters, run the trials, tell Optuna what they measured."""
+"""One study: ask Optuna for parameters, run the trials, tell Optuna what they measured.
+
+Trials never wait for each other: up to the launcher's n_jobs are in flight, each that ends is told at once and the
+next is asked. Only this process touches Optuna's storage; trials report through files in their folders.
+"""
 
 import logging
+import re
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,34 +19,50 @@ import optuna
 from hydra.core.config_loader import ConfigLoader
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import GridSampler
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from autotune import objective, report, tracking
+from autotune import objective, progress, report, tracking
 from autotune.errors import InputError, TrackingError
 from autotune.result import Result
-from autotune.schema import typed, with_values
+from autotune.schema import Config, typed, with_values
 from autotune.space import DEFAULT, FLAG, Space, check_flags, flags, parse
-from autotune.sweep import prior
-from autotune.sweep.launchers import Job, Launcher, Trial
+from autotune.sweep import prior, storage
+from autotune.sweep.display import Display
+from autotune.sweep.launchers import Job, Launcher, completed
+from autotune.sweep.worker import Trial
 from autotune.trial import Prepared, prepare, prepare_samples
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.1
 REFUSALS_IN_A_ROW = 100  # then the space is at fault
+NODE_FAILURES = 3  # in a row, then a node is set aside
+AGAIN = "again"  # of a trial that repeats a lost one: its number
+LOST = "lost"  # of a trial whose sweeping process ended, with whatever ran it
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be run; the baseline has no Optuna trial."""
+
+    name: str  # of its folder
+    params: dict[str, Any]
+    trial: optuna.Trial | None
 
 
 @dataclass
 class Running:
-    """A trial in flight; the baseline has no Optuna trial yet."""
+    """A trial in flight."""
 
-    name: str
-    params: dict[str, Any]
-    trial: optuna.Trial | None
+    asked: Asked
     job: Job
+    progress: progress.Reader
+    phase: str = "queued"
+    since: float = field(default_factory=time.monotonic)
+    pruned: bool = False
 
 
 class Grid(GridSampler):
@@ -49,9 +71,18 @@ class Grid(GridSampler):
     def after_trial(self, *_: Any) -> None:
         pass
 
+    def point(self, trial: FrozenTrial) -> dict[str, Any]:
+        """What `trial` was to run, also if it ended before it was told."""
+        return dict(zip(self._param_names, self._all_grids[trial.system_attrs["grid_id"]], strict=True))
 
-def make_sampler(config: Any, space: Space) -> optuna.samplers.BaseSampler:
-    """The sampler of a `sampler` group; a grid covers `space`. Raises InputError for a missing extra."""
+
+def make_sampler(config: Any, space: Space, begun: int = 0) -> optuna.samplers.BaseSampler:
+    """The sampler of a `sampler` group; a grid covers `space`. Raises InputError for a missing extra.
+
+    `begun` trials exist already: a seed is moved on by them, or the sampler would suggest its first ones again.
+    """
+    if begun and OmegaConf.is_config(config) and config.get("seed") is not None:
+        config = OmegaConf.merge(config, {"seed": config.seed + begun})
     try:
         made = instantiate(config, _execution_whitelist_=("optuna.*", "optuna_integration.*", "hydra_plugins.*"))
     except (InstantiationException, ImportError) as error:
@@ -62,148 +93,198 @@ def make_sampler(config: Any, space: Space) -> optuna.samplers.BaseSampler:
     return sampler
 
 
-class Study:
-    def __init__(self, sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader) -> None:
-        self._sweeper = sweeper
-        self._job = job
-        self._config_loader = config_loader
-        self._folder = Path(job.hydra.sweep.dir)
+def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, arguments: list[str]) -> None:
+    """Run the study that the command line `arguments` and the sweeper's configuration describe.
 
-    def run(self, arguments: list[str]) -> None:
-        """Run the study that the command line `arguments` and the sweeper's configuration describe.
-
-        Raises InputError before the first trial; exits with 1 if no trial completed.
-        """
-        self._space, self._fixed = parse(
-            self._sweeper["params"] or {}, arguments, self._job.conditions, self._job.only_if
-        )
-        self._composed = self._config_loader.load_sweep_config(self._job, self._fixed)
-        self._config = typed(self._composed)
-        # Each trial composes again, and must not make up a study name of its own.
-        self._fixed = [*self._fixed, f"study={self._config.study}"]
-        self._prepared = prepare(self._config)
-        prepare_samples(self._config, self._prepared)
-        check_flags(self._space, self._prepared.backend)
-        defaults = self._prepared.backend.dry_run(self._prepared.model, self._prepared.args)
-        if defaults.refusal:
-            log.warning("vLLM refuses the configuration before anything is swept: %s", defaults.refusal)
-        self._known = self._prepared.args | defaults.resolved
-        self._launcher = self._make_launcher()
-        tracking.check(self._config.tracking)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._study = self._open()
-        with tracking.study(self._config.tracking, self._config.study, self._folder) as self._tracker:
-            running: list[Running] = []
-            try:
-                self._run_trials(running)
-            except (KeyboardInterrupt, SystemExit):
-                log.info("stopped; what was measured is kept")
-                raise
-            finally:
-                for one in running:
-                    self._abandon(one)
-                summary = report.summary(self._study, self._folder, self._config)
-                (self._folder / "summary.txt").write_text(summary)
-                log.info("\n%s", summary)
-                self._tracker.summarise(self._folder, report.headline(self._study, self._folder, self._config))
-        if not any(trial.state is TrialState.COMPLETE for trial in self._study.trials):
-            sys.exit(f"autotune: no trial of {self._config.study} completed; reasons above")
-
-    def _make_launcher(self) -> Launcher:
-        settings = {name: value for name, value in self._config.launcher.items() if name not in ("_target_", "name")}
-        launcher: Launcher = get_class(self._config.launcher["_target_"])(self._job, self._config.gpus, **settings)
-        return launcher
-
-    def _open(self) -> optuna.Study:
+    Raises InputError before the first trial; exits with 1 if no trial completed.
+    """
+    space, fixed = parse(sweeper["params"] or {}, arguments, job.conditions, job.only_if)
+    composed = config_loader.load_sweep_config(job, fixed)
+    config = typed(composed)
+    prepared = prepare(config)
+    prepare_samples(config, prepared)
+    check_flags(space, prepared.backend)
+    launcher = make_launcher(config)
+    pruner = make_pruner(config)
+    tracking.check(config.tracking)
+    folder = Path(job.hydra.sweep.dir)
+    if config.resume and not folder.exists():
+        raise InputError(f"resume=true: there is no study in {folder}; write study=<its name>")
+    folder.mkdir(parents=True, exist_ok=True)
+    with storage.lock(folder), log_to(folder / "autotune.log"):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        sampler = make_sampler(self._sweeper["sampler"], self._space)
-        self._n_trials = self._config.n_trials
-        if isinstance(sampler, Grid):
-            self._n_trials = self._space.grid_size
-            log.info("grid: %d points", self._n_trials)
+        kept = storage.make(sweeper["storage"] or f"sqlite:///{folder}/study.db")
         study = optuna.create_study(
-            study_name=self._sweeper["study_name"],
-            storage=self._sweeper["storage"],
-            sampler=sampler,
-            directions=list(self._sweeper["direction"]),
+            study_name=sweeper["study_name"],
+            storage=kept,
+            pruner=pruner,
+            directions=list(sweeper["direction"]),
             load_if_exists=True,
         )
-        self._check_continues(study)
-        if self._config.prior.backend and not study.trials and not isinstance(sampler, Grid):
-            self._enqueue_prior(study)
-        return study
+        study.sampler = make_sampler(sweeper["sampler"], space, len(study.trials))
+        check_continues(study, space, list(sweeper["direction"]))
+        # Each trial is composed from this study, and must not make up a name of its own.
+        overrides = [*fixed, f"study={config.study}"]
+        Study(study, space, config, composed, overrides, prepared, launcher, folder).run()
+    if not any(trial.state is TrialState.COMPLETE for trial in study.get_trials(deepcopy=False)):
+        sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
 
-    def _enqueue_prior(self, study: optuna.Study) -> None:
-        """Ask first for what a simulation of this study found best."""
-        expected = prior.best(self._config, self._space)
-        for one in expected:
-            attributes = {report.EXPECTED: {"values": one.values, "feasible": one.feasible}}
-            study.enqueue_trial(one.params, user_attrs=attributes)
-        log.info(
-            "prior: the first %d trials are the best of %d simulated ones", len(expected), self._config.prior.trials
+
+def make_launcher(config: Config) -> Launcher:
+    settings = {name: value for name, value in config.launcher.items() if name not in ("_target_", "name")}
+    launcher: Launcher = get_class(config.launcher["_target_"])(config.gpus, **settings)
+    return launcher
+
+
+def make_pruner(config: Config) -> optuna.pruners.BasePruner:
+    """The pruner of the `pruner` group. Raises InputError if the objective can't be watched while a trial runs."""
+    pruner: optuna.pruners.BasePruner = instantiate(config.pruner, _execution_whitelist_=("optuna.*",))
+    watched = isinstance(pruner, optuna.pruners.NopPruner) or (
+        len(config.objective.metrics) == 1 and config.objective.metrics[0] in progress.METRICS
+    )
+    if not watched:
+        raise InputError(
+            f"pruner: needs one objective among {', '.join(progress.METRICS)}, "
+            f"and objective.metrics is {config.objective.metrics}; write pruner=none"
         )
+    return pruner
 
-    def _check_continues(self, study: optuna.Study) -> None:
-        """Raise InputError if `study` has trials that this space and objective can't go on from."""
-        other = "write another study=…, or what it was started with"
-        if [direction.name.lower() for direction in study.directions] != list(self._sweeper["direction"]):
-            raise InputError(f"study={study.study_name} exists with another objective; {other}")
-        for trial in study.trials:
-            for name, distribution in trial.distributions.items():
-                wanted = self._space.parameters.get(name, distribution)
-                if isinstance(wanted, CategoricalDistribution) and wanted != distribution:
-                    raise InputError(f"study={study.study_name} exists with other choices for {name}; {other}")
 
-    def _run_trials(self, running: list[Running]) -> None:
-        """Keep the launcher's `n_jobs` trials in flight until `n_trials` were run; `running` holds those that are."""
-        if self._config.baseline and report.BASELINE not in self._study.user_attrs:
-            running.append(self._start_baseline())
+def check_continues(study: optuna.Study, space: Space, directions: list[str]) -> None:
+    """Raise InputError if `study` has trials that this space and objective can't go on from."""
+    other = "write another study=…, or what it was started with"
+    if [direction.name.lower() for direction in study.directions] != directions:
+        raise InputError(f"study={study.study_name} exists with another objective; {other}")
+    for trial in study.get_trials(deepcopy=False):
+        for name, distribution in trial.distributions.items():
+            wanted = space.parameters.get(name, distribution)
+            if isinstance(wanted, CategoricalDistribution) and wanted != distribution:
+                raise InputError(f"study={study.study_name} exists with other choices for {name}; {other}")
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Everything that the study says, in one file, too."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+class Study:
+    """The trials of one study, from the first question to the summary."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        space: Space,
+        config: Config,
+        composed: DictConfig,
+        overrides: list[str],
+        prepared: Prepared,
+        launcher: Launcher,
+        folder: Path,
+    ) -> None:
+        self._study = study
+        self._space = space
+        self._config = config
+        self._composed = composed
+        self._overrides = overrides
+        self._prepared = prepared
+        self._launcher = launcher
+        self._folder = folder
+        defaults = prepared.backend.dry_run(prepared.model, prepared.args)
+        if defaults.refusal:
+            log.warning("vLLM refuses the configuration before anything is swept: %s", defaults.refusal)
+        self._known = prepared.args | defaults.resolved
+        self._n_trials = config.n_trials
+        if isinstance(study.sampler, Grid):
+            self._n_trials = space.grid_size
+            log.info("grid: %d points", self._n_trials)
+        self._running: list[Running] = []
+        self._count = 0  # of n_trials, in flight or ended
+        self._engine_s = 0.0  # start and run of the trials that ended
+        self._began = time.monotonic()
+        self._failed: list[str] = []  # reasons of the last trials, as long as they fail
+        self._failed_on: dict[str, int] = {}  # the same by node
+
+    def run(self) -> None:
+        config = self._config
+        with tracking.study(config.tracking, config.study, self._folder) as self._tracker:
+            try:
+                self._resume()
+                with Display(self._n_trials, config.objective) as self._display:
+                    self._run_trials()
+            except (KeyboardInterrupt, SystemExit):
+                log.info("stopped; what was measured is kept, and the same command goes on")
+                raise
+            finally:
+                self._abandon()
+                summary = report.summary(self._study, self._folder, config)
+                (self._folder / "summary.txt").write_text(summary)
+                log.info("\n%s", summary)
+                self._tracker.summarise(self._folder, report.headline(self._study, self._folder, config))
+
+    def _run_trials(self) -> None:
+        """Keep the launcher's n_jobs trials in flight until n_trials were run or the budget is spent."""
         while True:
-            while len(running) < self._launcher.n_jobs and (one := self._start_next()):
-                running.append(one)
-            if not running:
+            asked: list[Asked] = []
+            while len(self._running) + len(asked) < self._launcher.n_jobs and (next_one := self._ask(asked)):
+                asked.append(next_one)
+            self._start(asked)
+            if not self._running:
                 return
-            ended = [one for one in running if one.job.done()]
+            ended = [one for one in self._running if one.job.done()]
             for one in ended:
-                running.remove(one)
-                self._finish(one)
+                self._running.remove(one)
+                self._finish(one.asked, one.job.reason, one.job.node, one.pruned)
+            for one in self._running:
+                self._watch(one)
+            self._display.show(self._running, self._study, self._count)
             if not ended:
-                time.sleep(POLL_S)
+                self._running[0].job.wait(POLL_S)
 
-    def _start_baseline(self) -> Running:
-        log.info("baseline: the configuration without swept parameters")
-        gpu = self._config.baseline_gpu
-        return self._start(report.BASELINE, {}, None, {} if gpu is None else {"gpus": [gpu]})
+    # Asking
 
-    def _start_next(self) -> Running | None:
-        """Ask for parameters that vLLM accepts and start them; None if the study has all its trials."""
+    def _ask(self, asked: list[Asked]) -> Asked | None:
+        """The baseline, then what the sampler suggests and vLLM accepts; None if nothing more is to be run.
+
+        `asked` are about to be started.
+        """
+        in_flight = any(one.name == report.BASELINE for one in [*asked, *(one.asked for one in self._running)])
+        if self._config.baseline and report.BASELINE not in self._study.user_attrs and not in_flight:
+            return Asked(report.BASELINE, {}, None)
         for _ in range(REFUSALS_IN_A_ROW):
-            number = sum(self._counts(trial) for trial in self._study.trials)
-            if number >= self._n_trials:
+            if self._count >= self._n_trials or self._spent():
                 return None
             trial = self._study.ask()
             params = self._space.suggest(trial, self._known)
             if refusal := self._refusal(params):
                 self._refuse(trial, refusal)
                 continue
-            log.info("trial-%d (%d of %d): %s", trial.number, number + 1, self._n_trials, report.shorten(params))
-            changed = {name: None if value == DEFAULT else value for name, value in params.items()}
-            return self._start(f"trial-{trial.number}", params, trial, changed)
+            self._count += 1
+            log.info("trial-%d (%d of %d): %s", trial.number, self._count, self._n_trials, report.shorten(params))
+            return Asked(f"trial-{trial.number}", params, trial)
         raise InputError(
             f"{REFUSALS_IN_A_ROW} combinations in a row can't be run; the last: {refusal}; narrow the space"
         )
 
-    def _counts(self, trial: optuna.trial.FrozenTrial) -> bool:
-        """Whether `trial` is one of n_trials; a refused one is only where each point is asked for once."""
-        free = "refused" in trial.user_attrs and not isinstance(self._study.sampler, Grid)
-        free = free or trial.state is TrialState.WAITING
-        return not free and report.BASELINE not in trial.user_attrs
+    def _spent(self) -> bool:
+        """Whether the budget is: then what runs may end, and nothing new begins."""
+        if self._config.budget is None:
+            return False
+        used_s = self._engine_s if self._config.budget_of == "engine" else time.monotonic() - self._began
+        return used_s >= seconds(self._config.budget)
 
     def _refusal(self, params: Mapping[str, Any]) -> str:
         """Why this combination can't be run, by the space's own conditions or by vLLM; empty if it can."""
         if broken := self._space.violated(params, self._known):
             return broken
-        prepared: Prepared = self._prepared
+        prepared = self._prepared
         return prepared.backend.dry_run(prepared.model, prepared.args | flags(params)).refusal
 
     def _refuse(self, trial: optuna.Trial, reason: str) -> None:
@@ -211,41 +292,66 @@ class Study:
         trial.set_user_attr("refused", reason)
         trial.set_constraint("refused", 1.0)
         self._study.tell(trial, state=TrialState.PRUNED)
+        self._count += isinstance(self._study.sampler, Grid)  # which asks for each point once
         log.info("trial-%d refused: %s (%s)", trial.number, reason, report.shorten(trial.params))
 
-    def _start(
-        self, name: str, params: dict[str, Any], trial: optuna.Trial | None, changed: Mapping[str, Any]
-    ) -> Running:
-        folder = self._folder / name
-        (folder / "result.json").unlink(missing_ok=True)
-        overrides = [*self._fixed, *(f"{key}={_written(value)}" for key, value in changed.items())]
-        try:
-            job = self._launcher.submit(Trial(with_values(self._composed, changed), overrides, folder))
-            return Running(name, params, trial, job)
-        except BaseException:
-            if trial:
-                self._fail(trial, "interrupted")
-            raise
+    # Running
 
-    def _finish(self, one: Running) -> None:
-        folder = self._folder / one.name
+    def _start(self, asked: list[Asked]) -> None:
+        trials = []
+        for one in asked:
+            changed = {name: None if value == DEFAULT else value for name, value in one.params.items()}
+            if one.trial is None and self._config.baseline_gpu is not None:
+                changed = {"gpus": [self._config.baseline_gpu]}
+            folder = self._folder / one.name
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "result.json").unlink(missing_ok=True)
+            progress.begin(folder)
+            overrides = [*self._overrides, *(f"{key}={written(value)}" for key, value in changed.items())]
+            trials.append(Trial(with_values(self._composed, changed), overrides, folder))
+        if trials:
+            for one, job in zip(asked, self._launcher.submit(trials), strict=True):
+                self._running.append(Running(one, job, progress.Reader(self._folder / one.name)))
+
+    def _watch(self, one: Running) -> None:
+        """Note what a trial says of itself; stop it if the pruner has seen enough."""
+        for entry in one.progress.new():
+            one.phase = entry.get("phase", one.phase)
+            name = self._config.objective.metrics[0]
+            if one.asked.trial is None or one.pruned or name not in entry.get("values", {}):
+                continue
+            one.asked.trial.report(entry["values"][name], entry["step"])
+            if one.asked.trial.should_prune():
+                one.pruned = True
+                progress.stop(self._folder / one.asked.name)
+                log.info("%s: pruned at %s %.4g", one.asked.name, name, entry["values"][name])
+
+    # Telling
+
+    def _finish(self, asked: Asked, why: Callable[[], str], node: str, pruned: bool = False) -> None:
+        """Tell what became of a trial; `why` says it left no result."""
+        folder = self._folder / asked.name
         try:
             result = Result.load(folder)
         except FileNotFoundError:
-            result = Result(reason=one.job.reason())
-            folder.mkdir(parents=True, exist_ok=True)
-        result.params = one.params
+            result = Result(reason=why())
+        result.params = asked.params
         result.save(folder)
-        estimated = " (estimated)" if result.estimated else ""
-        log.info("%s: %s%s", one.name, report.outcome(result, self._config.objective.metrics), estimated)
-        if one.trial is None:
+        self._engine_s += sum(result.phases.values())
+        if not pruned:
+            estimated = " (estimated)" if result.estimated else ""
+            log.info("%s: %s%s", asked.name, report.outcome(result, self._config.objective.metrics), estimated)
+        if asked.trial is None:
             self._record_baseline(result)
         elif result.complete:
-            self._tell(one.trial, result)
+            self._tell(asked.trial, result)
+        elif pruned:
+            self._study.tell(asked.trial, state=TrialState.PRUNED)
         else:
-            self._fail(one.trial, result.reason)
+            self._fail(asked.trial, result.reason)
+        self._count_failures(result, pruned, result.facts.get("node", node))
         try:
-            self._tracker.log_trial(folder, one.name, result)
+            self._tracker.log_trial(folder, asked.name, result)
         except TrackingError as error:
             log.warning("%s", error)
 
@@ -275,20 +381,104 @@ class Study:
         trial.set_user_attr("reason", reason)
         self._study.tell(trial, state=TrialState.FAIL)
 
-    def _abandon(self, one: Running) -> None:
-        one.job.cancel()
-        if one.trial:
-            self._fail(one.trial, "interrupted")
+    def _count_failures(self, result: Result, pruned: bool, node: str) -> None:
+        """Set aside a node on which nothing works. Raises InputError after max_failures trials in a row."""
+        if result.complete or pruned:
+            self._failed.clear()
+            self._failed_on.pop(node, None)
+            return
+        self._failed.append(result.reason)
+        self._failed_on[node] = self._failed_on.get(node, 0) + 1
+        if node and self._failed_on[node] == NODE_FAILURES:
+            log.warning("%s: %d trials failed on it in a row; it gets no more", node, NODE_FAILURES)
+            self._launcher.set_aside(node)
+        if len(self._failed) >= self._config.max_failures:
+            reasons = "; ".join(dict.fromkeys(self._failed))
+            raise InputError(f"max_failures={self._config.max_failures} trials failed in a row: {reasons}")
+
+    # Going on after an earlier process
+
+    def _resume(self) -> None:
+        """Tell what ended while nobody watched, take up what still runs, ask again for what was lost."""
+        for trial in self._study.get_trials(deepcopy=False):
+            free = "refused" in trial.user_attrs and not isinstance(self._study.sampler, Grid)
+            if trial.state.is_finished():
+                gone = free or LOST in trial.user_attrs or report.BASELINE in trial.user_attrs
+                self._count += not gone
+            elif trial.state is TrialState.RUNNING:
+                self._take_up(trial)
+        if self._config.baseline and report.BASELINE not in self._study.user_attrs:
+            self._take_up(None)
+        for folder in self._folder.glob("*/result.json"):
+            self._engine_s += sum(Result.load(folder.parent).phases.values())
+        fresh = not self._study.trials and not isinstance(self._study.sampler, Grid)
+        if self._config.prior.backend and fresh:
+            self._enqueue_prior()
+
+    def _take_up(self, frozen: FrozenTrial | None) -> None:
+        """A trial (the baseline: None) that was in flight when an earlier process ended."""
+        name = f"trial-{frozen.number}" if frozen else report.BASELINE
+        trial = optuna.Trial(self._study, frozen._trial_id) if frozen else None
+        asked = Asked(name, dict(frozen.params) if frozen else {}, trial)
+        folder = self._folder / name
+        job = self._launcher.attach(folder)
+        if job:
+            log.info("%s still runs, and is watched again", name)
+            self._running.append(Running(asked, job, progress.Reader(folder)))
+            self._count += trial is not None
+        elif completed(folder):
+            self._finish(asked, lambda: "", "")
+            self._count += trial is not None
+        elif frozen:
+            self._lose(frozen)
+            log.info("%s was lost with the process that ran it, and is asked again", name)
+
+    def _lose(self, frozen: FrozenTrial) -> None:
+        """Ask again, once, for what `frozen` was to run, and fail it; it counts for nothing."""
+        sampler = self._study.sampler
+        params = {**frozen.system_attrs.get("fixed_params", {}), **frozen.params}  # enqueued ones are fixed first
+        if isinstance(sampler, Grid) and "grid_id" in frozen.system_attrs:
+            params = sampler.point(frozen)
+        if params and not any(other.user_attrs.get(AGAIN) == frozen.number for other in self._study.trials):
+            self._study.enqueue_trial(params, user_attrs={**frozen.user_attrs, AGAIN: frozen.number})
+        trial = optuna.Trial(self._study, frozen._trial_id)
+        trial.set_user_attr(LOST, True)
+        self._fail(trial, "lost: the process that ran it ended")
+
+    def _enqueue_prior(self) -> None:
+        """Ask first for what a simulation of this study found best."""
+        expected = prior.best(self._config, self._space)
+        for one in expected:
+            attributes = {report.EXPECTED: {"values": one.values, "feasible": one.feasible}}
+            self._study.enqueue_trial(one.params, user_attrs=attributes)
+        simulated = self._config.prior.trials
+        log.info("prior: the first %d trials are the best of %d simulated ones", len(expected), simulated)
+
+    def _abandon(self) -> None:
+        """End what still runs; on a cluster, too: a study that is stopped leaves no job behind."""
+        for one in self._running:
+            one.job.cancel()
+        self._running.clear()
+        for trial in self._study.get_trials(states=[TrialState.RUNNING]):
+            self._lose(trial)
+
+
+def seconds(text: str) -> float:
+    """`90s`, `30m`, `2h`, `1.5d` in seconds. Raises InputError."""
+    found = re.fullmatch(r"([\d.]+)\s*([smhd])", text.strip())
+    if not found:
+        raise InputError(f"budget={text}: write a duration such as 30m or 2h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def _contains(distribution: optuna.distributions.BaseDistribution, value: Any) -> bool:
-    if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+    if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and distribution._contains(distribution.to_internal_repr(value))
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A parameter's value as Hydra reads it."""
     if value is None:
         return "null"

@@ -1,0 +1,67 @@
+"""What a running trial says of itself, and is told: two files in its folder, on whatever file system both sides see.
+
+`progress.jsonl` holds a line for each phase that it enters and for each few seconds of measurement; `stop`, once it
+exists, asks the trial to end.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from autotune.errors import StoppedError
+
+FILE, STOP = "progress.jsonl", "stop"
+METRICS = ("tokens_per_s", "samples_per_s", "goodput_per_s")  # what can be published before a run ends
+
+
+def begin(folder: Path) -> None:
+    """Forget an earlier run in `folder`."""
+    (folder / FILE).unlink(missing_ok=True)
+    (folder / STOP).unlink(missing_ok=True)
+
+
+def phase(folder: Path, name: str) -> None:
+    """The trial is in this phase from now on: start, warmup, run."""
+    _append(folder, {"phase": name})
+
+
+def publish(folder: Path, step: int, values: Mapping[str, float]) -> None:
+    """Metrics of the run so far; `step` counts them."""
+    _append(folder, {"step": step, "values": dict(values)})
+
+
+def stop(folder: Path) -> None:
+    """Ask the trial in `folder` to end."""
+    (folder / STOP).touch()
+
+
+def check(folder: Path) -> None:
+    """Raise StoppedError if the trial was asked to end."""
+    if (folder / STOP).exists():
+        raise StoppedError("stopped by the study")
+
+
+def _append(folder: Path, entry: dict[str, Any]) -> None:
+    with (folder / FILE).open("a") as file:
+        file.write(json.dumps({"time": time.time(), **entry}) + "\n")
+
+
+class Reader:
+    """The lines of a trial's progress, each once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE
+        self._at = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        try:
+            with self._path.open() as file:
+                file.seek(self._at)
+                text = file.read()
+        except FileNotFoundError:
+            return []
+        whole = text[: text.rfind("\n") + 1]
+        self._at += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]

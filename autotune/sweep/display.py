@@ -1,0 +1,76 @@
+"""What a study shows while it runs: a live table in a terminal; elsewhere the log's plain lines are enough."""
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from autotune import report
+from autotune.schema import ObjectiveConfig
+
+if TYPE_CHECKING:
+    import optuna
+
+EVERY_S = 0.5
+
+
+class Display:
+    """Trials that run with their phase, the best so far beside the baseline, the rate, the time that is left."""
+
+    def __init__(self, n_trials: int, objective: ObjectiveConfig) -> None:
+        self._n_trials = n_trials
+        self._objective = objective
+        self._began = self._shown = time.monotonic()
+        self._ended_before: int | None = None
+        self._live = Live(console=Console(), auto_refresh=False, transient=True) if sys.stdout.isatty() else None
+
+    def __enter__(self) -> "Display":
+        if self._live:
+            self._live.start()
+            for handler in logging.getLogger().handlers:  # their lines scroll by above the table
+                if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                    handler.setStream(sys.stdout)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                    handler.setStream(sys.__stdout__)
+
+    def show(self, running: Sequence[Any], study: "optuna.Study", asked: int) -> None:
+        """`running` as the study keeps them; `asked` of n_trials are in flight or ended."""
+        if not self._live or time.monotonic() - self._shown < EVERY_S:
+            return
+        self._shown = time.monotonic()
+        self._live.update(self._table(running, study, asked), refresh=True)
+
+    def _table(self, running: Sequence[Any], study: "optuna.Study", asked: int) -> Table:
+        ended = asked - len(running)
+        if self._ended_before is None:
+            self._ended_before = ended
+        elapsed_s = time.monotonic() - self._began
+        done = ended - self._ended_before
+        left = f"{elapsed_s / done * (self._n_trials - ended) / 60:.0f} min left" if done > 0 else ""
+        rate = f"{done / elapsed_s * 3600:.3g} trials/h" if done > 0 else ""
+        best, baseline = report.best(study), study.user_attrs.get(report.BASELINE, {}).get("values")
+        metric = self._objective.metrics[0]
+        found = f"best {metric} {best.values[0]:.4g} (trial-{best.number})" if best else "nothing feasible yet"
+        against = f", baseline {baseline[0]:.4g}" if baseline else ""
+        words = [f"{ended} of {self._n_trials}", rate, left, found + against]
+        table = Table(title="  ".join(word for word in words if word), title_justify="left", box=None)
+        for heading in ("trial", "phase", "s", "node", "parameters"):
+            table.add_column(heading, no_wrap=True)
+        for one in running:
+            age = f"{time.monotonic() - one.since:.0f}"
+            table.add_row(one.asked.name, one.phase, age, one.job.node, report.shorten(one.asked.params))
+        return table

@@ -1,0 +1,63 @@
+"""One trial in a process of its own: python -m autotune.sweep.worker FOLDER"""
+
+import logging
+import os
+import pickle
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from autotune import trial
+from autotune.errors import AutotuneError
+from autotune.schema import Config
+from autotune.text import one_line
+
+FILE = ".trial.pickle"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a launcher runs; its result.json goes to `folder`."""
+
+    config: Config
+    overrides: list[str]  # Hydra's, that compose `config`
+    folder: Path
+
+    def save(self) -> None:
+        """Hand it to a process; nobody else can read it, as it may hold secrets."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            pickle.dump(self, file)
+
+
+def run(one: Trial) -> str:
+    """Run it; the reason in one line if it did not complete. Its log is `folder`/autotune.log."""
+    one.folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(one.folder / "autotune.log")
+    logging.getLogger().addHandler(handler)
+    try:
+        trial.run(one.config, one.overrides, one.folder)
+        return ""
+    except AutotuneError as error:
+        return f"{type(error).__name__}: {one_line(error)}"
+    except Exception as error:
+        logging.getLogger(__name__).exception("the trial failed")
+        return f"{type(error).__name__}: {one_line(error)}"
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds every `with`: no server stays behind
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    path = Path(sys.argv[1]) / FILE
+    one: Trial = pickle.loads(path.read_bytes())
+    path.unlink()
+    sys.exit(run(one) or 0)
+
+
+if __name__ == "__main__":
+    main()
