@@ -34,6 +34,7 @@ class Client:
     def __init__(self, url: str, model: str, bodies: Sequence[bytes], timeout_s: float) -> None:
         self._url = url
         head = json.dumps({"model": model}).encode()[:-1] + b", "
+        self.generated = 0  # tokens so far, of requests that go on, too
         self._bodies = [head + body[1:] for body in bodies]
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
@@ -65,6 +66,7 @@ class Client:
                     if not first and response.status == 200 and b"data: {" in chunk:
                         first = last
                         on_first_token()
+                    self.generated += chunk.count(b"data: {")
                     tail = (tail + chunk)[-TAIL_BYTES:]
         except (aiohttp.ClientError, TimeoutError) as error:
             raise MeasureError(f"request failed: {type(error).__name__} {error}") from None

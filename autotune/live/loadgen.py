@@ -111,7 +111,7 @@ async def measure(run: Run, requests: Sequence[bytes], folder: Path) -> None:
         await client.reset_caches()
         warm = time.perf_counter()
         sut = Sut(client, loop, first_token=run.kind != Kind.Offline.value)
-        publishing = loop.create_task(publish(sut, run, folder))
+        publishing = loop.create_task(publish(sut, client, run, folder))
         await asyncio.to_thread(start_test, sut, settings(run), len(requests), folder)
         ended = time.perf_counter()
         publishing.cancel()
@@ -123,19 +123,19 @@ async def measure(run: Run, requests: Sequence[bytes], folder: Path) -> None:
     (folder / "client.json").write_text(json.dumps(dataclasses.asdict(report)))
 
 
-async def publish(sut: Sut, run: Run, folder: Path) -> None:
+async def publish(sut: Sut, client: Client, run: Run, folder: Path) -> None:
     """Every few seconds, the rates so far; what completed is counted once."""
-    began = time.perf_counter()
-    counted = tokens = good = 0
+    began, before = time.perf_counter(), client.generated
+    counted = good = 0
     for step in itertools.count():
         await asyncio.sleep(PUBLISH_S)
         for timing in sut.completed[counted:]:
-            tokens += timing.output_tokens
             in_time = run.ttft_ms is None or timing.ttft * 1e3 <= run.ttft_ms
             good += in_time and (run.tpot_ms is None or timing.tpot * 1e3 <= run.tpot_ms)
         counted = len(sut.completed)
         elapsed = time.perf_counter() - began
-        rates = {"tokens_per_s": tokens / elapsed, "samples_per_s": counted / elapsed, "goodput_per_s": good / elapsed}
+        found = {"tokens_per_s": client.generated - before, "samples_per_s": counted, "goodput_per_s": good}
+        rates = {name: count / elapsed for name, count in found.items()}
         progress.publish(folder, step, {**rates, "completed": counted, "over_limit": counted - good})
 
 

@@ -79,9 +79,10 @@ class Grid(GridSampler):
 def make_sampler(config: Any, space: Space, begun: int = 0) -> optuna.samplers.BaseSampler:
     """The sampler of a `sampler` group; a grid covers `space`. Raises InputError for a missing extra.
 
-    `begun` trials exist already: a seed is moved on by them, or the sampler would suggest its first ones again.
+    `begun` trials exist already: a seed is moved on by them, or the sampler would suggest its first ones again. A
+    grid keeps its seed: that is its order.
     """
-    if begun and OmegaConf.is_config(config) and config.get("seed") is not None:
+    if begun and config.get("seed") is not None and not config.get("_partial_"):
         config = OmegaConf.merge(config, {"seed": config.seed + begun})
     try:
         made = instantiate(config, _execution_whitelist_=("optuna.*", "optuna_integration.*", "hydra_plugins.*"))
