@@ -10,8 +10,7 @@ from typing import Any
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from autotune import schema, sweep
@@ -31,14 +30,6 @@ def register() -> None:
     OmegaConf.register_resolver("started", lambda pattern: time.strftime(pattern, STARTED))
     schema.register()
     sweep.register()
-
-
-class SweepFolder(Callback):
-    """Makes a study's folder for another sweeper than ours, which keeps its storage there."""
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        if not str(config.hydra.sweeper._target_).startswith("autotune."):
-            Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
 
 
 def command_line(arguments: Sequence[str]) -> tuple[schema.Config, dict[str, Any], list[str]]:

@@ -1,7 +1,8 @@
 """The structured configs: every field typed, with its unit. `conf/` fills them, the command line overrides."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -217,8 +218,12 @@ def typed(config: DictConfig) -> Config:
     return typed_config
 
 
-def with_values(config: DictConfig, values: Mapping[str, Any]) -> Config:
-    """The composed configuration with other values at these keys."""
+def with_values(config: DictConfig, values: Mapping[str, Any], composed: Config) -> Config:
+    """`config` with other values at these keys; without them it is `composed`."""
+    flags = [key for key in values if re.fullmatch(r"engine\.args\.[^.]+", key)]
+    if len(flags) == len(values) and "${engine" not in str(config):  # nothing else depends on them
+        args = {key.removeprefix("engine.args."): value for key, value in values.items()}
+        return replace(composed, engine=EngineConfig({**composed.engine.args, **args}))
     body = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     OmegaConf.set_struct(body, False)
     for key, value in values.items():

@@ -108,6 +108,24 @@ class Thread:
         return self._why or "no result.json"
 
 
+class Done:
+    """A job that has ended."""
+
+    node = ""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self, timeout_s: float) -> None:
+        """It is done."""
+
+    def cancel(self) -> None:
+        """Nothing runs."""
+
+    def reason(self) -> str:
+        return "no result.json"
+
+
 class LocalProcesses:
     """Trials side by side, each in a process of its own that ends with this one; the trial leases its GPUs."""
 

@@ -309,7 +309,7 @@ class Study:
             (folder / "result.json").unlink(missing_ok=True)
             progress.begin(folder)
             overrides = [*self._overrides, *(f"{key}={written(value)}" for key, value in changed.items())]
-            trials.append(Trial(with_values(self._composed, changed), overrides, folder))
+            trials.append(Trial(with_values(self._composed, changed, self._config), overrides, folder))
         if trials:
             for one, job in zip(asked, self._launcher.submit(trials), strict=True):
                 self._running.append(Running(one, job, progress.Reader(self._folder / one.name)))
@@ -373,7 +373,6 @@ class Study:
 
     def _tell(self, trial: optuna.Trial, result: Result) -> None:
         trial.set_user_attr("metrics", result.metrics)
-        trial.set_user_attr("verdict", result.verdict)
         for name, value in result.constraints.items():
             trial.set_constraint(name, value)
         self._study.tell(trial, objective.told(self._study.sampler, self._config.objective, result))

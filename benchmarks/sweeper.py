@@ -1,0 +1,210 @@
+"""What the sweep itself costs, and what it survives; the trials sleep instead of measuring.
+
+    python benchmarks/sweeper.py busy    8 workers, 200 trials of log-normal length: how busy they are kept,
+                                         beside hydra-optuna-sweeper with submitit's local launcher on the same trials
+    python benchmarks/sweeper.py cost    the sweep's own time for a trial as a study grows to 1,000, and its memory
+    python benchmarks/sweeper.py kills   20 SIGKILLs of the sweeping process over a study of 100 trials
+
+Each prints what it found and exits with 1 if a target is missed.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+from optuna.trial import TrialState
+
+from autotune import progress
+from autotune.backend import DryRunOutcome, Measurement, RequestTiming
+from autotune.leases import leased, lease_for
+from autotune.models import Model
+from autotune.result import Result
+from autotune.samples import Samples
+from autotune.schema import ScenarioConfig, SimConfig
+from autotune.sweep.launchers import Done, Job
+from autotune.sweep.worker import Trial, run
+
+ROOT = Path(__file__).parent.parent
+SIGMA = 0.8
+KEY = "engine.args.max_num_seqs"
+
+
+class Sleeper:
+    """A backend whose trials take a log-normal time of median `pace` seconds, the same for the same parameters."""
+
+    Config = SimConfig
+    needs_weights = False
+
+    def __init__(self, config: SimConfig, cache_dir: Path) -> None:
+        self.config = config
+
+    def check(self, args: Mapping[str, Any]) -> None:
+        """Takes every flag."""
+
+    def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
+        return DryRunOutcome("", {})
+
+    def measure(
+        self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Samples, folder: Path
+    ) -> Measurement:
+        seqs = int(args.get("max_num_seqs") or 1)
+        sleep_s = self.config.pace * math.exp(random.Random(seqs).gauss(0, SIGMA))
+        with lease_for(self.config.gpus, args) as lease:
+            began = time.time()
+            while time.time() < began + sleep_s:
+                progress.check(folder)
+                time.sleep(min(0.05, max(0.0, began + sleep_s - time.time())))
+        value = 1000 - abs(seqs - 700)
+        phases = {"start": 0.0, "run": sleep_s}
+        facts = {"slept": f"{began} {time.time()}", **leased(lease)}
+        return Measurement([RequestTiming(0, 0.0, 0.5, 1.0, value)], 0, "VALID", [], {}, phases, ["sleep"], facts)
+
+
+class Instant:
+    """A launcher whose trials are done when they are submitted."""
+
+    n_jobs = 1
+
+    def __init__(self, gpus: Any) -> None:
+        pass
+
+    def submit(self, trials: Sequence[Trial]) -> list[Job]:
+        for trial in trials:
+            run(trial)
+        return [Done() for _ in trials]
+
+    def set_aside(self, node: str) -> None:
+        """There is one node."""
+
+    def attach(self, folder: Path) -> Job | None:
+        return None
+
+
+def command(*arguments: str) -> list[str]:
+    common = ["model=llama8b", "dataset=cnn_small", "space=none", "scenario=offline", "backend=sim", "tracking=none"]
+    place = ["backend._target_=benchmarks.sweeper.Sleeper", "study=s", "baseline=false"]
+    return [sys.executable, "-m", "autotune", "-m", *common, *place, *arguments]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "AUTOTUNE_LEASES": str(folder / "leases")}
+
+
+def sweep(folder: Path, *arguments: str) -> float:
+    """Seconds that the study took."""
+    began = time.monotonic()
+    subprocess.run(command(*arguments), cwd=folder, env=environment(folder), check=True, stdout=subprocess.DEVNULL)
+    return time.monotonic() - began
+
+
+def slept(folder: Path) -> list[tuple[float, float]]:
+    """When each trial's work began and ended."""
+    results = (json.loads(path.read_text()) for path in folder.rglob("result.json"))
+    spans = [tuple(map(float, result["facts"]["slept"].split())) for result in results]
+    return sorted((begin, end) for begin, end in spans)
+
+
+def busy(workers: int, trials: int, median_s: float) -> bool:
+    """Share of the workers' time, from the first trial's start to the last one's end, in which they worked."""
+    common = [f"n_trials={trials}", "sampler=tpe", f"{KEY}=range(1,1000)", f"backend.pace={median_s}"]
+    arms = {
+        "autotune": ["launcher=gpus", f"gpus={list(range(workers))}".replace(" ", "")],
+        "hydra-optuna-sweeper": ["hydra/sweeper=optuna", "hydra/launcher=submitit_local", f"hydra.sweeper.n_jobs={workers}"],
+    }
+    shares = {}
+    for name, arguments in arms.items():
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            took_s = sweep(folder, *common, *arguments)
+            spans = slept(folder)
+        makespan = max(end for _, end in spans) - spans[0][0]
+        shares[name] = sum(end - begin for begin, end in spans) / workers / makespan
+        print(f"{name:22} {len(spans)} trials in {took_s:.0f} s; workers busy {shares[name]:.1%}", flush=True)
+    return shares["autotune"] >= 0.95
+
+
+def cost(trials: int) -> bool:
+    """Milliseconds of the sweep for a trial, and its memory, by hundreds of trials."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        arguments = [f"n_trials={trials}", f"{KEY}=range(1,100000)", "engine.args.block_size=choice(16,32)"]
+        instant = ["launcher._target_=benchmarks.sweeper.Instant", "backend.pace=0"]
+        study = subprocess.Popen(
+            command(*arguments, *instant), cwd=folder, env=environment(folder), stdout=subprocess.DEVNULL
+        )
+        process, memory = psutil.Process(study.pid), {}
+        while study.poll() is None:
+            done = len(list((folder / "multirun/s").glob("trial-*/result.json")))
+            try:
+                memory[done // 100 * 100] = process.memory_info().rss / 1e6
+            except psutil.NoSuchProcess:
+                break
+            time.sleep(0.2)
+        results = [Result.load(path.parent) for path in (folder / "multirun/s").glob("trial-*/result.json")]
+    ended = sorted((result.ended_at, result.ended_at - result.started_at) for result in results)
+    # Between one trial's end and the next one's is the sweep's time, and the trial's own.
+    own_ms = [1e3 * (end - before - trial_s) for (before, _), (end, trial_s) in itertools.pairwise(ended)]
+    for first in range(0, len(own_ms) - 99, 100):
+        mean_ms = sum(own_ms[first : first + 100]) / 100
+        print(f"trials {first:4}-{first + 99:4}: {mean_ms:5.1f} ms a trial, {memory.get(first, 0):.0f} MB", flush=True)
+    last_ms = sum(own_ms[-100:]) / 100
+    grown = memory[max(memory)] - memory[min(key for key in memory if key >= 200)]
+    print(f"at the end {last_ms:.1f} ms a trial; memory grew by {grown:.0f} MB from trial 200 on")
+    return last_ms <= 50
+
+
+def kills(trials: int, count: int) -> bool:
+    """Whether a study that is killed again and again ends with each point run once."""
+    draw = random.Random(0)
+    arguments = ["sampler=grid", f"{KEY}=range(1,{trials + 1})", "launcher=gpus", "gpus=[0,1,2]", "backend.pace=0.4"]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for _ in range(count):
+            study = subprocess.Popen(
+                command(*arguments), cwd=folder, env=environment(folder), stdout=subprocess.DEVNULL
+            )
+            time.sleep(draw.uniform(1, 9))
+            study.kill()
+            study.wait()
+        sweep(folder, *arguments)
+        time.sleep(1)
+        left = [p for p in psutil.process_iter(["cwd"]) if str(p.info["cwd"] or "").startswith(temporary)]
+        kept = optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/multirun/s/study.db").trials
+    complete = [trial.params[KEY] for trial in kept if trial.state is TrialState.COMPLETE]
+    lost = sum(trial.state is TrialState.FAIL for trial in kept)
+    print(f"{count} kills: {len(complete)} trials completed, {len(set(complete))} distinct, {lost} lost and asked again,")
+    print(f"{len(left)} processes left")
+    return sorted(complete) == list(range(1, trials + 1)) and not left
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["busy", "cost", "kills"])
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--trials", type=int)
+    parser.add_argument("--median-s", type=float, default=6.0, help="of a trial's length (busy)")
+    parser.add_argument("--kills", type=int, default=20)
+    options = parser.parse_args()
+    if options.what == "busy":
+        met = busy(options.workers, options.trials or 200, options.median_s)
+    elif options.what == "cost":
+        met = cost(options.trials or 1000)
+    else:
+        met = kills(options.trials or 100, options.kills)
+    sys.exit(not met)
+
+
+if __name__ == "__main__":
+    main()
