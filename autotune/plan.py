@@ -3,7 +3,7 @@
     python -m autotune.plan model=llama8b scenario=interactive scenario.qps=28 space=default n_trials=40
 
 simulates the space and prints which share of it can run, what limits it, what there is to gain, and the hours it takes.
-Everything it prints is an estimate. `prior/backend/device=…` names the device; h100 is the default.
+Everything it prints is an estimate. `backend/device@prior.backend.device=a100` names the device; h100 is the default.
 """
 
 import sys

@@ -91,6 +91,7 @@ class LiveConfig:
 
     _target_: str = MISSING
     python: str | None = None  # interpreter that has vLLM; null is the one that runs autotune
+    prefix: list[str] = field(default_factory=list)  # words before vLLM's command: [srun, --overlap], a container's
     port: int | None = None  # loopback port for vLLM; null takes a free one
     gpus: Any = None  # as Config.gpus
     env: dict[str, str] = field(default_factory=dict)  # added to vLLM's environment

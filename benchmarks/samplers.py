@@ -20,6 +20,7 @@ import json
 import statistics
 import time
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -67,6 +68,7 @@ WORKLOADS = {
 GOOD = 0.02  # a regret that is good enough
 REGRETS_AFTER = (10, 20)  # trials
 GRID = "grid"
+PRIOR = "+prior"
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class Run:
     seed: int
     engine_s: list[float]  # taken when it ends
     regret: list[float]  # best so far
+    failed: list[bool]
+    repeated: list[bool]  # asked for before
 
     def good_s(self) -> float:
         """Engine time until it is good; infinite if it never is."""
@@ -168,17 +172,21 @@ def sampler_config(name: str, seed: int) -> Any:
     return composed.hydra.sweeper.sampler
 
 
-def run(load: Workload, arm: str, seed: int, first: Sequence[dict[str, Any]], budget_s: float) -> Run:
+def run(load: Workload, arm: str, number: int, first: Sequence[dict[str, Any]], budget_s: float) -> Run:
     """A study as `autotune.sweep.study` runs it, trials looked up, until it has taken `budget_s`."""
-    sampler = make_sampler(sampler_config(arm.split("+")[0], seed), load.space)
+    name = arm.removesuffix(PRIOR)
+    seed = zlib.crc32(f"{load.name} {name} {number}".encode())  # or all would begin with the same draws
+    sampler = make_sampler(sampler_config(name, seed), load.space)
     study = optuna.create_study(sampler=sampler, directions=load.config.objective.directions)
     for params in first:
         study.enqueue_trial(params)
-    done = Run(load.name, arm, seed, [], [])
+    done = Run(load.name, arm, number, [], [], [], [])
     taken_s, least, refusals = 0.0, 1.0, 0
+    asked: set[tuple[Any, ...]] = set()
     while taken_s < budget_s and refusals < REFUSALS_IN_A_ROW:
         trial = study.ask()
-        found = load.points[key(load.space, load.space.suggest(trial, load.simulated.known))]
+        point = key(load.space, load.space.suggest(trial, load.simulated.known))
+        found = load.points[point]
         if found.refused:
             refusals += 1
             trial.set_constraint("refused", 1.0)
@@ -195,11 +203,14 @@ def run(load: Workload, arm: str, seed: int, first: Sequence[dict[str, Any]], bu
         least = min(least, load.regret(found))
         done.engine_s.append(taken_s)
         done.regret.append(least)
+        done.failed.append(bool(found.failed))
+        done.repeated.append(point in asked)
+        asked.add(point)
     return done
 
 
 def table(loads: Sequence[Workload], runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """By arm: medians over seeds and workloads; times as a share of the full grid's."""
+    """By arm: medians over seeds and workloads, and shares of all trials; times as a share of the full grid's."""
     grid_s = {load.name: load.grid_s for load in loads}
     rows = {}
     for arm in dict.fromkeys(run.arm for run in runs):
@@ -211,6 +222,8 @@ def table(loads: Sequence[Workload], runs: Sequence[Run]) -> dict[str, dict[str,
             **{f"good_share_{name}": statistics.median(found) for name, found in shares.items()},
             "reached": sum(run.good_s() < np.inf for run in of_arm) / len(of_arm),
             **{f"regret_{n}": statistics.median(run.regret_after(n) for run in of_arm) for n in REGRETS_AFTER},
+            "failed": statistics.fmean(failed for run in of_arm for failed in run.failed),
+            "repeated": statistics.fmean(repeated for run in of_arm for repeated in run.repeated),
         }
     expected = {load.name: load.expected_s() / load.grid_s for load in loads}
     rows[GRID] = {
@@ -230,6 +243,8 @@ def words(rows: Mapping[str, Mapping[str, float]]) -> str:
         **{name: name.removeprefix("good_share_") for name in rows[GRID] if name.startswith("good_share_")},
         "reached": "reached",
         **{f"regret_{n}": f"regret@{n}" for n in REGRETS_AFTER},
+        "failed": "failed",
+        "repeated": "repeated",
     }
 
     def cell(name: str, value: float | None) -> str:
@@ -237,7 +252,13 @@ def words(rows: Mapping[str, Mapping[str, float]]) -> str:
             return ""
         if value == np.inf:
             return "over"
-        return f"{value:.2f}" if name == "good_h" else f"{value:.0%}" if name == "reached" else f"{value:.1%}"
+        return (
+            f"{value:.2f}"
+            if name == "good_h"
+            else f"{value:.0%}"
+            if name in ("reached", "failed", "repeated")
+            else f"{value:.1%}"
+        )
 
     lines = [" ".join(["".ljust(15), *(f"{title:>11}" for title in columns.values())])]
     for arm, row in rows.items():
@@ -246,10 +267,10 @@ def words(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def verdicts(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
-    if not {"tpe", "tpe+prior"} <= rows.keys():
+    if not {"tpe", "tpe" + PRIOR} <= rows.keys():
         return []
     found = []
-    mine = rows["tpe+prior"]["good_share"]
+    mine = rows["tpe" + PRIOR]["good_share"]
     for share, name, other in (
         (1 / 5, "the grid's in a random order", rows[GRID]["good_share"]),
         (1 / 5, "the full grid's", 1.0),
@@ -265,7 +286,7 @@ def plot(loads: Sequence[Workload], runs: Sequence[Run], file: Path) -> None:
     figure = Figure(figsize=(6 * len(loads), 5), layout="constrained")
     panels = figure.subplots(1, len(loads), sharey=True, squeeze=False)[0]
     arms = list(dict.fromkeys(run.arm for run in runs))
-    samplers = dict.fromkeys(arm.split("+")[0] for arm in arms)
+    samplers = dict.fromkeys(arm.removesuffix(PRIOR) for arm in arms)
     colours = {sampler: f"C{number}" for number, sampler in enumerate(samplers)}
     for panel, load in zip(panels, loads, strict=True):
         of_load = [run for run in runs if run.workload == load.name]
@@ -276,7 +297,7 @@ def plot(loads: Sequence[Workload], runs: Sequence[Run], file: Path) -> None:
                 for run in of_load
                 if run.arm == arm
             ]
-            style = {"color": colours[arm.split("+")[0]], "linestyle": "-" if "+" in arm else "--"}
+            style = {"color": colours[arm.removesuffix(PRIOR)], "linestyle": "-" if arm.endswith(PRIOR) else "--"}
             panel.step(hours, np.median(curves, axis=0), where="post", label=arm, **style)
         panel.axhline(GOOD, color="grey", linewidth=0.5)
         panel.set(title=f"{load.name}: {len(load.points)} points", xlabel="engine time, hours")
@@ -332,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for sampler in options.samplers:
                 began = time.perf_counter()
                 runs.append(run(load, sampler, seed, [], budget_s))
-                runs.append(run(load, f"{sampler}+prior", seed, first, budget_s))
+                runs.append(run(load, sampler + PRIOR, seed, first, budget_s))
                 spent_s[sampler] += time.perf_counter() - began
     rows = table(loads, runs)
     body = {

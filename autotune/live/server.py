@@ -66,6 +66,7 @@ def serve(
     name = f"autotune-{secrets.token_hex(8)}"
     flags = vllm.command_line(args)
     command = [
+        *config.prefix,
         config.python or sys.executable,
         *vllm.serve,
         model.path,

@@ -194,7 +194,7 @@ class Cluster:
             executor = self._executor(group[0].folder.parent, gpus)
             try:
                 with executor.batch() if self._array and len(group) > 1 else nullcontext():
-                    submitted = [executor.submit(worker.run, trial) for trial in group]
+                    submitted = [executor.submit(worker.run_job, trial) for trial in group]
                 ids = [job.job_id for job in submitted]
             except submitit.core.utils.FailedJobError as error:
                 raise InputError(f"launcher: the cluster refuses the job: {one_line(error)}") from None
@@ -267,7 +267,7 @@ class SlurmJob(ClusterJob):
     def __init__(self, folder: Path, job: Any, queue: "Queue") -> None:
         super().__init__(folder, job)
         self._queue = queue
-        queue.refresh()
+        queue.submitted(job.job_id)
 
     def done(self) -> bool:
         # A failed result may be that of a preempted run, and the job is about to start again.
@@ -294,16 +294,18 @@ class Queue:
     def __init__(self, poll_s: float) -> None:
         self._poll_s = poll_s
         self._asked = -math.inf
+        self._new: set[str] = set()  # submitted since squeue last answered
         self._queued: set[str] = set()
         self._nodes: dict[str, str] = {}
 
-    def refresh(self) -> None:
-        """Ask again at the next question: a job was submitted."""
+    def submitted(self, job_id: str) -> None:
+        """It is queued until squeue answers, which it is asked to at the next question."""
+        self._new.add(job_id)
         self._asked = -math.inf
 
     def has(self, job_id: str) -> bool:
         self._ask()
-        return job_id in self._queued
+        return job_id in self._queued or job_id in self._new
 
     def node(self, job_id: str) -> str:
         return self._nodes.get(job_id, "")
@@ -318,7 +320,7 @@ class Queue:
         if done.returncode:
             log.warning("squeue failed, asked again in %g s: %s", self._poll_s, done.stderr.strip())
             return
-        self._queued = set()
+        self._queued, self._new = set(), set()
         for line in done.stdout.splitlines():
             job_id, in_array, state, *node = line.split()
             names = {job_id, in_array}

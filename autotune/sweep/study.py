@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -373,8 +374,10 @@ class Study:
 
     def _tell(self, trial: optuna.Trial, result: Result) -> None:
         trial.set_user_attr("metrics", result.metrics)
-        for name, value in result.constraints.items():
-            trial.set_constraint(name, value)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an earlier process may have got as far as this
+            for name, value in result.constraints.items():
+                trial.set_constraint(name, value)
         self._study.tell(trial, objective.told(self._study.sampler, self._config.objective, result))
 
     def _fail(self, trial: optuna.Trial, reason: str) -> None:
@@ -418,17 +421,17 @@ class Study:
     def _take_up(self, frozen: FrozenTrial | None) -> None:
         """A trial (the baseline: None) that was in flight when an earlier process ended."""
         name = f"trial-{frozen.number}" if frozen else report.BASELINE
-        trial = optuna.Trial(self._study, frozen._trial_id) if frozen else None
-        asked = Asked(name, dict(frozen.params) if frozen else {}, trial)
         folder = self._folder / name
         job = self._launcher.attach(folder)
-        if job:
-            log.info("%s still runs, and is watched again", name)
-            self._running.append(Running(asked, job, progress.Reader(folder)))
+        if job or completed(folder):
+            trial = optuna.Trial(self._study, frozen._trial_id) if frozen else None
+            asked = Asked(name, dict(frozen.params) if frozen else {}, trial)
             self._count += trial is not None
-        elif completed(folder):
-            self._finish(asked, lambda: "", "")
-            self._count += trial is not None
+            if job:
+                log.info("%s still runs, and is watched again", name)
+                self._running.append(Running(asked, job, progress.Reader(folder)))
+            else:
+                self._finish(asked, lambda: "", "")
         elif frozen:
             self._lose(frozen)
             log.info("%s was lost with the process that ran it, and is asked again", name)
@@ -441,9 +444,11 @@ class Study:
             params = sampler.point(frozen)
         if params and not any(other.user_attrs.get(AGAIN) == frozen.number for other in self._study.trials):
             self._study.enqueue_trial(params, user_attrs={**frozen.user_attrs, AGAIN: frozen.number})
-        trial = optuna.Trial(self._study, frozen._trial_id)
-        trial.set_user_attr(LOST, True)
-        self._fail(trial, "lost: the process that ran it ended")
+        # Not through optuna.Trial, which would have the sampler choose anew.
+        kept = self._study._storage
+        kept.set_trial_user_attr(frozen._trial_id, LOST, True)
+        kept.set_trial_user_attr(frozen._trial_id, "reason", "lost: the process that ran it ended")
+        self._study.tell(frozen.number, state=TrialState.FAIL)
 
     def _enqueue_prior(self) -> None:
         """Ask first for what a simulation of this study found best."""

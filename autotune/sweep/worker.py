@@ -50,13 +50,18 @@ def run(one: Trial) -> str:
         handler.close()
 
 
-def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds every `with`: no server stays behind
+def run_job(one: Trial) -> str:
+    """`run` as the main function of a process; SIGTERM unwinds every `with`, so that no server stays behind."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return run(one)
+
+
+def main() -> None:
     path = Path(sys.argv[1]) / FILE
     one: Trial = pickle.loads(path.read_bytes())
     path.unlink()
-    sys.exit(run(one) or 0)
+    sys.exit(run_job(one) or 0)
 
 
 if __name__ == "__main__":

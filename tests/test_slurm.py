@@ -1,0 +1,138 @@
+"""Studies on a real SLURM, with what happens on one."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from autotune.result import Result
+from tests.slurm_cluster import Slurm
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+
+SEQS = "engine.args.max_num_seqs"
+# A simulated trial of some seconds; the one with a single sequence takes more than SLURM's shortest time limit.
+LOAD = ["model=llama8b", "backend=sim", "space=none", "scenario=offline", "scenario.min_queries=6000"]
+COMMON = [*LOAD, "backend.pace=0.02", "tracking=none", "study=s", "baseline=false"]
+LAUNCHER = ["launcher=slurm", "launcher.poll_s=1", "launcher.n_jobs=4", "launcher.parameters.cpus_per_task=1"]
+JOB_LIMIT = ["launcher.parameters.timeout_min=1", "+launcher.parameters.slurm_signal_delay_s=20"]
+
+
+@pytest.fixture(autouse=True)
+def empty(slurm: Slurm) -> Iterator[None]:
+    yield
+    slurm.cancel_all()
+
+
+def start(slurm: Slurm, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "autotune", "-m", *COMMON, *LAUNCHER, *arguments]
+    env = {**os.environ, **slurm.environment}
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def trials(folder: Path) -> list[FrozenTrial]:
+    try:
+        return optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/multirun/s/study.db").trials
+    except Exception:  # not there yet
+        return []
+
+
+def job_of(folder: Path, number: int) -> str:
+    """The id of the job that runs trial `number`, as soon as it does."""
+    trial = folder / f"multirun/s/trial-{number}"
+    wait_until(lambda: (trial / "job.json").exists() and (trial / "progress.jsonl").exists())
+    return str(json.loads((trial / "job.json").read_text())["id"])
+
+
+def process_of(job: str) -> psutil.Process:
+    """The Python of a job, and not the srun that started it."""
+    for process in psutil.process_iter(["cmdline"]):
+        is_submitit = "submitit.core._submit" in (process.info["cmdline"] or []) and process.name() != "srun"
+        if is_submitit and process.environ().get("SLURM_JOB_ID") == job:
+            return process
+    raise AssertionError(f"no process of job {job}")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def done(study: "subprocess.Popen[str]", timeout_s: float = 150) -> str:
+    output, _ = study.communicate(timeout=timeout_s)
+    assert study.returncode == 0, output
+    return output
+
+
+def seqs(folder: Path, number: int) -> int:
+    """What trial `number` was asked to run, as soon as it is."""
+    wait_until(lambda: len(trials(folder)) > number and bool(trials(folder)[number].params))
+    return int(trials(folder)[number].params[SEQS])
+
+
+def test_study_survives_a_crash_a_cancel_a_time_out_and_a_preemption(slurm: Slurm, tmp_path: Path):
+    points = [1, *range(100, 123)]
+    grid = ["sampler=grid", f"{SEQS}=choice({','.join(map(str, points))})"]
+    study = start(slurm, tmp_path, *grid, *JOB_LIMIT, "launcher.parameters.slurm_partition=requeue")
+    others = (number for number in (2, 6, 10, 11) if seqs(tmp_path, number) != 1)
+    crashed = next(others)
+    process_of(job_of(tmp_path, crashed)).kill()
+    cancelled = next(others)
+    slurm.run("scancel", job_of(tmp_path, cancelled))
+    preempted = next(others)
+    job = job_of(tmp_path, preempted)
+    slurm.submit("sleep 3", "--partition=high", "--exclusive", "--gpus-per-node=4")
+    output = done(study)
+    ended = {trial.number: trial for trial in trials(tmp_path)}
+    assert sorted(trial.params[SEQS] for trial in ended.values()) == points
+    late = next(number for number, trial in ended.items() if trial.params[SEQS] == 1)
+    failed = {number: trial.user_attrs["reason"] for number, trial in ended.items() if trial.state is TrialState.FAIL}
+    assert failed.keys() == {crashed, cancelled, late}, output
+    assert "timed-out" in failed[late] and "SLURM job" in failed[crashed] and "SystemExit" in failed[cancelled]
+    assert "Study s: 24 trials, 3 failed" in output
+    assert ended[preempted].state is TrialState.COMPLETE
+    assert "Restarts=0" not in slurm.run("scontrol", "show", "job", job)
+
+
+def test_jobs_that_run_are_found_again_after_the_login_node_is_lost(slurm: Slurm, tmp_path: Path):
+    grid = ["sampler=grid", f"{SEQS}=choice(100,101,102,103,104,105)"]
+    study = start(slurm, tmp_path, *grid)
+    jobs = [job_of(tmp_path, number) for number in range(3)]
+    study.kill()
+    study.wait()
+    output = done(start(slurm, tmp_path, *grid))
+    assert "still runs, and is watched again" in output
+    assert [trial.state for trial in trials(tmp_path)] == [TrialState.COMPLETE] * 6
+    assert [job_of(tmp_path, number) for number in range(3)] == jobs
+
+
+def test_job_asks_for_the_gpus_of_its_trial_and_a_stopped_study_leaves_none(slurm: Slurm, tmp_path: Path):
+    study = start(slurm, tmp_path, f"{SEQS}=choice(100,101)", "n_trials=2", "engine.args.tensor_parallel_size=2")
+    assert "gpu:2" in slurm.run("scontrol", "show", "job", job_of(tmp_path, 0))
+    study.terminate()
+    study.wait(30)
+    wait_until(lambda: not slurm.run("squeue", "--noheader", "--me"))
+
+
+def test_trials_that_start_together_can_be_one_array(slurm: Slurm, tmp_path: Path):
+    grid = ["sampler=grid", f"{SEQS}=choice(100,101,102)", "launcher.array=true", "scenario.min_queries=64"]
+    done(start(slurm, tmp_path, *grid))
+    ids = [json.loads(path.read_text())["id"] for path in (tmp_path / "multirun/s").glob("trial-*/job.json")]
+    assert sorted(job.partition("_")[2] for job in ids) == ["0", "1", "2"]
+    assert all(Result.load(path.parent).complete for path in (tmp_path / "multirun/s").glob("trial-*/result.json"))
+
+
+def test_what_slurm_refuses_is_one_line(slurm: Slurm, tmp_path: Path):
+    study = start(slurm, tmp_path, f"{SEQS}=choice(100)", "launcher.parameters.slurm_partition=nowhere")
+    output, _ = study.communicate(timeout=60)
+    assert study.returncode == 1 and "the cluster refuses the job" in output and "Traceback" not in output
