@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from autotune.result import Result
 from autotune.schema import Config
 
 BASELINE = "baseline"
+CANARIES = "canaries"  # a study's: by node, what a short baseline measured there; null where it failed
+SLOW = 0.1  # share of the median node's value that a slow one is worse by
 EXPECTED = "expected"  # what a simulation said of a trial
 SURPRISE = 0.15  # share of the expected value by which a measured one contradicts it
 # What a table shows of a trial: metric, heading, digits.
@@ -108,7 +111,7 @@ def summary(study: optuna.Study, folder: Path, config: Config) -> str:
         result = rows[_name(trial)]
         assert result is not None
         parts += _verdict(_sign(study), trial, result, baseline)
-    parts += _surprises(study)
+    parts += _surprises(study) + _nodes(study)
     if any(row and row.estimated for row in rows.values()):
         parts += ["", "These are estimates of a simulation (backend=sim), not measurements."]
     parts += ["", f"Everything measured: {folder}/"]
@@ -170,6 +173,23 @@ def _surprises(study: optuna.Study) -> list[str]:
     if not found:
         return ["", f"The simulation was right about all {checked} trials that it chose (within {SURPRISE:.0%})."]
     return ["", f"The simulation was wrong about {len(found)} of the {checked} trials that it chose:", *found]
+
+
+def _nodes(study: optuna.Study) -> list[str]:
+    """What each node's canary showed, where there were some."""
+    canaries = study.user_attrs.get(CANARIES, {})
+    measured = [value for value in canaries.values() if value is not None]
+    if not canaries:
+        return []
+    middle = statistics.median(measured) if measured else 0.0
+    lines = ["", "Nodes, by a short baseline on each:"]
+    for node, value in sorted(canaries.items()):
+        if value is None:
+            lines.append(f"  {node}: failed")
+        else:
+            slow = "  slow" if _sign(study) * (middle - value) > SLOW * middle else ""
+            lines.append(f"  {node}: {value:.4g}{slow}")
+    return lines
 
 
 def _pareto(rows: Mapping[str, Result], folder: Path) -> list[str]:

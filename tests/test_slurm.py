@@ -136,3 +136,12 @@ def test_what_slurm_refuses_is_one_line(slurm: Slurm, tmp_path: Path):
     study = start(slurm, tmp_path, f"{SEQS}=choice(100)", "launcher.parameters.slurm_partition=nowhere")
     output, _ = study.communicate(timeout=60)
     assert study.returncode == 1 and "the cluster refuses the job" in output and "Traceback" not in output
+
+
+def test_each_node_shows_first_what_it_can(slurm: Slurm, tmp_path: Path):
+    study = start(slurm, tmp_path, f"{SEQS}=choice(100)", "n_trials=1", "launcher.canary=true", "backend.pace=0.01")
+    output = done(study)
+    assert "Nodes, by a short baseline on each:" in output and "localhost: " in output
+    canary = Result.load(tmp_path / "multirun/s/canary-localhost")
+    assert canary.complete and canary.metrics["requests"] == 32
+    assert len(trials(tmp_path)) == 1

@@ -55,6 +55,9 @@ class Launcher(Protocol):
 
     def submit(self, trials: Sequence[Trial]) -> list[Job]: ...
 
+    def nodes(self) -> list[str]:
+        """Nodes that are to show what they can before they get trials."""
+
     def set_aside(self, node: str) -> None:
         """Start nothing on `node` any more."""
 
@@ -72,6 +75,9 @@ class Inline:
 
     def submit(self, trials: Sequence[Trial]) -> list[Job]:
         return [Thread(trial) for trial in trials]
+
+    def nodes(self) -> list[str]:
+        return []
 
     def set_aside(self, node: str) -> None:
         """There is one node."""
@@ -135,6 +141,9 @@ class LocalProcesses:
     def submit(self, trials: Sequence[Trial]) -> list[Job]:
         return [LocalJob(trial) for trial in trials]
 
+    def nodes(self) -> list[str]:
+        return []
+
     def set_aside(self, node: str) -> None:
         """There is one node."""
 
@@ -172,7 +181,14 @@ class Cluster:
     """
 
     def __init__(
-        self, gpus: Any, cluster: str, n_jobs: int, array: bool, poll_s: float, parameters: Mapping[str, Any]
+        self,
+        gpus: Any,
+        cluster: str,
+        n_jobs: int,
+        array: bool,
+        canary: bool,
+        poll_s: float,
+        parameters: Mapping[str, Any],
     ) -> None:
         if gpus is not None:
             raise InputError(f"gpus={gpus}: on a cluster it is the cluster that gives out GPUs; leave gpus=null")
@@ -181,17 +197,18 @@ class Cluster:
         self.n_jobs = n_jobs
         self._cluster = cluster
         self._array = array
+        self._canary = canary
         self._parameters = {name: value for name, value in parameters.items() if value is not None}
         self._excluded: list[str] = []
         self._queue = Queue(poll_s)
 
     def submit(self, trials: Sequence[Trial]) -> list[Job]:
-        by_gpus: dict[int, list[Trial]] = {}
+        alike: dict[tuple[int, str], list[Trial]] = {}
         for trial in trials:
-            by_gpus.setdefault(gpus_of(trial), []).append(trial)
+            alike.setdefault((gpus_of(trial), trial.node), []).append(trial)
         jobs: dict[Path, Job] = {}
-        for gpus, group in by_gpus.items():
-            executor = self._executor(group[0].folder.parent, gpus)
+        for (gpus, node), group in alike.items():
+            executor = self._executor(group[0].folder.parent, gpus, node)
             try:
                 with executor.batch() if self._array and len(group) > 1 else nullcontext():
                     submitted = [executor.submit(worker.run_job, trial) for trial in group]
@@ -204,8 +221,21 @@ class Cluster:
                 jobs[trial.folder] = self._job(trial.folder, job)
         return [jobs[trial.folder] for trial in trials]
 
+    def nodes(self) -> list[str]:
+        return self._usable() if self._canary else []
+
+    def _usable(self) -> list[str]:
+        if self._cluster != "slurm":
+            return []
+        partition = self._parameters.get("slurm_partition")
+        command = ["sinfo", "--Node", "--noheader", "--format=%N", *([f"--partition={partition}"] if partition else [])]
+        found = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        return [node for node in dict.fromkeys(found) if node not in self._excluded]
+
     def set_aside(self, node: str) -> None:
-        self._excluded.append(node)
+        if any(other != node for other in self._usable()):
+            log.warning("%s gets no more trials", node)
+            self._excluded.append(node)
 
     def attach(self, folder: Path) -> Job | None:
         if not (folder / JOB).exists():
@@ -219,12 +249,14 @@ class Cluster:
     def _job(self, folder: Path, job: Any) -> "SlurmJob | ClusterJob":
         return SlurmJob(folder, job, self._queue) if self._cluster == "slurm" else ClusterJob(folder, job)
 
-    def _executor(self, folder: Path, gpus: int) -> Any:
+    def _executor(self, folder: Path, gpus: int, node: str) -> Any:
         logs = folder / LOGS
         logs.mkdir(parents=True, exist_ok=True, mode=0o700)  # submitit pickles the trials there, secrets included
         executor = submitit.AutoExecutor(logs, cluster=self._cluster)
         parameters = {"gpus_per_node": gpus, **self._parameters}
-        if self._excluded:
+        if node:
+            parameters["slurm_nodelist"] = node
+        elif self._excluded:
             parameters["slurm_exclude"] = ",".join(self._excluded)
         try:
             executor.update_parameters(**parameters)

@@ -41,17 +41,19 @@ log = logging.getLogger(__name__)
 POLL_S = 0.1
 REFUSALS_IN_A_ROW = 100  # then the space is at fault
 NODE_FAILURES = 3  # in a row, then a node is set aside
+CANARY: dict[str, Any] = {"scenario.min_duration_s": 10.0, "scenario.min_queries": 32}  # enough to compare nodes by
 AGAIN = "again"  # of a trial that repeats a lost one: its number
 LOST = "lost"  # of a trial whose sweeping process ended, with whatever ran it
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be run; the baseline has no Optuna trial."""
+    """What is to be run; the baseline and canaries have no Optuna trial."""
 
     name: str  # of its folder
     params: dict[str, Any]
     trial: optuna.Trial | None
+    node: str = ""  # of a canary
 
 
 @dataclass
@@ -233,24 +235,37 @@ class Study:
 
     def _run_trials(self) -> None:
         """Keep the launcher's n_jobs trials in flight until n_trials were run or the budget is spent."""
+        self._start(self._canaries())
         while True:
+            if any(one.asked.node for one in self._running):  # nothing else runs before the nodes are known
+                self._end_some()
+                continue
             asked: list[Asked] = []
             while len(self._running) + len(asked) < self._launcher.n_jobs and (next_one := self._ask(asked)):
                 asked.append(next_one)
             self._start(asked)
             if not self._running:
                 return
-            ended = [one for one in self._running if one.job.done()]
-            for one in ended:
-                self._running.remove(one)
-                self._finish(one.asked, one.job.reason, one.job.node, one.pruned)
-            for one in self._running:
-                self._watch(one)
-            self._display.show(self._running, self._study, self._count)
-            if not ended:
-                self._running[0].job.wait(POLL_S)
+            self._end_some()
+
+    def _end_some(self) -> None:
+        """Tell of the trials that have ended; wait a moment if none has."""
+        ended = [one for one in self._running if one.job.done()]
+        for one in ended:
+            self._running.remove(one)
+            self._finish(one.asked, one.job.reason, one.job.node, one.pruned)
+        for one in self._running:
+            self._watch(one)
+        self._display.show(self._running, self._study, self._count)
+        if not ended:
+            self._running[0].job.wait(POLL_S)
 
     # Asking
+
+    def _canaries(self) -> list[Asked]:
+        """A short baseline for each node that has not shown yet what it can."""
+        known = self._study.user_attrs.get(report.CANARIES, {})
+        return [Asked(f"canary-{node}", {}, None, node) for node in self._launcher.nodes() if node not in known]
 
     def _ask(self, asked: list[Asked]) -> Asked | None:
         """The baseline, then what the sampler suggests and vLLM accepts; None if nothing more is to be run.
@@ -303,14 +318,17 @@ class Study:
         trials = []
         for one in asked:
             changed = {name: None if value == DEFAULT else value for name, value in one.params.items()}
-            if one.trial is None and self._config.baseline_gpu is not None:
+            if one.node:
+                changed = CANARY
+            elif one.trial is None and self._config.baseline_gpu is not None:
                 changed = {"gpus": [self._config.baseline_gpu]}
             folder = self._folder / one.name
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "result.json").unlink(missing_ok=True)
             progress.begin(folder)
             overrides = [*self._overrides, *(f"{key}={written(value)}" for key, value in changed.items())]
-            trials.append(Trial(with_values(self._composed, changed, self._config), overrides, folder))
+            config = with_values(self._composed, changed, self._config)
+            trials.append(Trial(config, overrides, folder, one.node))
         if trials:
             for one, job in zip(asked, self._launcher.submit(trials), strict=True):
                 self._running.append(Running(one, job, progress.Reader(self._folder / one.name)))
@@ -343,6 +361,14 @@ class Study:
         if not pruned:
             estimated = " (estimated)" if result.estimated else ""
             log.info("%s: %s%s", asked.name, report.outcome(result, self._config.objective.metrics), estimated)
+        if asked.node:
+            known = self._study.user_attrs.get(report.CANARIES, {})
+            value = result.values[0] if result.complete else None
+            self._study.set_user_attr(report.CANARIES, {**known, asked.node: value})
+            if value is None:
+                log.warning("%s: its canary failed: %s", asked.node, result.reason)
+                self._launcher.set_aside(asked.node)
+            return
         if asked.trial is None:
             self._record_baseline(result)
         elif result.complete:
@@ -393,7 +419,7 @@ class Study:
         self._failed.append(result.reason)
         self._failed_on[node] = self._failed_on.get(node, 0) + 1
         if node and self._failed_on[node] == NODE_FAILURES:
-            log.warning("%s: %d trials failed on it in a row; it gets no more", node, NODE_FAILURES)
+            log.warning("%s: %d trials failed on it in a row", node, NODE_FAILURES)
             self._launcher.set_aside(node)
         if len(self._failed) >= self._config.max_failures:
             reasons = "; ".join(dict.fromkeys(self._failed))

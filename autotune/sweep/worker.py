@@ -23,6 +23,7 @@ class Trial:
     config: Config
     overrides: list[str]  # Hydra's, that compose `config`
     folder: Path
+    node: str = ""  # where it has to run, on a cluster
 
     def save(self) -> None:
         """Hand it to a process; nobody else can read it, as it may hold secrets."""

@@ -1,0 +1,64 @@
+"""What the cluster launcher asks SLURM for; sinfo stands for a cluster of several nodes."""
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from autotune.errors import InputError
+from autotune.sweep.launchers import Cluster, Queue
+
+PARAMETERS = {"timeout_min": 1}
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    for name, script in {"sbatch": "", "srun": "", "sinfo": "echo a; echo b"}.items():
+        program(tmp_path, name, script)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return Cluster(None, "slurm", 2, False, True, 1.0, PARAMETERS)
+
+
+def excluded(cluster: Cluster, folder: Path) -> str | None:
+    return cluster._executor(folder, 1, "")._executor.parameters.get("exclude")
+
+
+def test_node_set_aside_gets_no_more_jobs_unless_it_is_the_last(cluster: Cluster, tmp_path: Path):
+    assert cluster.nodes() == ["a", "b"] and excluded(cluster, tmp_path) is None
+    cluster.set_aside("a")
+    assert cluster.nodes() == ["b"] and excluded(cluster, tmp_path) == "a"
+    cluster.set_aside("b")
+    assert excluded(cluster, tmp_path) == "a"
+
+
+def test_job_of_a_canary_is_bound_to_its_node(cluster: Cluster, tmp_path: Path):
+    assert cluster._executor(tmp_path, 1, "b")._executor.parameters["nodelist"] == "b"
+
+
+def test_parameter_that_submitit_does_not_know_is_named(cluster: Cluster, tmp_path: Path):
+    cluster._parameters["slurm_partitoin"] = "gpu"
+    with pytest.raises(InputError, match=r"launcher.parameters: .*partitoin"):
+        cluster._executor(tmp_path, 1, "")
+
+
+def test_gpus_are_the_clusters_to_give():
+    with pytest.raises(InputError, match="leave gpus=null"):
+        Cluster([0], "slurm", 2, False, True, 1.0, PARAMETERS)
+
+
+def test_job_is_queued_until_squeue_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    queue = Queue(poll_s=0.0)
+    queue.submitted("7")
+    program(tmp_path, "squeue", "echo down >&2; exit 1")
+    assert queue.has("7")
+    program(tmp_path, "squeue", "echo 7 7_N/A RUNNING node1; echo 8 8_N/A COMPLETED")
+    assert queue.has("7") and queue.node("7") == "node1" and not queue.has("8")
+    program(tmp_path, "squeue", "true")
+    assert not queue.has("7")
