@@ -2,8 +2,6 @@
 
 import logging
 import os
-import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from autotune import report, schema, tracking, trial
+from autotune import interrupt, report, schema, tracking, trial
 from autotune.compose import CONF, errors_in_one_line, register
 from autotune.errors import TrackingError
 from autotune.result import Result
@@ -56,8 +54,7 @@ def values(result: Result) -> float | list[float]:
 
 def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are, and leave as one line
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds every `with`: no server stays behind
+    interrupt.install()
     register()
     with errors_in_one_line():
         job()

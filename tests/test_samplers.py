@@ -47,6 +47,7 @@ def test_same_seed_gives_the_same_trials(name: str):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_botorch_asks_by_its_model_once_it_has_ten_trials():
     assert len(asked("botorch", 11)) == 11
 

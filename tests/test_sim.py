@@ -77,6 +77,7 @@ def test_device_agrees_with_the_trials_it_was_fitted_to():
                 assert abs(error) < (0.05 if metric == "samples_per_s" else 0.15), (name, metric, error)
 
 
+@pytest.mark.slow
 def test_calibration_finds_constants_that_were_changed():
     """Trials simulated with a slower GPU, given as measured ones, make a device of its speed."""
     truth = replace(calibrate.start_device([]), math_efficiency=0.6)

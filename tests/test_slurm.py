@@ -39,10 +39,9 @@ def start(slurm: Slurm, folder: Path, *arguments: str) -> "subprocess.Popen[str]
 
 
 def trials(folder: Path) -> list[FrozenTrial]:
-    try:
-        return optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/multirun/s/study.db").trials
-    except Exception:  # not there yet
+    if not (folder / "multirun/s/trial-0").exists():  # opened before, the database would be made by both sides
         return []
+    return optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/multirun/s/study.db").trials
 
 
 def job_of(folder: Path, number: int) -> str:

@@ -25,7 +25,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from autotune import objective, progress, report, tracking
+from autotune import interrupt, objective, progress, report, tracking
 from autotune.errors import InputError, TrackingError
 from autotune.result import Result
 from autotune.schema import Config, typed, with_values
@@ -250,6 +250,7 @@ class Study:
 
     def _end_some(self) -> None:
         """Tell of the trials that have ended; wait a moment if none has."""
+        interrupt.check()
         ended = [one for one in self._running if one.job.done()]
         for one in ended:
             self._running.remove(one)

@@ -3,12 +3,11 @@
 import logging
 import os
 import pickle
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from autotune import trial
+from autotune import interrupt, trial
 from autotune.errors import AutotuneError
 from autotune.schema import Config
 from autotune.text import one_line
@@ -52,8 +51,8 @@ def run(one: Trial) -> str:
 
 
 def run_job(one: Trial) -> str:
-    """`run` as the main function of a process; SIGTERM unwinds every `with`, so that no server stays behind."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """`run` as the main function of a process."""
+    interrupt.install()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return run(one)
 

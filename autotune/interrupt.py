@@ -1,0 +1,29 @@
+"""SIGINT and SIGTERM unwind every `with`, so that no server stays behind.
+
+The exception can be lost where Python ignores exceptions (a destructor, a callback); whoever waits for long calls
+`check`, which raises it again.
+"""
+
+import signal
+import sys
+from types import FrameType
+
+_received: list[int] = []
+
+
+def install() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job starts with SIGINT ignored
+        signal.signal(number, _raise)
+
+
+def check() -> None:
+    """Raise what the first signal raised, if there was one."""
+    if _received:
+        _raise(_received[0], None)
+
+
+def _raise(number: int, _frame: FrameType | None) -> None:
+    _received.append(number)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
