@@ -28,7 +28,7 @@ from optuna.trial import TrialState
 
 from autotune import progress
 from autotune.backend import DryRunOutcome, Measurement, RequestTiming
-from autotune.leases import leased, lease_for
+from autotune.leases import lease_for, leased
 from autotune.models import Model
 from autotune.result import Result
 from autotune.samples import Samples
@@ -121,7 +121,11 @@ def busy(workers: int, trials: int, median_s: float) -> bool:
     common = [f"n_trials={trials}", "sampler=tpe", f"{KEY}=range(1,1000)", f"backend.pace={median_s}"]
     arms = {
         "autotune": ["launcher=gpus", f"gpus={list(range(workers))}".replace(" ", "")],
-        "hydra-optuna-sweeper": ["hydra/sweeper=optuna", "hydra/launcher=submitit_local", f"hydra.sweeper.n_jobs={workers}"],
+        "hydra-optuna-sweeper": [
+            "hydra/sweeper=optuna",
+            "hydra/launcher=submitit_local",
+            f"hydra.sweeper.n_jobs={workers}",
+        ],
     }
     shares = {}
     for name, arguments in arms.items():
@@ -184,8 +188,8 @@ def kills(trials: int, count: int) -> bool:
         kept = optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/multirun/s/study.db").trials
     complete = [trial.params[KEY] for trial in kept if trial.state is TrialState.COMPLETE]
     lost = sum(trial.state is TrialState.FAIL for trial in kept)
-    print(f"{count} kills: {len(complete)} trials completed, {len(set(complete))} distinct, {lost} lost and asked again,")
-    print(f"{len(left)} processes left")
+    print(f"{count} kills: {len(complete)} trials completed, {len(set(complete))} of them distinct")
+    print(f"{lost} were lost and asked again; {len(left)} processes left")
     return sorted(complete) == list(range(1, trials + 1)) and not left
 
 
