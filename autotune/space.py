@@ -84,6 +84,10 @@ def parse(
             fixed[name] = override.input_line
             parameters.pop(name, None)
             continue
+        if "." not in name:
+            raise InputError(
+                f"{override.input_line}: a study sweeps fields, not groups; start one study for each {name}"
+            )
         try:
             parameters[name] = create_optuna_distribution_from_override(override)
         except (AssertionError, ValueError, NotImplementedError) as error:

@@ -76,3 +76,8 @@ def test_grid_size_is_the_product_of_the_steps():
 def test_grid_needs_steps():
     with pytest.raises(InputError, match=r"sampler=grid: a has no steps"):
         _ = space("a=interval(0.5,2)").grid
+
+
+def test_group_that_is_swept_is_said_to_need_studies_of_its_own():
+    with pytest.raises(InputError, match="model=tiny,smollm2: a study sweeps fields, not groups"):
+        parse({}, ["model=tiny,smollm2"], {}, {})
