@@ -70,12 +70,12 @@ def test_parameter_is_suggested_only_if_its_condition_holds(chunked: bool, sugge
 
 
 def test_grid_size_is_the_product_of_the_steps():
-    assert space("a=choice(1,2,3)", "b=range(0.90,0.96,step=0.01)").grid_size == 18
+    assert space("engine.args.a=choice(1,2,3)", "engine.args.b=range(0.90,0.96,step=0.01)").grid_size == 18
 
 
 def test_grid_needs_steps():
-    with pytest.raises(InputError, match=r"sampler=grid: a has no steps"):
-        _ = space("a=interval(0.5,2)").grid
+    with pytest.raises(InputError, match=r"sampler=grid: engine.args.a has no steps"):
+        _ = space("engine.args.a=interval(0.5,2)").grid
 
 
 def test_group_that_is_swept_is_said_to_need_studies_of_its_own():
