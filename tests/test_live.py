@@ -9,7 +9,9 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import psutil
@@ -18,12 +20,15 @@ from mlflow import MlflowClient
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
-from autotune import compose
+from autotune import compose, progress
 from autotune.errors import MeasureError, StartError
 from autotune.live import loadgen_log
 from autotune.live.backend import LiveBackend, read_requests, run_loadgen, start_loadgen
 from autotune.live.server import Server, serve
+from autotune.result import Result
 from autotune.schema import Config, Kind, ScenarioConfig
+from autotune.sweep.launchers import LocalJob
+from autotune.sweep.worker import Trial
 from autotune.trial import Prepared, prepare, prepare_samples
 from tests.conftest import Autotune, processes_in
 
@@ -104,6 +109,28 @@ def test_vllm_killed_in_mid_run_ends_the_trial_and_leaves_nothing(config: Config
                 run_loadgen(process, running, long, tmp_path, live.config)
     killer.wait()
     assert gone_within(5, lambda: not any(psutil.pid_exists(pid) for pid in children))
+
+
+def test_trial_that_is_stopped_while_it_runs_is_gone_in_five_seconds(config: Config, tmp_path: Path):
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    long = replace(config, scenario=scenario(Kind.Server, min_duration_s=120.0))
+    job = LocalJob(Trial(long, [], folder))
+    reader = progress.Reader(folder)
+    published: list[dict[str, Any]] = []
+    deadline = time.monotonic() + 120
+    while len(published) < 2:
+        assert not job.done() and time.monotonic() < deadline
+        published += [entry["values"] for entry in reader.new() if "values" in entry]
+        time.sleep(0.1)
+    progress.stop(folder)
+    asked = time.monotonic()
+    while not job.done():
+        time.sleep(0.05)
+    assert time.monotonic() - asked < 5
+    assert "StoppedError" in Result.load(folder).reason
+    assert published[-1]["tokens_per_s"] > 0
+    assert gone_within(1, lambda: not any(str(folder) in " ".join(p.cmdline()) for p in processes_in(tmp_path)))
 
 
 def test_port_in_use_is_said_before_vllm_starts(autotune: Autotune):
