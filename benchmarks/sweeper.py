@@ -33,7 +33,7 @@ from autotune.models import Model
 from autotune.result import Result
 from autotune.samples import Samples
 from autotune.schema import ScenarioConfig, SimConfig
-from autotune.sweep.launchers import Done, Job
+from autotune.sweep.launchers import Done, Inline, Job
 from autotune.sweep.worker import Trial, run
 
 ROOT = Path(__file__).parent.parent
@@ -72,24 +72,13 @@ class Sleeper:
         return Measurement([RequestTiming(0, 0.0, 0.5, 1.0, value)], 0, "VALID", [], {}, phases, ["sleep"], facts)
 
 
-class Instant:
+class Instant(Inline):
     """A launcher whose trials are done when they are submitted."""
-
-    n_jobs = 1
-
-    def __init__(self, gpus: Any) -> None:
-        pass
 
     def submit(self, trials: Sequence[Trial]) -> list[Job]:
         for trial in trials:
             run(trial)
         return [Done() for _ in trials]
-
-    def set_aside(self, node: str) -> None:
-        """There is one node."""
-
-    def attach(self, folder: Path) -> Job | None:
-        return None
 
 
 def command(*arguments: str) -> list[str]:

@@ -30,7 +30,7 @@ def test_regret_falls_to_the_grids_best(
         assert all(1 >= before >= after >= 0 for before, after in pairwise(run["regret"]))
         assert run["engine_s"][-2] < 6 * grid["grid_s"] / grid["points"] <= run["engine_s"][-1]
     assert set(found["arms"]) == {"grid", *(run["arm"] for run in runs)}
-    assert "plain tpe's" in capsys.readouterr().out
+    assert "0.5 of tpe's engine time" in capsys.readouterr().out
     assert (tmp_path / "samplers.png").stat().st_size
 
 
