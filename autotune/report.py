@@ -16,6 +16,7 @@ from autotune.result import Result
 from autotune.schema import Config
 
 BASELINE = "baseline"
+LOST = "lost"  # of a trial whose sweeping process ended, with whatever ran it
 CANARIES = "canaries"  # a study's: by node, what a short baseline measured there; null where it failed
 SLOW = 0.1  # share of the median node's value that a slow one is worse by
 EXPECTED = "expected"  # what a simulation said of a trial
@@ -76,8 +77,8 @@ def front(study: optuna.Study) -> list[str]:
 
 def headline(study: optuna.Study, folder: Path, config: Config) -> dict[str, float]:
     """The study in a few figures, for MLflow's parent run."""
-    figures = {"trials": float(len(study.trials))}
-    figures["failed_trials"] = float(sum(trial.state is TrialState.FAIL for trial in study.trials))
+    trials = [trial for trial in study.trials if LOST not in trial.user_attrs]
+    figures = {"trials": float(len(trials)), "failed_trials": float(sum(map(_failed, trials)))}
     name = config.objective.metrics[0]
     trial, baseline = best(study), _load(folder / BASELINE)
     if baseline and baseline.complete:
@@ -122,9 +123,9 @@ def summary(study: optuna.Study, folder: Path, config: Config) -> str:
 
 
 def _counts(study: optuna.Study, config: Config) -> str:
-    trials = [trial for trial in study.trials if BASELINE not in trial.user_attrs]
+    trials = [trial for trial in study.trials if not {BASELINE, LOST} & trial.user_attrs.keys()]
     refused = sum("refused" in trial.user_attrs for trial in trials)
-    failed = sum(trial.state is TrialState.FAIL for trial in trials)
+    failed = sum(map(_failed, trials))
     more = f", {refused} combinations refused before they took a GPU" if refused else ""
     return f"Study {config.study}: {len(trials) - refused} trials, {failed} failed{more}\n"
 
@@ -154,10 +155,10 @@ def _surprises(study: optuna.Study) -> list[str]:
     found, checked = [], 0
     for trial in study.trials:
         expected = trial.user_attrs.get(EXPECTED)
-        if expected is None or trial.state not in (TrialState.COMPLETE, TrialState.FAIL):
+        if expected is None or LOST in trial.user_attrs or not (_failed(trial) or trial.state is TrialState.COMPLETE):
             continue
         checked += 1
-        if trial.state is TrialState.FAIL:
+        if _failed(trial):
             found.append(f"  {_name(trial)}: expected to run, and failed: {trial.user_attrs['reason']}")
             continue
         off = trial.values[0] / expected["values"][0] - 1 if expected["values"][0] else 0.0
@@ -216,6 +217,10 @@ def _table(rows: Mapping[str, Result], config: Config) -> list[str]:
     ]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]]
+
+
+def _failed(trial: FrozenTrial) -> bool:
+    return "reason" in trial.user_attrs
 
 
 def _name(trial: FrozenTrial) -> str:

@@ -91,7 +91,7 @@ def test_stopped_study_keeps_what_it_has_and_leaves_no_process(tmp_path: Path, n
     study = start(tmp_path, *GRID)
     wait_for(tmp_path, 1)
     study.send_signal(number)
-    study.wait(20)
+    study.wait(60)
     assert study.returncode != 0 and gone(tmp_path)
     assert "Traceback" not in (study.stderr.read() if study.stderr else "")
     assert complete(tmp_path) and (tmp_path / "multirun/s/summary.txt").exists()
@@ -104,7 +104,7 @@ def test_second_process_on_one_study_is_refused(tmp_path: Path):
     second = autotune(tmp_path, *GRID)
     assert second.returncode == 1 and "another process works on this study (process" in second.stderr
     study.terminate()
-    study.wait(20)
+    study.wait(60)
 
 
 def test_resume_of_nothing_is_said(tmp_path: Path):

@@ -80,7 +80,7 @@ def search(
         found = Estimate(params, refused=refused) if refused else estimate(simulation, params)
         if found.refused or found.failed:
             trial.set_constraint("refused", 1.0)
-            study.tell(trial, state=TrialState.PRUNED if found.refused else TrialState.FAIL)
+            study.tell(trial, state=TrialState.PRUNED)
         else:
             for name, value in found.result.constraints.items():
                 trial.set_constraint(name, value)

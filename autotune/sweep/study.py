@@ -26,7 +26,7 @@ from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune import interrupt, objective, progress, report, tracking
-from autotune.errors import InputError, TrackingError
+from autotune.errors import InputError, StartError, TrackingError
 from autotune.result import Result
 from autotune.schema import Config, typed, with_values
 from autotune.space import DEFAULT, FLAG, Space, check_flags, flags, parse
@@ -43,7 +43,6 @@ REFUSALS_IN_A_ROW = 100  # then the space is at fault
 NODE_FAILURES = 3  # in a row, then a node is set aside
 CANARY: dict[str, Any] = {"scenario.min_duration_s": 10.0, "scenario.min_queries": 32}  # enough to compare nodes by
 AGAIN = "again"  # of a trial that repeats a lost one: its number
-LOST = "lost"  # of a trial whose sweeping process ended, with whatever ran it
 
 
 @dataclass(frozen=True)
@@ -409,7 +408,12 @@ class Study:
 
     def _fail(self, trial: optuna.Trial, reason: str) -> None:
         trial.set_user_attr("reason", reason)
-        self._study.tell(trial, state=TrialState.FAIL)
+        if reason.startswith(StartError.__name__):
+            # What vLLM can't start is no accident. Samplers never see a failed trial, and would ask for it again.
+            trial.set_constraint("starts", 1.0)
+            self._study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self._study.tell(trial, state=TrialState.FAIL)
 
     def _count_failures(self, result: Result, pruned: bool, node: str) -> None:
         """Set aside a node on which nothing works. Raises InputError after max_failures trials in a row."""
@@ -433,7 +437,7 @@ class Study:
         for trial in self._study.get_trials(deepcopy=False):
             free = "refused" in trial.user_attrs and not isinstance(self._study.sampler, Grid)
             if trial.state.is_finished():
-                gone = free or LOST in trial.user_attrs or report.BASELINE in trial.user_attrs
+                gone = free or report.LOST in trial.user_attrs or report.BASELINE in trial.user_attrs
                 self._count += not gone
             elif trial.state is TrialState.RUNNING:
                 self._take_up(trial)
@@ -473,7 +477,7 @@ class Study:
             self._study.enqueue_trial(params, user_attrs={**frozen.user_attrs, AGAIN: frozen.number})
         # Not through optuna.Trial, which would have the sampler choose anew.
         kept = self._study._storage
-        kept.set_trial_user_attr(frozen._trial_id, LOST, True)
+        kept.set_trial_user_attr(frozen._trial_id, report.LOST, True)
         kept.set_trial_user_attr(frozen._trial_id, "reason", "lost: the process that ran it ended")
         self._study.tell(frozen.number, state=TrialState.FAIL)
 
