@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import secrets
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from autotune.text import one_line
 
 log = logging.getLogger(__name__)
 
+SPARES = 2
+WAITING = ".waiting"  # in a study's folder: what spare processes wait for
 JOB = "job.json"  # in a trial's folder: the cluster's id of its job
 LOGS = ".submitit"  # in a study's folder: what submitit writes
 # SLURM's states of a job that never runs again.
@@ -137,9 +140,14 @@ class LocalProcesses:
 
     def __init__(self, gpus: Any, n_jobs: int | None = None) -> None:
         self.n_jobs = n_jobs or len(devices(gpus))
+        self._spares: list[Spare] = []  # have done their imports by the time that a trial comes
 
     def submit(self, trials: Sequence[Trial]) -> list[Job]:
-        return [LocalJob(trial) for trial in trials]
+        self._spares = [spare for spare in self._spares if spare.process.exit_code() is None]
+        jobs: list[Job] = [LocalJob(trial, self._spares.pop(0) if self._spares else None) for trial in trials]
+        while trials and len(self._spares) < min(SPARES, self.n_jobs):
+            self._spares.append(Spare(trials[0].folder.parent))
+        return jobs
 
     def nodes(self) -> list[str]:
         return []
@@ -151,14 +159,25 @@ class LocalProcesses:
         return None
 
 
+class Spare:
+    """A worker's process in a study's folder that waits for a trial."""
+
+    def __init__(self, folder: Path) -> None:
+        waiting = folder / WAITING
+        waiting.mkdir(parents=True, exist_ok=True)
+        self.path = waiting / f"{secrets.token_hex(8)}.pickle"
+        command = [sys.executable, "-m", "autotune.sweep.worker", str(self.path)]
+        self.process = GuardedProcess(command, self.path.with_suffix(".log"), {}, stop_timeout_s=30)
+
+
 class LocalJob:
     node = ""
 
-    def __init__(self, trial: Trial) -> None:
-        trial.save()
-        self._log = trial.folder / "trial.log"
-        command = [sys.executable, "-m", "autotune.sweep.worker", str(trial.folder)]
-        self._process = GuardedProcess(command, self._log, {}, stop_timeout_s=30)
+    def __init__(self, trial: Trial, spare: Spare | None = None) -> None:
+        spare = spare or Spare(trial.folder.parent)
+        self._process = spare.process
+        self._logs = (trial.folder / worker.LOG, spare.path.with_suffix(".log"))  # the second until it has the trial
+        trial.save(spare.path)
 
     def done(self) -> bool:
         return self._process.exit_code() is not None
@@ -170,7 +189,8 @@ class LocalJob:
         self._process.stop()
 
     def reason(self) -> str:
-        lines = self._log.read_text(errors="replace").strip().splitlines()
+        texts = (log.read_text(errors="replace") for log in self._logs if log.exists())
+        lines = [line for text in texts for line in text.strip().splitlines()]
         return f"the trial's process ended with {self._process.exit_code()}: {lines[-1] if lines else 'no output'}"
 
 

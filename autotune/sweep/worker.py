@@ -1,9 +1,13 @@
-"""One trial in a process of its own: python -m autotune.sweep.worker FOLDER"""
+"""One trial in a process of its own: python -m autotune.sweep.worker FILE
+
+waits for FILE to hold a trial, so that its imports are done before there is one.
+"""
 
 import logging
 import os
 import pickle
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +16,8 @@ from autotune.errors import AutotuneError
 from autotune.schema import Config
 from autotune.text import one_line
 
-FILE = ".trial.pickle"
+POLL_S = 0.02
+LOG = "trial.log"  # what the process prints
 
 
 @dataclass(frozen=True)
@@ -24,12 +29,12 @@ class Trial:
     folder: Path
     node: str = ""  # where it has to run, on a cluster
 
-    def save(self) -> None:
-        """Hand it to a process; nobody else can read it, as it may hold secrets."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
+    def save(self, path: Path) -> None:
+        """Hand it to the process that waits for `path`; nobody else can read it, as it may hold secrets."""
+        draft = path.with_suffix(".draft")
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             pickle.dump(self, file)
+        draft.rename(path)
 
 
 def run(one: Trial) -> str:
@@ -58,9 +63,15 @@ def run_job(one: Trial) -> str:
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) / FILE
+    path = Path(sys.argv[1])
+    while not path.exists():
+        time.sleep(POLL_S)
     one: Trial = pickle.loads(path.read_bytes())
     path.unlink()
+    one.folder.mkdir(parents=True, exist_ok=True)
+    with (one.folder / LOG).open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     sys.exit(run_job(one) or 0)
 
 
