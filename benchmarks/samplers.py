@@ -194,7 +194,8 @@ def run(load: Workload, arm: str, number: int, first: Sequence[dict[str, Any]], 
             continue
         refusals = 0
         if found.failed:
-            study.tell(trial, state=TrialState.FAIL)
+            trial.set_constraint("starts", 1.0)
+            study.tell(trial, state=TrialState.PRUNED)
         else:
             for name, value in found.result.constraints.items():
                 trial.set_constraint(name, value)

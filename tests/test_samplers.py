@@ -12,8 +12,8 @@ from autotune.space import parse
 from autotune.sweep.study import make_sampler
 
 SAMPLERS = sorted(path.stem for path in (compose.CONF / "sampler").glob("*.yaml"))
-SPACE, _ = parse({}, ["a=range(1,5,step=1)", "b=range(0.1,0.5,step=0.1)", "c=choice(x,y)"], {}, {})
-NUMERIC, _ = parse({}, ["a=range(1,5,step=1)", "b=range(0.1,0.5,step=0.1)"], {}, {})
+SPACE, _ = parse({}, ["x.a=range(1,5,step=1)", "x.b=range(0.1,0.5,step=0.1)", "x.c=choice(x,y)"], {}, {})
+NUMERIC, _ = parse({}, ["x.a=range(1,5,step=1)", "x.b=range(0.1,0.5,step=0.1)"], {}, {})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,8 +33,8 @@ def asked(name: str, trials: int) -> list[dict]:
     for _ in range(trials):
         trial = study.ask()
         chosen = (NUMERIC if name == "cmaes" else SPACE).suggest(trial, {})
-        trial.set_constraint("ttft_p99", chosen["a"] - 3)
-        study.tell(trial, chosen["a"] + chosen["b"])
+        trial.set_constraint("ttft_p99", chosen["x.a"] - 3)
+        study.tell(trial, chosen["x.a"] + chosen["x.b"])
     return [trial.params for trial in study.trials]
 
 
