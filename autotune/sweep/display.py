@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from autotune import report
 from autotune.schema import ObjectiveConfig
@@ -54,8 +55,8 @@ class Display:
         self._shown = time.monotonic()
         self._live.update(self._table(running, study, asked), refresh=True)
 
-    def _table(self, running: Sequence[Any], study: "optuna.Study", asked: int) -> Table:
-        ended = asked - len(running)
+    def _table(self, running: Sequence[Any], study: "optuna.Study", asked: int) -> Group:
+        ended = asked - sum(one.asked.trial is not None for one in running)  # the baseline is none of n_trials
         if self._ended_before is None:
             self._ended_before = ended
         elapsed_s = time.monotonic() - self._began
@@ -67,10 +68,10 @@ class Display:
         found = f"best {metric} {best.values[0]:.4g} (trial-{best.number})" if best else "nothing feasible yet"
         against = f", baseline {baseline[0]:.4g}" if baseline else ""
         words = [f"{ended} of {self._n_trials}", rate, left, found + against]
-        table = Table(title="  ".join(word for word in words if word), title_justify="left", box=None)
+        table = Table(box=None)
         for heading in ("trial", "phase", "s", "node", "parameters"):
             table.add_column(heading, no_wrap=True)
         for one in running:
             age = f"{time.monotonic() - one.since:.0f}"
             table.add_row(one.asked.name, one.phase, age, one.job.node, report.shorten(one.asked.params))
-        return table
+        return Group(Text("  ".join(word for word in words if word)), table)
