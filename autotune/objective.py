@@ -37,6 +37,11 @@ def penalised(objective: ObjectiveConfig, found: Sequence[float], broken: Mappin
     return [value / factor if direction == "maximize" else value * factor for value, direction in pairs]
 
 
+def sign(objective: ObjectiveConfig) -> int:
+    """1 where more of the first metric is better, else -1."""
+    return 1 if objective.directions[0] == "maximize" else -1
+
+
 def told(sampler: object, objective: ObjectiveConfig, result: Result) -> list[float]:
     """What `sampler` is told of `result`: its values, penalised if it can't take constraints."""
     if type(sampler).__name__ == "CmaEsSampler":

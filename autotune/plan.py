@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import optuna
 
-from autotune import report
+from autotune import objective, report
 from autotune.compose import command_line, errors_in_one_line
 from autotune.schema import Config
 from autotune.space import Space, parse
-from autotune.sweep.estimate import Estimate, estimate, search, simulation
+from autotune.sweep.estimate import Estimate, estimate, search, search_best, simulation
 
 DRAWS = 200  # random points of the space
 SEARCHED = 200  # trials of the simulated study
@@ -36,12 +36,10 @@ class Plan:
 def make(config: Config, space: Space) -> Plan:
     """Simulate `space`. Raises InputError."""
     simulated = simulation(config, config.prior.backend)
-    directions = config.objective.directions
-    drawn = list(search(simulated, space, optuna.samplers.RandomSampler(seed=config.seed), directions, DRAWS))
-    tpe = optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=SEARCHED // 4)
-    searched = [found for found in search(simulated, space, tpe, directions, SEARCHED) if found.result.feasible]
-    sign = 1 if directions[0] == "maximize" else -1
-    best = max(searched, key=lambda found: sign * found.result.values[0], default=None)
+    drawn = list(search(simulated, space, optuna.samplers.RandomSampler(seed=config.seed), DRAWS))
+    feasible = [found for found in search_best(simulated, space, SEARCHED) if found.result.feasible]
+    sign = objective.sign(config.objective)
+    best = max(feasible, key=lambda found: sign * found.result.values[0], default=None)
     return Plan(config, space, config.prior.backend["device"]["name"], estimate(simulated, {}), drawn, best)
 
 

@@ -23,7 +23,7 @@ def begin(folder: Path) -> None:
 
 
 def phase(folder: Path, name: str) -> None:
-    """The trial is in this phase from now on: start, warmup, run."""
+    """The trial is in this phase from now on: start, run."""
     _append(folder, {"phase": name})
 
 

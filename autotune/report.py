@@ -80,7 +80,7 @@ def headline(study: optuna.Study, folder: Path, config: Config) -> dict[str, flo
     trials = [trial for trial in study.trials if LOST not in trial.user_attrs]
     figures = {"trials": float(len(trials)), "failed_trials": float(sum(map(_failed, trials)))}
     name = config.objective.metrics[0]
-    trial, baseline = best(study), _load(folder / BASELINE)
+    trial, baseline = best(study), Result.find(folder / BASELINE)
     if baseline and baseline.complete:
         figures[f"baseline_{name}"] = baseline.values[0]
     if trial:
@@ -96,9 +96,9 @@ def summary(study: optuna.Study, folder: Path, config: Config) -> str:
     Of several objectives, the front is also written to `folder`/pareto.json.
     """
     parts = [_counts(study, config)]
-    baseline, trial = _load(folder / BASELINE), best(study)
+    baseline, trial = Result.find(folder / BASELINE), best(study)
     names = front(study) if len(study.directions) > 1 else [_name(trial)] if trial else []
-    rows = {BASELINE: baseline} | {name: _load(folder / name) for name in names}
+    rows = {BASELINE: baseline} | {name: Result.find(folder / name) for name in names}
     parts += _table({name: row for name, row in rows.items() if row and row.complete}, config)
     if baseline and not baseline.complete:
         parts.append(f"{BASELINE} failed: {baseline.reason}")
@@ -231,10 +231,3 @@ def _name(trial: FrozenTrial) -> str:
 def _sign(study: optuna.Study) -> int:
     """1 where more of the first objective is better, else -1."""
     return 1 if study.directions[0] is StudyDirection.MAXIMIZE else -1
-
-
-def _load(folder: Path) -> Result | None:
-    try:
-        return Result.load(folder)
-    except FileNotFoundError:
-        return None

@@ -47,5 +47,13 @@ class Result:
         draft.rename(folder / FILE)
 
     @classmethod
+    def find(cls, folder: Path) -> "Result | None":
+        """The result in `folder`, if there is one."""
+        try:
+            return cls.load(folder)
+        except FileNotFoundError:
+            return None
+
+    @classmethod
     def load(cls, folder: Path) -> "Result":
         return cls(**json.loads((folder / FILE).read_text()))

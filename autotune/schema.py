@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -212,21 +213,44 @@ def register() -> None:
 
 def typed(config: DictConfig) -> Config:
     """The composed configuration as the dataclasses above, interpolations resolved."""
-    body = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    OmegaConf.set_struct(body, False)
-    typed_config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), body))
-    assert isinstance(typed_config, Config)
-    return typed_config
+    return _to_object(_without_hydra(config))
 
 
 def with_values(config: DictConfig, values: Mapping[str, Any], composed: Config) -> Config:
     """`config` with other values at these keys; without them it is `composed`."""
-    flags = [key for key in values if re.fullmatch(r"engine\.args\.[^.]+", key)]
-    if len(flags) == len(values) and "${engine" not in str(config):  # nothing else depends on them
-        args = {key.removeprefix("engine.args."): value for key, value in values.items()}
-        return replace(composed, engine=EngineConfig({**composed.engine.args, **args}))
-    body = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    OmegaConf.set_struct(body, False)
+    are_flags = all(re.fullmatch(r"engine\.args\.[^.]+", key) for key in values)
+    if are_flags and "${engine" not in str(config):  # nothing else depends on them
+        return with_fields(composed, values)
+    body = _without_hydra(config)
     for key, value in values.items():
         OmegaConf.update(body, key, value, force_add=True)
-    return typed(body)
+    return _to_object(body)
+
+
+def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
+    """`config` with other values at these keys, and whatever was interpolated from them as it was."""
+    if not values:
+        return config
+    changed = deepcopy(config)
+    for key, value in values.items():
+        *path, last = key.split(".")
+        node: Any = changed
+        for part in path:
+            node = node[part] if isinstance(node, dict) else getattr(node, part)
+        if isinstance(node, dict):
+            node[last] = value
+        else:
+            setattr(node, last, value)
+    return changed
+
+
+def _without_hydra(config: DictConfig) -> DictConfig:
+    body = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    OmegaConf.set_struct(body, False)
+    return body
+
+
+def _to_object(body: DictConfig) -> Config:
+    made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), body))
+    assert isinstance(made, Config)
+    return made

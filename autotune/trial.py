@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 
 from autotune import metrics, models, objective, samples
 from autotune.backend import Backend, Measurement
-from autotune.errors import AutotuneError
 from autotune.facts import git_revision
 from autotune.models import Model
 from autotune.redact import redact
@@ -42,12 +41,17 @@ def prepare(config: Config) -> Prepared:
     backend_class: Any = get_class(config.backend["_target_"])
     settings = OmegaConf.merge(OmegaConf.structured(backend_class.Config), config.backend)
     backend = backend_class(OmegaConf.to_object(settings), cache)
-    written = (config.scenario.args, config.model.args, config.engine.args)  # the last wins
-    args = {flag.replace("-", "_"): value for args in written for flag, value in args.items()}
+    args = vllm_flags(config)
     objective.check(config.objective)
     backend.check(args)
     shape = None if backend.needs_weights else _partial(config.model.shape)
     return Prepared(models.locate(config.model, cache, _partial(config.model.build), shape), backend, args)
+
+
+def vllm_flags(config: Config) -> dict[str, Any]:
+    """vLLM's flags as `config` has them, by name with underscores."""
+    written = (config.scenario.args, config.model.args, config.engine.args)  # the last wins
+    return {flag.replace("-", "_"): value for args in written for flag, value in args.items()}
 
 
 def prepare_samples(config: Config, prepared: Prepared) -> Samples:
@@ -80,9 +84,6 @@ def run(config: Config, overrides: list[str], folder: Path) -> Result:
     try:
         _measure(config, result, folder)
         result.state = "complete"
-    except AutotuneError as error:
-        result.reason = f"{type(error).__name__}: {redact(str(error))}"
-        raise
     except BaseException as error:
         result.reason = f"{type(error).__name__}: {redact(str(error))}".rstrip(": ")
         raise

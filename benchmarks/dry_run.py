@@ -19,7 +19,7 @@ from autotune.compose import command_line
 from autotune.errors import StartError
 from autotune.live.backend import LiveBackend
 from autotune.live.server import serve
-from autotune.space import DEFAULT, FLAG, parse
+from autotune.space import flags, parse
 from autotune.trial import Prepared, prepare
 
 
@@ -31,8 +31,8 @@ def points(prepared: Prepared, space: Any, count: int, seed: int) -> list[tuple[
     while len(found) < count:
         chosen = space.suggest(study.ask(), known)
         if not space.violated(chosen, known):
-            flags = {name.removeprefix(FLAG): None if value == DEFAULT else value for name, value in chosen.items()}
-            found.append((flags, prepared.backend.dry_run(prepared.model, prepared.args | flags).refusal))
+            args = flags(chosen)
+            found.append((args, prepared.backend.dry_run(prepared.model, prepared.args | args).refusal))
     return found
 
 
@@ -59,18 +59,18 @@ def main() -> int:
     prepared = prepare(config)
     space, _ = parse(params, [], config.conditions, config.only_if)
     drawn = points(prepared, space, options.points, options.seed)
-    passed = [flags for flags, refusal in drawn if not refusal]
-    refused = [(flags, refusal) for flags, refusal in drawn if refusal]
+    passed = [args for args, refusal in drawn if not refusal]
+    refused = [(args, refusal) for args, refusal in drawn if refusal]
     print(f"{len(drawn)} points: the dry run passes {len(passed)}, refuses {len(refused)}", flush=True)
     wrong = 0
-    for flags in passed[: options.starts]:
-        why = start(prepared, flags)
+    for args in passed[: options.starts]:
+        why = start(prepared, args)
         wrong += bool(why)
-        print(f"passed, vLLM {'REFUSES: ' + why if why else 'starts'}  {json.dumps(flags)}", flush=True)
-    for flags, refusal in refused[: options.starts]:
-        why = start(prepared, flags)
+        print(f"passed, vLLM {'REFUSES: ' + why if why else 'starts'}  {json.dumps(args)}", flush=True)
+    for args, refusal in refused[: options.starts]:
+        why = start(prepared, args)
         wrong += not why
-        print(f"refused ({refusal}), vLLM {'refuses' if why else 'STARTS'}  {json.dumps(flags)}", flush=True)
+        print(f"refused ({refusal}), vLLM {'refuses' if why else 'STARTS'}  {json.dumps(args)}", flush=True)
     print(f"{wrong} of {min(len(passed), options.starts) + min(len(refused), options.starts)} real starts disagree")
     return 1 if wrong else 0
 

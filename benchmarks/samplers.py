@@ -32,14 +32,13 @@ import numpy as np
 import optuna
 import torch
 from matplotlib.figure import Figure
-from optuna.trial import TrialState
 
-from autotune import compose, objective
+from autotune import compose
 from autotune.compose import command_line, errors_in_one_line
 from autotune.schema import Config, Device
 from autotune.sim.calibrate import FITTED
 from autotune.space import Space, parse
-from autotune.sweep import prior
+from autotune.sweep import prior, tell
 from autotune.sweep.estimate import Estimate, Simulation, search, simulation
 from autotune.sweep.study import REFUSALS_IN_A_ROW, Grid, make_sampler
 
@@ -144,7 +143,7 @@ def workload(name: str, words: str) -> Workload:
     assert config.objective.directions == ["maximize"]
     space, _ = parse(params, sweeps, config.conditions, config.only_if)
     simulated = simulation(config, config.backend)
-    found = list(search(simulated, space, Grid(space.grid), config.objective.directions, space.grid_size))
+    found = list(search(simulated, space, Grid(space.grid), space.grid_size))
     points = {key(space, point.params): point for point in found}
     assert len(points) == space.grid_size
     starts = [point.result.phases["start"] for point in found if point.result.complete]
@@ -189,17 +188,13 @@ def run(load: Workload, arm: str, number: int, first: Sequence[dict[str, Any]], 
         found = load.points[point]
         if found.refused:
             refusals += 1
-            trial.set_constraint("refused", 1.0)
-            study.tell(trial, state=TrialState.PRUNED)
+            tell.impossible(study, trial, "refused")
             continue
         refusals = 0
         if found.failed:
-            trial.set_constraint("starts", 1.0)
-            study.tell(trial, state=TrialState.PRUNED)
+            tell.impossible(study, trial, "starts")
         else:
-            for name, value in found.result.constraints.items():
-                trial.set_constraint(name, value)
-            study.tell(trial, objective.told(sampler, load.config.objective, found.result))
+            tell.measured(study, trial, load.config.objective, found.result)
         taken_s += load.engine_s(found)
         least = min(least, load.regret(found))
         done.engine_s.append(taken_s)

@@ -33,7 +33,7 @@ from autotune.models import Model
 from autotune.result import Result
 from autotune.samples import Samples
 from autotune.schema import ScenarioConfig, SimConfig
-from autotune.sweep.launchers import Done, Inline, Job
+from autotune.sweep.launchers import Inline, Job
 from autotune.sweep.worker import Trial, run
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +70,24 @@ class Sleeper:
         phases = {"start": 0.0, "run": sleep_s}
         facts = {"slept": f"{began} {time.time()}", **leased(lease)}
         return Measurement([RequestTiming(0, 0.0, 0.5, 1.0, value)], 0, "VALID", [], {}, phases, ["sleep"], facts)
+
+
+class Done:
+    """A job that has ended."""
+
+    node = ""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self, timeout_s: float) -> None:
+        """It is done."""
+
+    def cancel(self) -> None:
+        """Nothing runs."""
+
+    def reason(self) -> str:
+        return "no result.json"
 
 
 class Instant(Inline):

@@ -18,6 +18,7 @@ HOMES = {
         "sweep/display.py",
         "sweep/estimate.py",
         "sweep/prior.py",
+        "sweep/tell.py",
     },
     "mlperf_loadgen": {"live/loadgen.py"},
     "vllm": {"live/probe.py"},

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from autotune.compose import command_line
 from autotune.errors import InputError
-from autotune.sweep.launchers import Cluster, Queue
+from autotune.sweep.launchers import Cluster, Queue, gpus_of
+from autotune.sweep.worker import Trial
 
 PARAMETERS = {"timeout_min": 1}
 
@@ -62,3 +64,8 @@ def test_job_is_queued_until_squeue_answers(tmp_path: Path, monkeypatch: pytest.
     assert queue.has("7") and queue.node("7") == "node1" and not queue.has("8")
     program(tmp_path, "squeue", "true")
     assert not queue.has("7")
+
+
+def test_job_gets_the_gpus_of_a_flag_that_is_written_with_hyphens(tmp_path: Path):
+    config, _, _ = command_line(["model=llama8b", "backend=sim", "engine.args.tensor-parallel-size=4"])
+    assert gpus_of(Trial(config, [], tmp_path)) == 4

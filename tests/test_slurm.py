@@ -3,25 +3,22 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import optuna
 import psutil
 import pytest
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from autotune.result import Result
 from tests.slurm_cluster import Slurm
+from tests.studies import SEQS, command, trials
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
-SEQS = "engine.args.max_num_seqs"
 # A simulated trial of some seconds; the one with a single sequence takes more than SLURM's shortest time limit.
-LOAD = ["model=llama8b", "backend=sim", "space=none", "scenario=offline", "scenario.min_queries=6000"]
-COMMON = [*LOAD, "backend.pace=0.02", "tracking=none", "study=s", "baseline=false"]
+LOAD = ["scenario.min_queries=6000", "backend.pace=0.02", "baseline=false"]
 LAUNCHER = ["launcher=slurm", "launcher.poll_s=1", "launcher.n_jobs=4", "launcher.parameters.cpus_per_task=1"]
 JOB_LIMIT = ["launcher.parameters.timeout_min=1", "+launcher.parameters.slurm_signal_delay_s=20"]
 
@@ -33,15 +30,9 @@ def empty(slurm: Slurm) -> Iterator[None]:
 
 
 def start(slurm: Slurm, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "autotune", "-m", *COMMON, *LAUNCHER, *arguments]
+    words = command(*LOAD, *LAUNCHER, *arguments)
     env = {**os.environ, **slurm.environment}
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def trials(folder: Path) -> list[FrozenTrial]:
-    if not (folder / "multirun/s/trial-0").exists():  # opened before, the database would be made by both sides
-        return []
-    return optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/multirun/s/study.db").trials
+    return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def job_of(folder: Path, number: int) -> str:

@@ -1,33 +1,17 @@
 """Studies as a user starts them, on a simulated server."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import optuna
 import pytest
 from optuna.trial import TrialState
 
 from autotune.result import Result
+from tests.studies import SEQS, autotune, trials
 
-COMMON = ["model=llama8b", "backend=sim", "space=none", "scenario=offline", "scenario.min_queries=64", "study=s"]
-SEQS, MEMORY, TOKENS = (
-    f"engine.args.{name}" for name in ("max_num_seqs", "gpu_memory_utilization", "max_num_batched_tokens")
-)
+MEMORY, TOKENS = "engine.args.gpu_memory_utilization", "engine.args.max_num_batched_tokens"
 LITTLE = 0.15  # of the memory: the weights do not fit
 LONG = ["backend.pace=0.004"]  # a trial takes a few tenths of a second
-
-
-def autotune(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    env = {**os.environ, "AUTOTUNE_LEASES": str(folder / "leases")}
-    command = [sys.executable, "-m", "autotune", "-m", *COMMON, "tracking=none", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, timeout=120)
-
-
-def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/multirun/s/study.db").trials
 
 
 def result(folder: Path, name: str) -> Result:

@@ -1,38 +1,19 @@
 """What a study survives: kills, stops, a second process, trials that are slow, bad or too many."""
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import optuna
 import pytest
-from conftest import processes_in
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from autotune.errors import InputError
 from autotune.sweep.study import seconds
-
-SEQS = "engine.args.max_num_seqs"
-COMMON = ["model=llama8b", "backend=sim", "space=none", "scenario=offline", "scenario.min_queries=64", "study=s"]
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "autotune", "-m", *COMMON, "tracking=none", *arguments]
-
-
-def environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "AUTOTUNE_LEASES": str(folder / "leases")}
-
-
-def autotune(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        command(*arguments), cwd=folder, capture_output=True, text=True, env=environment(folder), timeout=120
-    )
+from tests.conftest import processes_in
+from tests.studies import SEQS, autotune, command, environment, trials
 
 
 def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
@@ -42,13 +23,7 @@ def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def trials(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/multirun/s/study.db").trials
-
-
-def complete(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    if not (folder / "multirun/s/trial-0").exists():  # opened before, the database would be made by both sides
-        return []
+def complete(folder: Path) -> list[FrozenTrial]:
     return [trial for trial in trials(folder) if trial.state is TrialState.COMPLETE]
 
 

@@ -47,12 +47,12 @@ class SimBackend:
     def measure(
         self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Samples, folder: Path
     ) -> Measurement:
-        shape = Shape.of(model.config)
-        flags = resolve(args, self.config.device, shape)
-        if why := refusal(flags, self.config.device, shape):
-            raise StartError(why)
+        outcome = self.dry_run(model, args)
+        if outcome.refusal:
+            raise StartError(outcome.refusal)
+        flags = outcome.resolved
+        cost = Cost(self.config.device, Shape.of(model.config), serving(flags))
         with lease_for(self.config.gpus, flags) as lease:
-            cost = Cost(self.config.device, shape, serving(flags))
             requests = simulate(flags, cost, scenario, samples)
             run_s = max(request.last_token for request in requests)
             if self.config.pace:

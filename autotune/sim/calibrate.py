@@ -49,14 +49,8 @@ OFFLINE = {"samples_per_s": 0.02}
 ONLINE = {"ttft_p50_ms": 0.3, "ttft_p99_ms": 0.1, "tpot_p50_ms": 0.2, "tpot_p99_ms": 0.1}
 PRIOR = 0.1  # weight of a constant's distance from where it starts, in logarithms: what no trial shows stays put
 SEEDS = 4  # draws that are averaged where the measured run had other samples than the simulated one
-KEPT = (
-    "experiment",
-    "model",
-    "dataset",
-    "scenario",
-    "engine.",
-    "objective",
-)  # overrides that describe what was measured
+# Overrides that describe what was measured.
+KEPT = ("experiment", "model", "dataset", "scenario", "engine.", "objective")
 
 
 @dataclass(frozen=True)
@@ -76,14 +70,18 @@ class Case:
 
     def estimated(self, device: Device) -> dict[str, float]:
         """The compared metrics, simulated."""
-        flags = resolve(self.args, device, self.shape)
-        cost = Cost(device, self.shape, serving(flags))
+        flags, cost = self._server(device)
         runs = [from_requests(simulate(flags, cost, scenario, samples), None, None) for scenario, samples in self.draws]
         return {metric: float(np.mean([run[metric] for run in runs])) for metric in self.tolerances()}
 
     def start_error_s(self, device: Device) -> float:
-        cost = Cost(device, self.shape, serving(resolve(self.args, device, self.shape)))
+        _, cost = self._server(device)
         return (self.start_s or 0.0) - cost.start_s()
+
+    def _server(self, device: Device) -> tuple[dict[str, Any], Cost]:
+        """The resolved flags and what they cost."""
+        flags = resolve(self.args, device, self.shape)
+        return flags, Cost(device, self.shape, serving(flags))
 
 
 def main() -> None:
@@ -101,6 +99,7 @@ def main() -> None:
     device = start_device(overrides)
     text = as_yaml(device if arguments.check else fit(cases, device), cases)
     if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(text)
     print(text)
 

@@ -70,8 +70,6 @@ class Serving:
     tensor_parallel_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    max_model_len: int
-    block_size: int
     gpu_memory_utilization: float
     fp8_weights: bool
     fp8_kv: bool
@@ -142,8 +140,7 @@ class Cost:
         if device.kv_gib is not None:
             return int(device.kv_gib * GIB / self.kv_bytes)
         tp = serving.tensor_parallel_size
-        untied = 1 if shape.tied else 2
-        weights = self.weight_bytes + untied * shape.embedding * 2 / tp
+        weights = self.weight_bytes + (1 if shape.tied else 2) * self.output_bytes
         step = 2 * serving.max_num_batched_tokens * (3 * shape.hidden + 2 * shape.intermediate / tp)
         activations = max(device.activations_gib * GIB, device.workspace_gib * GIB + step)
         room = device.memory_gib * serving.gpu_memory_utilization * GIB - device.other_gib * GIB - weights - activations

@@ -78,8 +78,6 @@ def serving(flags: Mapping[str, Any]) -> Serving:
         tensor_parallel_size=flags["tensor_parallel_size"],
         max_num_seqs=flags["max_num_seqs"],
         max_num_batched_tokens=flags["max_num_batched_tokens"],
-        max_model_len=flags["max_model_len"],
-        block_size=flags["block_size"],
         gpu_memory_utilization=flags["gpu_memory_utilization"],
         fp8_weights=flags["quantization"] == "fp8",
         fp8_kv=str(flags["kv_cache_dtype"]).startswith("fp8"),

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -34,9 +34,7 @@ class Display:
     def __enter__(self) -> "Display":
         if self._live:
             self._live.start()
-            for handler in logging.getLogger().handlers:  # their lines scroll by above the table
-                if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-                    handler.setStream(sys.stdout)
+            _log_to(sys.stdout)  # the table's, so that lines scroll by above it
         return self
 
     def __exit__(
@@ -44,9 +42,7 @@ class Display:
     ) -> None:
         if self._live:
             self._live.stop()
-            for handler in logging.getLogger().handlers:
-                if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-                    handler.setStream(sys.__stdout__)
+            _log_to(sys.stdout)
 
     def show(self, running: Sequence[Any], study: "optuna.Study", asked: int) -> None:
         """`running` as the study keeps them; `asked` of n_trials are in flight or ended."""
@@ -75,3 +71,9 @@ class Display:
             age = f"{time.monotonic() - one.since:.0f}"
             table.add_row(one.asked.name, one.phase, age, one.job.node, report.shorten(one.asked.params))
         return Group(Text("  ".join(word for word in words if word)), table)
+
+
+def _log_to(stream: TextIO) -> None:
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setStream(stream)

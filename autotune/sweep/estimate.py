@@ -1,20 +1,19 @@
 """What a simulation expects of trials, in milliseconds each: for `autotune.plan` and for `prior=sim`."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
 
-from autotune import objective, vllm_args
+from autotune import vllm_args
 from autotune.errors import StartError
 from autotune.result import Result
 from autotune.samples import Samples
-from autotune.schema import Config
-from autotune.space import Space, flags
+from autotune.schema import Config, with_fields
+from autotune.space import FLAG, Space, flags
+from autotune.sweep import tell
 from autotune.trial import Prepared, prepare, prepare_samples, score
 
 
@@ -55,7 +54,8 @@ def simulation(config: Config, backend: dict[str, Any]) -> Simulation:
 def estimate(simulation: Simulation, params: Mapping[str, Any]) -> Estimate:
     """The trial that has these parameters, by configuration key; without any it is the baseline."""
     prepared = simulation.prepared
-    config, args = _with(simulation.config, params), prepared.args | flags(params)
+    fields = {key: value for key, value in params.items() if not key.startswith(FLAG)}
+    config, args = with_fields(simulation.config, fields), prepared.args | flags(params)
     gpus = vllm_args.gpus(args)
     if refused := prepared.backend.dry_run(prepared.model, args).refusal:
         return Estimate(dict(params), refused=refused, gpus=gpus)
@@ -69,38 +69,24 @@ def estimate(simulation: Simulation, params: Mapping[str, Any]) -> Estimate:
 
 
 def search(
-    simulation: Simulation, space: Space, sampler: optuna.samplers.BaseSampler, directions: Any, count: int
+    simulation: Simulation, space: Space, sampler: optuna.samplers.BaseSampler, count: int
 ) -> Iterator[Estimate]:
     """`count` trials that `sampler` asks for, refused and failed ones among them, told as a study tells them."""
-    study = optuna.create_study(sampler=sampler, directions=directions)
+    config = simulation.config.objective
+    study = optuna.create_study(sampler=sampler, directions=list(config.directions))  # type: ignore[arg-type]
     for _ in range(count):
         trial = study.ask()
         params = space.suggest(trial, simulation.known)
         refused = space.violated(params, simulation.known)
         found = Estimate(params, refused=refused) if refused else estimate(simulation, params)
         if found.refused or found.failed:
-            trial.set_constraint("refused", 1.0)
-            study.tell(trial, state=TrialState.PRUNED)
+            tell.impossible(study, trial, "refused" if found.refused else "starts")
         else:
-            for name, value in found.result.constraints.items():
-                trial.set_constraint(name, value)
-            study.tell(trial, objective.told(sampler, simulation.config.objective, found.result))
+            tell.measured(study, trial, config, found.result)
         yield found
 
 
-def _with(config: Config, params: Mapping[str, Any]) -> Config:
-    """`config` with other values at these keys; vLLM's flags are passed by themselves."""
-    keys = [key for key in params if not key.startswith("engine.args.")]
-    if not keys:
-        return config
-    changed = copy.deepcopy(config)
-    for key in keys:
-        *path, last = key.split(".")
-        node: Any = changed
-        for part in path:
-            node = node[part] if isinstance(node, dict) else getattr(node, part)
-        if isinstance(node, dict):
-            node[last] = params[key]
-        else:
-            setattr(node, last, params[key])
-    return changed
+def search_best(simulation: Simulation, space: Space, count: int) -> list[Estimate]:
+    """`count` trials of a simulated study: a quarter at random, then TPE's."""
+    sampler = optuna.samplers.TPESampler(seed=simulation.config.seed, n_startup_trials=count // 4)
+    return list(search(simulation, space, sampler, count))

@@ -24,6 +24,7 @@ from autotune.result import Result
 from autotune.sweep import worker
 from autotune.sweep.worker import Trial
 from autotune.text import one_line
+from autotune.trial import vllm_flags
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,9 @@ ENDED = {
 
 
 class Job(Protocol):
-    node: str  # where it runs, where that is known; empty on this machine
+    @property
+    def node(self) -> str:
+        """Where it runs, where that is known; empty on this machine."""
 
     def done(self) -> bool: ...
 
@@ -53,22 +56,27 @@ class Job(Protocol):
         """Why it left no result, in one line."""
 
 
-class Launcher(Protocol):
+class Launcher:
+    """Runs trials, whose folders exist; as it stands, on this machine and no longer than this process."""
+
     n_jobs: int  # trials at a time
 
-    def submit(self, trials: Sequence[Trial]) -> list[Job]: ...
+    def submit(self, trials: Sequence[Trial]) -> list[Job]:
+        raise NotImplementedError
 
     def nodes(self) -> list[str]:
         """Nodes that are to show what they can before they get trials."""
+        return []
 
     def set_aside(self, node: str) -> None:
-        """Start nothing on `node` any more."""
+        """Start nothing on `node` any more, unless there is no other."""
 
     def attach(self, folder: Path) -> Job | None:
         """The job that still runs the trial in `folder` for an earlier sweeping process, if there is one."""
+        return None
 
 
-class Inline:
+class Inline(Launcher):
     """One trial at a time, in this process."""
 
     n_jobs = 1
@@ -78,15 +86,6 @@ class Inline:
 
     def submit(self, trials: Sequence[Trial]) -> list[Job]:
         return [Thread(trial) for trial in trials]
-
-    def nodes(self) -> list[str]:
-        return []
-
-    def set_aside(self, node: str) -> None:
-        """There is one node."""
-
-    def attach(self, folder: Path) -> Job | None:
-        return None
 
 
 class Thread:
@@ -117,25 +116,7 @@ class Thread:
         return self._why or "no result.json"
 
 
-class Done:
-    """A job that has ended."""
-
-    node = ""
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self, timeout_s: float) -> None:
-        """It is done."""
-
-    def cancel(self) -> None:
-        """Nothing runs."""
-
-    def reason(self) -> str:
-        return "no result.json"
-
-
-class LocalProcesses:
+class LocalProcesses(Launcher):
     """Trials side by side, each in a process of its own that ends with this one; the trial leases its GPUs."""
 
     def __init__(self, gpus: Any, n_jobs: int | None = None) -> None:
@@ -148,15 +129,6 @@ class LocalProcesses:
         while trials and len(self._spares) < min(SPARES, self.n_jobs):
             self._spares.append(Spare(trials[0].folder.parent))
         return jobs
-
-    def nodes(self) -> list[str]:
-        return []
-
-    def set_aside(self, node: str) -> None:
-        """There is one node."""
-
-    def attach(self, folder: Path) -> Job | None:
-        return None
 
 
 class Spare:
@@ -194,7 +166,7 @@ class LocalJob:
         return f"the trial's process ended with {self._process.exit_code()}: {lines[-1] if lines else 'no output'}"
 
 
-class Cluster:
+class Cluster(Launcher):
     """Trials as jobs of a cluster, through submitit: SLURM, or whatever it has an executor for.
 
     A job outlives this process; a study that is run again finds it by the id in its folder's job.json.
@@ -236,7 +208,6 @@ class Cluster:
             except submitit.core.utils.FailedJobError as error:
                 raise InputError(f"launcher: the cluster refuses the job: {one_line(error)}") from None
             for trial, job, job_id in zip(group, submitted, ids, strict=True):
-                trial.folder.mkdir(parents=True, exist_ok=True)
                 (trial.folder / JOB).write_text(json.dumps({"id": job_id}))
                 jobs[trial.folder] = self._job(trial.folder, job)
         return [jobs[trial.folder] for trial in trials]
@@ -258,11 +229,9 @@ class Cluster:
             self._excluded.append(node)
 
     def attach(self, folder: Path) -> Job | None:
-        if not (folder / JOB).exists():
+        if self._cluster != "slurm" or not (folder / JOB).exists():
             return None
         job_id = json.loads((folder / JOB).read_text())["id"]
-        if self._cluster != "slurm":
-            return None
         job = self._job(folder, submitit.SlurmJob(folder.parent / LOGS, job_id))
         return None if job.done() else job
 
@@ -286,18 +255,19 @@ class Cluster:
 
 
 def gpus_of(trial: Trial) -> int:
-    config = trial.config
-    return vllm_args.gpus({**config.scenario.args, **config.model.args, **config.engine.args})
+    return vllm_args.gpus(vllm_flags(trial.config))
 
 
 class ClusterJob:
     """A job that submitit itself knows the state of."""
 
-    node = ""
-
     def __init__(self, folder: Path, job: Any) -> None:
         self.folder = folder
         self.job = job
+
+    @property
+    def node(self) -> str:
+        return ""
 
     def done(self) -> bool:
         return bool(self.job.done())
@@ -326,7 +296,7 @@ class SlurmJob(ClusterJob):
         return completed(self.folder) or not self._queue.has(self.job.job_id)
 
     @property
-    def node(self) -> str:  # type: ignore[override]
+    def node(self) -> str:
         return self._queue.node(self.job.job_id)
 
     def cancel(self) -> None:
@@ -383,7 +353,5 @@ class Queue:
 
 
 def completed(folder: Path) -> bool:
-    try:
-        return Result.load(folder).complete
-    except FileNotFoundError:
-        return False
+    result = Result.find(folder)
+    return result is not None and result.complete

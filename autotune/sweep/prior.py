@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from autotune import objective
 from autotune.schema import Config
 from autotune.space import Space
-from autotune.sweep.estimate import Estimate, search, simulation
+from autotune.sweep.estimate import Estimate, search_best, simulation
 
 APART = 0.1  # of a parameter's range, in which two configurations differ to be distinct
 
@@ -27,11 +27,9 @@ class Expected:
 def best(config: Config, space: Space) -> list[Expected]:
     """The `prior.keep` best distinct configurations of `prior.trials` simulated ones, the best first."""
     simulated = simulation(config, config.prior.backend)
-    sampler = optuna.samplers.TPESampler(seed=config.seed, n_startup_trials=config.prior.trials // 4)
-    found = search(simulated, space, sampler, config.objective.directions, config.prior.trials)
-    sign = 1 if config.objective.directions[0] == "maximize" else -1
+    sign = objective.sign(config.objective)
     ranked = sorted(
-        (estimate for estimate in found if estimate.result.complete),
+        (found for found in search_best(simulated, space, config.prior.trials) if found.result.complete),
         key=lambda estimate: (estimate.result.feasible, -_over(estimate), sign * estimate.result.values[0]),
         reverse=True,
     )

@@ -10,8 +10,10 @@ from typing import Any
 
 import optuna
 from optuna.storages.journal import JournalFileBackend
+from sqlalchemy.exc import SQLAlchemyError
 
 from autotune.errors import InputError
+from autotune.redact import redact
 
 JOURNAL = "journal://"
 
@@ -25,8 +27,8 @@ def make(url: str) -> Any:
     try:
         return optuna.storages.get_storage(url)
     except (ImportError, ModuleNotFoundError) as error:
-        raise InputError(f"hydra.sweeper.storage={url}: {error}; install that database's driver") from None
-    except Exception as error:  # SQLAlchemy's many
+        raise InputError(f"hydra.sweeper.storage={redact(url)}: {error}; install that database's driver") from None
+    except SQLAlchemyError as error:
         raise InputError(f"hydra.sweeper.storage: {str(error).splitlines()[0]}") from None
 
 

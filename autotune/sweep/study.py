@@ -8,9 +8,7 @@ import logging
 import re
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,12 +23,13 @@ from optuna.distributions import CategoricalDistribution
 from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from autotune import interrupt, objective, progress, report, tracking
+from autotune import interrupt, progress, report, tracking
 from autotune.errors import InputError, StartError, TrackingError
+from autotune.logs import log_to
 from autotune.result import Result
 from autotune.schema import Config, typed, with_values
 from autotune.space import DEFAULT, FLAG, Space, check_flags, flags, parse
-from autotune.sweep import prior, storage
+from autotune.sweep import prior, storage, tell
 from autotune.sweep.display import Display
 from autotune.sweep.launchers import Job, Launcher, completed
 from autotune.sweep.worker import Trial
@@ -114,7 +113,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     if config.resume and not folder.exists():
         raise InputError(f"resume=true: there is no study in {folder}; write study=<its name>")
     folder.mkdir(parents=True, exist_ok=True)
-    with storage.lock(folder), log_to(folder / "autotune.log"):
+    with storage.lock(folder), log_to(folder / "autotune.log", "%(asctime)s %(message)s"):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         kept = storage.make(sweeper["storage"] or f"sqlite:///{folder}/study.db")
         study = optuna.create_study(
@@ -165,19 +164,6 @@ def check_continues(study: optuna.Study, space: Space, directions: list[str]) ->
                 raise InputError(f"study={study.study_name} exists with other choices for {name}; {other}")
 
 
-@contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """Everything that the study says, in one file, too."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
-
-
 class Study:
     """The trials of one study, from the first question to the summary."""
 
@@ -209,6 +195,7 @@ class Study:
             self._n_trials = space.grid_size
             log.info("grid: %d points", self._n_trials)
         self._running: list[Running] = []
+        self._wants_baseline = False
         self._count = 0  # of n_trials, in flight or ended
         self._engine_s = 0.0  # start and run of the trials that ended
         self._began = time.monotonic()
@@ -240,7 +227,7 @@ class Study:
                 self._end_some()
                 continue
             asked: list[Asked] = []
-            while len(self._running) + len(asked) < self._launcher.n_jobs and (next_one := self._ask(asked)):
+            while len(self._running) + len(asked) < self._launcher.n_jobs and (next_one := self._ask()):
                 asked.append(next_one)
             self._start(asked)
             if not self._running:
@@ -267,13 +254,10 @@ class Study:
         known = self._study.user_attrs.get(report.CANARIES, {})
         return [Asked(f"canary-{node}", {}, None, node) for node in self._launcher.nodes() if node not in known]
 
-    def _ask(self, asked: list[Asked]) -> Asked | None:
-        """The baseline, then what the sampler suggests and vLLM accepts; None if nothing more is to be run.
-
-        `asked` are about to be started.
-        """
-        in_flight = any(one.name == report.BASELINE for one in [*asked, *(one.asked for one in self._running)])
-        if self._config.baseline and report.BASELINE not in self._study.user_attrs and not in_flight:
+    def _ask(self) -> Asked | None:
+        """The baseline, then what the sampler suggests and vLLM accepts; None if nothing more is to be run."""
+        if self._wants_baseline:
+            self._wants_baseline = False
             return Asked(report.BASELINE, {}, None)
         for _ in range(REFUSALS_IN_A_ROW):
             if self._count >= self._n_trials or self._spent():
@@ -307,8 +291,7 @@ class Study:
     def _refuse(self, trial: optuna.Trial, reason: str) -> None:
         """Record a combination that took no GPU: infeasible to the sampler, and none of the study's n_trials."""
         trial.set_user_attr("refused", reason)
-        trial.set_constraint("refused", 1.0)
-        self._study.tell(trial, state=TrialState.PRUNED)
+        tell.impossible(self._study, trial, "refused")
         self._count += isinstance(self._study.sampler, Grid)  # which asks for each point once
         log.info("trial-%d refused: %s (%s)", trial.number, reason, report.shorten(trial.params))
 
@@ -351,10 +334,7 @@ class Study:
     def _finish(self, asked: Asked, why: Callable[[], str], node: str, pruned: bool = False) -> None:
         """Tell what became of a trial; `why` says it left no result."""
         folder = self._folder / asked.name
-        try:
-            result = Result.load(folder)
-        except FileNotFoundError:
-            result = Result(reason=why())
+        result = Result.find(folder) or Result(reason=why())
         result.params = asked.params
         result.save(folder)
         self._engine_s += sum(result.phases.values())
@@ -400,18 +380,12 @@ class Study:
 
     def _tell(self, trial: optuna.Trial, result: Result) -> None:
         trial.set_user_attr("metrics", result.metrics)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an earlier process may have got as far as this
-            for name, value in result.constraints.items():
-                trial.set_constraint(name, value)
-        self._study.tell(trial, objective.told(self._study.sampler, self._config.objective, result))
+        tell.measured(self._study, trial, self._config.objective, result)
 
     def _fail(self, trial: optuna.Trial, reason: str) -> None:
         trial.set_user_attr("reason", reason)
         if reason.startswith(StartError.__name__):
-            # What vLLM can't start is no accident. Samplers never see a failed trial, and would ask for it again.
-            trial.set_constraint("starts", 1.0)
-            self._study.tell(trial, state=TrialState.PRUNED)
+            tell.impossible(self._study, trial, "starts")  # no accident: it would fail again
         else:
             self._study.tell(trial, state=TrialState.FAIL)
 
@@ -441,16 +415,16 @@ class Study:
                 self._count += not gone
             elif trial.state is TrialState.RUNNING:
                 self._take_up(trial)
-        if self._config.baseline and report.BASELINE not in self._study.user_attrs:
-            self._take_up(None)
-        for folder in self._folder.glob("*/result.json"):
-            self._engine_s += sum(Result.load(folder.parent).phases.values())
+        missing = self._config.baseline and report.BASELINE not in self._study.user_attrs
+        self._wants_baseline = missing and not self._take_up(None)
+        results = (Result.load(path.parent) for path in self._folder.glob("*/result.json"))
+        self._engine_s = sum(sum(result.phases.values()) for result in results)
         fresh = not self._study.trials and not isinstance(self._study.sampler, Grid)
         if self._config.prior.backend and fresh:
             self._enqueue_prior()
 
-    def _take_up(self, frozen: FrozenTrial | None) -> None:
-        """A trial (the baseline: None) that was in flight when an earlier process ended."""
+    def _take_up(self, frozen: FrozenTrial | None) -> bool:
+        """Whether a trial (the baseline: None) that an earlier process left still runs, or has completed since."""
         name = f"trial-{frozen.number}" if frozen else report.BASELINE
         folder = self._folder / name
         job = self._launcher.attach(folder)
@@ -463,9 +437,11 @@ class Study:
                 self._running.append(Running(asked, job, progress.Reader(folder)))
             else:
                 self._finish(asked, lambda: "", "")
-        elif frozen:
+            return True
+        if frozen:
             self._lose(frozen)
             log.info("%s was lost with the process that ran it, and is asked again", name)
+        return False
 
     def _lose(self, frozen: FrozenTrial) -> None:
         """Ask again, once, for what `frozen` was to run, and fail it; it counts for nothing."""

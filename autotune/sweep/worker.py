@@ -13,6 +13,7 @@ from pathlib import Path
 
 from autotune import interrupt, trial
 from autotune.errors import AutotuneError
+from autotune.logs import log_to
 from autotune.schema import Config
 from autotune.text import one_line
 
@@ -22,7 +23,7 @@ LOG = "trial.log"  # what the process prints
 
 @dataclass(frozen=True)
 class Trial:
-    """What a launcher runs; its result.json goes to `folder`."""
+    """What a launcher runs; its result.json goes to `folder`, which exists."""
 
     config: Config
     overrides: list[str]  # Hydra's, that compose `config`
@@ -39,20 +40,14 @@ class Trial:
 
 def run(one: Trial) -> str:
     """Run it; the reason in one line if it did not complete. Its log is `folder`/autotune.log."""
-    one.folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(one.folder / "autotune.log")
-    logging.getLogger().addHandler(handler)
-    try:
-        trial.run(one.config, one.overrides, one.folder)
-        return ""
-    except AutotuneError as error:
-        return f"{type(error).__name__}: {one_line(error)}"
-    except Exception as error:
-        logging.getLogger(__name__).exception("the trial failed")
-        return f"{type(error).__name__}: {one_line(error)}"
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
+    with log_to(one.folder / "autotune.log"):
+        try:
+            trial.run(one.config, one.overrides, one.folder)
+            return ""
+        except Exception as error:  # whatever it is, the study goes on
+            if not isinstance(error, AutotuneError):
+                logging.getLogger(__name__).exception("the trial failed")
+            return f"{type(error).__name__}: {one_line(error)}"
 
 
 def run_job(one: Trial) -> str:
@@ -68,7 +63,6 @@ def main() -> None:
         time.sleep(POLL_S)
     one: Trial = pickle.loads(path.read_bytes())
     path.unlink()
-    one.folder.mkdir(parents=True, exist_ok=True)
     with (one.folder / LOG).open("wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
