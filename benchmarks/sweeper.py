@@ -171,8 +171,9 @@ def cost(trials: int) -> bool:
         mean_ms = sum(own_ms[first : first + 100]) / 100
         print(f"trials {first:4}-{first + 99:4}: {mean_ms:5.1f} ms a trial, {memory.get(first, 0):.0f} MB", flush=True)
     last_ms = sum(own_ms[-100:]) / 100
-    grown = memory[max(memory)] - memory[min(key for key in memory if key >= 200)]
-    print(f"at the end {last_ms:.1f} ms a trial; memory grew by {grown:.0f} MB from trial 200 on")
+    settled = trials // 5
+    later = [megabytes for done, megabytes in sorted(memory.items()) if done >= settled]
+    print(f"at the end {last_ms:.1f} ms a trial; memory grew by {later[-1] - later[0]:.0f} MB from trial {settled} on")
     return last_ms <= 50
 
 

@@ -95,9 +95,9 @@ def main() -> None:
     files = sorted(file for path in given for file in (path.rglob("*.json") if path.is_dir() else [path]))
     cases = [case for file in files if (case := read(file))]
     if not cases:
-        raise InputError("no complete trial among the results; give result.json files, or folders that hold some")
+        raise InputError("no measured trial among the results; give result.json files, or folders that hold some")
     device = start_device(overrides)
-    text = as_yaml(device if arguments.check else fit(cases, device), cases)
+    text = as_yaml(rounded(device if arguments.check else fit(cases, device)), cases)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(text)
@@ -162,6 +162,15 @@ def fit(cases: Sequence[Case], start: Device) -> Device:
     return fitted
 
 
+def rounded(device: Device) -> Device:
+    """`device` with the digits that are written down."""
+    values: dict[str, Any] = {
+        name: float(f"{value:.4g}") if isinstance(value, float) else value
+        for name, value in dataclasses.asdict(device).items()
+    }
+    return Device(**values)
+
+
 def errors(cases: Sequence[Case], device: Device) -> dict[str, Mapping[str, float]]:
     """By case: how far each simulated metric is from the measured one, as a share of it."""
     return {
@@ -176,11 +185,8 @@ def as_yaml(device: Device, cases: Sequence[Case]) -> str:
     for name, found in errors(cases, device).items():
         shown = ", ".join(f"{metric.removesuffix('_ms')} {error:+.1%}" for metric, error in found.items())
         lines.append(f"#   {name}: {shown}")
-    body = {
-        field.name: float(f"{value:.4g}") if isinstance(value, float) else value
-        for field in dataclasses.fields(device)
-        if (value := getattr(device, field.name)) != field.default
-    }
+    fields = dataclasses.fields(device)
+    body = {field.name: value for field in fields if (value := getattr(device, field.name)) != field.default}
     return "\n".join(lines) + "\n" + OmegaConf.to_yaml(OmegaConf.create(body))
 
 
