@@ -141,7 +141,8 @@ def test_latencies_are_what_the_server_took(tmp_path: Path, url: str):
     requests = read_requests(tmp_path / "requests.csv")
     for request in requests:
         assert TTFT_S <= request.ttft < TTFT_S + 0.1
-        assert TPOT_S <= request.tpot < TPOT_S + 0.02
+        # A first token that is read late shortens the rest.
+        assert 0.8 * TPOT_S <= request.tpot < TPOT_S + 0.02
     ours = metrics.from_requests(requests, None, None)
     loadgens = loadgen_log.read(tmp_path / "mlperf_log_detail.txt").figures
     for name in ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "latency_p50_ms", "latency_p99_ms", "latency_mean_ms"):
