@@ -10,6 +10,18 @@ FILE = "result.json"
 
 
 @dataclass
+class LoadRun:
+    """One LoadGen run of a trial that made several on one server: a search over the load, or repeats."""
+
+    folder: str  # of its logs, below the trial's
+    qps: float  # offered
+    verdict: str  # VALID or INVALID
+    reasons: list[str] = field(default_factory=list)  # why it is not VALID
+    stopped_early: bool = False  # once the verdict was certain; the metrics are of what was seen
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class Result:
     state: str = "failed"  # complete or failed
     reason: str = ""  # why it failed
@@ -18,6 +30,9 @@ class Result:
     verdict: str = ""  # LoadGen's: VALID or INVALID
     reasons: list[str] = field(default_factory=list)  # why it is not VALID
     metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)  # 95 % confidence: metric → [low, high]
+    bound: str = ""  # what kept it from more: kv, sequences, tokens, queue, arrival or client
+    runs: list[LoadRun] = field(default_factory=list)  # where there were several
     phases: dict[str, float] = field(default_factory=dict)  # seconds: start, warmup, run, stop, other
     args: dict[str, Any] = field(default_factory=dict)  # vLLM's flags, as configured
     command: list[str] = field(default_factory=list)  # `vllm serve …`
@@ -56,4 +71,5 @@ class Result:
 
     @classmethod
     def load(cls, folder: Path) -> "Result":
-        return cls(**json.loads((folder / FILE).read_text()))
+        body = json.loads((folder / FILE).read_text())
+        return cls(**{**body, "runs": [LoadRun(**run) for run in body.get("runs", [])]})
