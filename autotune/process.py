@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 GUARD = Path(__file__).with_name("guard.py")
 
@@ -32,7 +33,7 @@ class GuardedProcess:
                 pass_fds=keep,
             )
 
-    def __enter__(self) -> "GuardedProcess":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
