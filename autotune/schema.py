@@ -100,6 +100,11 @@ class LiveConfig:
     stop_timeout_s: float = 10.0  # from SIGTERM to SIGKILL, s
     request_timeout_s: float = 600.0  # one HTTP request, s
     run_timeout_s: float = 7200.0  # one LoadGen run with its warm-up, s
+    client_processes: int | None = None  # that send requests; null: one for each 16 cores, at least 1, at most 8
+    # A run is INVALID for its client's sake beyond these. A process that is busy nearly all the time queues tokens:
+    client_cpu_limit: float = 0.9  # share of a core, of the busiest client process or LoadGen's own
+    # … and what the client adds to TTFT must be small against what it is judged by, whatever the machine:
+    client_ttft_share: float = 0.05  # of scenario.ttft_ms: p99 lateness, p99 lag of its loop, mean TTFT beyond vLLM's
 
 
 @dataclass

@@ -116,7 +116,7 @@ def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: str)
     [
         (REFUSED, "vLLM answered 500: .*out of blocks"),
         (CUT, "vLLM answered 200"),
-        (RESET, "request failed: ClientPayloadError"),
+        (RESET, "request failed: ConnectionError"),
         (SILENT, "request failed: TimeoutError"),
     ],
     ids=["refused", "cut", "reset", "silent"],

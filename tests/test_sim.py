@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from autotune import trial
+from autotune.arrivals import issues
 from autotune.compose import command_line
 from autotune.errors import StartError
 from autotune.schema import Kind, ScenarioConfig
 from autotune.sim import calibrate
-from autotune.sim.arrivals import issues
 from autotune.sim.backend import SimBackend
 from autotune.sweep.estimate import Estimate, estimate, simulation
 

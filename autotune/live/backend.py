@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -67,7 +68,7 @@ class LiveBackend:
         client = ClientReport(**json.loads((folder / "client.json").read_text()))
         loadgen = loadgen_log.read(folder / "mlperf_log_detail.txt")
         requests = read_requests(folder / "requests.csv")
-        reasons = list(loadgen.reasons)
+        reasons = [*client.reasons, *loadgen.reasons]
         if client.failed:
             total = len(requests) + client.failed
             reasons.insert(0, f"{client.failed} of {total} requests failed: {client.errors[0]}")
@@ -76,9 +77,9 @@ class LiveBackend:
         return Measurement(
             requests=requests,
             failed=client.failed,
-            verdict="INVALID" if client.failed else loadgen.verdict,
+            verdict="INVALID" if client.failed or client.reasons else loadgen.verdict,
             reasons=reasons,
-            loadgen=loadgen.figures,
+            loadgen=loadgen.figures | client.figures,
             phases={**phases, "warmup": client.warmup_s, "run": client.run_s},
             command=command,
             facts={
@@ -123,6 +124,9 @@ def run_loadgen(
         warmup_requests=scenario.warmup_requests,
         seed=scenario.seed,
         request_timeout_s=config.request_timeout_s,
+        client_processes=config.client_processes or min(8, max(1, len(os.sched_getaffinity(0)) // 16)),
+        client_cpu_limit=config.client_cpu_limit,
+        client_ttft_share=config.client_ttft_share,
     )
     draft = folder / ".run.json"
     draft.write_text(json.dumps(asdict(run), indent=1))

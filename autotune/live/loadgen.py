@@ -7,24 +7,29 @@ gets the samples ready while vLLM starts, waits for FOLDER/run.json, and writes 
 """
 
 import array
-import asyncio
 import csv
 import dataclasses
+import gc
 import itertools
 import json
+import os
 import resource
 import sys
+import threading
 import time
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlperf_loadgen as lg
-import uvloop
+import numpy as np
 
 from autotune import progress
 from autotune.backend import RequestTiming
 from autotune.errors import MeasureError
-from autotune.live.client import Client, bodies
+from autotune.live import audit, loadgen_log
+from autotune.live.client import Clients, Notice, Notices, bodies, requests
 from autotune.live.run import ClientReport, Run
 from autotune.samples import Samples
 from autotune.schema import Kind
@@ -32,55 +37,58 @@ from autotune.schema import Kind
 NO_LIMIT_MS = 3_600_000.0
 POLL_S = 0.02
 PUBLISH_S = 2.0
+SWITCH_S = 5e-4  # most that LoadGen's thread waits for the one that hears the clients
 
 
 class Sut:
-    """LoadGen's system under test: hands each query to the event loop, and each answer back to LoadGen."""
+    """LoadGen's system under test: hands each query to a client process, and each answer back to LoadGen."""
 
-    def __init__(self, client: Client, loop: asyncio.AbstractEventLoop, first_token: bool) -> None:
+    def __init__(self, clients: Clients, first_token: bool) -> None:
         self.completed: list[RequestTiming] = []
         self.failures: list[str] = []
-        self._client = client
-        self._loop = loop
+        self.issued: list[float] = []  # by request number, as `sent`
+        self.sent: list[float] = []  # 0 until its answer has ended
+        self._queries: list[lg.QuerySample] = []
+        self._clients = clients
         self._first_token = first_token
-        self._tasks: set[asyncio.Task[None]] = set()
         self._buffer = array.array("B", bytes(8))  # LoadGen copies it; performance runs never look inside
         self._address, self._size = self._buffer.buffer_info()
 
     def issue(self, queries: list[lg.QuerySample]) -> None:
         """Called on LoadGen's thread."""
         issued = time.perf_counter()
-        batch = [(query.id, query.index) for query in queries]
-        self._loop.call_soon_threadsafe(self._start, batch, issued)
+        number = len(self.issued)
+        self.issued += [issued] * len(queries)
+        self.sent += [0.0] * len(queries)
+        self._queries += queries
+        self._clients.send([(number + offset, query.index) for offset, query in enumerate(queries)])
 
     def flush(self) -> None:
         """Nothing is held back."""
 
-    def _start(self, batch: list[tuple[int, int]], issued: float) -> None:
-        for query, sample in batch:
-            task = self._loop.create_task(self._answer(query, sample, issued))
-            self._tasks.add(task)  # the loop itself keeps only weak references
-            task.add_done_callback(self._tasks.discard)
+    def hear(self, notices: Sequence[Notice]) -> None:
+        """Tell LoadGen, which takes the time of it, then keep what the run is judged by."""
+        begun = [notice for notice in notices if notice.kind == Notices.FIRST_TOKEN or not notice.first]
+        ended = [notice for notice in notices if notice.kind != Notices.FIRST_TOKEN]
+        if self._first_token and begun:
+            lg.FirstTokenComplete([self._response(notice, 0) for notice in begun])
+        if ended:
+            lg.QuerySamplesComplete([self._response(notice, self._tokens(notice)) for notice in ended])
+        for notice in ended:
+            issued, sample = self.issued[notice.number], self._queries[notice.number].index
+            self.sent[notice.number] = notice.sent
+            if notice.kind == Notices.DONE:
+                self.completed.append(RequestTiming(sample, issued, notice.first, notice.last, notice.amount))
+            else:
+                self.failures.append(notice.text)
 
-    async def _answer(self, query: int, sample: int, issued: float) -> None:
-        begun = False
+    @staticmethod
+    def _tokens(notice: Notice) -> int:
+        # LoadGen must end, so a failed request is completed, too; the run is invalid anyway.
+        return notice.amount if notice.kind == Notices.DONE else 2
 
-        def first_token() -> None:
-            nonlocal begun
-            begun = True
-            if self._first_token:
-                lg.FirstTokenComplete([lg.QuerySampleResponse(query, self._address, self._size)])
-
-        tokens = 2  # what a failed request is completed with: LoadGen must end, and the run is invalid anyway
-        try:
-            timing = await self._client.complete(sample, issued, first_token)
-            self.completed.append(timing)
-            tokens = timing.output_tokens
-        except MeasureError as error:
-            self.failures.append(str(error))
-            if not begun:
-                first_token()
-        lg.QuerySamplesComplete([lg.QuerySampleResponse(query, self._address, self._size, tokens)])
+    def _response(self, notice: Notice, tokens: int) -> lg.QuerySampleResponse:
+        return lg.QuerySampleResponse(self._queries[notice.number].id, self._address, self._size, tokens)
 
 
 def settings(run: Run) -> lg.TestSettings:
@@ -102,39 +110,76 @@ def settings(run: Run) -> lg.TestSettings:
     return found
 
 
-async def measure(run: Run, requests: Sequence[bytes], folder: Path) -> None:
-    loop = asyncio.get_running_loop()
-    async with Client(run.url, run.model, requests, run.request_timeout_s) as client:
-        started = time.perf_counter()
-        warmup = (client.complete(i % len(requests), started) for i in range(run.warmup_requests))
-        await asyncio.gather(*warmup)
-        await client.reset_caches()
-        warm = time.perf_counter()
-        sut = Sut(client, loop, first_token=run.kind != Kind.Offline.value)
-        publishing = loop.create_task(publish(sut, client, run, folder))
-        await asyncio.to_thread(start_test, sut, settings(run), len(requests), folder)
-        ended = time.perf_counter()
-        publishing.cancel()
+def measure(run: Run, bodies: Sequence[bytes], folder: Path) -> None:
+    """Warm up, run LoadGen, write down what it and the client processes saw."""
+    first_tokens = run.kind != Kind.Offline.value
+    sent = requests(run.url, run.model, bodies)
+    clients = Clients(run.client_processes, run.url, sent, run.request_timeout_s, first_tokens)
+    notices = clients.notices()
+    started = time.perf_counter()
+    warm_up(clients, notices, run, len(bodies))
+    reset_caches(run.url)
+    before = audit.server_ttft(run.url)
+    warm, warm_cpu = time.perf_counter(), time.process_time()
+    clients.begin()
+    sut = Sut(clients, first_tokens)
+    threading.Thread(target=publish, args=(sut, clients, run, folder), daemon=True).start()
+    test = ThreadPoolExecutor(1).submit(start_test, sut, settings(run), len(bodies), folder)
+    test.add_done_callback(lambda _: clients.finish())
+    for batch in notices:
+        sut.hear(batch)
+    test.result()
+    run_s = time.perf_counter() - warm
     with (folder / "requests.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow([field.name for field in dataclasses.fields(RequestTiming)])
         rows.writerows(dataclasses.astuple(timing) for timing in sut.completed)
-    report = ClientReport(len(sut.failures), sut.failures[:5], warm - started, ended - warm)
-    (folder / "client.json").write_text(json.dumps(dataclasses.asdict(report)))
+    late = audit.lateness(run, sut.issued, sut.sent)
+    figures = audit.figures(list(clients.reports.values()), time.process_time() - warm_cpu, run_s, late)
+    total_s, count = np.subtract(audit.server_ttft(run.url), before)
+    if count and sut.completed:
+        loadgens = loadgen_log.read(folder / "mlperf_log_detail.txt").figures
+        own = 1e3 * sum(timing.ttft for timing in sut.completed) / len(sut.completed)  # Offline: LoadGen has none
+        figures["client_ttft_added_mean_ms"] = loadgens.get("ttft_mean_ms", own) - 1e3 * float(total_s / count)
+    processes = [dataclasses.asdict(report) for report in clients.reports.values()]
+    report = ClientReport(
+        len(sut.failures), sut.failures[:5], warm - started, run_s, processes, figures, audit.reasons(run, figures)
+    )
+    (folder / "client.json").write_text(json.dumps(dataclasses.asdict(report), indent=1))
 
 
-async def publish(sut: Sut, client: Client, run: Run, folder: Path) -> None:
+def warm_up(clients: Clients, notices: Iterator[list[Notice]], run: Run, samples: int) -> None:
+    """Raises MeasureError for the first request that fails."""
+    left = run.warmup_requests
+    clients.send([(number, number % samples) for number in range(left)])
+    while left:
+        for notice in next(notices):
+            if notice.kind == Notices.FAILED:
+                raise MeasureError(notice.text)
+            left -= notice.kind == Notices.DONE
+
+
+def reset_caches(url: str) -> None:
+    """Forget the prefixes seen so far. Raises MeasureError if vLLM refuses."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(f"{url}/reset_prefix_cache", method="POST"), timeout=60).close()
+    except OSError as error:
+        raise MeasureError(f"vLLM's answer to /reset_prefix_cache: {error}") from None
+
+
+def publish(sut: Sut, clients: Clients, run: Run, folder: Path) -> None:
     """Every few seconds, the rates so far; what completed is counted once."""
-    began, before = time.perf_counter(), client.generated
+    began, before = time.perf_counter(), clients.generated
     counted = good = 0
     for step in itertools.count():
-        await asyncio.sleep(PUBLISH_S)
-        for timing in sut.completed[counted:]:
+        time.sleep(PUBLISH_S)
+        completed = len(sut.completed)
+        for timing in sut.completed[counted:completed]:
             in_time = run.ttft_ms is None or timing.ttft * 1e3 <= run.ttft_ms
             good += in_time and (run.tpot_ms is None or timing.tpot * 1e3 <= run.tpot_ms)
-        counted = len(sut.completed)
+        counted = completed
         elapsed = time.perf_counter() - began
-        found = {"tokens_per_s": client.generated - before, "samples_per_s": counted, "goodput_per_s": good}
+        found = {"tokens_per_s": clients.generated - before, "samples_per_s": counted, "goodput_per_s": good}
         rates = {name: count / elapsed for name, count in found.items()}
         progress.publish(folder, step, {**rates, "completed": counted, "over_limit": counted - good})
 
@@ -156,14 +201,18 @@ def main() -> None:
     samples, folder = map(Path, sys.argv[1:])
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one connection a request in flight
-    requests = bodies(Samples.load(samples))
+    ready = bodies(Samples.load(samples))
     while not (folder / "run.json").exists():
         time.sleep(POLL_S)
     run = Run(**json.loads((folder / "run.json").read_text()))
+    gc.freeze()
+    gc.disable()  # nothing here is cyclic, and a collection stops all for as long as there are objects
+    sys.setswitchinterval(SWITCH_S)
     try:
-        uvloop.run(measure(run, requests, folder))
+        measure(run, ready, folder)
     except MeasureError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)  # LoadGen's thread can't be ended
 
 
 if __name__ == "__main__":

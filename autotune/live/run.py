@@ -1,11 +1,13 @@
 """What passes between a trial and its LoadGen process, as JSON files in the trial's folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from autotune.schema import LiveConfig
 
 
 @dataclass(frozen=True)
 class Run:
-    """RUN.json. Fields as in ScenarioConfig."""
+    """run.json. Fields as in ScenarioConfig and LiveConfig."""
 
     url: str
     model: str
@@ -20,6 +22,9 @@ class Run:
     warmup_requests: int
     seed: int
     request_timeout_s: float
+    client_processes: int = 1
+    client_cpu_limit: float = LiveConfig.client_cpu_limit
+    client_ttft_share: float = LiveConfig.client_ttft_share
 
 
 @dataclass(frozen=True)
@@ -30,3 +35,6 @@ class ClientReport:
     errors: list[str]  # the first few, in the server's words
     warmup_s: float
     run_s: float
+    processes: list[dict[str, float]] = field(default_factory=list)  # each one's client.Report
+    figures: dict[str, float] = field(default_factory=dict)  # named as in result.json
+    reasons: list[str] = field(default_factory=list)  # why the client makes the run INVALID

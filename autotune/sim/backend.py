@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autotune import progress, vllm_args
+from autotune.arrivals import issues
 from autotune.backend import DryRunOutcome, Measurement, RequestTiming
 from autotune.errors import StartError
 from autotune.leases import lease_for, leased
@@ -15,7 +16,6 @@ from autotune.models import Model
 from autotune.redact import redact
 from autotune.samples import Samples
 from autotune.schema import Kind, ScenarioConfig, SimConfig
-from autotune.sim.arrivals import issues
 from autotune.sim.cost import GIB, Cost, Shape
 from autotune.sim.engine import serve
 from autotune.sim.flags import HARMLESS, MODELLED, refusal, resolve, serving

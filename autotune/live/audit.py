@@ -1,0 +1,73 @@
+"""Was it vLLM that was measured, or our own client? What a run says of its client, and the limits on it."""
+
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+
+from autotune.arrivals import server_times
+from autotune.live.client import Report
+from autotune.live.run import Run
+from autotune.schema import Kind
+
+TTFT = re.compile(r"^vllm:time_to_first_token_seconds_(sum|count)(?:\{.*\})? (\S+)", re.MULTILINE)
+
+
+def lateness(run: Run, issued: Sequence[float], sent: Sequence[float]) -> list[float]:
+    """Seconds from when LoadGen's schedule has each request to when its last byte was written; 0 in `sent` is never.
+
+    LoadGen doesn't say when its schedule began: the query that it issued most promptly is taken as issued in time.
+    Other scenarios than Server have no schedule, but issue at once.
+    """
+    due = np.array(issued)
+    if run.kind == Kind.Server.value:
+        schedule = np.fromiter(islice(server_times(run.qps, run.seed), len(issued)), float)
+        due = schedule + (due - schedule).min()
+    written = np.array(sent)
+    return list((written - due)[written > 0])
+
+
+def figures(reports: Sequence[Report], own_cpu_s: float, run_s: float, late: Sequence[float]) -> dict[str, float]:
+    """What the client saw of itself in a run of `run_s`, as in result.json."""
+    found = {
+        "client_cpu": max(own_cpu_s, *(report.cpu_s for report in reports)) / run_s,  # of a core, busiest process
+        "client_lag_p99_ms": max(report.lag_p99_ms for report in reports),
+        "client_unsent_bytes": float(sum(report.unsent_bytes for report in reports)),
+    }
+    if late:
+        found["client_lateness_p99_ms"] = float(np.percentile(late, 99, method="higher")) * 1e3
+    return found
+
+
+def server_ttft(url: str) -> tuple[float, float]:
+    """Sum, in seconds, and count of vLLM's own times to first token so far; zeros if it has no /metrics."""
+    try:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:
+            text = response.read().decode()
+    except (urllib.error.URLError, OSError):
+        return 0.0, 0.0
+    found = TTFT.findall(text)  # a line for each engine
+    total, count = (sum(float(value) for name, value in found if name == part) for part in ("sum", "count"))
+    return total, count
+
+
+def reasons(run: Run, figures: dict[str, float]) -> list[str]:
+    """Why the client may have decided the verdict. Each names the figure and its limit; none is good news."""
+    limits = {"client_cpu": ("the busiest client process's share of a core", run.client_cpu_limit, "client_cpu_limit")}
+    # Offline sends all at once, and no limit is on TTFT: how late it was says nothing.
+    if run.ttft_ms is not None and run.kind != Kind.Offline.value:
+        limit = run.ttft_ms * run.client_ttft_share
+        where = f"client_ttft_share={run.client_ttft_share:g} of the TTFT limit"
+        limits |= {
+            "client_lateness_p99_ms": ("p99 from LoadGen's schedule to a request's last byte sent, ms", limit, where),
+            "client_lag_p99_ms": ("p99 of its event loop's lag, ms", limit, where),
+            "client_ttft_added_mean_ms": ("mean TTFT at LoadGen beyond vLLM's own, ms", limit, where),
+        }
+    return [
+        f"client: {name}={figures[name]:.3g} is over {limit:.3g} (backend.{where}): {what}"
+        for name, (what, limit, where) in limits.items()
+        if figures.get(name, 0.0) > limit
+    ]
