@@ -9,10 +9,12 @@ from itertools import islice
 import numpy as np
 
 from autotune.arrivals import server_times
+from autotune.facts import hardware
 from autotune.live.client import Report
 from autotune.live.run import Run
-from autotune.schema import Kind
+from autotune.schema import Kind, LiveConfig
 
+TTFT_SHARE = 0.05  # of MLPerf's limits: 22 to 300 ms
 TTFT = re.compile(r"^vllm:time_to_first_token_seconds_(sum|count)(?:\{.*\})? (\S+)", re.MULTILINE)
 
 
@@ -54,11 +56,18 @@ def server_ttft(url: str) -> tuple[float, float]:
     return total, count
 
 
+def ttft_share(config: LiveConfig) -> float | None:
+    """The share of the TTFT limit that the client may add, or None if that is not judged."""
+    if config.client_ttft_share is not None:
+        return config.client_ttft_share
+    return TTFT_SHARE if "gpu" in hardware() else None
+
+
 def reasons(run: Run, figures: dict[str, float]) -> list[str]:
-    """Why the client may have decided the verdict. Each names the figure and its limit; none is good news."""
+    """Why the client may have decided the verdict: each figure that is over its limit."""
     limits = {"client_cpu": ("the busiest client process's share of a core", run.client_cpu_limit, "client_cpu_limit")}
-    # Offline sends all at once, and no limit is on TTFT: how late it was says nothing.
-    if run.ttft_ms is not None and run.kind != Kind.Offline.value:
+    # Offline sends all at once and has no limit on TTFT: how late each was says nothing.
+    if run.ttft_ms and run.client_ttft_share and run.kind != Kind.Offline.value:
         limit = run.ttft_ms * run.client_ttft_share
         where = f"client_ttft_share={run.client_ttft_share:g} of the TTFT limit"
         limits |= {

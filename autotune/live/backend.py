@@ -16,7 +16,7 @@ from autotune.backend import DryRunOutcome, Measurement, RequestTiming
 from autotune.errors import MeasureError
 from autotune.facts import hardware
 from autotune.leases import lease_for, leased
-from autotune.live import flags, loadgen_log
+from autotune.live import audit, flags, loadgen_log
 from autotune.live.dry_run import dry_run
 from autotune.live.run import ClientReport, Run
 from autotune.live.server import Server, serve
@@ -124,9 +124,9 @@ def run_loadgen(
         warmup_requests=scenario.warmup_requests,
         seed=scenario.seed,
         request_timeout_s=config.request_timeout_s,
-        client_processes=config.client_processes or min(8, max(1, len(os.sched_getaffinity(0)) // 16)),
+        client_processes=config.client_processes or max(1, min(8, len(os.sched_getaffinity(0)) // 16)),
         client_cpu_limit=config.client_cpu_limit,
-        client_ttft_share=config.client_ttft_share,
+        client_ttft_share=audit.ttft_share(config),
     )
     draft = folder / ".run.json"
     draft.write_text(json.dumps(asdict(run), indent=1))

@@ -25,7 +25,7 @@ import numpy as np
 import uvloop
 
 from autotune.errors import MeasureError
-from autotune.live import http
+from autotune.live.stream import Client, Stream, completion
 from autotune.process import fork
 from autotune.samples import Samples
 
@@ -83,7 +83,7 @@ def bodies(samples: Samples) -> list[bytes]:
 def requests(url: str, model: str, bodies: Sequence[bytes]) -> list[bytes]:
     """Each of `bodies` as it is sent to the server at `url`."""
     head = json.dumps({"model": model}).encode()[:-1] + b", "
-    return [http.completion(url, head + body[1:]) for body in bodies]
+    return [completion(url, head + body[1:]) for body in bodies]
 
 
 class Clients:
@@ -181,7 +181,7 @@ class _Process:
         self._sock = sock
         self._requests = requests
         self._first_tokens = first_tokens
-        self._client = http.Client(loop, url, timeout_s, self._on_first_token, self._on_end)
+        self._client = Client(loop, url, timeout_s, self._on_first_token, self._on_end)
         self._unread = b""
         self._out = bytearray()
         self._ticks = 0
@@ -210,11 +210,11 @@ class _Process:
             else:
                 self._client.start(number, self._requests[sample])
 
-    def _on_first_token(self, stream: http.Stream) -> None:
+    def _on_first_token(self, stream: Stream) -> None:
         if self._first_tokens:
             self._tell(NOTICE.pack(Notices.FIRST_TOKEN, stream.number, 0, stream.sent, stream.first, stream.last))
 
-    def _on_end(self, stream: http.Stream, error: str) -> None:
+    def _on_end(self, stream: Stream, error: str) -> None:
         text = error.encode()
         kind, amount = (Notices.FAILED, len(text)) if error else (Notices.DONE, stream.tokens)
         self._tell(NOTICE.pack(kind, stream.number, amount, stream.sent, stream.first, stream.last) + text)

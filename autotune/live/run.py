@@ -24,7 +24,7 @@ class Run:
     request_timeout_s: float
     client_processes: int = 1
     client_cpu_limit: float = LiveConfig.client_cpu_limit
-    client_ttft_share: float = LiveConfig.client_ttft_share
+    client_ttft_share: float | None = None  # null: what the client adds to TTFT is recorded, not judged
 
 
 @dataclass(frozen=True)
