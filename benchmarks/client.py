@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from null_server import MODEL
 
 from autotune.live import loadgen_log
 from autotune.live.backend import read_requests
@@ -119,7 +120,7 @@ def ours(folder: Path, server: NullServer, requests: int, output_tokens: int, **
     samples = Samples("s", "c", prompts, np.full(requests, output_tokens, np.int32), True, folder / "samples.npz")
     samples.save()
     spec = {
-        **{"url": server.url, "model": "null", "kind": "Offline", "qps": 1.0, "ttft_ms": None, "tpot_ms": None},
+        **{"url": server.url, "model": MODEL, "kind": "Offline", "qps": 1.0, "ttft_ms": None, "tpot_ms": None},
         **{"min_duration_s": 0, "max_duration_s": 0, "min_queries": requests, "max_queries": requests},
         **{"warmup_requests": 0, "seed": 1, "request_timeout_s": 600, **run},
     }
@@ -129,7 +130,7 @@ def ours(folder: Path, server: NullServer, requests: int, output_tokens: int, **
 
 def vllm_bench(folder: Path, server: NullServer, requests: int, output_tokens: int, streams: int) -> list[str]:
     return [
-        *(sys.executable, "-c", VLLM_BENCH, "--base-url", server.url, "--model", "null"),
+        *(sys.executable, "-c", VLLM_BENCH, "--base-url", server.url, "--model", MODEL),
         *("--tokenizer", str(shape(folder)), "--dataset-name", "random", "--ignore-eos", "--disable-tqdm"),
         *("--random-input-len", str(PROMPT), "--random-output-len", str(output_tokens)),
         *("--num-prompts", str(requests), "--max-concurrency", str(streams)),
@@ -145,7 +146,7 @@ def guidellm(folder: Path, server: NullServer, requests: int, output_tokens: int
         subprocess.run(["uv", "pip", "install", "-q", "--python", str(home / "bin/python"), GUIDELLM], check=True)
     return [
         *(str(program), "run", "--disable-console-interactive"),
-        *("--backend", f"kind=openai_http,target={server.url},model=null,request_format=/v1/completions"),
+        *("--backend", f"kind=openai_http,target={server.url},model={MODEL},request_format=/v1/completions"),
         *("--tokenizer", f"kind=hf_auto,model={shape(folder)}"),
         *("--profile", f"kind=concurrent,streams={streams}", "--constraint", f"kind=max_requests,count={requests}"),
         *("--data", f"kind=synthetic_text,prompt_tokens={PROMPT},output_tokens={output_tokens}"),
@@ -162,7 +163,7 @@ def shape(folder: Path) -> Path:
     return model
 
 
-def cost(requests: int = 800, output_tokens: int = 128, streams: int = 64, step_ms: float = 10.0) -> bool:
+def cost(requests: int = 2000, output_tokens: int = 128, streams: int = 256, step_ms: float = 10.0) -> bool:
     print(
         f"{requests} requests of {PROMPT} + {output_tokens} tokens, {streams} streams at a time, one token each in "
         f"{step_ms:g} ms: {streams / step_ms * 1e3:,.0f} tokens/s offered\n"

@@ -20,7 +20,7 @@ import uvloop
 LENGTH = re.compile(rb"content-length:\s*(\d+)", re.IGNORECASE)
 MAX_TOKENS = re.compile(rb'"max_(?:completion_)?tokens":\s*(\d+)')
 FIRST_ID = re.compile(rb'"prompt":\s*\[(\d+)')
-MODEL = "null"
+MODEL = "canned"
 
 
 def chunk(body: bytes) -> bytes:

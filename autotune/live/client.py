@@ -34,7 +34,7 @@ NOTICE = struct.Struct("<BIIddd")  # its kind; number, amount, sent, first, last
 BEGIN = 0xFFFFFFFF  # in a request's place: the run begins, forget what the warm-up measured
 RECEIVE_BYTES = 1 << 20
 ISSUES_BYTES = 2048  # read at once: hundreds of requests that begin together let others' tokens through
-TICK_S = 0.01  # how often a process looks at its own lag
+TICK_S = 0.02  # how often a process looks at its own lag
 TICKS = 25  # after which it reports its tokens
 
 

@@ -113,8 +113,9 @@ def settings(run: Run) -> lg.TestSettings:
 def measure(run: Run, bodies: Sequence[bytes], folder: Path) -> None:
     """Warm up, run LoadGen, write down what it and the client processes saw."""
     first_tokens = run.kind != Kind.Offline.value
-    sent = requests(run.url, run.model, bodies)
-    clients = Clients(run.client_processes, run.url, sent, run.request_timeout_s, first_tokens)
+    ready = requests(run.url, run.model, bodies)
+    clients = Clients(run.client_processes, run.url, ready, run.request_timeout_s, first_tokens)
+    del ready  # the client processes have it
     notices = clients.notices()
     started = time.perf_counter()
     warm_up(clients, notices, run, len(bodies))

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 EVENT = b"\ndata: {"  # JSON holds no raw newline, so text that a model generates can't look like this
 TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 LENGTH = re.compile(rb"\r\ncontent-length:\s*(\d+)")
-TAIL_BYTES = 1024  # enough for the last event, which holds the usage
+TAIL_BYTES = 512  # enough for the last event, which holds the usage
 HEAD_BYTES = 65536  # no server's head is longer
-RECEIVE_BYTES = 65536
+RECEIVE_BYTES = 4096  # some twenty events; Python takes that much memory for each read
 LINE_END = 2  # a chunk is followed by one, and counted with it here
 WORDS_BYTES = 300  # of an answer that is an error
 
@@ -275,28 +275,28 @@ class Connection:
         self._held = b""
 
     def _read_chunks(self, stream: Stream, data: bytes, now: float) -> None:
-        data = self._held + data
-        self._held = b""
-        at = 0
+        if self._held:
+            data = self._held + data
+            self._held = b""
+        at, left = 0, self._left or 0
         while at < len(data):
-            if self._left:
-                body = data[at : at + self._left]
-                self._left -= len(body)
-                at += len(body)
-                if self._left < LINE_END:
-                    body = body[: max(0, len(body) - LINE_END + self._left)]
-                self._client.read(stream, body, now)
-                continue
-            end = data.find(b"\r\n", at)
-            if end < 0:
-                self._held = data[at:]
-                return
-            size = int(data[at:end].partition(b";")[0], 16)
-            at = end + LINE_END
-            if not size:
-                self._end(self._keep and data[at:] == b"\r\n")
-                return
-            self._left = size + LINE_END
+            if not left:
+                end = data.find(b"\r\n", at)
+                if end < 0:
+                    self._held = data[at:]
+                    break
+                size = int(data[at:end].partition(b";")[0], 16)
+                at = end + LINE_END
+                if not size:
+                    self._end(self._keep and data[at:] == b"\r\n")
+                    return
+                left = size + LINE_END
+            there = min(left, len(data) - at)
+            body = data[at : at + min(there, max(0, left - LINE_END))]
+            at += there
+            left -= there
+            self._client.read(stream, body, now)
+        self._left = left
 
     def _end(self, keep: bool) -> None:
         stream, self._stream = self._stream, None
