@@ -1,4 +1,5 @@
-"""One LoadGen run, in a process of its own: a second run in one process would not read its settings again.
+"""One LoadGen run, in a process of its own: a second run in one process would not read its settings again. Its requests
+go out from other processes (client.py), so that no answer that is read keeps LoadGen's thread from its schedule.
 
     python -m autotune.live.loadgen SAMPLES FOLDER
 
@@ -130,23 +131,32 @@ def measure(run: Run, bodies: Sequence[bytes], folder: Path) -> None:
     for batch in notices:
         sut.hear(batch)
     test.result()
-    run_s = time.perf_counter() - warm
+    run_s, own_cpu_s = time.perf_counter() - warm, time.process_time() - warm_cpu
     with (folder / "requests.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow([field.name for field in dataclasses.fields(RequestTiming)])
         rows.writerows(dataclasses.astuple(timing) for timing in sut.completed)
-    late = audit.lateness(run, sut.issued, sut.sent)
-    figures = audit.figures(list(clients.reports.values()), time.process_time() - warm_cpu, run_s, late)
-    total_s, count = np.subtract(audit.server_ttft(run.url), before)
+    reports = list(clients.reports.values())
+    figures = audit.figures(reports, own_cpu_s, run_s, audit.lateness(run, sut.issued, sut.sent))
+    server_s, count = np.subtract(audit.server_ttft(run.url), before)
     if count and sut.completed:
-        loadgens = loadgen_log.read(folder / "mlperf_log_detail.txt").figures
-        own = 1e3 * sum(timing.ttft for timing in sut.completed) / len(sut.completed)  # Offline: LoadGen has none
-        figures["client_ttft_added_mean_ms"] = loadgens.get("ttft_mean_ms", own) - 1e3 * float(total_s / count)
-    processes = [dataclasses.asdict(report) for report in clients.reports.values()]
+        figures["client_ttft_added_mean_ms"] = ttft_mean_ms(sut, folder) - 1e3 * float(server_s / count)
     report = ClientReport(
-        len(sut.failures), sut.failures[:5], warm - started, run_s, processes, figures, audit.reasons(run, figures)
+        failed=len(sut.failures),
+        errors=sut.failures[:5],
+        warmup_s=warm - started,
+        run_s=run_s,
+        processes=[dataclasses.asdict(report) for report in reports],
+        figures=figures,
+        reasons=audit.reasons(run, figures),
     )
     (folder / "client.json").write_text(json.dumps(dataclasses.asdict(report), indent=1))
+
+
+def ttft_mean_ms(sut: Sut, folder: Path) -> float:
+    """LoadGen's, or our own in the scenario where it has none."""
+    loadgens = loadgen_log.read(folder / "mlperf_log_detail.txt").figures.get("ttft_mean_ms")
+    return loadgens or 1e3 * sum(timing.ttft for timing in sut.completed) / len(sut.completed)
 
 
 def warm_up(clients: Clients, notices: Iterator[list[Notice]], run: Run, samples: int) -> None:
