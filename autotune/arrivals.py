@@ -4,6 +4,7 @@ LoadGen (loadgen.cc, GenerateLoadableSets and GenerateQueries, 6.0.17) draws fro
 libstdc++, whose shuffle and distributions are written out here. All three of its seeds are the scenario's.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -31,13 +32,22 @@ def issues(scenario: ScenarioConfig, samples: int) -> Iterator[tuple[float, int]
     # LoadGen has made two other orders from the same generator by now, and uses neither.
     for _ in range(1 + math.ceil(scenario.min_queries / samples)):
         _shuffled(samples, draw)
-    gaps = _draws(scenario.seed)
-    time_s, last_s, count = 0.0, 0.0, 0
-    while scenario.kind is Kind.SingleStream or last_s < scenario.min_duration_s or count < scenario.min_queries:
+    times = itertools.repeat(0.0) if scenario.kind is Kind.SingleStream else server_times(scenario.qps, scenario.seed)
+    last_s = 0.0
+    for count, time_s in enumerate(times):
+        if scenario.kind is Kind.Server and last_s >= scenario.min_duration_s and count >= scenario.min_queries:
+            return
         yield time_s, loaded[_below(samples, draw)]
-        last_s, count = time_s, count + 1
-        if scenario.kind is Kind.Server:
-            time_s += int(-math.log(1 - _canonical(gaps)) / scenario.qps * 1e9) / 1e9  # whole nanoseconds
+        last_s = time_s
+
+
+def server_times(qps: float, seed: int) -> Iterator[float]:
+    """When LoadGen's Server scenario issues its queries, without end: seconds since the first."""
+    gaps = _draws(seed)
+    time_s = 0.0
+    while True:
+        yield time_s
+        time_s += int(-math.log(1 - _canonical(gaps)) / qps * 1e9) / 1e9  # whole nanoseconds
 
 
 def _draws(seed: int) -> Draw:

@@ -1,12 +1,17 @@
 """Processes that can't outlive the trial that started them."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from autotune.guard import PR_SET_PDEATHSIG, libc
 
 GUARD = Path(__file__).with_name("guard.py")
 
@@ -64,3 +69,29 @@ class GuardedProcess:
         if self.wait(self.stop_timeout_s + 5) is None:
             os.killpg(self._guard.pid, 9)
             self._guard.wait()
+
+
+def fork(work: Callable[[socket.socket], None], close: Sequence[socket.socket] = ()) -> socket.socket:
+    """Start a copy of this process that runs `work` on one end of a socket, then ends; returns the other end.
+
+    It dies with the thread that makes it. `close` is what it must not keep open: the sockets of earlier copies.
+    """
+    parent = os.getpid()
+    ours, theirs = socket.socketpair()
+    if os.fork():
+        theirs.close()
+        return ours
+    code = 1
+    try:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for sock in (ours, *close):
+            sock.close()
+        if os.getppid() == parent:
+            work(theirs)
+            code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)

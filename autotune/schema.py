@@ -130,6 +130,12 @@ class LiveConfig:
     request_timeout_s: float = 600.0  # one HTTP request, s
     run_timeout_s: float = 7200.0  # one LoadGen run with its warm-up, s
     observe_s: float = 1.0  # between two looks at vLLM's /metrics and the GPU while a run goes on, s
+    client_processes: int | None = None  # that send requests; null: one for each 16 cores, at least 1, at most 8
+    # Beyond these a run is INVALID for its client's sake. What is busy nearly all the time lets tokens wait:
+    client_cpu_limit: float = 0.9  # share of a core, of the busiest client process or LoadGen's own
+    # What the client may add to TTFT must be small beside the limit that decides the verdict. Null: 0.05 with a GPU;
+    # without one vLLM computes on the cores that the client waits for, and the figures are recorded, not judged.
+    client_ttft_share: float | None = None  # of scenario.ttft_ms: p99 lateness, p99 loop lag, mean TTFT beyond vLLM's
 
 
 @dataclass

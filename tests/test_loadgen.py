@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import psutil
 import pytest
 
 from autotune import metrics
@@ -22,12 +23,25 @@ from autotune.samples import Samples
 TOKENS = 4
 OK, REFUSED, CUT, SLOW, SILENT, RESET, COLD = 5, 1, 2, 3, 4, 6, 8  # first token of a prompt, and what its request meets
 TTFT_S, TPOT_S = 0.2, 0.03  # of a slow one
+CLAIMED_TTFT_S = 0.05
 
 
 class Streaming(BaseHTTPRequestHandler):
     """/v1/completions in server-sent events, with the faults that a prompt's first token asks for."""
 
     received: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+
+    def do_GET(self) -> None:
+        """/metrics of two engines that say each request's first token took them CLAIMED_TTFT_S."""
+        count = sum(path == "/v1/completions" for path, _ in self.received)
+        self.send_response(200)
+        self.end_headers()
+        name = "vllm:time_to_first_token_seconds"
+        for engine, share in enumerate((0.25, 0.75)):
+            labels = f'{{engine="{engine}",model_name="a {{b}}"}}'
+            lines = [f"# TYPE {name} histogram", f'{name}_bucket{{engine="{engine}",le="0.1"}} 3.0']
+            lines += [f"{name}_sum{labels} {share * count * CLAIMED_TTFT_S}", f"{name}_count{labels} {share * count}"]
+            self.wfile.write("".join(f"{line}\n" for line in lines).encode())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
@@ -69,9 +83,9 @@ def url() -> Iterator[str]:
     server.shutdown()
 
 
-def run(
+def start(
     folder: Path, url: str, kind: str, firsts: list[int], lengths: list[int] | None = None, **settings: Any
-) -> "subprocess.CompletedProcess[str]":
+) -> "subprocess.Popen[str]":
     """LoadGen over one sample for each of `firsts`, its prompt's first token."""
     prompts = [np.array([first, 7], dtype=np.int32) for first in firsts]
     samples = folder / "samples.npz"
@@ -99,7 +113,23 @@ def run(
     }
     (folder / "run.json").write_text(json.dumps(spec))
     command = [sys.executable, "-m", "autotune.live.loadgen", str(samples), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(*arguments: Any, **settings: Any) -> "subprocess.CompletedProcess[str]":
+    """LoadGen, as `start` has it, to its end."""
+    with start(*arguments, **settings) as process:
+        output, errors = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def clients_of(process: "subprocess.Popen[str]", folder: Path) -> list[psutil.Process]:
+    """Its client processes, once the run has begun."""
+    deadline = time.monotonic() + 30
+    while not (folder / "mlperf_log_detail.txt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    return psutil.Process(process.pid).children()
 
 
 @pytest.mark.parametrize("kind", ["Offline", "Server", "SingleStream"])
@@ -122,7 +152,7 @@ def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: str)
     [
         (REFUSED, "vLLM answered 500: .*out of blocks"),
         (CUT, "vLLM answered 200"),
-        (RESET, "request failed: ClientPayloadError"),
+        (RESET, "request failed: ConnectionError"),
         (SILENT, "request failed: TimeoutError"),
     ],
     ids=["refused", "cut", "reset", "silent"],
@@ -214,3 +244,54 @@ def test_broken_limit_makes_the_run_invalid(tmp_path: Path, url: str):
     assert done.returncode == 0, done.stderr
     log = loadgen_log.read(tmp_path / "mlperf_log_detail.txt")
     assert log.verdict == "INVALID" and "p99 of TTFT or TPOT is over its limit" in log.reasons
+
+
+@pytest.mark.parametrize("kind", ["Offline", "Server"])
+def test_client_processes_share_the_requests(tmp_path: Path, url: str, kind: str):
+    done = run(tmp_path, url, kind, [OK] * 30, min_queries=64, client_processes=3, warmup_requests=4)
+    assert done.returncode == 0, done.stderr
+    assert len(read_requests(tmp_path / "requests.csv")) >= 64
+    report = json.loads((tmp_path / "client.json").read_text())
+    assert report["failed"] == 0 and len(report["processes"]) == 3
+    assert all(process["cpu_s"] > 0 for process in report["processes"])
+
+
+def test_run_audits_its_client(tmp_path: Path, url: str):
+    done = run(tmp_path, url, "Server", [SLOW], qps=50)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "client.json").read_text())
+    figures = report["figures"]
+    assert 0 < figures["client_lateness_p99_ms"] < 1000 and 0 <= figures["client_lag_p99_ms"] < 1000
+    assert 0 < figures["client_cpu"] < 0.9 and figures["client_unsent_bytes"] == 0
+    loadgens = loadgen_log.read(tmp_path / "mlperf_log_detail.txt").figures["ttft_mean_ms"]
+    assert figures["client_ttft_added_mean_ms"] == pytest.approx(loadgens - 1e3 * CLAIMED_TTFT_S, abs=0.01)
+    assert report["reasons"] == []
+
+
+def test_client_that_stands_still_is_the_reason(tmp_path: Path, url: str):
+    process = start(tmp_path, url, "Server", [OK], qps=50, min_queries=100, ttft_ms=1000, client_ttft_share=0.1)
+    (client,) = clients_of(process, tmp_path)
+    client.suspend()
+    time.sleep(0.5)
+    client.resume()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    report = json.loads((tmp_path / "client.json").read_text())
+    late = next(reason for reason in report["reasons"] if "client_lateness_p99_ms" in reason)
+    assert re.match(r"client: client_lateness_p99_ms=\d+ is over 100 \(backend.client_ttft_share=0.1", late)
+
+
+def test_client_process_that_dies_ends_the_run(tmp_path: Path, url: str):
+    process = start(tmp_path, url, "Server", [OK], qps=50, min_queries=1000, client_processes=2)
+    clients_of(process, tmp_path)[0].kill()
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 1 and errors == "a client process ended in mid-run\n"
+
+
+def test_client_processes_die_with_loadgen(tmp_path: Path, url: str):
+    process = start(tmp_path, url, "Server", [SILENT], qps=50, min_queries=1000, client_processes=2)
+    clients = clients_of(process, tmp_path)
+    process.kill()
+    process.communicate(timeout=10)
+    _, alive = psutil.wait_procs(clients, timeout=5)
+    assert len(clients) == 2 and not alive

@@ -32,12 +32,13 @@ vllm:iteration_tokens_total_sum{engine="0",model_name="m"} 190.0
 """
 
 
-def test_page_is_read_over_all_engines():
-    assert metrics_page.parse(PAGE, 1.5) == State(1.5, 7, 1, 0.5, 2, 16, 150, 40, 20, 190)
+def test_page_is_read_over_all_engines(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(metrics_page, "read", lambda url: PAGE)
+    assert metrics_page.state("", 1.5) == State(1.5, 7, 1, 0.5, 2, 16, 150, 40, 20, 190)
 
 
 def test_server_that_does_not_answer_has_no_state():
-    assert metrics_page.read("http://127.0.0.1:9", 0.0) is None
+    assert metrics_page.state("http://127.0.0.1:9", 0.0) is None
 
 
 @pytest.mark.parametrize(

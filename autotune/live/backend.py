@@ -4,6 +4,7 @@ import csv
 import importlib.metadata
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from autotune.early_stopping import Watch
 from autotune.errors import MeasureError
 from autotune.facts import hardware
 from autotune.leases import Lease, lease_for, leased
-from autotune.live import flags, gpu, loadgen_log, metrics_page
+from autotune.live import audit, flags, gpu, loadgen_log, metrics_page
 from autotune.live.dry_run import dry_run
 from autotune.live.gpu import Gpus, GpuState
 from autotune.live.run import ClientReport, Run
@@ -159,13 +160,16 @@ class LiveEngine:
             stop=(Stop.failed if cut else scenario.stop).value,
             over_share=scenario.over_share,
             request_timeout_s=self.config.request_timeout_s,
+            client_processes=self.config.client_processes or max(1, min(8, len(os.sched_getaffinity(0)) // 16)),
+            client_cpu_limit=self.config.client_cpu_limit,
+            client_ttft_share=audit.ttft_share(self.config),
             total=total,
         )
 
     def _await_idle(self) -> None:
         """A run that was stopped leaves requests behind, which vLLM drops when it notices."""
         deadline = time.monotonic() + IDLE_S
-        while (state := metrics_page.read(self.server.url, 0.0)) is None or state.running + state.waiting > 0:
+        while (state := metrics_page.state(self.server.url, 0.0)) is None or state.running + state.waiting > 0:
             self._check(deadline, f"vLLM still had requests of the last run after {IDLE_S:.0f} s")
             time.sleep(POLL_S)
 
@@ -189,7 +193,7 @@ class LiveEngine:
             if code is not None or time.monotonic() >= next_look:
                 next_look = time.monotonic() + self.config.observe_s
                 now = time.perf_counter()
-                states += [state for state in [metrics_page.read(self.server.url, now)] if state]
+                states += [state for state in [metrics_page.state(self.server.url, now)] if state]
                 gpu_states += self.gpus.read(now)
         if code:
             self.server.check_alive()
@@ -219,6 +223,8 @@ class LiveEngine:
             found = loadgen.figures
             if scenario.over_share is None:
                 verdict, reasons = loadgen.verdict, list(loadgen.reasons)
+        if client.reasons:
+            verdict, reasons = "INVALID", [*client.reasons, *reasons]
         if client.failed:
             verdict = "INVALID"
             reasons.insert(0, f"{client.failed} of {len(requests) + client.failed} requests failed: {client.errors[0]}")
@@ -228,7 +234,7 @@ class LiveEngine:
         gpu_states = [
             replace(state, time_s=state.time_s - client.began) for state in gpu_states if state.time_s >= client.began
         ]
-        figures = gpu.figures(gpu_states)
+        figures = client.figures | gpu.figures(gpu_states)
         if gpu_states:
             gpu.write(gpu_states, folder)
             figures["gpu_j_per_token"] = figures["gpu_energy_j"] / sum(request.output_tokens for request in requests)

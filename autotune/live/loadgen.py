@@ -1,4 +1,5 @@
-"""One LoadGen run, in a process of its own: a second run in one process would not read its settings again.
+"""One LoadGen run, in a process of its own: a second run in one process would not read its settings again. Its requests
+go out from other processes (client.py), so that no answer that is read keeps LoadGen's thread from its schedule.
 
     python -m autotune.live.loadgen SAMPLES FOLDER
 
@@ -7,27 +8,31 @@ gets the samples ready while vLLM starts, waits for FOLDER/run.json, and writes 
 """
 
 import array
-import asyncio
 import csv
 import dataclasses
+import gc
 import itertools
 import json
 import math
 import os
 import resource
 import sys
+import threading
 import time
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlperf_loadgen as lg
-import uvloop
+import numpy as np
 
 from autotune import progress
 from autotune.backend import RequestTiming
 from autotune.early_stopping import Watch
 from autotune.errors import MeasureError
-from autotune.live.client import Client, bodies
+from autotune.live import audit, loadgen_log, metrics_page
+from autotune.live.client import Clients, Notice, Notices, bodies, requests
 from autotune.live.run import ClientReport, Run
 from autotune.metrics import within
 from autotune.samples import Samples
@@ -38,61 +43,64 @@ POLL_S = 0.02
 PUBLISH_S = 2.0
 WARMUP_ROUNDS = 10  # at most
 SETTLED = 0.9  # of the fastest round so far: a round that saves less has nothing more to warm up
+SWITCH_S = 5e-4  # most that LoadGen's thread waits for the one that hears the clients
 
 
 class Sut:
-    """LoadGen's system under test: hands each query to the event loop, and each answer back to LoadGen."""
+    """LoadGen's system under test: hands each query to a client process, and each answer back to LoadGen."""
 
-    def __init__(self, client: Client, loop: asyncio.AbstractEventLoop, run: Run) -> None:
-        self.decided = asyncio.Event()  # nothing more to wait for
+    def __init__(self, clients: Clients, run: Run) -> None:
+        self.decided = False  # nothing more to wait for
         self._watch = Watch(run.total, limits_s(run), run.over_share)
         self._stop = Stop(run.stop)
         self.completed: list[RequestTiming] = []
         self.failures: list[str] = []
-        self._client = client
-        self._loop = loop
+        self.issued: list[float] = []  # by request number, as `sent`
+        self.sent: list[float] = []  # 0 until its answer has ended
+        self._queries: list[lg.QuerySample] = []
+        self._clients = clients
         self._first_token = run.kind != Kind.Offline.value
-        self._tasks: set[asyncio.Task[None]] = set()
         self._buffer = array.array("B", bytes(8))  # LoadGen copies it; performance runs never look inside
         self._address, self._size = self._buffer.buffer_info()
 
     def issue(self, queries: list[lg.QuerySample]) -> None:
         """Called on LoadGen's thread."""
         issued = time.perf_counter()
-        batch = [(query.id, query.index) for query in queries]
-        self._loop.call_soon_threadsafe(self._start, batch, issued)
+        number = len(self.issued)
+        self.issued += [issued] * len(queries)
+        self.sent += [0.0] * len(queries)
+        self._queries += queries
+        self._clients.send([(number + offset, query.index) for offset, query in enumerate(queries)])
 
     def flush(self) -> None:
         """Nothing is held back."""
 
-    def _start(self, batch: list[tuple[int, int]], issued: float) -> None:
-        for query, sample in batch:
-            task = self._loop.create_task(self._answer(query, sample, issued))
-            self._tasks.add(task)  # the loop itself keeps only weak references
-            task.add_done_callback(self._tasks.discard)
+    def hear(self, notices: Sequence[Notice]) -> None:
+        """Tell LoadGen, which takes the time of it, then keep what the run is judged by."""
+        begun = [notice for notice in notices if notice.kind == Notices.FIRST_TOKEN or not notice.first]
+        ended = [notice for notice in notices if notice.kind != Notices.FIRST_TOKEN]
+        if self._first_token and begun:
+            lg.FirstTokenComplete([self._response(notice, 0) for notice in begun])
+        if ended:
+            lg.QuerySamplesComplete([self._response(notice, self._tokens(notice)) for notice in ended])
+        for notice in ended:
+            issued, sample = self.issued[notice.number], self._queries[notice.number].index
+            self.sent[notice.number] = notice.sent
+            if notice.kind == Notices.DONE:
+                timing = RequestTiming(sample, issued, notice.first, notice.last, notice.amount)
+                self.completed.append(timing)
+                self._watch.add(timing.ttft, timing.tpot)
+            else:
+                self.failures.append(notice.text)
+        self.decided = self._watch.ends_run(self._stop)
 
-    async def _answer(self, query: int, sample: int, issued: float) -> None:
-        begun = False
+    @staticmethod
+    def _tokens(notice: Notice) -> int:
+        # LoadGen must end, so a failed request is completed, too; the run is invalid anyway.
+        return notice.amount if notice.kind == Notices.DONE else 2
 
-        def first_token() -> None:
-            nonlocal begun
-            begun = True
-            if self._first_token:
-                lg.FirstTokenComplete([lg.QuerySampleResponse(query, self._address, self._size)])
-
-        tokens = 2  # what a failed request is completed with: LoadGen must end, and the run is invalid anyway
-        try:
-            timing = await self._client.complete(sample, issued, first_token)
-            self.completed.append(timing)
-            self._watch.add(timing.ttft, timing.tpot)
-            if self._watch.ends_run(self._stop):
-                self.decided.set()
-            tokens = timing.output_tokens
-        except MeasureError as error:
-            self.failures.append(str(error))
-            if not begun:
-                first_token()
-        lg.QuerySamplesComplete([lg.QuerySampleResponse(query, self._address, self._size, tokens)])
+    def _response(self, notice: Notice, tokens: int) -> lg.QuerySampleResponse:
+        return lg.QuerySampleResponse(self._queries[notice.number].id, self._address, self._size, tokens)
 
 
 def settings(run: Run) -> lg.TestSettings:
@@ -119,55 +127,108 @@ def limits_s(run: Run) -> tuple[float | None, float | None]:
     return ttft, tpot
 
 
-async def measure(run: Run, requests: Sequence[bytes]) -> None:
-    """Warm up, let LoadGen run, write down what was seen; then the process is done for, as LoadGen can't be stopped."""
-    loop, folder = asyncio.get_running_loop(), Path(run.folder)
-    async with Client(run.url, run.model, requests, run.request_timeout_s) as client:
-        started = time.perf_counter()
-        await warm_up(client, run.warmup_requests, len(requests))
-        warm = time.perf_counter()
-        sut = Sut(client, loop, run)
-        publishing = loop.create_task(publish(sut, client, run, folder))
-        decided = loop.create_task(sut.decided.wait())
-        test = loop.create_task(asyncio.to_thread(start_test, sut, settings(run), len(requests), folder))
-        await asyncio.wait([test, decided], return_when=asyncio.FIRST_COMPLETED)
-        stopped, ended = not test.done(), time.perf_counter()
-        publishing.cancel()
-        with (folder / "requests.csv").open("w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow([field.name for field in dataclasses.fields(RequestTiming)])
-            rows.writerows(dataclasses.astuple(timing) for timing in sut.completed)
-        failures = sut.failures
-        report = ClientReport(len(failures), failures[:5], warm, warm - started, ended - warm, stopped)
-        (folder / "client.json").write_text(json.dumps(dataclasses.asdict(report)))
-        if stopped:
-            os._exit(0)
+def measure(run: Run, bodies: Sequence[bytes]) -> None:
+    """Warm up, run LoadGen, write down what it and the client processes saw."""
+    folder = Path(run.folder)
+    ready = requests(run.url, run.model, bodies)
+    clients = Clients(run.client_processes, run.url, ready, run.request_timeout_s, run.kind != Kind.Offline.value)
+    del ready  # the client processes have it
+    notices = clients.notices()
+    started = time.perf_counter()
+    warm_up(clients, notices, run, len(bodies))
+    before = metrics_page.ttft(run.url)
+    warm, warm_cpu = time.perf_counter(), time.process_time()
+    clients.begin()
+    sut = Sut(clients, run)
+    threading.Thread(target=publish, args=(sut, clients, run, folder), daemon=True).start()
+    test = ThreadPoolExecutor(1).submit(start_test, sut, settings(run), len(bodies), folder)
+    test.add_done_callback(lambda _: clients.finish())
+    for batch in notices:
+        sut.hear(batch)
+        if sut.decided:
+            break
+    stopped = not test.done()
+    if stopped:
+        clients.finish()
+        for _ in notices:
+            """Only their reports are of interest now."""
+    else:
         test.result()
+    run_s, own_cpu_s = time.perf_counter() - warm, time.process_time() - warm_cpu
+    with (folder / "requests.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow([field.name for field in dataclasses.fields(RequestTiming)])
+        rows.writerows(dataclasses.astuple(timing) for timing in sut.completed)
+    reports = list(clients.reports.values())
+    figures = audit.figures(reports, own_cpu_s, run_s, audit.lateness(run, sut.issued, sut.sent))
+    server_s, count = np.subtract(metrics_page.ttft(run.url), before)
+    if count and sut.completed and not stopped:  # else vLLM has begun requests that we have no time of
+        figures["client_ttft_added_mean_ms"] = ttft_mean_ms(sut, folder) - 1e3 * float(server_s / count)
+    report = ClientReport(
+        failed=len(sut.failures),
+        errors=sut.failures[:5],
+        began=warm,
+        warmup_s=warm - started,
+        run_s=run_s,
+        stopped=stopped,
+        processes=[dataclasses.asdict(report) for report in reports],
+        figures=figures,
+        reasons=audit.reasons(run, figures),
+    )
+    (folder / "client.json").write_text(json.dumps(dataclasses.asdict(report), indent=1))
+    if stopped:
+        os._exit(0)  # LoadGen's thread can't be ended
 
 
-async def warm_up(client: Client, count: int, samples: int) -> None:
-    """The same `count` requests at once, until they take no less time than before; caches are empty then."""
+def ttft_mean_ms(sut: Sut, folder: Path) -> float:
+    """LoadGen's, or our own in the scenario where it has none."""
+    loadgens = loadgen_log.read(folder / "mlperf_log_detail.txt").figures.get("ttft_mean_ms")
+    return loadgens or 1e3 * sum(timing.ttft for timing in sut.completed) / len(sut.completed)
+
+
+def warm_up(clients: Clients, notices: Iterator[list[Notice]], run: Run, samples: int) -> None:
+    """The same requests at once, until they take no less time than before; caches are empty then.
+
+    Raises MeasureError for the first request that fails.
+    """
+    if not run.warmup_requests:
+        reset_caches(run.url)
     fastest = math.inf
-    for _ in range(WARMUP_ROUNDS if count else 0):
-        began = time.perf_counter()
-        await asyncio.gather(*(client.complete(i % samples, began) for i in range(count)))
-        await client.reset_caches()
+    for _ in range(WARMUP_ROUNDS if run.warmup_requests else 0):
+        began, left = time.perf_counter(), run.warmup_requests
+        clients.send([(number, number % samples) for number in range(left)])
+        while left:
+            for notice in next(notices):
+                if notice.kind == Notices.FAILED:
+                    raise MeasureError(notice.text)
+                left -= notice.kind == Notices.DONE
         took = time.perf_counter() - began
+        reset_caches(run.url)
         if took > SETTLED * fastest:
             break
         fastest = took
 
 
-async def publish(sut: Sut, client: Client, run: Run, folder: Path) -> None:
+def reset_caches(url: str) -> None:
+    """Forget the prefixes seen so far. Raises MeasureError if vLLM refuses."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(f"{url}/reset_prefix_cache", method="POST"), timeout=60).close()
+    except OSError as error:
+        raise MeasureError(f"vLLM's answer to /reset_prefix_cache: {error}") from None
+
+
+def publish(sut: Sut, clients: Clients, run: Run, folder: Path) -> None:
     """Every few seconds, the rates so far; what completed is counted once."""
-    began, before = time.perf_counter(), client.generated
+    began, before = time.perf_counter(), clients.generated
     counted = good = 0
     for step in itertools.count():
-        await asyncio.sleep(PUBLISH_S)
-        good += sum(within(timing, limits_s(run)) for timing in sut.completed[counted:])
-        counted = len(sut.completed)
+        time.sleep(PUBLISH_S)
+        completed = len(sut.completed)
+        for timing in sut.completed[counted:completed]:
+            good += within(timing, limits_s(run))
+        counted = completed
         elapsed = time.perf_counter() - began
-        found = {"tokens_per_s": client.generated - before, "samples_per_s": counted, "goodput_per_s": good}
+        found = {"tokens_per_s": clients.generated - before, "samples_per_s": counted, "goodput_per_s": good}
         rates = {name: count / elapsed for name, count in found.items()}
         progress.publish(folder, step, {**rates, "completed": counted, "over_limit": counted - good})
 
@@ -189,14 +250,18 @@ def main() -> None:
     samples, folder = map(Path, sys.argv[1:])
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one connection a request in flight
-    requests = bodies(Samples.load(samples))
+    ready = bodies(Samples.load(samples))
     while not (folder / "run.json").exists():
         time.sleep(POLL_S)
     run = Run(**json.loads((folder / "run.json").read_text()))
+    gc.freeze()
+    gc.disable()  # nothing here is cyclic, and a collection stops all for as long as there are objects
+    sys.setswitchinterval(SWITCH_S)
     try:
-        uvloop.run(measure(run, requests))
+        measure(run, ready)
     except MeasureError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)  # LoadGen's thread can't be ended
 
 
 if __name__ == "__main__":

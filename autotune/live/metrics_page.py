@@ -11,29 +11,47 @@ TIMEOUT_S = 2.0
 LINE = re.compile(r"^vllm:(\w+?)(?:\{.*\})? (\S+)$", re.MULTILINE)
 
 
-def read(url: str, time_s: float) -> State | None:
-    """The server's state, at `time_s` on the caller's clock; None if it does not answer in time."""
+def read(url: str) -> str | None:
+    """The page; None if the server does not answer in time."""
     try:
         with urllib.request.urlopen(f"{url}/metrics", timeout=TIMEOUT_S) as answer:
-            return parse(answer.read().decode(), time_s)
+            text: str = answer.read().decode()
+            return text
     except (urllib.error.URLError, OSError):
         return None
 
 
-def parse(page: str, time_s: float) -> State:
-    """What Prometheus' text format says; of several engines (data parallelism) the sum, for the KV cache the most."""
-    values: defaultdict[str, list[float]] = defaultdict(list)
+def values(page: str) -> defaultdict[str, list[float]]:
+    """Each metric's values, one of each engine (data parallelism), by name without `vllm:`; the page is Prometheus'."""
+    found: defaultdict[str, list[float]] = defaultdict(list)
     for name, value in LINE.findall(page):
-        values[name].append(float(value))
+        found[name].append(float(value))
+    return found
+
+
+def state(url: str, time_s: float) -> State | None:
+    """The server's state, at `time_s` on the caller's clock; None if it does not answer in time.
+
+    Of several engines it is the sum, for the KV cache the most.
+    """
+    if (page := read(url)) is None:
+        return None
+    found = values(page)
     return State(
         time_s=time_s,
-        running=sum(values["num_requests_running"]),
-        waiting=sum(values["num_requests_waiting"]),
-        kv_use=max(values["kv_cache_usage_perc"], default=0.0),
-        preemptions=sum(values["num_preemptions_total"]),
-        prefix_hits=sum(values["prefix_cache_hits_total"]),
-        prompt_tokens=sum(values["prompt_tokens_total"]),
-        generation_tokens=sum(values["generation_tokens_total"]),
-        steps=sum(values["iteration_tokens_total_count"]),
-        step_tokens=sum(values["iteration_tokens_total_sum"]),
+        running=sum(found["num_requests_running"]),
+        waiting=sum(found["num_requests_waiting"]),
+        kv_use=max(found["kv_cache_usage_perc"], default=0.0),
+        preemptions=sum(found["num_preemptions_total"]),
+        prefix_hits=sum(found["prefix_cache_hits_total"]),
+        prompt_tokens=sum(found["prompt_tokens_total"]),
+        generation_tokens=sum(found["generation_tokens_total"]),
+        steps=sum(found["iteration_tokens_total_count"]),
+        step_tokens=sum(found["iteration_tokens_total_sum"]),
     )
+
+
+def ttft(url: str) -> tuple[float, float]:
+    """Sum, in seconds, and count of vLLM's own times to first token so far; zeros if it does not answer."""
+    found = values(read(url) or "")
+    return sum(found["time_to_first_token_seconds_sum"]), sum(found["time_to_first_token_seconds_count"])

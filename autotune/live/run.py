@@ -1,11 +1,13 @@
-"""What passes between a trial and its LoadGen process, as JSON files in the trial's folder."""
+"""What passes between a trial and its LoadGen process, as JSON files."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from autotune.schema import LiveConfig
 
 
 @dataclass(frozen=True)
 class Run:
-    """run.json. Fields as in ScenarioConfig, but for the first and last ones."""
+    """run.json. Fields as in ScenarioConfig and LiveConfig, but for the first and last ones."""
 
     folder: str  # for LoadGen's logs, requests.csv and client.json
     url: str
@@ -20,10 +22,13 @@ class Run:
     max_queries: int
     warmup_requests: int
     seed: int
-    stop: str
-    over_share: float | None
     request_timeout_s: float
-    total: int  # queries that LoadGen is going to issue, at most
+    stop: str = "never"
+    over_share: float | None = None
+    client_processes: int = 1
+    client_cpu_limit: float = LiveConfig.client_cpu_limit
+    client_ttft_share: float | None = None  # null: what the client adds to TTFT is recorded, not judged
+    total: int = 0  # queries that LoadGen is going to issue, at most; 0 where no limits are tested
 
 
 @dataclass(frozen=True)
@@ -36,3 +41,6 @@ class ClientReport:
     warmup_s: float
     run_s: float
     stopped: bool  # before LoadGen's own end
+    processes: list[dict[str, float]] = field(default_factory=list)  # each one's client.Report
+    figures: dict[str, float] = field(default_factory=dict)  # named as in result.json
+    reasons: list[str] = field(default_factory=list)  # why the client makes the run INVALID

@@ -1,0 +1,295 @@
+"""What our client costs and adds, on a server that streams canned tokens (null_server.py), beside other clients'.
+
+    python benchmarks/client.py cost       tokens/s for each core that the client has: ours, vllm bench serve, guidellm
+    python benchmarks/client.py latency    500 requests/s on one core: how late they are sent, what we add to TTFT
+    python benchmarks/client.py flight     10,000 requests in flight: failures, memory
+    python benchmarks/client.py            all three
+
+Each prints what it found and exits with 1 if a target is missed. Server and client have a core each.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from null_server import MODEL
+
+from autotune.live import loadgen_log
+from autotune.live.backend import read_requests
+from autotune.models import build_shape
+from autotune.samples import Samples
+
+ROOT = Path(__file__).parent.parent
+CACHE = Path(os.environ.get("AUTOTUNE_CACHE", Path.home() / ".cache" / "autotune")) / "benchmarks"
+SERVER_CORE, CLIENT_CORE = sorted(os.sched_getaffinity(0))[:2]
+PROMPT = 64  # tokens
+# vllm bench serve without the console script, which needs a distribution called vllm.
+VLLM_BENCH = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+GUIDELLM = "guidellm==0.8.*"
+
+
+class NullServer:
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self.url}/{path}", timeout=10) as answer:
+            return json.load(answer)
+
+
+@contextmanager
+def null_server(**options: float) -> Iterator[NullServer]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, str(ROOT / "benchmarks/null_server.py"), "--port", str(port), *words]
+    process = subprocess.Popen(["taskset", "-c", str(SERVER_CORE), *command])
+    server = NullServer(port)
+    try:
+        while not answers(port):
+            assert process.poll() is None
+            time.sleep(0.05)
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def client(command: list[str], folder: Path, while_running: Callable[[psutil.Process], None]) -> None:
+    """Run a client on its core, and call `while_running` with its process ten times a second."""
+    log = folder / "client.log"
+    with log.open("w") as output:
+        process = psutil.Popen(
+            ["taskset", "-c", str(CLIENT_CORE), *command],
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        while process.poll() is None:
+            while_running(process)
+            time.sleep(0.1)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)[:200]}: exit code {process.returncode}\n{log.read_text()[-2000:]}")
+
+
+def tree(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
+def cpu_s(process: psutil.Process) -> float:
+    """User and system time of a process and all that it started, seconds."""
+    total = 0.0
+    for one in tree(process):
+        try:
+            times = one.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def ours(folder: Path, server: NullServer, requests: int, output_tokens: int, **run: Any) -> list[str]:
+    """The command that sends `requests` by LoadGen, one for each sample."""
+    # Each prompt begins with its own number, by which the server's times are found.
+    prompts = [np.arange(number, number + PROMPT, dtype=np.int32) for number in range(requests)]
+    samples = Samples("s", "c", prompts, np.full(requests, output_tokens, np.int32), True, folder / "samples.npz")
+    samples.save()
+    spec = {
+        **{"url": server.url, "model": MODEL, "kind": "Offline", "qps": 1.0, "ttft_ms": None, "tpot_ms": None},
+        **{"min_duration_s": 0, "max_duration_s": 0, "min_queries": requests, "max_queries": requests},
+        **{"warmup_requests": 0, "seed": 1, "request_timeout_s": 600, **run},
+    }
+    (folder / "run.json").write_text(json.dumps(spec))
+    return [sys.executable, "-m", "autotune.live.loadgen", str(samples.path), str(folder)]
+
+
+def vllm_bench(folder: Path, server: NullServer, requests: int, output_tokens: int, streams: int) -> list[str]:
+    return [
+        *(sys.executable, "-c", VLLM_BENCH, "--base-url", server.url, "--model", MODEL),
+        *("--tokenizer", str(shape(folder)), "--dataset-name", "random", "--ignore-eos", "--disable-tqdm"),
+        *("--random-input-len", str(PROMPT), "--random-output-len", str(output_tokens)),
+        *("--num-prompts", str(requests), "--max-concurrency", str(streams)),
+    ]
+
+
+def guidellm(folder: Path, server: NullServer, requests: int, output_tokens: int, streams: int) -> list[str]:
+    home = CACHE / GUIDELLM.partition("=")[0]
+    program = home / "bin/guidellm"
+    if not program.exists():
+        print(f"installing {GUIDELLM} in {home}", flush=True)
+        subprocess.run(["uv", "venv", "-q", "--allow-existing", str(home)], check=True)
+        subprocess.run(["uv", "pip", "install", "-q", "--python", str(home / "bin/python"), GUIDELLM], check=True)
+    return [
+        *(str(program), "run", "--disable-console-interactive"),
+        *("--backend", f"kind=openai_http,target={server.url},model={MODEL},request_format=/v1/completions"),
+        *("--tokenizer", f"kind=hf_auto,model={shape(folder)}"),
+        *("--profile", f"kind=concurrent,streams={streams}", "--constraint", f"kind=max_requests,count={requests}"),
+        *("--data", f"kind=synthetic_text,prompt_tokens={PROMPT},output_tokens={output_tokens}"),
+        *("--output", f"kind=json,path={folder / 'guidellm.json'}"),
+    ]
+
+
+def shape(folder: Path) -> Path:
+    """A model's folder with a tokenizer."""
+    model = folder / "model"
+    if not model.exists():
+        model.mkdir()
+        build_shape(model, vocab_size=512)
+    return model
+
+
+def cost(requests: int = 2000, output_tokens: int = 128, streams: int = 256, step_ms: float = 10.0) -> bool:
+    print(
+        f"{requests} requests of {PROMPT} + {output_tokens} tokens, {streams} streams at a time, one token each in "
+        f"{step_ms:g} ms: {streams / step_ms * 1e3:,.0f} tokens/s offered\n"
+        f"{'':18}tokens/s for a core   tokens/s   client's CPU   null server's CPU"
+    )
+    rates = {}
+    total = requests * output_tokens
+    for name in ("ours", "vllm bench serve", "guidellm"):
+        seen: list[tuple[dict[str, float], float]] = []
+        with tempfile.TemporaryDirectory() as scratch, null_server(slots=streams, step_ms=step_ms) as server:
+            folder = Path(scratch)
+
+            def look(process: psutil.Process, server: NullServer = server, seen: list[Any] = seen) -> None:
+                stats = server.get("stats")
+                if 0.1 * total < stats["tokens"] < 0.9 * total:  # without its start and its report
+                    seen.append((stats, cpu_s(process)))
+
+            if name == "ours":
+                command = ours(folder, server, requests, output_tokens)
+            else:
+                make = vllm_bench if name.startswith("vllm") else guidellm
+                command = make(folder, server, requests, output_tokens, streams)
+            client(command, folder, look)
+            finished = server.get("stats")["finished"]
+            assert requests <= finished <= requests + 2, f"{name}: {finished} of {requests} requests"
+        (first, used), (last, used_then) = seen[0], seen[-1]
+        tokens, seconds = last["tokens"] - first["tokens"], last["at"] - first["at"]
+        rates[name] = tokens / (used_then - used)
+        print(
+            f"{name:18}{rates[name]:19,.0f}{tokens / seconds:11,.0f}{(used_then - used) / seconds:14.0%}"
+            f"{(last['cpu_s'] - first['cpu_s']) / seconds:19.0%}",
+            flush=True,
+        )
+    ratio = rates["ours"] / max(rates["vllm bench serve"], rates["guidellm"])
+    return verdict(f"ours is {ratio:.1f} times the better of the two", ratio >= 3, "at least 3 times")
+
+
+def latency(qps: float = 500.0, seconds: float = 20.0) -> bool:
+    queries = int(qps * seconds)
+    with tempfile.TemporaryDirectory() as scratch, null_server(slots=1000, step_ms=5) as server:
+        folder = Path(scratch)
+        limits = {"ttft_ms": 500.0, "tpot_ms": 30.0}
+        command = ours(
+            folder, server, queries, 4, kind="Server", qps=qps, min_duration_s=seconds, warmup_requests=16, **limits
+        )
+        client(command, folder, lambda _: None)
+        report = json.loads((folder / "client.json").read_text())
+        requests = read_requests(folder / "requests.csv")
+        figures = loadgen_log.read(folder / "mlperf_log_detail.txt").figures
+        # The k-th request for a sample, by the time it was issued, is the server's k-th; the warm-up's come first.
+        times: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for first_id, received, first_sent in sorted(server.get("requests")[16:], key=lambda request: request[1]):
+            times[first_id].append((received, first_sent))
+    back = []  # from the server's send to our reading
+    whole = []  # TTFT without the server's own share
+    for request in sorted(requests, key=lambda request: request.issued):
+        received, first_sent = times[request.sample].pop(0)
+        back.append(request.first_token - first_sent)
+        whole.append(request.ttft - (first_sent - received))
+    late = report["figures"]["client_lateness_p99_ms"]
+    added = float(np.percentile(back, 99)) * 1e3
+    print(
+        f"{len(requests):,} requests, Poisson at {qps:g}/s, 4 tokens each, LoadGen and client on one core: "
+        f"{report['failed']} failed\n"
+        f"LoadGen's schedule to the last byte sent   p99 {late:.2f} ms\n"
+        f"server's send to our reading of it          p50 {np.percentile(back, 50) * 1e3:.2f}  p99 {added:.2f} ms\n"
+        f"TTFT but for the server's own share         p50 {np.percentile(whole, 50) * 1e3:.2f}  "
+        f"p99 {np.percentile(whole, 99) * 1e3:.2f} ms\n"
+        f"TTFT as LoadGen has it, all included        p50 {figures['ttft_p50_ms']:.2f}  "
+        f"p99 {figures['ttft_p99_ms']:.2f} ms\n"
+        f"busiest process {report['figures']['client_cpu']:.0%} of the core, p99 of its loop's lag "
+        f"{report['figures']['client_lag_p99_ms']:.2f} ms"
+    )
+    return verdict("lateness and TTFT that we add", late <= 1 and added <= 1, "p99 of each at most 1 ms")
+
+
+def flight(requests: int = 10_000) -> bool:
+    few = requests // 100
+    failed, most = 0, {}
+    for count in (few, requests):
+        peak = 0
+        with tempfile.TemporaryDirectory() as scratch, null_server(slots=requests, step_ms=50, hold=count) as server:
+            folder = Path(scratch)
+
+            def look(process: psutil.Process) -> None:
+                nonlocal peak
+                peak = max(peak, memory(process))
+
+            # As many prompts in both, so that the difference is the requests'.
+            command = ours(folder, server, requests, 4, min_queries=count, max_queries=count)
+            client(command, folder, look)
+            failed += json.loads((folder / "client.json").read_text())["failed"]
+            assert server.get("stats")["finished"] == count
+        most[count] = peak
+        print(f"{count:6,} requests in flight: {peak / 2**20:.0f} MiB in all processes of the client", flush=True)
+    each = (most[requests] - most[few]) / (requests - few)
+    print(f"{failed} failed, {each / 1e3:.1f} KB for each request")
+    return verdict("10,000 in flight", not failed and each <= 20e3, "nothing fails, 20 KB for each beyond its prompt")
+
+
+def memory(process: psutil.Process) -> int:
+    """Bytes of a process and what it started; shared pages are counted once."""
+    total = 0
+    for one in tree(process):
+        try:
+            total += one.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total
+
+
+def verdict(what: str, reached: bool, target: str) -> bool:
+    print(f"{what}: target ({target}) {'reached' if reached else 'MISSED'}\n", flush=True)
+    return reached
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"cost": cost, "latency": latency, "flight": flight}
+    parser.add_argument("part", nargs="?", choices=parts)
+    given = parser.parse_args()
+    chosen = [parts[given.part]] if given.part else list(parts.values())
+    reached = [part() for part in chosen]
+    if not all(reached):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Our HTTP client against answers that come in any pieces, and against what can go wrong."""
+
+import asyncio
+import json
+import re
+import socket
+from collections.abc import Callable
+
+import pytest
+
+from autotune.live.stream import Client, Stream, completion
+
+EVENTS = [
+    'data: {"choices": [{"text": "é漢"}]}\n\n',
+    'data: {"choices": [{"text": "\\ndata: {\\"completion_tokens\\": 9}"}]}\n\n',  # text that looks like an event
+    'data: {"choices": [{"text": ""}]}\n\n',
+    'data: {"choices": [], "usage": {"completion_tokens": 3}}\n\n',
+    "data: [DONE]\n\n",
+]
+BODY = "".join(EVENTS).encode()
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+LENGTH = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
+UNTIL_CLOSE = HEAD + b"Connection: close\r\n\r\n" + BODY
+
+
+def chunked(pieces: list[bytes]) -> bytes:
+    chunks = b"".join(b"%X\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+    return HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n"
+
+
+def cut(data: bytes, size: int) -> list[bytes]:
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], "asyncio.Future[None]"]
+
+
+def ask(
+    answer: Answer, requests: int = 1, timeout_s: float = 5.0, body: bytes = b"{}"
+) -> tuple[list[Stream], list[str], Client]:
+    """Send requests one after another to a server that answers each connection by `answer`."""
+
+    async def run() -> tuple[list[Stream], list[str], Client]:
+        ended: asyncio.Queue[tuple[Stream, str]] = asyncio.Queue()
+        begun: list[int] = []
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        loop = asyncio.get_running_loop()
+        client = Client(loop, url, timeout_s, lambda s: begun.append(s.number), lambda *end: ended.put_nowait(end))
+        streams, errors = [], []
+        for number in range(requests):
+            client.start(number, completion(url, body))
+            while ended.empty():
+                await asyncio.sleep(0.01)
+                client.expire()
+            stream, error = ended.get_nowait()
+            streams.append(stream)
+            errors.append(error)
+        assert begun == [stream.number for stream in streams if stream.first]
+        assert client.unsent == 0
+        server.close()
+        return streams, errors, client
+
+    return asyncio.run(run())
+
+
+async def read_request(reader: asyncio.StreamReader) -> bytes:
+    head = await reader.readuntil(b"\r\n\r\n")
+    return head + await reader.readexactly(2)
+
+
+def writes(pieces: list[bytes], close: bool = False) -> Answer:
+    """Each request of a connection is answered by `pieces`, one write each."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                await read_request(reader)
+                for piece in pieces:
+                    writer.write(piece)
+                    await asyncio.sleep(0.0005 if len(pieces) < 2000 else 0)
+                if close:
+                    break
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        writer.close()
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        chunked([event.encode() for event in EVENTS]),
+        chunked([BODY]),
+        chunked(cut(BODY, 1)),
+        chunked(cut(BODY, 7)),
+        LENGTH,
+    ],
+    ids=["an event a chunk", "one chunk", "a byte a chunk", "7 bytes a chunk", "by length"],
+)
+@pytest.mark.parametrize("size", [1, 5, 4096])
+def test_answer_is_the_same_in_whatever_pieces_it_comes(data: bytes, size: int):
+    (first, second), errors, client = ask(writes(cut(data, size)), requests=2)
+    assert errors == ["", ""]
+    for stream in (first, second):
+        assert stream.tokens == 3 and stream.sent < stream.first <= stream.last
+    assert client.events == 2 * 4  # the text that looks like one is none; [DONE] neither
+
+
+def test_body_may_end_with_the_connection():
+    (stream, again), errors, _ = ask(writes([UNTIL_CLOSE], close=True), requests=2)
+    assert errors == ["", ""] and stream.tokens == again.tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 12\r\n\r\nprompt is \xc3\xa9", "vLLM answered 400: prompt is é"),
+        (b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n", "vLLM answered 503: "),
+        (chunked([b'data: {"error": {"message": "out of blocks"}}\n\n']), "vLLM answered 200: .*out of blocks"),
+        (chunked([BODY])[:-40], "request failed: ConnectionError: .* in mid-answer"),
+        (LENGTH[:-1], "request failed: ConnectionError: .* in mid-answer"),
+        (b"", "request failed: ConnectionError: .* in mid-answer"),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", "request failed: no HTTP in the answer: b'SSH"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nwhat\r\n", "request failed: no HTTP in the answer"),
+    ],
+    ids=["status", "status alone", "error event", "cut chunk", "cut body", "nothing", "no HTTP", "no chunk"],
+)
+def test_failure_is_told_in_words(data: bytes, words: str):
+    _, errors, _ = ask(writes([data], close=True))
+    assert re.match(words, errors[0]), errors
+
+
+def test_reset_is_told():
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(chunked([BODY])[:60])
+        await asyncio.sleep(0.05)
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        writer.transport.abort()
+
+    _, errors, _ = ask(answer)
+    assert errors[0].startswith("request failed: Connection")
+
+
+def test_server_that_is_not_there_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    async def run() -> str:
+        ended: asyncio.Queue[str] = asyncio.Queue()
+        client = Client(
+            asyncio.get_running_loop(),
+            f"http://127.0.0.1:{port}",
+            1.0,
+            lambda _: None,
+            lambda _, e: ended.put_nowait(e),
+        )
+        client.start(0, b"GET / HTTP/1.1\r\n\r\n")
+        return await asyncio.wait_for(ended.get(), 5)
+
+    assert "Connection refused" in asyncio.run(run())
+
+
+def test_request_past_its_time_is_given_up():
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(10)
+
+    _, errors, _ = ask(silent, timeout_s=0.1)
+    assert errors == ["request failed: TimeoutError after 0.1 s"]
+
+
+def test_kept_connection_that_the_server_closes_is_replaced():
+    """uvicorn closes what was idle for 5 s, maybe just as the next request goes out."""
+    connections = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await read_request(reader)
+        writer.write(chunked([BODY]))
+        if connections == 1:
+            await reader.read(1)  # takes the second request, and closes without an answer
+            writer.close()
+
+    streams, errors, _ = ask(answer, requests=2)
+    assert errors == ["", ""] and connections == 2 and streams[1].tokens == 3
+
+
+def test_large_request_goes_out_as_the_server_takes_it():
+    body = json.dumps({"prompt": [7] * 3_000_000}).encode()
+    received = 0
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal received
+        await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(0.2)
+        while received < len(body):
+            received += len(await reader.read(1 << 20))
+        writer.write(LENGTH)
+
+    _, errors, client = ask(slow, body=body)
+    assert errors == [""] and received == len(body)
+    assert 0 < client.most_unsent <= len(completion("http://127.0.0.1:12345", body))
