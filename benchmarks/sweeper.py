@@ -9,67 +9,30 @@ Each prints what it found and exits with 1 if a target is missed.
 """
 
 import argparse
+import heapq
 import itertools
 import json
-import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 import psutil
 from optuna.trial import TrialState
 
-from autotune import progress
-from autotune.backend import DryRunOutcome, Measurement, RequestTiming
-from autotune.leases import lease_for, leased
-from autotune.models import Model
 from autotune.result import Result
-from autotune.samples import Samples
-from autotune.schema import ScenarioConfig, SimConfig
 from autotune.sweep.launchers import Inline, Job
 from autotune.sweep.worker import Trial, run
 
 ROOT = Path(__file__).parent.parent
-SIGMA = 0.8
 KEY = "engine.args.max_num_seqs"
-
-
-class Sleeper:
-    """A backend whose trials take a log-normal time of median `pace` seconds, the same for the same parameters."""
-
-    Config = SimConfig
-    needs_weights = False
-
-    def __init__(self, config: SimConfig, cache_dir: Path) -> None:
-        self.config = config
-
-    def check(self, args: Mapping[str, Any]) -> None:
-        """Takes every flag."""
-
-    def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
-        return DryRunOutcome("", {})
-
-    def measure(
-        self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Samples, folder: Path
-    ) -> Measurement:
-        seqs = int(args.get("max_num_seqs") or 1)
-        sleep_s = self.config.pace * math.exp(random.Random(seqs).gauss(0, SIGMA))
-        with lease_for(self.config.gpus, args) as lease:
-            began = time.time()
-            while time.time() < began + sleep_s:
-                progress.check(folder)
-                time.sleep(min(0.05, max(0.0, began + sleep_s - time.time())))
-        value = 1000 - abs(seqs - 700)
-        phases = {"start": 0.0, "run": sleep_s}
-        facts = {"slept": f"{began} {time.time()}", **leased(lease)}
-        return Measurement([RequestTiming(0, 0.0, 0.5, 1.0, value)], 0, "VALID", [], {}, phases, ["sleep"], facts)
 
 
 class Done:
@@ -101,7 +64,7 @@ class Instant(Inline):
 
 def command(*arguments: str) -> list[str]:
     common = ["model=llama8b", "dataset=cnn_small", "space=none", "scenario=offline", "backend=sim", "tracking=none"]
-    place = ["backend._target_=benchmarks.sweeper.Sleeper", "study=s", "baseline=false"]
+    place = ["backend._target_=benchmarks.sleeper.Sleeper", "study=s", "baseline=false"]
     return [sys.executable, "-m", "autotune", "-m", *common, *place, *arguments]
 
 
@@ -116,18 +79,51 @@ def sweep(folder: Path, *arguments: str) -> float:
     return time.monotonic() - began
 
 
-def slept(folder: Path) -> list[tuple[float, float]]:
-    """When each trial's work began and ended."""
-    results = (json.loads(path.read_text()) for path in folder.rglob("result.json"))
-    spans = [tuple(map(float, result["facts"]["slept"].split())) for result in results]
-    return sorted((begin, end) for begin, end in spans)
+@dataclass(frozen=True)
+class Slept:
+    """When a trial's work began and ended, and on which worker."""
+
+    began: float
+    ended: float
+    worker: str
+
+
+def slept(folder: Path) -> list[Slept]:
+    found = []
+    for path in folder.rglob("result.json"):
+        facts = json.loads(path.read_text())["facts"]
+        found.append(Slept(*map(float, facts["slept"].split()), facts.get("leased_gpus", "")))
+    return sorted(found, key=lambda one: one.began)
+
+
+def share(trials: Sequence[Slept], workers: int, until: float) -> float:
+    """Share of the workers' time, from the first trial's start to `until`, in which they worked."""
+    worked = sum(max(0.0, min(one.ended, until) - one.began) for one in trials)
+    return worked / workers / (until - trials[0].began)
+
+
+def possible(trials: Sequence[Slept], workers: int) -> float:
+    """The share up to the last end if a worker that is free had its next trial at once: in the end some have none."""
+    free = [0.0] * workers
+    for one in trials:
+        heapq.heapreplace(free, free[0] + one.ended - one.began)
+    return sum(one.ended - one.began for one in trials) / workers / max(free)
+
+
+def gaps(trials: Sequence[Slept]) -> list[float]:
+    """Seconds between two trials of one worker, where it is known."""
+    by_worker: dict[str, list[Slept]] = {}
+    for one in trials:
+        by_worker.setdefault(one.worker, []).append(one)
+    of_one = (pairs for worker, pairs in by_worker.items() if worker)
+    return [after.began - before.ended for pairs in of_one for before, after in itertools.pairwise(pairs)]
 
 
 def busy(workers: int, trials: int, median_s: float) -> bool:
-    """Share of the workers' time, from the first trial's start to the last one's end, in which they worked."""
+    """How busy workers are while there is a trial for each, and up to the last one's end."""
     common = [f"n_trials={trials}", "sampler=tpe", f"{KEY}=range(1,1000)", f"backend.pace={median_s}"]
     arms = {
-        "autotune": ["launcher=gpus", f"gpus={list(range(workers))}".replace(" ", "")],
+        "autotune": ["launcher=gpus", f"gpus={list(range(workers))}".replace(" ", ""), "repeats=measure"],
         "hydra-optuna-sweeper": [
             "hydra/sweeper=optuna",
             "hydra/launcher=submitit_local",
@@ -139,10 +135,13 @@ def busy(workers: int, trials: int, median_s: float) -> bool:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             took_s = sweep(folder, *common, *arguments)
-            spans = slept(folder)
-        makespan = max(end for _, end in spans) - spans[0][0]
-        shares[name] = sum(end - begin for begin, end in spans) / workers / makespan
-        print(f"{name:22} {len(spans)} trials in {took_s:.0f} s; workers busy {shares[name]:.1%}", flush=True)
+            ran = slept(folder)
+        end = max(one.ended for one in ran)
+        shares[name] = share(ran, workers, ran[-1].began)
+        print(f"{name:22} {len(ran)} trials in {took_s:.0f} s; workers busy {shares[name]:.1%} until the last start,")
+        print(f"{'':22} {share(ran, workers, end):.1%} until the last end ({possible(ran, workers):.1%} is possible)")
+        if between := gaps(ran):
+            print(f"{'':22} {statistics.median(between):.2f} s between two trials of a worker (median)", flush=True)
     return shares["autotune"] >= 0.95
 
 

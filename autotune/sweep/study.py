@@ -113,9 +113,12 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     if config.resume and not folder.exists():
         raise InputError(f"resume=true: there is no study in {folder}; write study=<its name>")
     folder.mkdir(parents=True, exist_ok=True)
-    with storage.lock(folder), log_to(folder / "autotune.log", "%(asctime)s %(message)s"):
+    with (
+        storage.lock(folder / ".lock", str(folder)),
+        log_to(folder / "autotune.log", "%(asctime)s %(message)s"),
+        storage.opened(sweeper["storage"] or f"sqlite:///{folder}/study.db", sweeper["study_name"]) as kept,
+    ):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        kept = storage.make(sweeper["storage"] or f"sqlite:///{folder}/study.db")
         study = optuna.create_study(
             study_name=sweeper["study_name"],
             storage=kept,
@@ -128,7 +131,8 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
         # Each trial is composed from this study, and must not make up a name of its own.
         overrides = [*fixed, f"study={config.study}"]
         Study(study, space, config, composed, overrides, prepared, launcher, folder).run()
-    if not any(trial.state is TrialState.COMPLETE for trial in study.get_trials(deepcopy=False)):
+        completed_any = any(trial.state is TrialState.COMPLETE for trial in study.get_trials(deepcopy=False))
+    if not completed_any:
         sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
 
 
