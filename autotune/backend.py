@@ -1,6 +1,7 @@
-"""The seam between what is tuned and what measures it: a backend returns per-request timings and counters."""
+"""The seam between what is tuned and what measures it: a backend starts a server, each run on it returns timings."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,6 +9,7 @@ from typing import Any, Protocol
 from autotune.models import Model
 from autotune.samples import Samples
 from autotune.schema import ScenarioConfig
+from autotune.server_state import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +38,22 @@ class RequestTiming:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one run of one server configuration showed."""
+    """What one run on one server showed."""
 
     requests: list[RequestTiming]  # those that completed
     failed: int  # requests that did not
+    total: int  # requests of the whole run, also where it was stopped before
     verdict: str  # LoadGen's: VALID or INVALID
     reasons: list[str]  # why it is not VALID
     loadgen: dict[str, float]  # LoadGen's own figures, named as in result.json
-    phases: dict[str, float]  # seconds by phase: start, warmup, run, stop
-    command: list[str]  # `vllm serve …` that starts the same server
+    phases: dict[str, float]  # seconds by phase: warmup, run
+    server: list[State] = field(default_factory=list)  # through the run
+    figures: dict[str, float] = field(default_factory=dict)  # what else was measured, named as in result.json
     facts: dict[str, str] = field(default_factory=dict)  # versions and hardware
-    estimated: bool = False  # simulated, not measured
+
+    @property
+    def stopped_early(self) -> bool:
+        return len(self.requests) + self.failed < self.total
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,17 @@ class DryRunOutcome:
 
     refusal: str  # its reason; empty if it accepts
     resolved: dict[str, Any]  # the value of each flag that it would run with, defaults included
+
+
+class Engine(Protocol):
+    """A server that has started."""
+
+    start_s: float  # launch to healthy
+    command: list[str]  # `vllm serve …` that starts the same server
+    estimated: bool  # simulated
+
+    def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:
+        """Send the samples as `scenario` says; logs go to `folder`, which exists. Raises MeasureError."""
 
 
 class Backend(Protocol):
@@ -66,10 +84,10 @@ class Backend(Protocol):
     def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
         """Whether vLLM's own configuration accepts `args`, and what they resolve to. Takes no GPU."""
 
-    def measure(
-        self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Samples, folder: Path
-    ) -> Measurement:
-        """Serve `model` with vLLM's flags `args`, send `samples` as `scenario` says; logs go to `folder`.
+    def start(
+        self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path
+    ) -> AbstractContextManager[Engine]:
+        """Serve `model` with vLLM's flags `args` for as long as the block lasts; logs go to the trial's `folder`.
 
-        Raises StartError or MeasureError.
+        Raises StartError.
         """

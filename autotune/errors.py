@@ -10,7 +10,11 @@ class InputError(AutotuneError):
 
 
 class StartError(AutotuneError):
-    """vLLM did not come up."""
+    """vLLM did not come up; it took `after_s` seconds to say so, where that is known."""
+
+    def __init__(self, message: str, after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.after_s = after_s
 
 
 class MeasureError(AutotuneError):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from autotune.guard import guard
 
@@ -38,7 +39,7 @@ class GuardedProcess:
                 pass_fds=keep,
             )
 
-    def __enter__(self) -> "GuardedProcess":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -14,6 +14,7 @@ class LoadRun:
     """One LoadGen run of a trial that made several on one server: a search over the load, or repeats."""
 
     folder: str  # of its logs, below the trial's
+    role: str  # burst, probe, certify or repeat
     qps: float  # offered
     verdict: str  # VALID or INVALID
     reasons: list[str] = field(default_factory=list)  # why it is not VALID

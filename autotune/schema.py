@@ -26,6 +26,14 @@ class Output(Enum):
     natural = "natural"  # the model's end of sequence, at most dataset.max_output_tokens
 
 
+class Stop(Enum):
+    """When a Server run ends before its time; what it has shown by then is a bound."""
+
+    never = "never"
+    failed = "failed"  # once it can't pass LoadGen's test of the limits any more
+    decided = "decided"  # once it can't pass, or can't fail; LoadGen's own verdict is missing then
+
+
 @dataclass
 class Limit:
     """Latency limits at p99; null leaves one out."""
@@ -65,6 +73,18 @@ class DatasetConfig:
 
 
 @dataclass
+class LoadSearch:
+    """objective=max_qps: how the highest load that holds the limits is looked for, on one server."""
+
+    precision: float = 0.02  # the certified load fails if it is raised by this share
+    burst: int = 200  # requests at once, to see what the server can take at most
+    first_s: float = 10.0  # the shortest run, s; the certifying one lasts scenario.min_duration_s
+    growth: float = 1.5  # of the runs between them
+    certify_queries: int = 1000  # at least, in the certifying run; LoadGen's test takes 459 and forgives few
+    max_runs: int = 25  # then what is certified so far counts
+
+
+@dataclass
 class ScenarioConfig:
     name: str = MISSING
     kind: Kind = MISSING
@@ -75,9 +95,18 @@ class ScenarioConfig:
     max_duration_s: float = 0.0  # LoadGen's max_duration, s; 0 is none
     min_queries: int = 100  # LoadGen's min_query_count
     max_queries: int = 0  # LoadGen's max_query_count; 0 is none
-    warmup_requests: int = 16  # sent at once before LoadGen starts, not measured
+    warmup_requests: int = 16  # sent at once before LoadGen starts, until they get no faster; not measured
     seed: int = 1  # of LoadGen's sample order and arrival schedule
+    stop: Stop = Stop.failed  # when a Server run ends early: never, failed or decided
+    over_share: float | None = None  # of queries that may be over a limit; null: what LoadGen's test allows
+    repeats: int = 1  # LoadGen runs on one server, each with the next seed; metrics are their means
+    search: LoadSearch = field(default_factory=LoadSearch)
     args: dict[str, Any] = field(default_factory=dict)  # vllm serve flags the scenario's rules ask for
+
+    def limits_s(self) -> tuple[float | None, float | None]:
+        """The limits on p99 TTFT and TPOT, in seconds."""
+        ttft, tpot = (None if limit is None else limit / 1e3 for limit in (self.ttft_ms, self.tpot_ms))
+        return ttft, tpot
 
 
 @dataclass
@@ -100,6 +129,7 @@ class LiveConfig:
     stop_timeout_s: float = 10.0  # from SIGTERM to SIGKILL, s
     request_timeout_s: float = 600.0  # one HTTP request, s
     run_timeout_s: float = 7200.0  # one LoadGen run with its warm-up, s
+    observe_s: float = 1.0  # between two looks at vLLM's /metrics and the GPU while a run goes on, s
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Any
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
-from autotune import metrics, models, objective, samples
-from autotune.backend import Backend, Measurement
+from autotune import models, objective, runs, samples, vllm_args
+from autotune.backend import Backend, Engine
 from autotune.facts import git_revision
 from autotune.models import Model
 from autotune.redact import redact
@@ -111,19 +111,29 @@ def _measure(config: Config, result: Result, folder: Path) -> None:
     result.args = redact(prepared.args)
     loaded = prepare_samples(config, prepared)
     result.facts = {"dataset_checksum": loaded.checksum, "autotune": git_revision()}
-    measured = prepared.backend.measure(prepared.model, prepared.args, config.scenario, loaded, folder)
-    score(config, measured, result)
+    with prepared.backend.start(prepared.model, prepared.args, loaded, folder) as engine:
+        flags = prepared.backend.dry_run(prepared.model, prepared.args).resolved
+        measure(config, engine, prepared.args | flags, folder, result)
+        stopping = time.monotonic()
+    if not result.estimated:
+        result.phases["stop"] = time.monotonic() - stopping
 
 
-def score(config: Config, measured: Measurement, result: Result) -> None:
-    """Fill `result` with what was measured and what the objective makes of it."""
-    limits = (config.scenario.ttft_ms, config.scenario.tpot_ms)
-    in_seconds = [limit / 1e3 if limit is not None else None for limit in limits]
-    result.metrics = metrics.from_requests(measured.requests, *in_seconds) | measured.loadgen
-    result.metrics["failed_requests"] = measured.failed
-    result.verdict, result.reasons = measured.verdict, measured.reasons
-    result.phases, result.command = dict(measured.phases), measured.command
-    result.facts |= measured.facts
-    result.estimated = measured.estimated
+def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> None:
+    """Make the runs that `config` asks for on `engine`, and fill `result`; `flags` are vLLM's, resolved."""
+    result.estimated, result.command = engine.estimated, engine.command
+    result.phases["start"] = engine.start_s
+    if "max_qps" in config.objective.metrics:
+        run = runs.highest_load(config, engine, flags, folder, result)
+    elif config.scenario.repeats > 1:
+        run = runs.repeated(config, engine, flags, folder, result)
+    else:
+        run = runs.one(config.scenario, engine, flags, folder, result)
+    result.metrics, result.bound = run.metrics, run.bound
+    for name in ("tokens_per_s", "max_qps"):
+        if name in run.metrics:
+            result.metrics[f"{name}_per_gpu"] = run.metrics[name] / vllm_args.gpus(flags)
+    result.verdict, result.reasons = run.measured.verdict, run.measured.reasons
+    result.facts |= run.measured.facts
     result.values = objective.values(config.objective, result.metrics)
-    result.constraints = objective.constraints(config.scenario, result.metrics, measured.failed)
+    result.constraints = run.constraints

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from autotune import trial
 from autotune.compose import command_line, errors_in_one_line
-from autotune.live.backend import LiveBackend, run_loadgen, start_loadgen
-from autotune.live.server import serve
 from autotune.redact import redact
 from autotune.result import Result
 
@@ -26,26 +24,21 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     common, _, _ = command_line([*overrides, *arguments.load[0].split()])
     prepared = trial.prepare(common)
-    backend = prepared.backend
-    assert isinstance(backend, LiveBackend)
-    with serve(backend.config, backend.vllm, prepared.model, prepared.args, arguments.folder) as server:
+    samples = trial.prepare_samples(common, prepared)
+    flags = prepared.args | prepared.backend.dry_run(prepared.model, prepared.args).resolved
+    with prepared.backend.start(prepared.model, prepared.args, samples, arguments.folder) as engine:
         for number, load in enumerate(arguments.load):
             folder = arguments.folder / str(number)
             folder.mkdir(exist_ok=True)
             config, _, _ = command_line([*overrides, *load.split()])
             result = Result(started_at=time.time(), overrides=redact([*overrides, *load.split()]))
-            result.args = redact(prepared.args)
-            result.config = trial.names(config)
-            samples = trial.prepare_samples(config, prepared)
+            result.args, result.config = redact(prepared.args), trial.names(config)
             result.facts = {"dataset_checksum": samples.checksum}
-            with start_loadgen(samples, folder) as process:
-                run_loadgen(process, server, config.scenario, folder, backend.config)
-            command = backend.command(prepared.model, prepared.args)
-            trial.score(config, backend.measured(folder, {"start": server.start_s}, command), result)
+            trial.measure(config, engine, flags, folder, result)
             result.state, result.ended_at = "complete", time.time()
             result.save(folder)
             shown = ("samples_per_s", "tokens_per_s", "ttft_p99_ms", "tpot_p99_ms")
-            print(load, *(f"{name}={result.metrics[name]:.1f}" for name in shown), flush=True)
+            print(load, *(f"{name}={result.metrics[name]:.1f}" for name in shown), result.bound, flush=True)
 
 
 if __name__ == "__main__":

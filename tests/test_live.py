@@ -22,9 +22,8 @@ from optuna.trial import TrialState
 
 from autotune import compose, progress
 from autotune.errors import MeasureError, StartError
-from autotune.live import loadgen_log
-from autotune.live.backend import LiveBackend, read_requests, run_loadgen, start_loadgen
-from autotune.live.server import Server, serve
+from autotune.live.backend import LiveBackend, LiveEngine
+from autotune.live.server import serve
 from autotune.result import Result
 from autotune.schema import Config, Kind, ScenarioConfig
 from autotune.sweep.launchers import LocalJob
@@ -58,11 +57,11 @@ def scenario(kind: Kind, **settings: float) -> ScenarioConfig:
 
 
 @pytest.fixture(scope="module")
-def server(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    live = backend(prepared)
-    with serve(live.config, live.vllm, prepared.model, prepared.args, tmp_path_factory.mktemp("server")) as running:
+def engine(config: Config, prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveEngine]:
+    samples, folder = prepare_samples(config, prepared), tmp_path_factory.mktemp("server")
+    with backend(prepared).start(prepared.model, prepared.args, samples, folder) as running:
         yield running
-    assert gone_within(5, lambda: not vllm_processes(running.model))
+    assert gone_within(5, lambda: not vllm_processes(running.server.model))
 
 
 def vllm_processes(name: str) -> list[psutil.Process]:
@@ -76,37 +75,41 @@ def gone_within(seconds: float, gone: Callable[[], bool]) -> bool:
     return gone()
 
 
-def test_server_serves_one_model_under_a_name_of_its_own(server: Server):
-    with urllib.request.urlopen(f"{server.url}/v1/models") as answer:
-        assert [model["id"] for model in json.loads(answer.read())["data"]] == [server.model]
-    assert server.model.startswith("autotune-")
+def test_server_serves_one_model_under_a_name_of_its_own(engine: LiveEngine):
+    with urllib.request.urlopen(f"{engine.server.url}/v1/models") as answer:
+        assert [model["id"] for model in json.loads(answer.read())["data"]] == [engine.server.model]
+    assert engine.server.model.startswith("autotune-")
 
 
 @pytest.mark.parametrize("kind", list(Kind))
-def test_loadgen_measures_each_scenario_on_real_vllm(
-    kind: Kind, config: Config, prepared: Prepared, server: Server, tmp_path: Path
-):
-    samples = prepare_samples(config, prepared)
-    with start_loadgen(samples, tmp_path) as process:
-        run_loadgen(process, server, scenario(kind), tmp_path, backend(prepared).config)
-    requests = read_requests(tmp_path / "requests.csv")
-    assert len(requests) >= 64
-    assert all(request.output_tokens == samples.output_tokens[request.sample] for request in requests)
-    assert all(request.issued < request.first_token <= request.last_token for request in requests)
-    figures = loadgen_log.read(tmp_path / "mlperf_log_detail.txt").figures
-    assert figures["tokens_per_s"] > 0 and figures["samples_per_s"] > 0
+def test_loadgen_measures_each_scenario_on_real_vllm(kind: Kind, engine: LiveEngine, tmp_path: Path):
+    found = engine.run(scenario(kind), tmp_path)
+    assert len(found.requests) >= 64 and not found.failed and not found.stopped_early
+    assert all(request.output_tokens == engine.samples.output_tokens[request.sample] for request in found.requests)
+    assert all(request.issued < request.first_token <= request.last_token for request in found.requests)
+    assert found.loadgen["tokens_per_s"] > 0 and found.loadgen["samples_per_s"] > 0
+    generated = found.server[-1].generation_tokens - found.server[0].generation_tokens
+    assert 0 < generated <= sum(request.output_tokens for request in found.requests)
+
+
+def test_run_that_can_pass_no_more_is_stopped_and_the_next_one_finds_an_idle_server(engine: LiveEngine, tmp_path: Path):
+    hopeless = replace(scenario(Kind.Server, min_queries=700, qps=10.0), ttft_ms=0.1)
+    found = engine.run(hopeless, tmp_path)
+    assert found.stopped_early and found.total == 700 and len(found.requests) < 20
+    assert found.verdict == "INVALID" and "TTFT over its limit" in found.reasons[0]
+    (tmp_path / "next").mkdir()
+    after = engine.run(scenario(Kind.Offline), tmp_path / "next")
+    assert after.verdict == "VALID" and after.server[0].waiting == 0
 
 
 def test_vllm_killed_in_mid_run_ends_the_trial_and_leaves_nothing(config: Config, prepared: Prepared, tmp_path: Path):
-    live = backend(prepared)
     samples = prepare_samples(config, prepared)
-    with serve(live.config, live.vllm, prepared.model, prepared.args, tmp_path) as running:
-        children = [p.pid for p in psutil.Process(running.process.session).children(recursive=True)]
-        killer = subprocess.Popen(["sh", "-c", f"sleep 4; kill -9 {vllm_processes(running.model)[-1].pid}"])
+    with backend(prepared).start(prepared.model, prepared.args, samples, tmp_path) as running:
+        server = running.server
+        children = [p.pid for p in psutil.Process(server.process.session).children(recursive=True)]
+        killer = subprocess.Popen(["sh", "-c", f"sleep 4; kill -9 {vllm_processes(server.model)[-1].pid}"])
         with pytest.raises(MeasureError, match="vLLM ended while it was measured"):
-            long = scenario(Kind.Server, min_duration_s=60.0)
-            with start_loadgen(samples, tmp_path) as process:
-                run_loadgen(process, running, long, tmp_path, live.config)
+            running.run(scenario(Kind.Server, min_duration_s=60.0), tmp_path)
     killer.wait()
     assert gone_within(5, lambda: not any(psutil.pid_exists(pid) for pid in children))
 

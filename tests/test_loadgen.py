@@ -20,7 +20,7 @@ from autotune.live.backend import read_requests
 from autotune.samples import Samples
 
 TOKENS = 4
-OK, REFUSED, CUT, SLOW, SILENT, RESET = 5, 1, 2, 3, 4, 6  # first token of a prompt, and what its request meets
+OK, REFUSED, CUT, SLOW, SILENT, RESET, COLD = 5, 1, 2, 3, 4, 6, 8  # first token of a prompt, and what its request meets
 TTFT_S, TPOT_S = 0.2, 0.03  # of a slow one
 
 
@@ -39,6 +39,8 @@ class Streaming(BaseHTTPRequestHandler):
         first = body["prompt"][0]
         if first == SILENT:
             time.sleep(1)
+        if first == COLD:  # the first three requests are slow, the next three less so
+            time.sleep([0.6, 0.3, 0][min(2, (len(self.received) - 1) // 4)])
         self.send_response(500 if first == REFUSED else 200)
         if first == RESET:
             self.send_header("Content-Length", "1000000")
@@ -76,6 +78,7 @@ def run(
     output_tokens = np.array(lengths or [TOKENS] * len(firsts), dtype=np.int32)
     Samples("s", "c", prompts, output_tokens, settings.pop("ignore_eos", True), samples).save()
     spec = {
+        "folder": str(folder),
         "url": url,
         "model": "m",
         "kind": kind,
@@ -88,6 +91,9 @@ def run(
         "max_queries": 0,
         "warmup_requests": 0,
         "seed": 1,
+        "stop": "failed",
+        "over_share": None,
+        "total": 0,  # too few for the test of the limits: never stopped
         "request_timeout_s": 10,
         **settings,
     }
@@ -143,7 +149,7 @@ def test_latencies_are_what_the_server_took(tmp_path: Path, url: str):
         assert TTFT_S <= request.ttft < TTFT_S + 0.1
         # A first token that is read late shortens the rest.
         assert 0.8 * TPOT_S <= request.tpot < TPOT_S + 0.02
-    ours = metrics.from_requests(requests, None, None)
+    ours = metrics.from_requests(requests, (None, None))
     loadgens = loadgen_log.read(tmp_path / "mlperf_log_detail.txt").figures
     for name in ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "latency_p50_ms", "latency_p99_ms", "latency_mean_ms"):
         assert loadgens[name] == pytest.approx(ours[name], rel=0.03)
@@ -156,7 +162,7 @@ def test_tokens_are_counted_for_each_sample_on_its_own(tmp_path: Path, url: str)
     requests = read_requests(tmp_path / "requests.csv")
     assert {request.sample for request in requests} == {0, 1, 2}
     assert all(request.output_tokens == lengths[request.sample] for request in requests)
-    duration = metrics.from_requests(requests, None, None)["duration_s"]
+    duration = metrics.from_requests(requests, (None, None))["duration_s"]
     tokens = loadgen_log.read(tmp_path / "mlperf_log_detail.txt").figures["tokens_per_s"] * duration
     assert tokens == pytest.approx(sum(request.output_tokens for request in requests), rel=0.25)
 
@@ -184,8 +190,23 @@ def test_caches_are_reset_between_warmup_and_run(tmp_path: Path, url: str):
     Streaming.received.clear()
     run(tmp_path, url, "SingleStream", [OK], warmup_requests=3, min_queries=4)
     paths = [path for path, _ in Streaming.received]
-    assert paths.index("/reset_prefix_cache") == 3
-    assert paths.count("/v1/completions") == 3 + len(read_requests(tmp_path / "requests.csv"))
+    rounds = [paths[at : at + 4] for at in range(0, 4 * paths.count("/reset_prefix_cache"), 4)]
+    assert rounds == [["/v1/completions"] * 3 + ["/reset_prefix_cache"]] * len(rounds)
+    assert len(paths) == 4 * len(rounds) + len(read_requests(tmp_path / "requests.csv"))
+
+
+def test_warmup_goes_on_until_it_gets_no_faster(tmp_path: Path, url: str):
+    Streaming.received.clear()
+    run(tmp_path, url, "SingleStream", [COLD], warmup_requests=3, min_queries=4)
+    assert [path for path, _ in Streaming.received].count("/reset_prefix_cache") >= 3
+
+
+def test_run_that_can_pass_no_more_is_stopped(tmp_path: Path, url: str):
+    done = run(tmp_path, url, "Server", [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=500, total=500)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "client.json").read_text())
+    assert report["stopped"] and report["run_s"] < 500 / 200  # of the schedule, at 200 queries/s
+    assert 0 < len(read_requests(tmp_path / "requests.csv")) < 500
 
 
 def test_broken_limit_makes_the_run_invalid(tmp_path: Path, url: str):

@@ -28,7 +28,7 @@ def test_goodput_counts_requests_within_every_limit():
         RequestTiming(1, 0.0, 0.5, 1.0, 11),  # TTFT over
         RequestTiming(2, 0.0, 0.1, 2.0, 11),  # TPOT over
     ]
-    found = metrics.from_requests(requests, ttft_limit=0.2, tpot_limit=0.1)
+    found = metrics.from_requests(requests, (0.2, 0.1))
     assert found["goodput_per_s"] == pytest.approx(1 / 2)
     assert found["samples_per_s"] == pytest.approx(3 / 2) and found["tokens_per_s"] == pytest.approx(33 / 2)
 

@@ -1,33 +1,42 @@
-"""The live backend: a fresh vLLM server for each measurement, LoadGen against it."""
+"""The live backend: a fresh vLLM server for each trial, LoadGen runs against it."""
 
 import csv
+import importlib.metadata
 import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from autotune import progress
+from autotune import progress, vllm_args
+from autotune.arrivals import issues
 from autotune.backend import DryRunOutcome, Measurement, RequestTiming
+from autotune.early_stopping import Watch
 from autotune.errors import MeasureError
 from autotune.facts import hardware
-from autotune.leases import lease_for, leased
-from autotune.live import flags, loadgen_log
+from autotune.leases import Lease, lease_for, leased
+from autotune.live import flags, gpu, loadgen_log, metrics_page
 from autotune.live.dry_run import dry_run
+from autotune.live.gpu import Gpus, GpuState
 from autotune.live.run import ClientReport, Run
 from autotune.live.server import Server, serve
 from autotune.models import Model
 from autotune.process import GuardedProcess
 from autotune.redact import redact
 from autotune.samples import Samples
-from autotune.schema import LiveConfig, ScenarioConfig
+from autotune.schema import Kind, LiveConfig, ScenarioConfig, Stop
+from autotune.server_state import State
 
 log = logging.getLogger(__name__)
 
+S = TypeVar("S", State, GpuState)
+
 POLL_S = 0.1
+IDLE_S = 60.0  # most that requests of a run that was stopped may go on for
 
 
 class LiveBackend:
@@ -46,48 +55,31 @@ class LiveBackend:
     def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
         return dry_run(self.vllm, self._env, model.folder, args, self._cache_dir)
 
-    def measure(
-        self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Samples, folder: Path
-    ) -> Measurement:
+    @contextmanager
+    def start(self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path) -> Iterator["LiveEngine"]:
         log.info("starting vLLM for %s; its log: %s", model.path, folder / "vllm.log")
         progress.phase(folder, "start")
-        with (
-            lease_for(self.config.gpus, args) as lease,
-            start_loadgen(samples, folder) as loadgen_process,
-            serve(self.config, self.vllm, model, args, folder, lease) as server,
-        ):
-            run_loadgen(loadgen_process, server, scenario, folder, self.config)
-            stopping = time.monotonic()
-        phases = {"start": server.start_s, "stop": time.monotonic() - stopping}
-        measured = self.measured(folder, phases, self.command(model, args))
-        return replace(measured, facts={**measured.facts, **leased(lease)})
+        with lease_for(self.config.gpus, args) as lease, LoadGen(samples, folder) as loadgen:
+            gpus = gpus_of(lease, args)
+            if others := gpus.others():
+                log.warning("not alone on %s: what is measured depends on what they do", others)
+            with serve(self.config, self.vllm, model, args, folder, lease) as server:
+                facts = self._facts() | leased(lease) | ({"gpu_shared_with": others} if others else {})
+                yield LiveEngine(
+                    server=server,
+                    samples=samples,
+                    config=self.config,
+                    gpus=gpus,
+                    facts=facts,
+                    command=self.command(model, args),
+                    start_s=server.start_s,
+                    loadgen=loadgen,
+                    folder=folder,
+                )
 
-    def measured(self, folder: Path, phases: dict[str, float], command: list[str]) -> Measurement:
-        """What the LoadGen run in `folder` showed. Raises MeasureError if no request was answered."""
-        client = ClientReport(**json.loads((folder / "client.json").read_text()))
-        loadgen = loadgen_log.read(folder / "mlperf_log_detail.txt")
-        requests = read_requests(folder / "requests.csv")
-        reasons = list(loadgen.reasons)
-        if client.failed:
-            total = len(requests) + client.failed
-            reasons.insert(0, f"{client.failed} of {total} requests failed: {client.errors[0]}")
-        if not requests:
-            raise MeasureError(f"every request failed: {client.errors[0]}")
-        return Measurement(
-            requests=requests,
-            failed=client.failed,
-            verdict="INVALID" if client.failed else loadgen.verdict,
-            reasons=reasons,
-            loadgen=loadgen.figures,
-            phases={**phases, "warmup": client.warmup_s, "run": client.run_s},
-            command=command,
-            facts={
-                "vllm": self.vllm.version,
-                "torch": self.vllm.torch,
-                "loadgen": loadgen.version.split()[0],
-                **hardware(),
-            },
-        )
+    def _facts(self) -> dict[str, str]:
+        loadgen = importlib.metadata.version("mlcommons-loadgen")
+        return {"vllm": self.vllm.version, "torch": self.vllm.torch, "loadgen": loadgen, **hardware()}
 
     def command(self, model: Model, args: Mapping[str, Any]) -> list[str]:
         """What a user types to serve the same configuration."""
@@ -95,50 +87,179 @@ class LiveBackend:
         return ["vllm", "serve", model.path, *revision, *self.vllm.command_line(redact(args))]
 
 
-def start_loadgen(samples: Samples, folder: Path) -> GuardedProcess:
-    """LoadGen's process, which gets the samples ready and then waits for run_loadgen."""
-    (folder / "run.json").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "autotune.live.loadgen", str(samples.path.resolve()), str(folder)]
-    return GuardedProcess(command, folder / "loadgen.log", {}, stop_timeout_s=1.0)
+def gpus_of(lease: Lease | None, args: Mapping[str, Any]) -> Gpus:
+    count = vllm_args.gpus(args)
+    return Gpus(count, ",".join(map(str, lease.gpus))) if lease else Gpus(count)
 
 
-def run_loadgen(
-    process: GuardedProcess, server: Server, scenario: ScenarioConfig, folder: Path, config: LiveConfig
-) -> None:
-    """One LoadGen run against `server`, in the `process` that start_loadgen made for `folder`.
+class LoadGen(GuardedProcess):
+    """LoadGen's process: gets the samples ready, then waits for run.json in `folder`."""
 
-    Raises MeasureError if the server ends, the run does, or it takes longer than run_timeout_s.
-    """
-    run = Run(
-        url=server.url,
-        model=server.model,
-        kind=scenario.kind.value,
-        qps=scenario.qps,
-        ttft_ms=scenario.ttft_ms,
-        tpot_ms=scenario.tpot_ms,
-        min_duration_s=scenario.min_duration_s,
-        max_duration_s=scenario.max_duration_s,
-        min_queries=scenario.min_queries,
-        max_queries=scenario.max_queries,
-        warmup_requests=scenario.warmup_requests,
-        seed=scenario.seed,
-        request_timeout_s=config.request_timeout_s,
-    )
-    draft = folder / ".run.json"
-    draft.write_text(json.dumps(asdict(run), indent=1))
-    draft.rename(folder / "run.json")
-    progress.phase(folder, "run")
-    deadline = time.monotonic() + config.run_timeout_s
-    while (code := process.wait(POLL_S)) is None:
-        server.check_alive()
-        progress.check(folder)
+    def __init__(self, samples: Samples, folder: Path) -> None:
+        self.folder = folder
+        (folder / "run.json").unlink(missing_ok=True)
+        command = [sys.executable, "-m", "autotune.live.loadgen", str(samples.path.resolve()), str(folder)]
+        super().__init__(command, folder / "loadgen.log", {}, stop_timeout_s=1.0)
+
+    def begin(self, run: Run) -> None:
+        draft = self.folder / ".run.json"
+        draft.write_text(json.dumps(asdict(run), indent=1))
+        draft.rename(self.folder / "run.json")
+
+    def last_words(self) -> str:
+        lines = (self.folder / "loadgen.log").read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"see {self.folder / 'loadgen.log'}"
+
+
+@dataclass
+class LiveEngine:
+    """A vLLM server that is healthy."""
+
+    server: Server
+    samples: Samples
+    config: LiveConfig
+    gpus: Gpus
+    facts: dict[str, str]
+    command: list[str]
+    start_s: float
+    loadgen: LoadGen | None  # one that is ready, for the first run
+    folder: Path  # the trial's
+    estimated: bool = False
+
+    def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:
+        ready, self.loadgen = self.loadgen, None
+        with ready or LoadGen(self.samples, folder) as loadgen:
+            if not ready:
+                self._await_idle()
+            run = self._run(scenario, folder)
+            states, gpu_states = self._watch(loadgen, run)
+        return self._measured(run, scenario, states, gpu_states)
+
+    def _run(self, scenario: ScenarioConfig, folder: Path) -> Run:
+        total = 0
+        if scenario.kind is Kind.Server:
+            total = sum(1 for _ in issues(scenario, len(self.samples)))
+            total = min(total, scenario.max_queries or total)
+        # With a longest duration the run may end with fewer queries, of which fewer may be over a limit.
+        cut = scenario.stop is Stop.decided and scenario.max_duration_s > 0
+        return Run(
+            folder=str(folder),
+            url=self.server.url,
+            model=self.server.model,
+            kind=scenario.kind.value,
+            qps=scenario.qps,
+            ttft_ms=scenario.ttft_ms,
+            tpot_ms=scenario.tpot_ms,
+            min_duration_s=scenario.min_duration_s,
+            max_duration_s=scenario.max_duration_s,
+            min_queries=scenario.min_queries,
+            max_queries=scenario.max_queries,
+            warmup_requests=scenario.warmup_requests,
+            seed=scenario.seed,
+            stop=(Stop.failed if cut else scenario.stop).value,
+            over_share=scenario.over_share,
+            request_timeout_s=self.config.request_timeout_s,
+            total=total,
+        )
+
+    def _await_idle(self) -> None:
+        """A run that was stopped leaves requests behind, which vLLM drops when it notices."""
+        deadline = time.monotonic() + IDLE_S
+        while (state := metrics_page.read(self.server.url, 0.0)) is None or state.running + state.waiting > 0:
+            self._check(deadline, f"vLLM still had requests of the last run after {IDLE_S:.0f} s")
+            time.sleep(POLL_S)
+
+    def _watch(self, loadgen: LoadGen, run: Run) -> tuple[list[State], list[GpuState]]:
+        """Let LoadGen make `run`, and look at the server and its GPUs meanwhile, on time.perf_counter's clock.
+
+        Raises MeasureError if the server ends, LoadGen does, or it takes longer than run_timeout_s.
+        """
+        loadgen.begin(run)
+        if run.folder == str(self.folder):
+            progress.phase(self.folder, "run")
+        states: list[State] = []
+        gpu_states: list[GpuState] = []
+        deadline = time.monotonic() + self.config.run_timeout_s
+        code, next_look = None, 0.0
+        while code is None:
+            code = loadgen.wait(POLL_S)
+            self._check(
+                deadline, f"LoadGen had not finished after backend.run_timeout_s={self.config.run_timeout_s:.0f}"
+            )
+            if code is not None or time.monotonic() >= next_look:
+                next_look = time.monotonic() + self.config.observe_s
+                now = time.perf_counter()
+                states += [state for state in [metrics_page.read(self.server.url, now)] if state]
+                gpu_states += self.gpus.read(now)
+        if code:
+            self.server.check_alive()
+            raise MeasureError(f"LoadGen's process ended with exit code {code}: {loadgen.last_words()}")
+        return states, gpu_states
+
+    def _check(self, deadline: float, too_late: str) -> None:
+        self.server.check_alive()
+        progress.check(self.folder)
         if time.monotonic() > deadline:
-            raise MeasureError(f"LoadGen had not finished after backend.run_timeout_s={config.run_timeout_s:.0f}")
-    if code:
-        server.check_alive()
-        output = folder / "loadgen.log"
-        lines = output.read_text(errors="replace").strip().splitlines()
-        raise MeasureError(f"LoadGen's process ended with exit code {code}: {lines[-1] if lines else output}")
+            raise MeasureError(too_late)
+
+    def _measured(
+        self, run: Run, scenario: ScenarioConfig, states: list[State], gpu_states: list[GpuState]
+    ) -> Measurement:
+        """What the run's files show. Raises MeasureError if no request was answered."""
+        folder = Path(run.folder)
+        client = ClientReport(**json.loads((folder / "client.json").read_text()))
+        requests = read_requests(folder / "requests.csv")
+        total = run.total if client.stopped else len(requests) + client.failed
+        if not requests:
+            raise MeasureError(f"every request failed: {client.errors[0]}")
+        verdict, reasons = judge(requests, total, scenario)
+        found: dict[str, float] = {}
+        if not client.stopped:
+            loadgen = loadgen_log.read(folder / "mlperf_log_detail.txt")
+            found = loadgen.figures
+            if scenario.over_share is None:
+                verdict, reasons = loadgen.verdict, list(loadgen.reasons)
+        if client.failed:
+            verdict = "INVALID"
+            reasons.insert(0, f"{client.failed} of {len(requests) + client.failed} requests failed: {client.errors[0]}")
+        states = [
+            replace(state, time_s=state.time_s - client.began) for state in states if state.time_s >= client.began
+        ]
+        gpu_states = [
+            replace(state, time_s=state.time_s - client.began) for state in gpu_states if state.time_s >= client.began
+        ]
+        figures = gpu.figures(gpu_states)
+        if gpu_states:
+            gpu.write(gpu_states, folder)
+            figures["gpu_j_per_token"] = figures["gpu_energy_j"] / sum(request.output_tokens for request in requests)
+        if slowed := figures.get("gpu_slowed_share"):
+            log.warning("the GPU was slowed down by heat or its protection for %.0f %% of the run", slowed * 100)
+        return Measurement(
+            requests=requests,
+            failed=client.failed,
+            total=total,
+            verdict=verdict,
+            reasons=reasons,
+            loadgen=found,
+            phases={"warmup": client.warmup_s, "run": client.run_s},
+            server=states,
+            figures=figures,
+            facts=self.facts,
+        )
+
+
+def since(began: float, states: list[S]) -> list[S]:
+    """Those after `began`, with their times from it on."""
+    return [replace(state, time_s=state.time_s - began) for state in states if state.time_s >= began]
+
+
+def judge(requests: list[RequestTiming], total: int, scenario: ScenarioConfig) -> tuple[str, list[str]]:
+    """What LoadGen would say of a run of `total` queries that was stopped when these had ended."""
+    watch = Watch(total, scenario.limits_s(), scenario.over_share)
+    for request in requests:
+        watch.add(request.ttft, request.tpot)
+    reasons = watch.reasons()
+    return "INVALID" if reasons else "VALID", reasons
 
 
 def read_requests(path: Path) -> list[RequestTiming]:

@@ -3,7 +3,7 @@
     python -m autotune.live.loadgen SAMPLES FOLDER
 
 gets the samples ready while vLLM starts, waits for FOLDER/run.json, and writes LoadGen's logs, `requests.csv` and
-`client.json` beside it.
+`client.json` to the folder that it names.
 """
 
 import array
@@ -12,6 +12,8 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
+import os
 import resource
 import sys
 import time
@@ -23,26 +25,33 @@ import uvloop
 
 from autotune import progress
 from autotune.backend import RequestTiming
+from autotune.early_stopping import Watch
 from autotune.errors import MeasureError
 from autotune.live.client import Client, bodies
 from autotune.live.run import ClientReport, Run
+from autotune.metrics import within
 from autotune.samples import Samples
-from autotune.schema import Kind
+from autotune.schema import Kind, Stop
 
 NO_LIMIT_MS = 3_600_000.0
 POLL_S = 0.02
 PUBLISH_S = 2.0
+WARMUP_ROUNDS = 10  # at most
+SETTLED = 0.9  # of the fastest round so far: a round that saves less has nothing more to warm up
 
 
 class Sut:
     """LoadGen's system under test: hands each query to the event loop, and each answer back to LoadGen."""
 
-    def __init__(self, client: Client, loop: asyncio.AbstractEventLoop, first_token: bool) -> None:
+    def __init__(self, client: Client, loop: asyncio.AbstractEventLoop, run: Run) -> None:
+        self.decided = asyncio.Event()  # nothing more to wait for
+        self._watch = Watch(run.total, limits_s(run), run.over_share)
+        self._stop = Stop(run.stop)
         self.completed: list[RequestTiming] = []
         self.failures: list[str] = []
         self._client = client
         self._loop = loop
-        self._first_token = first_token
+        self._first_token = run.kind != Kind.Offline.value
         self._tasks: set[asyncio.Task[None]] = set()
         self._buffer = array.array("B", bytes(8))  # LoadGen copies it; performance runs never look inside
         self._address, self._size = self._buffer.buffer_info()
@@ -75,6 +84,9 @@ class Sut:
         try:
             timing = await self._client.complete(sample, issued, first_token)
             self.completed.append(timing)
+            self._watch.add(timing.ttft, timing.tpot)
+            if self._watch.ends_run(self._stop):
+                self.decided.set()
             tokens = timing.output_tokens
         except MeasureError as error:
             self.failures.append(str(error))
@@ -102,25 +114,48 @@ def settings(run: Run) -> lg.TestSettings:
     return found
 
 
-async def measure(run: Run, requests: Sequence[bytes], folder: Path) -> None:
-    loop = asyncio.get_running_loop()
+def limits_s(run: Run) -> tuple[float | None, float | None]:
+    ttft, tpot = (None if limit is None else limit / 1e3 for limit in (run.ttft_ms, run.tpot_ms))
+    return ttft, tpot
+
+
+async def measure(run: Run, requests: Sequence[bytes]) -> None:
+    """Warm up, let LoadGen run, write down what was seen; then the process is done for, as LoadGen can't be stopped."""
+    loop, folder = asyncio.get_running_loop(), Path(run.folder)
     async with Client(run.url, run.model, requests, run.request_timeout_s) as client:
         started = time.perf_counter()
-        warmup = (client.complete(i % len(requests), started) for i in range(run.warmup_requests))
-        await asyncio.gather(*warmup)
-        await client.reset_caches()
+        await warm_up(client, run.warmup_requests, len(requests))
         warm = time.perf_counter()
-        sut = Sut(client, loop, first_token=run.kind != Kind.Offline.value)
+        sut = Sut(client, loop, run)
         publishing = loop.create_task(publish(sut, client, run, folder))
-        await asyncio.to_thread(start_test, sut, settings(run), len(requests), folder)
-        ended = time.perf_counter()
+        decided = loop.create_task(sut.decided.wait())
+        test = loop.create_task(asyncio.to_thread(start_test, sut, settings(run), len(requests), folder))
+        await asyncio.wait([test, decided], return_when=asyncio.FIRST_COMPLETED)
+        stopped, ended = not test.done(), time.perf_counter()
         publishing.cancel()
-    with (folder / "requests.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow([field.name for field in dataclasses.fields(RequestTiming)])
-        rows.writerows(dataclasses.astuple(timing) for timing in sut.completed)
-    report = ClientReport(len(sut.failures), sut.failures[:5], warm - started, ended - warm)
-    (folder / "client.json").write_text(json.dumps(dataclasses.asdict(report)))
+        with (folder / "requests.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow([field.name for field in dataclasses.fields(RequestTiming)])
+            rows.writerows(dataclasses.astuple(timing) for timing in sut.completed)
+        failures = sut.failures
+        report = ClientReport(len(failures), failures[:5], warm, warm - started, ended - warm, stopped)
+        (folder / "client.json").write_text(json.dumps(dataclasses.asdict(report)))
+        if stopped:
+            os._exit(0)
+        test.result()
+
+
+async def warm_up(client: Client, count: int, samples: int) -> None:
+    """The same `count` requests at once, until they take no less time than before; caches are empty then."""
+    fastest = math.inf
+    for _ in range(WARMUP_ROUNDS if count else 0):
+        began = time.perf_counter()
+        await asyncio.gather(*(client.complete(i % samples, began) for i in range(count)))
+        await client.reset_caches()
+        took = time.perf_counter() - began
+        if took > SETTLED * fastest:
+            break
+        fastest = took
 
 
 async def publish(sut: Sut, client: Client, run: Run, folder: Path) -> None:
@@ -129,9 +164,7 @@ async def publish(sut: Sut, client: Client, run: Run, folder: Path) -> None:
     counted = good = 0
     for step in itertools.count():
         await asyncio.sleep(PUBLISH_S)
-        for timing in sut.completed[counted:]:
-            in_time = run.ttft_ms is None or timing.ttft * 1e3 <= run.ttft_ms
-            good += in_time and (run.tpot_ms is None or timing.tpot * 1e3 <= run.tpot_ms)
+        good += sum(within(timing, limits_s(run)) for timing in sut.completed[counted:])
         counted = len(sut.completed)
         elapsed = time.perf_counter() - began
         found = {"tokens_per_s": client.generated - before, "samples_per_s": counted, "goodput_per_s": good}
@@ -161,7 +194,7 @@ def main() -> None:
         time.sleep(POLL_S)
     run = Run(**json.loads((folder / "run.json").read_text()))
     try:
-        uvloop.run(measure(run, requests, folder))
+        uvloop.run(measure(run, requests))
     except MeasureError as error:
         sys.exit(str(error))
 

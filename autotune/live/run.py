@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Run:
-    """RUN.json. Fields as in ScenarioConfig."""
+    """run.json. Fields as in ScenarioConfig, but for the first and last ones."""
 
+    folder: str  # for LoadGen's logs, requests.csv and client.json
     url: str
     model: str
     kind: str
@@ -19,7 +20,10 @@ class Run:
     max_queries: int
     warmup_requests: int
     seed: int
+    stop: str
+    over_share: float | None
     request_timeout_s: float
+    total: int  # queries that LoadGen is going to issue, at most
 
 
 @dataclass(frozen=True)
@@ -28,5 +32,7 @@ class ClientReport:
 
     failed: int
     errors: list[str]  # the first few, in the server's words
+    began: float  # the run, on time.perf_counter's clock, which all processes of a machine share
     warmup_s: float
     run_s: float
+    stopped: bool  # before LoadGen's own end

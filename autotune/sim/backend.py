@@ -2,20 +2,24 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from autotune import progress, vllm_args
+from autotune.arrivals import issues
 from autotune.backend import DryRunOutcome, Measurement, RequestTiming
+from autotune.early_stopping import Watch
 from autotune.errors import StartError
 from autotune.leases import lease_for, leased
-from autotune.metrics import summary
+from autotune.metrics import within
 from autotune.models import Model
 from autotune.redact import redact
 from autotune.samples import Samples
 from autotune.schema import Kind, ScenarioConfig, SimConfig
-from autotune.sim.arrivals import issues
+from autotune.server_state import State
 from autotune.sim.cost import GIB, Cost, Shape
 from autotune.sim.engine import serve
 from autotune.sim.flags import HARMLESS, MODELLED, refusal, resolve, serving
@@ -44,37 +48,64 @@ class SimBackend:
         flags = resolve(args, self.config.device, shape)
         return DryRunOutcome(refusal(flags, self.config.device, shape), flags)
 
-    def measure(
-        self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Samples, folder: Path
-    ) -> Measurement:
+    @contextmanager
+    def start(self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path) -> Iterator["SimEngine"]:
         outcome = self.dry_run(model, args)
         if outcome.refusal:
             raise StartError(outcome.refusal)
         flags = outcome.resolved
         cost = Cost(self.config.device, Shape.of(model.config), serving(flags))
+        if missing := out_of_memory(flags, cost):
+            raise StartError(missing, cost.start_s())
+        command = ["vllm", "serve", model.path, *vllm_args.command_line(redact(args))]
         with lease_for(self.config.gpus, flags) as lease:
-            requests = simulate(flags, cost, scenario, samples)
-            run_s = max(request.last_token for request in requests)
+            facts = {"simulated": self.config.device.name, **leased(lease)}
             if self.config.pace:
-                pass_time(requests, cost.start_s(), self.config.pace, folder)
-        reasons = over_limits(scenario, requests)
+                pass_time(cost.start_s(), self.config.pace, "start", folder)
+            yield SimEngine(flags, cost, samples, cost.start_s(), command, facts, self.config.pace, folder)
+
+
+@dataclass(frozen=True)
+class SimEngine:
+    """A simulated server; each run finds it idle."""
+
+    flags: dict[str, Any]  # resolved
+    cost: Cost
+    samples: Samples
+    start_s: float
+    command: list[str]
+    facts: dict[str, str]
+    pace: float
+    folder: Path  # the trial's
+    estimated: bool = True
+
+    def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:
+        requests, states = simulate(self.flags, self.cost, scenario, self.samples)
+        done, verdict = judge(requests, scenario)
+        run_s = max(request.last_token for request in done)
+        if self.pace:
+            pass_time(run_s, self.pace, "run", self.folder, done, scenario)
         return Measurement(
-            requests=requests,
+            requests=done,
             failed=0,
-            verdict="INVALID" if reasons else "VALID",
-            reasons=reasons,
+            total=len(requests),
+            verdict="VALID" if not verdict else "INVALID",
+            reasons=verdict,
             loadgen={},
-            phases={"start": cost.start_s(), "run": run_s},
-            command=["vllm", "serve", model.path, *vllm_args.command_line(redact(args))],
-            facts={"simulated": self.config.device.name, **leased(lease)},
-            estimated=True,
+            phases={"run": run_s},
+            server=[state for state in states if state.time_s <= run_s],
+            facts=self.facts,
         )
 
 
-def simulate(flags: Mapping[str, Any], cost: Cost, scenario: ScenarioConfig, samples: Samples) -> list[RequestTiming]:
-    """Run LoadGen's `scenario` against the server that resolved `flags` describe. Raises StartError as vLLM would."""
+def simulate(
+    flags: Mapping[str, Any], cost: Cost, scenario: ScenarioConfig, samples: Samples
+) -> tuple[list[RequestTiming], list[State]]:
+    """LoadGen's `scenario` against the server that resolved `flags` describe: its requests, and its states over time.
+
+    Of several replicas (data parallelism) the states are the first one's.
+    """
     blocks = cost.kv_tokens() // flags["block_size"]
-    check_memory(flags, cost)
     limits = Limits(
         max_num_seqs=flags["max_num_seqs"],
         max_num_batched_tokens=flags["max_num_batched_tokens"],
@@ -102,7 +133,7 @@ def simulate(flags: Mapping[str, Any], cost: Cost, scenario: ScenarioConfig, sam
         clock = 0.0
         for number, (_, sample) in enumerate(issues(scenario, len(samples))):
             if number >= scenario.min_queries and clock >= scenario.min_duration_s:
-                return found
+                return found, []
             alone = request(number, sample, clock + cost.device.accept_s)
             serve([alone], replicas[0], cost)
             found.append(timing(sample, clock, alone))
@@ -112,49 +143,67 @@ def simulate(flags: Mapping[str, Any], cost: Cost, scenario: ScenarioConfig, sam
     for number, (time_s, sample) in enumerate(issued):
         accepted = max(accepted, time_s) + cost.device.accept_s  # the API server takes them one by one
         requests.append(request(number, sample, accepted))
-    for at, scheduler in enumerate(replicas):
-        serve(requests[at :: len(replicas)], scheduler, cost)
-    return [timing(sample, at, done) for (at, sample), done in zip(issued, requests, strict=True)]
+    seen = [serve(requests[at :: len(replicas)], scheduler, cost) for at, scheduler in enumerate(replicas)]
+    found = [timing(sample, at, done) for (at, sample), done in zip(issued, requests, strict=True)]
+    return found, seen[0].states
 
 
-def check_memory(flags: Mapping[str, Any], cost: Cost) -> None:
-    """Raise StartError for what vLLM would run out of memory on."""
+def judge(requests: list[RequestTiming], scenario: ScenarioConfig) -> tuple[list[RequestTiming], list[str]]:
+    """The requests that end before scenario.stop ends the run, and why LoadGen would not call it VALID."""
+    limits = scenario.limits_s()
+    if scenario.kind is not Kind.Server or not any(limits):
+        return requests, []
+    watch, done = Watch(len(requests), limits, scenario.over_share), []
+    for request in sorted(requests, key=lambda request: request.last_token):
+        done.append(request)
+        watch.add(request.ttft, request.tpot)
+        if watch.ends_run(scenario.stop):
+            break
+    return done, watch.reasons()
+
+
+def out_of_memory(flags: Mapping[str, Any], cost: Cost) -> str:
+    """What vLLM would run out of memory on while it starts; empty if it has enough."""
     tokens, longest = cost.kv_tokens(), flags["max_model_len"]
     share = f"gpu_memory_utilization={flags['gpu_memory_utilization']:g}"
     if tokens <= 0:
-        raise StartError(f"no memory is left for the KV cache (simulated); raise {share} or tensor_parallel_size")
+        return f"no memory is left for the KV cache (simulated); raise {share} or tensor_parallel_size"
     if tokens < longest:
-        raise StartError(
-            f"the KV cache holds {tokens} tokens (simulated), max_model_len={longest} needs more; raise {share}"
-        )
+        return f"the KV cache holds {tokens} tokens (simulated), max_model_len={longest} needs more; raise {share}"
     if (missing := cost.logits_bytes() - cost.spare_bytes()) > 0:
-        raise StartError(
+        return (
             f"CUDA out of memory (simulated): logits of max_num_seqs={flags['max_num_seqs']} sequences need "
             f"{missing / GIB:.1f} GiB more than {share} leaves"
         )
+    return ""
 
 
-def pass_time(requests: Sequence[RequestTiming], start_s: float, pace: float, folder: Path) -> None:
+def pass_time(
+    simulated_s: float,
+    pace: float,
+    phase: str,
+    folder: Path,
+    requests: Sequence[RequestTiming] = (),
+    scenario: ScenarioConfig | None = None,
+) -> None:
     """Let `pace` real seconds pass for each simulated one, and publish what a real run would.
 
     Raises StoppedError if the trial is asked to end.
     """
-    began = time.monotonic()
-    progress.phase(folder, "start")
-    run_s, running, step = max(request.last_token for request in requests), False, 0
-    while (simulated_s := (time.monotonic() - began) / pace - start_s) < run_s:
+    progress.phase(folder, phase)
+    began, step = time.monotonic(), 1
+    limits = scenario.limits_s() if scenario else (None, None)
+    while (now_s := (time.monotonic() - began) / pace) < simulated_s:
         progress.check(folder)
-        if simulated_s > 0 and not running:
-            running = True
-            progress.phase(folder, "run")
-        while (step + 1) * PUBLISH_S <= simulated_s:
-            elapsed_s = (step + 1) * PUBLISH_S
+        while requests and step * PUBLISH_S <= now_s:
+            elapsed_s = step * PUBLISH_S
+            ended = [request for request in requests if request.last_token <= elapsed_s]
             tokens = sum(generated(request, elapsed_s) for request in requests)
-            ended = sum(request.last_token <= elapsed_s for request in requests)
-            rates = {"tokens_per_s": tokens / elapsed_s, "samples_per_s": ended / elapsed_s}
-            progress.publish(folder, step, rates)
+            good = sum(within(request, limits) for request in ended)
+            counts = {"tokens_per_s": tokens, "samples_per_s": len(ended), "goodput_per_s": good}
+            progress.publish(folder, step - 1, {name: count / elapsed_s for name, count in counts.items()})
             step += 1
-        time.sleep(min(0.05, pace * PUBLISH_S / 4, max(0.0, pace * (run_s - simulated_s))))
+        time.sleep(min(0.05, pace * PUBLISH_S / 4, max(0.0, pace * (simulated_s - now_s))))
 
 
 def generated(request: RequestTiming, at_s: float) -> float:
@@ -163,14 +212,3 @@ def generated(request: RequestTiming, at_s: float) -> float:
         return 0.0
     share = (at_s - request.first_token) / max(1e-9, request.last_token - request.first_token)
     return 1 + (request.output_tokens - 1) * min(1.0, share)
-
-
-def over_limits(scenario: ScenarioConfig, requests: Sequence[RequestTiming]) -> list[str]:
-    """Why LoadGen would not call the run VALID."""
-    found = []
-    for name, limit_ms in (("ttft", scenario.ttft_ms), ("tpot", scenario.tpot_ms)):
-        if limit_ms is not None:
-            p99_ms = summary(name, [getattr(request, name) for request in requests])[f"{name}_p99_ms"]
-            if p99_ms > limit_ms:
-                found.append(f"p99 {name.upper()} of {p99_ms:.0f} ms is over its limit of {limit_ms:g} ms")
-    return found

@@ -71,7 +71,8 @@ class Case:
     def estimated(self, device: Device) -> dict[str, float]:
         """The compared metrics, simulated."""
         flags, cost = self._server(device)
-        runs = [from_requests(simulate(flags, cost, scenario, samples), None, None) for scenario, samples in self.draws]
+        draws = [simulate(flags, cost, scenario, samples)[0] for scenario, samples in self.draws]
+        runs = [from_requests(requests, (None, None)) for requests in draws]
         return {metric: float(np.mean([run[metric] for run in runs])) for metric in self.tolerances()}
 
     def start_error_s(self, device: Device) -> float:

@@ -39,6 +39,7 @@ class KvCache:
         self.block_size = block_size
         self.caching = caching
         self.total = blocks
+        self.hits = 0  # tokens that were found
         self._blank = blocks
         self._findable: dict[Hashable, list[Block]] = {}  # several of one key: computed at the same time
         self._unused: OrderedDict[Block, None] = OrderedDict()  # findable blocks without a holder, oldest first
@@ -74,6 +75,7 @@ class KvCache:
             self._unused.pop(block, None)
         holder.full.extend(found)
         holder.blocks += len(found)
+        self.hits += len(found) * self.block_size
 
     def grow(self, holder: Holder, tokens: int) -> bool:
         """Hold blocks for `tokens` tokens in all; False, and nothing is taken, if too few are free."""

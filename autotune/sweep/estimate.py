@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import optuna
@@ -14,7 +15,7 @@ from autotune.samples import Samples
 from autotune.schema import Config, with_fields
 from autotune.space import FLAG, Space, flags
 from autotune.sweep import tell
-from autotune.trial import Prepared, prepare, prepare_samples, score
+from autotune.trial import Prepared, measure, prepare, prepare_samples
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,20 @@ def estimate(simulation: Simulation, params: Mapping[str, Any]) -> Estimate:
     fields = {key: value for key, value in params.items() if not key.startswith(FLAG)}
     config, args = with_fields(simulation.config, fields), prepared.args | flags(params)
     gpus = vllm_args.gpus(args)
-    if refused := prepared.backend.dry_run(prepared.model, args).refusal:
-        return Estimate(dict(params), refused=refused, gpus=gpus)
+    outcome = prepared.backend.dry_run(prepared.model, args)
+    if outcome.refusal:
+        return Estimate(dict(params), refused=outcome.refusal, gpus=gpus)
+    result = Result(args=args)
     try:
-        measured = prepared.backend.measure(prepared.model, args, config.scenario, simulation.samples, Path())
+        with (
+            TemporaryDirectory(prefix="autotune-") as folder,
+            prepared.backend.start(prepared.model, args, simulation.samples, Path(folder)) as engine,
+        ):
+            measure(config, engine, args | outcome.resolved, Path(folder), result)
     except StartError as error:
-        return Estimate(dict(params), failed=str(error), gpus=gpus)
-    result = Result(state="complete", args=args)
-    score(config, measured, result)
+        result.phases["start"] = error.after_s
+        return Estimate(dict(params), failed=str(error), result=result, gpus=gpus)
+    result.state = "complete"
     return Estimate(dict(params), result=result, gpus=gpus)
 
 

@@ -1,0 +1,111 @@
+"""The GPUs below a server, as NVML sees them: clocks, power, temperature, energy, and who else is on them."""
+
+import csv
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pynvml
+
+FILE = "gpu.csv"
+# nvml.h, nvmlClocksEventReasons: slowed down by heat or by hardware's protection, and by the power limit, which a GPU
+# that works hard reaches when nothing is wrong.
+SLOWED = 0x8 | 0x20 | 0x40 | 0x80
+POWER_CAPPED = 0x4
+
+
+@dataclass(frozen=True, slots=True)
+class GpuState:
+    """One GPU at one moment."""
+
+    time_s: float
+    gpu: int  # which of the server's
+    power_w: float
+    temperature_c: float
+    sm_clock_mhz: float
+    utilization: float  # share of the time since the last sample in which a kernel ran
+    energy_j: float  # since the driver was loaded
+    slowed: bool
+    power_capped: bool
+
+
+class Gpus:
+    """The first `count` GPUs that a process with `visible` as CUDA_VISIBLE_DEVICES sees; none without NVML."""
+
+    def __init__(self, count: int, visible: str | None = os.environ.get("CUDA_VISIBLE_DEVICES")) -> None:
+        self._handles: list[Any] = []
+        try:
+            pynvml.nvmlInit()
+            names = visible.split(",") if visible else [str(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            self._handles = [_handle(name.strip()) for name in names[:count]]
+        except pynvml.NVMLError:
+            pass
+
+    def others(self) -> str:
+        """Who is on these GPUs already, before the server is; empty if nobody is."""
+        found = []
+        for number, handle in enumerate(self._handles):
+            if processes := _or(0, lambda h: len(pynvml.nvmlDeviceGetComputeRunningProcesses(h)), handle):
+                used = pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30
+                found.append(f"GPU {number}: {processes} processes, {used:.1f} GiB")
+        return "; ".join(found)
+
+    def read(self, time_s: float) -> list[GpuState]:
+        return [_state(handle, number, time_s) for number, handle in enumerate(self._handles)]
+
+
+def figures(states: Sequence[GpuState]) -> dict[str, float]:
+    """The run in a few numbers; empty without a GPU."""
+    if not states:
+        return {}
+    count = len(states)
+    energy = [[state.energy_j for state in states if state.gpu == gpu] for gpu in {state.gpu for state in states}]
+    return {
+        "gpu_energy_j": sum(joules[-1] - joules[0] for joules in energy),
+        "gpu_power_w": sum(state.power_w for state in states) / count,
+        "gpu_temperature_max_c": max(state.temperature_c for state in states),
+        "gpu_sm_clock_mhz": sum(state.sm_clock_mhz for state in states) / count,
+        "gpu_utilization": sum(state.utilization for state in states) / count,
+        "gpu_slowed_share": sum(state.slowed for state in states) / count,
+        "gpu_power_capped_share": sum(state.power_capped for state in states) / count,
+    }
+
+
+def write(states: Sequence[GpuState], folder: Path) -> None:
+    with (folder / FILE).open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow([field.name for field in dataclasses.fields(GpuState)])
+        rows.writerows(dataclasses.astuple(state) for state in states)
+
+
+def _handle(name: str) -> Any:
+    """By index, or by UUID (GPU-…, MIG-…)."""
+    if name.isdigit():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    return pynvml.nvmlDeviceGetHandleByUUID(name)
+
+
+def _state(handle: Any, number: int, time_s: float) -> GpuState:
+    reasons = _or(0, pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
+    return GpuState(
+        time_s=time_s,
+        gpu=number,
+        power_w=_or(0, pynvml.nvmlDeviceGetPowerUsage, handle) / 1e3,
+        temperature_c=_or(0, pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
+        sm_clock_mhz=_or(0, pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
+        utilization=_or(0, lambda h: pynvml.nvmlDeviceGetUtilizationRates(h).gpu, handle) / 100,
+        energy_j=_or(0, pynvml.nvmlDeviceGetTotalEnergyConsumption, handle) / 1e3,
+        slowed=bool(reasons & SLOWED),
+        power_capped=bool(reasons & POWER_CAPPED),
+    )
+
+
+def _or(default: float, query: Any, *arguments: Any) -> Any:
+    """What NVML answers, or `default` where this GPU, or a part of one, can't say."""
+    try:
+        return query(*arguments)
+    except pynvml.NVMLError:
+        return default

@@ -1,0 +1,109 @@
+"""The LoadGen runs of one trial on its server: one, several repeats, or a search for the highest load."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from autotune import early_stopping, load_search, metrics, objective, progress, server_state
+from autotune.backend import Engine, Measurement
+from autotune.errors import InputError
+from autotune.result import LoadRun, Result
+from autotune.schema import Config, Kind, ScenarioConfig, Stop
+
+CLIENT = "client"  # what a reason begins with where the load generator itself was too slow
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run and what it comes to."""
+
+    measured: Measurement
+    metrics: dict[str, float]
+    constraints: dict[str, float]
+    bound: str  # what kept the server from more
+
+    def summary(self, folder: Path, role: str, qps: float) -> LoadRun:
+        measured = self.measured
+        return LoadRun(folder.name, role, qps, measured.verdict, measured.reasons, measured.stopped_early, self.metrics)
+
+
+def one(scenario: ScenarioConfig, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> Run:
+    """A run of `scenario`, whose seconds are added to `result`; `flags` are vLLM's, resolved."""
+    folder.mkdir(exist_ok=True)
+    measured = engine.run(scenario, folder)
+    for phase, seconds in measured.phases.items():
+        result.phases[phase] = result.phases.get(phase, 0.0) + seconds
+    if measured.server:
+        server_state.write(measured.server, folder)
+    found = metrics.from_requests(measured.requests, scenario.limits_s(), measured.total)
+    found |= {**measured.loadgen, **server_state.figures(measured.server), **measured.figures}
+    found["failed_requests"] = measured.failed
+    if any(reason.startswith(CLIENT) for reason in measured.reasons):
+        bound = CLIENT
+    elif scenario.kind is Kind.SingleStream:
+        bound = "arrival"
+    else:
+        bound = server_state.bound(measured.server, flags)
+    return Run(measured, found, objective.constraints(scenario, found, measured.failed), bound)
+
+
+def repeated(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> Run:
+    """`scenario.repeats` runs, each with the next seed: the last one, with means for metrics, the worst constraints."""
+    scenario, done = config.scenario, []
+    for number in range(scenario.repeats):
+        below = folder / f"run-{number + 1}"
+        done.append(one(replace(scenario, seed=scenario.seed + number), engine, flags, below, result))
+        result.runs.append(done[-1].summary(below, "repeat", scenario.qps))
+    means = {}
+    for name in done[-1].metrics:
+        values = [run.metrics[name] for run in done if name in run.metrics]
+        means[name], interval = metrics.mean_and_interval(values)
+        if interval:
+            result.intervals[name] = interval
+    worst = {name: max(run.constraints[name] for run in done) for name in done[-1].constraints}
+    valid = [run for run in done if run.measured.verdict != "VALID"] or done
+    return replace(done[-1], measured=valid[-1].measured, metrics=means, constraints=worst)
+
+
+def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> Run:
+    """The certified run at the highest load that holds the limits, with `max_qps` and `failing_qps` in its metrics.
+
+    Where no load does, the run at the lowest one that was tried, with `max_qps` 0. Raises InputError for a scenario
+    that has no arrival rate or no limits.
+    """
+    scenario, settings = config.scenario, config.scenario.search
+    if scenario.kind is not Kind.Server or not any(scenario.limits_s()):
+        raise InputError(
+            f"objective.metrics: max_qps is the highest load under limits, and scenario={scenario.name} has no "
+            f"{'limits' if scenario.kind is Kind.Server else 'arrival rate'}; write scenario=interactive or server"
+        )
+    done: dict[float, Run] = {}
+
+    def run(role: str, asked: ScenarioConfig) -> Run:
+        below = folder / f"run-{len(result.runs) + 1}"
+        progress.phase(folder, f"{role} {asked.qps:.4g} qps" if asked.kind is Kind.Server else role)
+        found = one(asked, engine, flags, below, result)
+        result.runs.append(found.summary(below, role, asked.qps))
+        return found
+
+    def holds(qps: float, seconds: float, full: bool) -> bool:
+        asked = replace(scenario, qps=qps, min_duration_s=seconds)
+        queries = max(scenario.min_queries, settings.certify_queries, int(qps * scenario.min_duration_s))
+        if full:
+            asked = replace(asked, min_queries=max(scenario.min_queries, settings.certify_queries))
+        else:  # as large a share may be over a limit as in the run that certifies
+            share = early_stopping.allowed(queries) / queries
+            asked = replace(asked, min_queries=1, stop=Stop.decided, over_share=share)
+        found = run("certify" if full else "probe", asked)
+        if full or qps not in done:
+            done[qps] = found
+        return found.measured.verdict == "VALID"
+
+    burst = run("burst", replace(scenario, kind=Kind.Offline, min_queries=settings.burst, min_duration_s=0.0, qps=1.0))
+    found = load_search.search(holds, burst.metrics["samples_per_s"], scenario.min_duration_s, settings)
+    best = done[min(done) if found.certified is None else found.certified]
+    best.metrics["max_qps"] = found.certified or 0.0
+    if found.failing is not None:
+        best.metrics["failing_qps"] = found.failing
+    return best

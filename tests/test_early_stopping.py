@@ -1,0 +1,73 @@
+"""LoadGen's early-stopping arithmetic, and that a run which is stopped by it would not have ended otherwise."""
+
+import numpy as np
+import pytest
+
+from autotune import early_stopping
+from autotune.early_stopping import Watch
+from autotune.schema import Stop
+
+
+@pytest.mark.parametrize(("over", "queries"), [(0, 459), (1, 662), (2, 838)])
+def test_queries_needed_are_those_of_loadgen(over: int, queries: int):
+    assert early_stopping.queries_needed(over) == queries
+    assert early_stopping.allowed(queries) == over and early_stopping.allowed(queries - 1) == over - 1
+
+
+def test_a_pass_over_mlperfs_data_set_forgives_107():
+    assert early_stopping.allowed(13_368) == 107
+
+
+def test_upper_bound_is_the_least_limit_that_passes():
+    latencies = list(range(662))  # one may be over
+    assert early_stopping.upper_bound(latencies, 662) == 660
+    assert early_stopping.upper_bound(latencies[:100], 100) is None
+
+
+def test_upper_bound_of_a_part_is_never_above_that_of_the_whole():
+    latencies = np.random.default_rng(0).lognormal(size=2000).tolist()
+    parts = [early_stopping.upper_bound(latencies[:seen], 2000) for seen in range(100, 2001, 100)]
+    assert parts == sorted(parts) and parts[-1] == early_stopping.upper_bound(latencies, 2000)
+
+
+@pytest.mark.parametrize("stop", [Stop.failed, Stop.decided])
+@pytest.mark.parametrize("slow_share", [0.0, 0.003, 0.005, 0.01, 0.03, 0.3])
+def test_no_verdict_changes_when_a_run_is_stopped(stop: Stop, slow_share: float):
+    """Random runs around the limit: what the watch says when it ends one is what it says of the whole."""
+    random = np.random.default_rng(round(slow_share * 1000))
+    for total in (459, 700, 1500):
+        latencies = np.where(random.random((total, 2)) < slow_share, 2.0, 0.5)
+        whole, stopped = Watch(total, (1.0, 1.0)), Watch(total, (1.0, 1.0))
+        for ttft, tpot in latencies.tolist():
+            whole.add(ttft, tpot)
+            if not stopped.ends_run(stop):
+                stopped.add(ttft, tpot)
+        passes = max(whole.over) <= early_stopping.allowed(total)
+        assert whole.decided is passes and bool(whole.reasons()) is not passes
+        if stopped.seen < total:
+            assert stopped.decided is passes and bool(stopped.reasons()) is not passes
+            assert stop is Stop.decided or not passes
+
+
+def test_run_too_short_for_the_test_is_not_stopped():
+    watch = Watch(100, (1.0, None))
+    for _ in range(100):
+        watch.add(2.0, 0.0)
+    assert watch.decided is None and not watch.ends_run(Stop.decided)
+    assert watch.reasons() == [
+        "TTFT over its limit in 100 of 100 queries, 0 of 100 may be",
+        "100 queries are too few for LoadGen's early-stopping test, which takes 459",
+    ]
+
+
+def test_a_share_decides_runs_that_are_too_short():
+    watch = Watch(100, (1.0, None), share=0.02)
+    for _ in range(3):
+        watch.add(2.0, 0.0)
+    assert watch.decided is False
+
+
+def test_no_limit_is_never_broken():
+    watch = Watch(459, (None, None))
+    watch.add(1e9, 1e9)
+    assert watch.over == [0, 0]

@@ -1,0 +1,92 @@
+"""The runs of one trial on one server, on a simulated one."""
+
+from pathlib import Path
+
+import pytest
+
+from autotune import trial
+from autotune.compose import command_line
+from autotune.errors import InputError
+from autotune.result import Result
+
+SIMULATED = ["model=llama8b", "backend=sim", "tracking=none"]
+
+
+def run(folder: Path, *arguments: str) -> Result:
+    config, _, _ = command_line([*SIMULATED, *arguments])
+    return trial.run(config, [], folder)
+
+
+def test_highest_load_is_certified_and_bracketed(tmp_path: Path):
+    result = run(tmp_path, "scenario=interactive", "objective=max_qps", "scenario.min_duration_s=30")
+    assert result.values == [result.metrics["max_qps"]] and result.verdict == "VALID" and result.feasible
+    assert result.metrics["max_qps"] < result.metrics["failing_qps"] < 1.03 * result.metrics["max_qps"]
+    certifying = {round(one.qps, 6): one for one in result.runs if one.role == "certify"}
+    passed = certifying[round(result.metrics["max_qps"], 6)]
+    failed = certifying[round(result.metrics["failing_qps"], 6)]
+    assert passed.verdict == "VALID" and not passed.stopped_early and passed.metrics["requests"] >= 1000
+    assert failed.verdict == "INVALID"
+    assert result.metrics["ttft_p99_ms"] == passed.metrics["ttft_p99_ms"]
+    for one in result.runs:
+        assert (tmp_path / one.folder / "server.csv").exists()
+    assert Result.load(tmp_path) == result
+    # What a run that was stopped costs is what it took.
+    spent = sum(one.metrics["duration_s"] for one in result.runs)
+    assert result.phases["run"] == pytest.approx(spent, rel=0.02)
+
+
+def test_limits_that_no_load_holds_leave_an_infeasible_trial(tmp_path: Path):
+    hopeless = ["scenario.tpot_ms=2", "scenario.min_duration_s=5"]
+    result = run(tmp_path, "scenario=interactive", "objective=max_qps", *hopeless)
+    assert result.complete and result.values == [0.0] and not result.feasible
+    assert result.constraints["tpot_p99"] > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["scenario=offline"], "has no arrival rate"), (["scenario=server", "scenario.ttft_ms=null"], "has no limits")],
+)
+def test_search_without_a_load_or_limits_is_refused(arguments: list[str], words: str, tmp_path: Path):
+    more = ["scenario.tpot_ms=null"] if "limits" in words else []
+    with pytest.raises(InputError, match=words):
+        run(tmp_path, *arguments, *more, "objective=max_qps")
+
+
+def test_repeats_are_means_with_an_interval(tmp_path: Path):
+    result = run(
+        tmp_path, "scenario=interactive", "scenario.qps=20", "scenario.repeats=4", "scenario.min_duration_s=20"
+    )
+    each = [one.metrics["tokens_per_s"] for one in result.runs]
+    assert len(set(each)) == 4
+    low, high = result.intervals["tokens_per_s"]
+    assert low < result.values[0] < high and result.values[0] == pytest.approx(sum(each) / 4)
+
+
+def test_load_above_the_limits_is_stopped_and_infeasible(tmp_path: Path):
+    overload = ["scenario=interactive", "scenario.qps=60", "scenario.min_duration_s=60"]
+    stopped, whole = run(tmp_path / "a", *overload), run(tmp_path / "b", *overload, "scenario.stop=never")
+    assert stopped.metrics["duration_s"] < whole.metrics["duration_s"] / 2
+    assert stopped.verdict == whole.verdict == "INVALID"
+    assert not stopped.feasible and not whole.feasible
+    assert 0 < stopped.constraints["tpot_p99"] <= whole.constraints["tpot_p99"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "bound"),
+    [
+        (["scenario=interactive", "scenario.qps=5"], "arrival"),
+        (["scenario=offline", "scenario.min_queries=2000", "engine.args.max_num_seqs=16"], "sequences"),
+        (["scenario=offline", "scenario.min_queries=300", "engine.args.max_num_batched_tokens=1024"], "tokens"),
+        (["scenario=offline", "scenario.min_queries=2000", "engine.args.gpu_memory_utilization=0.24"], "kv"),
+    ],
+)
+def test_what_bound_a_server_is_said(arguments: list[str], bound: str, tmp_path: Path):
+    assert run(tmp_path, *arguments).bound == bound
+
+
+def test_failed_start_costs_what_it_took():
+    config, _, _ = command_line([*SIMULATED, "engine.args.gpu_memory_utilization=0.1"])
+    from autotune.sweep.estimate import estimate, simulation
+
+    found = estimate(simulation(config, config.backend), {})
+    assert found.failed and found.engine_s > 30

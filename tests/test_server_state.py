@@ -1,0 +1,80 @@
+"""What vLLM's /metrics show, and the rules that name what bound a server."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autotune import server_state
+from autotune.live import metrics_page
+from autotune.server_state import State
+
+FLAGS = {"max_num_seqs": 64, "max_num_batched_tokens": 2048}
+IDLE = State(0, 10, 0, 0.2, 0, 0, 0, 0, 0, 0)
+# Each moment is ten steps of 500 tokens after the last.
+BUSY = [replace(IDLE, time_s=i, waiting=5, steps=10 * i, step_tokens=5000 * i) for i in range(10)]
+
+PAGE = """# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 4.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 1.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.5
+vllm:num_preemptions_total{engine="0",model_name="m"} 2.0
+vllm:num_preemptions_created{engine="0",model_name="m"} 1.7e+09
+vllm:prefix_cache_hits_total{engine="0",model_name="m"} 16.0
+vllm:prompt_tokens_total{engine="0",model_name="m"} 1.5e+02
+vllm:generation_tokens_total{engine="0",model_name="m"} 40.0
+vllm:iteration_tokens_total_bucket{engine="0",le="1.0",model_name="m"} 1.0
+vllm:iteration_tokens_total_count{engine="0",model_name="m"} 20.0
+vllm:iteration_tokens_total_sum{engine="0",model_name="m"} 190.0
+"""
+
+
+def test_page_is_read_over_all_engines():
+    assert metrics_page.parse(PAGE, 1.5) == State(1.5, 7, 1, 0.5, 2, 16, 150, 40, 20, 190)
+
+
+def test_server_that_does_not_answer_has_no_state():
+    assert metrics_page.read("http://127.0.0.1:9", 0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("states", "bound"),
+    [
+        ([IDLE] * 10, "arrival"),
+        ([*[IDLE] * 6, *BUSY[:4]], "arrival"),
+        ([replace(state, kv_use=0.95) for state in BUSY], "kv"),
+        ([*BUSY[:-1], replace(BUSY[-1], preemptions=1)], "kv"),
+        ([replace(state, running=64) for state in BUSY], "sequences"),
+        ([replace(state, step_tokens=state.step_tokens * 4) for state in BUSY], "tokens"),
+        (BUSY, "queue"),
+        (BUSY[:1], ""),
+    ],
+    ids=["idle", "mostly idle", "kv full", "preempted", "seats", "budget", "queue", "not seen"],
+)
+def test_what_bound_a_server(states: list[State], bound: str):
+    assert server_state.bound(states, FLAGS) == bound
+
+
+def test_each_replica_has_its_own_seats():
+    full = [replace(state, running=64) for state in BUSY]
+    assert server_state.bound(full, FLAGS | {"data_parallel_size": 2}) == "queue"
+
+
+def test_figures_are_of_the_run_alone():
+    states = [
+        State(0, 2, 0, 0.1, 5, 100, 1000, 10, 50, 1000),
+        State(2, 4, 1, 0.3, 6, 150, 2000, 30, 150, 3000),
+    ]
+    found = server_state.figures(states)
+    assert found["preemptions"] == 1 and found["kv_use_max"] == 0.3 and found["running_mean"] == 3
+    assert found["prefix_hit_share"] == 0.05
+    assert found["step_ms"] == pytest.approx(20) and found["tokens_per_step"] == 20
+
+
+def test_series_is_written_with_its_names(tmp_path: Path):
+    server_state.write(BUSY, tmp_path)
+    lines = (tmp_path / "server.csv").read_text().splitlines()
+    assert lines[0].startswith("time_s,running,waiting,kv_use") and len(lines) == 1 + len(BUSY)
