@@ -78,6 +78,7 @@ class ForkServer:
     def __init__(self, command: Sequence[str], log: Path, stop_timeout_s: float) -> None:
         """`command` gets the descriptor for `serve` and `stop_timeout_s` as its last words."""
         self.log = log
+        self._stop_timeout_s = stop_timeout_s
         self._requests, theirs = socket.socketpair()
         with theirs:
             words = [*command, str(theirs.fileno()), str(stop_timeout_s)]
@@ -101,15 +102,16 @@ class ForkServer:
         finally:
             for descriptor in (content, alive, told):
                 os.close(descriptor)
-        return Forked(keep, code)
+        return Forked(keep, code, self._stop_timeout_s)
 
 
 class Forked:
     """A process that a ForkServer made; it ends with this one."""
 
-    def __init__(self, keep: int, code: int) -> None:
+    def __init__(self, keep: int, code: int, stop_timeout_s: float) -> None:
         self._keep = os.fdopen(keep, "wb")  # as long as it is open, the process may run
         self._code = os.fdopen(code, "rb")  # ends with the process's guard, which writes the exit code first
+        self._stop_timeout_s = stop_timeout_s
         self._ended: int | None = None
 
     def exit_code(self) -> int | None:
@@ -127,27 +129,27 @@ class Forked:
     def stop(self) -> None:
         """End it and everything it started."""
         self._keep.close()
-        while self.wait(1) is None:
-            """Its guard kills it when its time is up."""
+        self.wait(self._stop_timeout_s + 5)  # then its guard has long killed it, or is stuck itself
 
 
 def serve(descriptor: int, stop_timeout_s: float) -> bytes:
     """In a ForkServer's process: returns each request in a fork of its own, in its own session and under a guard.
 
-    The process that calls this must have one thread, and never returns.
+    The process that calls this never returns, and must have no thread of its own (numpy's are stopped by a fork).
     """
     requests = socket.socket(fileno=descriptor)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaves no zombies
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the forks end first
     while True:
-        message, (*descriptors,), _, _ = socket.recv_fds(requests, 1, 3)
+        message, descriptors, _, _ = socket.recv_fds(requests, 1, 3)
         if not message:
             break
         if os.fork() == 0:
             requests.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, before)
-            return _guarded(*descriptors, stop_timeout_s)
+            content, alive, told = descriptors
+            return _guarded(content, alive, told, stop_timeout_s)
         for received in descriptors:
             os.close(received)
     with suppress(ChildProcessError):

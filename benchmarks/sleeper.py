@@ -3,7 +3,9 @@
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +34,31 @@ class Sleeper:
     def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
         return DryRunOutcome("", {})
 
-    def measure(
-        self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Samples, folder: Path
-    ) -> Measurement:
+    @contextmanager
+    def start(self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path) -> Iterator["Asleep"]:
         seqs = int(args.get("max_num_seqs") or 1)
-        sleep_s = self.config.pace * math.exp(random.Random(seqs).gauss(0, SIGMA))
         with lease_for(self.config.gpus, args) as lease:
-            began = time.time()
-            while time.time() < began + sleep_s:
-                progress.check(folder)
-                time.sleep(min(0.05, max(0.0, began + sleep_s - time.time())))
-        value = 1000 - abs(seqs - 700)
-        phases = {"start": 0.0, "run": sleep_s}
-        facts = {"slept": f"{began} {time.time()}", **leased(lease)}
-        return Measurement([RequestTiming(0, 0.0, 0.5, 1.0, value)], 0, "VALID", [], {}, phases, ["sleep"], facts)
+            sleep_s = self.config.pace * math.exp(random.Random(seqs).gauss(0, SIGMA))
+            yield Asleep(sleep_s, 1000 - abs(seqs - 700), folder, leased(lease))
+
+
+@dataclass(frozen=True)
+class Asleep:
+    """One request, of `tokens` tokens in a second, after `sleep_s`."""
+
+    sleep_s: float
+    tokens: int
+    folder: Path
+    facts: dict[str, str]
+    start_s: float = 0.0
+    command: list[str] = field(default_factory=lambda: ["sleep"])
+    estimated: bool = False
+
+    def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:
+        began = time.time()
+        while (left_s := began + self.sleep_s - time.time()) > 0:
+            progress.check(self.folder)
+            time.sleep(min(0.05, left_s))
+        facts = {"slept": f"{began} {time.time()}", **self.facts}
+        request = RequestTiming(0, 0.0, 0.5, 1.0, self.tokens)
+        return Measurement([request], 0, 1, "VALID", [], {}, {"run": self.sleep_s}, facts=facts)

@@ -3,6 +3,8 @@
 imports what trials need, MODULE with the backend among it, and forks for each trial that comes through the socket FD.
 """
 
+import atexit
+import gc
 import importlib
 import logging
 import os
@@ -53,11 +55,17 @@ def run_job(one: Trial) -> str:
 def main() -> None:
     module, descriptor, stop_timeout_s = sys.argv[1:]
     importlib.import_module(module)
+    gc.freeze()  # what is there need not be looked at, and so copied, in each fork
     one: Trial = pickle.loads(serve(int(descriptor), float(stop_timeout_s)))
     with (one.folder / LOG).open("wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    sys.exit(run_job(one) or 0)
+    if reason := run_job(one):
+        sys.exit(reason)
+    # To take all modules down would cost a fork 0.2 s, in which its worker is idle.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
