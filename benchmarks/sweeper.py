@@ -27,7 +27,6 @@ import optuna
 import psutil
 from optuna.trial import TrialState
 
-from autotune.result import Result
 from autotune.sweep.launchers import Inline, Job
 from autotune.sweep.worker import Trial, run
 
@@ -53,12 +52,31 @@ class Done:
         return "no result.json"
 
 
+@dataclass(frozen=True)
+class Clock:
+    """Of the sweep's process, s."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> "Clock":
+        return cls(time.monotonic(), time.process_time())
+
+
 class Instant(Inline):
-    """A launcher whose trials are done when they are submitted."""
+    """A launcher whose trials are done when they are submitted; `cost.csv` has the sweep's own time between them, s."""
+
+    ended: Clock | None = None
 
     def submit(self, trials: Sequence[Trial]) -> list[Job]:
         for trial in trials:
+            if self.ended:
+                now = Clock.now()
+                with (trial.folder.parent / "cost.csv").open("a") as file:
+                    file.write(f"{now.wall - self.ended.wall},{now.cpu - self.ended.cpu}\n")
             run(trial)
+            self.ended = Clock.now()
         return [Done() for _ in trials]
 
 
@@ -119,17 +137,19 @@ def gaps(trials: Sequence[Slept]) -> list[float]:
     return [after.began - before.ended for pairs in of_one for before, after in itertools.pairwise(pairs)]
 
 
-def busy(workers: int, trials: int, median_s: float) -> bool:
+def busy(workers: int, trials: int, median_s: float, upstream: bool) -> bool:
     """How busy workers are while there is a trial for each, and up to the last one's end."""
     common = [f"n_trials={trials}", "sampler=tpe", f"{KEY}=range(1,1000)", f"backend.pace={median_s}"]
     arms = {
-        "autotune": ["launcher=gpus", f"gpus={list(range(workers))}".replace(" ", ""), "repeats=measure"],
+        "autotune": ["launcher=gpus", f"gpus={list(range(workers))}".replace(" ", ""), "duplicates=measure"],
         "hydra-optuna-sweeper": [
             "hydra/sweeper=optuna",
             "hydra/launcher=submitit_local",
             f"hydra.sweeper.n_jobs={workers}",
         ],
     }
+    if not upstream:
+        del arms["hydra-optuna-sweeper"]
     shares = {}
     for name, arguments in arms.items():
         with tempfile.TemporaryDirectory() as temporary:
@@ -146,11 +166,11 @@ def busy(workers: int, trials: int, median_s: float) -> bool:
 
 
 def cost(trials: int) -> bool:
-    """Milliseconds of the sweep for a trial, and its memory, by hundreds of trials."""
+    """Milliseconds of the sweep for a trial, on the clock and of CPU time, and its memory, by hundreds of trials."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         arguments = [f"n_trials={trials}", f"{KEY}=range(1,100000)", "engine.args.block_size=choice(16,32)"]
-        instant = ["launcher._target_=benchmarks.sweeper.Instant", "backend.pace=0"]
+        instant = ["launcher._target_=benchmarks.sweeper.Instant", "backend.pace=0", "duplicates=measure"]
         study = subprocess.Popen(
             command(*arguments, *instant), cwd=folder, env=environment(folder), stdout=subprocess.DEVNULL
         )
@@ -162,18 +182,15 @@ def cost(trials: int) -> bool:
             except psutil.NoSuchProcess:
                 break
             time.sleep(0.2)
-        results = [Result.load(path.parent) for path in (folder / "multirun/s").glob("trial-*/result.json")]
-    ended = sorted((result.ended_at, result.ended_at - result.started_at) for result in results)
-    # Between one trial's end and the next one's is the sweep's time, and the trial's own.
-    own_ms = [1e3 * (end - before - trial_s) for (before, _), (end, trial_s) in itertools.pairwise(ended)]
-    for first in range(0, len(own_ms) - 99, 100):
-        mean_ms = sum(own_ms[first : first + 100]) / 100
-        print(f"trials {first:4}-{first + 99:4}: {mean_ms:5.1f} ms a trial, {memory.get(first, 0):.0f} MB", flush=True)
-    last_ms = sum(own_ms[-100:]) / 100
+        lines = (folder / "multirun/s/cost.csv").read_text().splitlines()
+    own = [tuple(1e3 * float(seconds) for seconds in line.split(",")) for line in lines]
+    for first in range(0, len(own), 100):
+        wall_ms, cpu_ms = (statistics.mean(column) for column in zip(*own[first : first + 100], strict=True))
+        print(f"trials {first:4}…: {wall_ms:5.1f} ms a trial, {cpu_ms:5.1f} of CPU time, {memory.get(first, 0):.0f} MB")
     settled = trials // 5
     later = [megabytes for done, megabytes in sorted(memory.items()) if done >= settled]
-    print(f"at the end {last_ms:.1f} ms a trial; memory grew by {later[-1] - later[0]:.0f} MB from trial {settled} on")
-    return last_ms <= 50
+    print(f"memory grew by {later[-1] - later[0]:.0f} MB from trial {settled} on")
+    return wall_ms <= 50
 
 
 def kills(trials: int, count: int) -> bool:
@@ -205,11 +222,14 @@ def main() -> None:
     parser.add_argument("what", choices=["busy", "cost", "kills"])
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--trials", type=int)
-    parser.add_argument("--median-s", type=float, default=6.0, help="of a trial's length (busy)")
+    parser.add_argument(
+        "--median-s", type=float, default=6.0, help="of a trial's length (busy): real ones take minutes"
+    )
+    parser.add_argument("--alone", action="store_true", help="without hydra-optuna-sweeper (busy)")
     parser.add_argument("--kills", type=int, default=20)
     options = parser.parse_args()
     if options.what == "busy":
-        met = busy(options.workers, options.trials or 200, options.median_s)
+        met = busy(options.workers, options.trials or 200, options.median_s, not options.alone)
     elif options.what == "cost":
         met = cost(options.trials or 1000)
     else:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,22 @@ class Sole(_CachedStorage):
         self._replace(trial_id, self._backend.get_trial(trial_id))
         return changed
 
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All that is written in the block is written at once: one wait for the disk instead of a dozen."""
+        session = self._backend.scoped_session
+        with self._backend.engine.connect() as connection:
+            transaction = connection.begin()
+            session.remove()
+            session.configure(bind=connection, join_transaction_mode="rollback_only")
+            try:
+                yield
+            finally:
+                session.remove()
+                session.configure(bind=self._backend.engine, join_transaction_mode="conditional_savepoint")
+                if transaction.is_active:  # also where something else went wrong: what was noted is written
+                    transaction.commit()
+
     def _note(self, trial_id: int, field: str, key: Any, value: Any) -> None:
         """On a copy: whoever was handed the trial keeps it as it was."""
         trial = copy.copy(self.get_trial(trial_id))
@@ -81,6 +97,11 @@ class Sole(_CachedStorage):
     def _replace(self, trial_id: int, trial: FrozenTrial) -> None:
         study_id, number = self._trial_id_to_study_id_and_number[trial_id]
         self._studies[study_id].trials[number] = trial
+
+
+def transaction(kept: Any) -> AbstractContextManager[None]:
+    """`Sole.transaction`, where `kept` is one."""
+    return kept.transaction() if isinstance(kept, Sole) else nullcontext()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -279,8 +280,9 @@ class Study:
             return Asked(report.BASELINE, {}, None)
         refused = looked_up = 0  # in a row
         while not self._exhausted and self._count < self._n_trials and not self._spent():
-            trial = self._study.ask()
-            params = self._space.suggest(trial, self._known)
+            with self._transaction():
+                trial = self._study.ask()
+                params = self._space.suggest(trial, self._known)
             refusal, point = self._dry_run(params)
             earlier = self._measured.get(point)
             if refusal:
@@ -342,8 +344,9 @@ class Study:
 
     def _refuse(self, trial: optuna.Trial, reason: str) -> None:
         """Record a combination that took no GPU: infeasible to the sampler, and none of the study's n_trials."""
-        trial.set_user_attr("refused", reason)
-        tell.impossible(self._study, trial, "refused")
+        with self._transaction():
+            trial.set_user_attr("refused", reason)
+            tell.impossible(self._study, trial, "refused")
         self._count += isinstance(self._study.sampler, Grid)  # which asks for each point once
         log.info("trial-%d refused: %s (%s)", trial.number, reason, report.shorten(trial.params))
 
@@ -404,20 +407,24 @@ class Study:
         duplicate = report.DUPLICATE in result.facts
         if result.complete and not duplicate:
             self._note_measured(asked.name, asked.params)
-        if asked.trial is None:
-            self._record_baseline(result)
-        elif result.complete:
-            self._tell(asked.trial, result)
-        elif pruned:
-            self._study.tell(asked.trial, state=TrialState.PRUNED)
-        else:
-            self._fail(asked.trial, result.reason)
+        with self._transaction():
+            if asked.trial is None:
+                self._record_baseline(result)
+            elif result.complete:
+                self._tell(asked.trial, result)
+            elif pruned:
+                self._study.tell(asked.trial, state=TrialState.PRUNED)
+            else:
+                self._fail(asked.trial, result.reason)
         if not duplicate:
             self._count_failures(result, pruned, result.facts.get("node", node))
         try:
             self._tracker.log_trial(folder, asked.name, result)
         except TrackingError as error:
             log.warning("%s", error)
+
+    def _transaction(self) -> AbstractContextManager[None]:
+        return storage.transaction(self._study._storage)
 
     def _record_baseline(self, result: Result) -> None:
         """Note the baseline; where vLLM's defaults lie within the space, the sampler learns from it, too."""
