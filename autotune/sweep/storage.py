@@ -135,7 +135,10 @@ def _database(url: str, study: str, held: ExitStack) -> Sole:
         held.callback(backend.engine.dispose)
         return Sole(backend)
     except ImportError as error:
-        raise InputError(f"{where}: {error}; install that database's driver (extras: postgresql, mysql)") from None
+        raise InputError(
+            f"{where}: {error}; install that database's driver "
+            f"(for PostgreSQL and MySQL: uv pip install -e '.[databases]')"
+        ) from None
     except (SQLAlchemyError, StorageInternalError) as error:
         raise InputError(f"{where}: {redact(str(error).splitlines()[0])}") from None
 

@@ -39,7 +39,7 @@ from autotune.trial import Prepared, prepare, prepare_samples
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.1
+POLL_S = 0.05
 REFUSALS_IN_A_ROW = 100  # then the space is at fault
 DUPLICATES_IN_A_ROW = 50  # then the sampler has nothing new
 NODE_FAILURES = 3  # in a row, then a node is set aside

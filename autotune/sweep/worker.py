@@ -15,6 +15,7 @@ from pathlib import Path
 
 from autotune import interrupt, trial
 from autotune.errors import AutotuneError
+from autotune.facts import git_revision
 from autotune.logs import log_to
 from autotune.process import serve
 from autotune.schema import Config
@@ -55,6 +56,7 @@ def run_job(one: Trial) -> str:
 def main() -> None:
     module, descriptor, stop_timeout_s = sys.argv[1:]
     importlib.import_module(module)
+    git_revision()  # of what is loaded, and once for all
     gc.freeze()  # what is there need not be looked at, and so copied, in each fork
     one: Trial = pickle.loads(serve(int(descriptor), float(stop_timeout_s)))
     with (one.folder / LOG).open("wb") as log:
