@@ -29,13 +29,14 @@ def search(holds: Callable[[float, float, bool], bool], burst_qps: float, full_s
     certified = failing = None  # in full length
     low: float | None = None
     high: float | None = None
+    low_s = 0.0  # length of the run that `low` held
     qps, step, closing = START * burst_qps, WIDEN, False
     for _ in range(settings.max_runs):
         if qps < LEAST * burst_qps:
             break
         full = closing or seconds >= full_s
         if holds(qps, full_s if full else seconds, full):
-            low, certified = qps, qps if full else certified
+            low, low_s, certified = qps, seconds, qps if full else certified
             if high is not None and low >= high:
                 high = failing = None
         else:
@@ -46,7 +47,8 @@ def search(holds: Callable[[float, float, bool], bool], burst_qps: float, full_s
             qps, step = (qps * step if high is None else qps / step), step**2 if closing else step
         elif high / low > 1 + 1.01 * settings.precision:
             seconds = min(full_s, seconds * settings.growth)
-            qps = math.sqrt(low * high)
+            # An overload takes a while to show: a load that held for a moment is tried again before more follows.
+            qps = low if low_s * settings.growth**2 < seconds else math.sqrt(low * high)
         elif certified != low or failing != high:
             qps, step, closing = (low if certified != low else high), 1 + settings.precision, True
         else:

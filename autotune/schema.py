@@ -178,6 +178,13 @@ class Device:
     gpus: int = 8  # in one machine
 
 
+# Device's constants that autotune.sim.calibrate fits.
+FITTED = (
+    *("math_efficiency", "fp8_tflops", "attention_efficiency", "bandwidth_efficiency"),
+    *("step_s", "host_s", "host_sequence_s", "launch_s", "fp8_factor", "accept_s", "answer_s"),
+)
+
+
 @dataclass
 class SimConfig:
     """backend=sim: vLLM's scheduler on a virtual clock."""
@@ -200,6 +207,8 @@ class PriorConfig:
     backend: Any = None  # simulates; null: no prior
     trials: int = 200  # simulated
     keep: int = 5  # of them, the best distinct ones, that a study starts with
+    devices: int = 8  # that they are simulated on once more: the device's constants may be off
+    sigma: float = 0.15  # by how much: standard deviation of the logarithm of each fitted one
 
 
 @dataclass

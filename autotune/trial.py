@@ -17,6 +17,7 @@ from autotune.facts import git_revision
 from autotune.models import Model
 from autotune.redact import redact
 from autotune.result import Result
+from autotune.runs import Run
 from autotune.samples import Samples
 from autotune.schema import Config
 
@@ -119,8 +120,11 @@ def _measure(config: Config, result: Result, folder: Path) -> None:
         result.phases["stop"] = time.monotonic() - stopping
 
 
-def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> None:
-    """Make the runs that `config` asks for on `engine`, and fill `result`; `flags` are vLLM's, resolved."""
+def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> Run:
+    """Make the runs that `config` asks for on `engine`, and fill `result`; `flags` are vLLM's, resolved.
+
+    Returns the run that `result` tells of.
+    """
     result.estimated, result.command = engine.estimated, engine.command
     result.phases["start"] = engine.start_s
     if "max_qps" in config.objective.metrics:
@@ -137,3 +141,4 @@ def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Pa
     result.facts |= run.measured.facts
     result.values = objective.values(config.objective, result.metrics)
     result.constraints = run.constraints
+    return run

@@ -3,7 +3,8 @@
     python benchmarks/samplers.py [--seeds 5] [--trials 40] [--samplers tpe gp …] [--out FOLDER]
 
 Everything is simulated. Each workload's grid is simulated once and is the truth: the samplers look their trials up in
-it, with and without a prior (the best configurations of a simulated study, asked for first). A trial takes its start
+it, with and without a prior (the best configurations of a simulated study, asked for first), with and without pruning
+(pruner=median). A trial takes its start
 and its run; one that runs out of memory takes its start, a refused one nothing, one asked for twice takes its time
 twice. Every arm is given the engine time of --trials average points.
 
@@ -21,7 +22,7 @@ import statistics
 import time
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -32,14 +33,15 @@ import numpy as np
 import optuna
 import torch
 from matplotlib.figure import Figure
+from optuna.trial import TrialState
 
 from autotune import compose
 from autotune.compose import command_line, errors_in_one_line
-from autotune.schema import Config, Device
-from autotune.sim.calibrate import FITTED
+from autotune.schema import Config, with_fields
+from autotune.sim.backend import PUBLISH_S, published
 from autotune.space import Space, parse
 from autotune.sweep import prior, tell
-from autotune.sweep.estimate import Estimate, Simulation, search, simulation
+from autotune.sweep.estimate import Estimate, Simulation, estimate, simulation
 from autotune.sweep.study import REFUSALS_IN_A_ROW, Grid, make_sampler
 
 SAMPLERS = ("tpe", "gp", "nsga2", "cmaes", "qmc", "random")  # botorch takes as long as all of these, several times
@@ -67,7 +69,8 @@ WORKLOADS = {
 GOOD = 0.02  # a regret that is good enough
 REGRETS_AFTER = (10, 20)  # trials
 GRID = "grid"
-PRIOR = "+prior"
+PRIOR, PRUNING = "+prior", "+pruning"
+PRUNER = "median"
 
 
 @dataclass(frozen=True)
@@ -76,26 +79,19 @@ class Workload:
     simulated: Simulation
     space: Space
     points: dict[tuple[Any, ...], Estimate]  # of the whole grid, by `key`
-    start_s: float  # mean
+    published: dict[tuple[Any, ...], list[float]]  # the objective every PUBLISH_S of a run, of those that run
 
     @property
     def config(self) -> Config:
         return self.simulated.config
 
     @property
-    def device(self) -> Device:
-        return self.simulated.prepared.backend.config.device
-
-    @property
     def best(self) -> Estimate:
         return max((e for e in self.points.values() if e.result.feasible), key=lambda e: e.result.values[0])
 
-    def engine_s(self, found: Estimate) -> float:
-        return self.start_s if found.failed else found.engine_s
-
     @property
     def grid_s(self) -> float:
-        return sum(map(self.engine_s, self.points.values()))
+        return sum(found.engine_s for found in self.points.values())
 
     def regret(self, found: Estimate) -> float:
         """Share below the best; 1 if it is no answer."""
@@ -107,7 +103,7 @@ class Workload:
 
     def expected_s(self) -> float:
         """Engine time until the grid's first good point, expected over its random orders."""
-        good_s = sum(map(self.engine_s, self.good))
+        good_s = sum(found.engine_s for found in self.good)
         # Of k good points each is as likely the first, and a bad one comes before all of them with 1 / (k + 1).
         return (self.grid_s - good_s) / (len(self.good) + 1) + good_s / len(self.good)
 
@@ -123,6 +119,7 @@ class Run:
     regret: list[float]  # best so far
     failed: list[bool]
     repeated: list[bool]  # asked for before
+    pruned: list[bool]
 
     def good_s(self) -> float:
         """Engine time until it is good; infinite if it never is."""
@@ -143,23 +140,34 @@ def workload(name: str, words: str) -> Workload:
     assert config.objective.directions == ["maximize"]
     space, _ = parse(params, sweeps, config.conditions, config.only_if)
     simulated = simulation(config, config.backend)
-    found = list(search(simulated, space, Grid(space.grid), space.grid_size))
-    points = {key(space, point.params): point for point in found}
+    points, series = {}, {}
+    for params in grid(space, simulated):
+        point, seen = key(space, params), []
+        broken = space.violated(params, simulated.known)
+        points[point] = Estimate(params, refused=broken) if broken else estimate(simulated, params, seen.append)
+        if seen:
+            load = with_fields(config, {name: value for name, value in params.items() if "scenario" in name}).scenario
+            times = np.arange(PUBLISH_S, seen[0].measured.phases["run"], PUBLISH_S)
+            series[point] = [
+                published(seen[0].measured.requests, at, load)[config.objective.metrics[0]] for at in times
+            ]
     assert len(points) == space.grid_size
-    starts = [point.result.phases["start"] for point in found if point.result.complete]
-    return Workload(name, simulated, space, points, statistics.mean(starts))
+    return Workload(name, simulated, space, points, series)
 
 
-def miscalibrated(device: Device, sigma: float, seed: int) -> Device:
-    """`device` as one would have it whose fit went wrong."""
-    factors = dict(zip(FITTED, np.random.default_rng(seed).lognormal(0, sigma, len(FITTED)), strict=True))
-    known = {name: getattr(device, name) for name in FITTED}
-    return replace(device, **{name: value * float(factors[name]) for name, value in known.items() if value is not None})
+def grid(space: Space, simulated: Simulation) -> Iterator[dict[str, Any]]:
+    """Every point, as a study with sampler=grid asks for it."""
+    study = optuna.create_study(sampler=Grid(space.grid))
+    for _ in range(space.grid_size):
+        trial = study.ask()
+        yield space.suggest(trial, simulated.known)
+        study.tell(trial, 0.0)
 
 
 def expected_best(load: Workload, sigma: float, seed: int) -> list[dict[str, Any]]:
     """What a study with this seed and a miscalibrated prior asks for first."""
-    backend = {**load.config.backend, "device": asdict(miscalibrated(load.device, sigma, seed))}
+    # Other draws than those that the prior itself reckons with.
+    backend = {**load.config.backend, "device": prior.perturbed(load.config.backend["device"], sigma, 1000 + seed)}
     config = replace(load.config, seed=seed, prior=replace(load.config.prior, backend=backend))
     return [one.params for one in prior.best(config, load.space)]
 
@@ -173,13 +181,14 @@ def sampler_config(name: str, seed: int) -> Any:
 
 def run(load: Workload, arm: str, number: int, first: Sequence[dict[str, Any]], budget_s: float) -> Run:
     """A study as `autotune.sweep.study` runs it, trials looked up, until it has taken `budget_s`."""
-    name = arm.removesuffix(PRIOR)
+    name = arm.split("+")[0]
     seed = zlib.crc32(f"{load.name} {name} {number}".encode())  # or all would begin with the same draws
     sampler = make_sampler(sampler_config(name, seed), load.space)
-    study = optuna.create_study(sampler=sampler, directions=load.config.objective.directions)
-    for params in first:
+    pruner = make_pruner(f"pruner={PRUNER}") if PRUNING in arm else optuna.pruners.NopPruner()
+    study = optuna.create_study(sampler=sampler, pruner=pruner, directions=load.config.objective.directions)
+    for params in first if PRIOR in arm else []:
         study.enqueue_trial(params)
-    done = Run(load.name, arm, number, [], [], [], [])
+    done = Run(load.name, arm, number, [], [], [], [], [])
     taken_s, least, refusals = 0.0, 1.0, 0
     asked: set[tuple[Any, ...]] = set()
     while taken_s < budget_s and refusals < REFUSALS_IN_A_ROW:
@@ -191,18 +200,39 @@ def run(load: Workload, arm: str, number: int, first: Sequence[dict[str, Any]], 
             tell.impossible(study, trial, "refused")
             continue
         refusals = 0
+        pruned_s = None
         if found.failed:
             tell.impossible(study, trial, "starts")
+        elif (pruned_s := pruned_after(trial, load.published[point])) is not None:
+            study.tell(trial, state=TrialState.PRUNED)
         else:
             tell.measured(study, trial, load.config.objective, found.result)
-        taken_s += load.engine_s(found)
-        least = min(least, load.regret(found))
+        taken_s += found.engine_s if pruned_s is None else found.result.phases["start"] + pruned_s
+        if pruned_s is None:
+            least = min(least, load.regret(found))
         done.engine_s.append(taken_s)
         done.regret.append(least)
         done.failed.append(bool(found.failed))
         done.repeated.append(point in asked)
+        done.pruned.append(pruned_s is not None)
         asked.add(point)
     return done
+
+
+def pruned_after(trial: optuna.Trial, published: Sequence[float]) -> float | None:
+    """Seconds of measurement after which the study's pruner ends the trial; None if it never does."""
+    for step, value in enumerate(published):
+        trial.report(value, step)
+        if trial.should_prune():
+            return (step + 1) * PUBLISH_S
+    return None
+
+
+def make_pruner(override: str) -> optuna.pruners.BasePruner:
+    with hydra.initialize_config_dir(str(compose.CONF)):
+        config = hydra.compose("config", [override]).pruner
+    made: optuna.pruners.BasePruner = hydra.utils.instantiate(config, _execution_whitelist_=("optuna.*",))
+    return made
 
 
 def table(loads: Sequence[Workload], runs: Sequence[Run]) -> dict[str, dict[str, float]]:
@@ -220,6 +250,7 @@ def table(loads: Sequence[Workload], runs: Sequence[Run]) -> dict[str, dict[str,
             **{f"regret_{n}": statistics.median(run.regret_after(n) for run in of_arm) for n in REGRETS_AFTER},
             "failed": statistics.fmean(failed for run in of_arm for failed in run.failed),
             "repeated": statistics.fmean(repeated for run in of_arm for repeated in run.repeated),
+            "pruned": statistics.fmean(pruned for run in of_arm for pruned in run.pruned),
         }
     expected = {load.name: load.expected_s() / load.grid_s for load in loads}
     rows[GRID] = {
@@ -241,6 +272,7 @@ def words(rows: Mapping[str, Mapping[str, float]]) -> str:
         **{f"regret_{n}": f"regret@{n}" for n in REGRETS_AFTER},
         "failed": "failed",
         "repeated": "repeated",
+        "pruned": "pruned",
     }
 
     def cell(name: str, value: float | None) -> str:
@@ -252,13 +284,13 @@ def words(rows: Mapping[str, Mapping[str, float]]) -> str:
             f"{value:.2f}"
             if name == "good_h"
             else f"{value:.0%}"
-            if name in ("reached", "failed", "repeated")
+            if name in ("reached", "failed", "repeated", "pruned")
             else f"{value:.1%}"
         )
 
-    lines = [" ".join(["".ljust(15), *(f"{title:>11}" for title in columns.values())])]
+    lines = [" ".join(["".ljust(22), *(f"{title:>11}" for title in columns.values())])]
     for arm, row in rows.items():
-        lines.append(" ".join([arm.ljust(15), *(f"{cell(name, row.get(name)):>11}" for name in columns)]))
+        lines.append(" ".join([arm.ljust(22), *(f"{cell(name, row.get(name)):>11}" for name in columns)]))
     return "\n".join(lines)
 
 
@@ -281,10 +313,10 @@ def verdicts(rows: Mapping[str, Mapping[str, float]], budget: float) -> list[str
 
 
 def plot(loads: Sequence[Workload], runs: Sequence[Run], file: Path) -> None:
-    """Median regret against engine time, a panel for each workload."""
+    """Median regret against engine time, a panel for each workload; arms without pruning."""
     figure = Figure(figsize=(6 * len(loads), 5), layout="constrained")
     panels = figure.subplots(1, len(loads), sharey=True, squeeze=False)[0]
-    arms = list(dict.fromkeys(run.arm for run in runs))
+    arms = list(dict.fromkeys(run.arm for run in runs if PRUNING not in run.arm))
     samplers = dict.fromkeys(arm.removesuffix(PRIOR) for arm in arms)
     colours = {sampler: f"C{number}" for number, sampler in enumerate(samplers)}
     for panel, load in zip(panels, loads, strict=True):
@@ -351,8 +383,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             first = expected_best(load, options.sigma, seed)
             for sampler in options.samplers:
                 began = time.perf_counter()
-                runs.append(run(load, sampler, seed, [], budget_s))
-                runs.append(run(load, sampler + PRIOR, seed, first, budget_s))
+                for arm in ("", PRIOR, PRUNING, PRIOR + PRUNING):
+                    runs.append(run(load, sampler + arm, seed, first, budget_s))
                 spent_s[sampler] += time.perf_counter() - began
     rows = table(loads, runs)
     body = {

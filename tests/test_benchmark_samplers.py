@@ -23,7 +23,8 @@ def test_regret_falls_to_the_grids_best(
     grid, runs = found["workloads"]["small"], found["runs"]
     assert grid["points"] == 24 and grid["refused"] == 4 and grid["best"] == max(grid["values"])
     assert 0 < grid["expected_s"] < grid["grid_s"]
-    assert [run["arm"] for run in runs] == ["tpe", "tpe+prior", "random", "random+prior"]
+    arms = [sampler + arm for sampler in ("tpe", "random") for arm in ("", "+prior", "+pruning", "+prior+pruning")]
+    assert [run["arm"] for run in runs] == arms
     for run in runs:
         assert len(run["engine_s"]) == len(run["regret"]) >= 5
         assert all(before < after for before, after in pairwise(run["engine_s"]))
@@ -32,15 +33,3 @@ def test_regret_falls_to_the_grids_best(
     assert set(found["arms"]) == {"grid", *(run["arm"] for run in runs)}
     assert "0.5 of tpe's engine time" in capsys.readouterr().out
     assert (tmp_path / "samplers.png").stat().st_size
-
-
-def test_prior_is_another_device_for_each_seed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import samplers
-
-    device = samplers.Device(name="D", memory_gib=1, tflops=1, bandwidth_gbs=1)
-    one, other = (samplers.miscalibrated(device, 0.2, seed) for seed in (0, 1))
-    for name in samplers.FITTED:
-        values = {getattr(each, name) for each in (device, one, other)}
-        assert len(values) == 3 or values == {None}
-    assert one.memory_gib == device.memory_gib and samplers.miscalibrated(device, 0, 0) == device

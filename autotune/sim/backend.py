@@ -192,18 +192,21 @@ def pass_time(
     """
     progress.phase(folder, phase)
     began, step = time.monotonic(), 1
-    limits = scenario.limits_s() if scenario else (None, None)
     while (now_s := (time.monotonic() - began) / pace) < simulated_s:
         progress.check(folder)
-        while requests and step * PUBLISH_S <= now_s:
-            elapsed_s = step * PUBLISH_S
-            ended = [request for request in requests if request.last_token <= elapsed_s]
-            tokens = sum(generated(request, elapsed_s) for request in requests)
-            good = sum(within(request, limits) for request in ended)
-            counts = {"tokens_per_s": tokens, "samples_per_s": len(ended), "goodput_per_s": good}
-            progress.publish(folder, step - 1, {name: count / elapsed_s for name, count in counts.items()})
+        while scenario and step * PUBLISH_S <= now_s:
+            progress.publish(folder, step - 1, published(requests, step * PUBLISH_S, scenario))
             step += 1
         time.sleep(min(0.05, pace * PUBLISH_S / 4, max(0.0, pace * (simulated_s - now_s))))
+
+
+def published(requests: Sequence[RequestTiming], until_s: float, scenario: ScenarioConfig) -> dict[str, float]:
+    """The rates that a real run would have published after `until_s`."""
+    ended = [request for request in requests if request.last_token <= until_s]
+    good = sum(within(request, scenario.limits_s()) for request in ended)
+    tokens = sum(generated(request, until_s) for request in requests)
+    counts = {"tokens_per_s": tokens, "samples_per_s": len(ended), "goodput_per_s": good}
+    return {name: count / until_s for name, count in counts.items()}
 
 
 def generated(request: RequestTiming, at_s: float) -> float:

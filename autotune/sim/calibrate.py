@@ -25,13 +25,12 @@ from autotune.compose import command_line, errors_in_one_line
 from autotune.errors import AutotuneError, InputError
 from autotune.metrics import from_requests
 from autotune.samples import Samples
-from autotune.schema import Device, Kind, ScenarioConfig
+from autotune.schema import FITTED, Device, Kind, ScenarioConfig
 from autotune.sim.backend import SimBackend, simulate
 from autotune.sim.cost import Cost, Shape
 from autotune.sim.flags import resolve, serving
 
-# Fitted constants with their bounds.
-FITTED = {
+BOUNDS = {
     "math_efficiency": (0.3, 1.1),
     "fp8_tflops": (100, 4000),
     "attention_efficiency": (0.1, 2.0),
@@ -140,7 +139,7 @@ def read(file: Path) -> Case | None:
 def fit(cases: Sequence[Case], start: Device) -> Device:
     """`start` with its FITTED constants moved to where `cases` agree best."""
     names = [name for name in FITTED if getattr(start, name) is not None]
-    bounds = np.log([FITTED[name] for name in names]).T
+    bounds = np.log([BOUNDS[name] for name in names]).T
     first = np.clip(np.log([getattr(start, name) for name in names]), *bounds)
 
     def device(logs: NDArray[np.float64]) -> Device:

@@ -1,6 +1,6 @@
 """What a simulation expects of trials, in milliseconds each: for `autotune.plan` and for `prior=sim`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +11,7 @@ import optuna
 from autotune import vllm_args
 from autotune.errors import StartError
 from autotune.result import Result
+from autotune.runs import Run
 from autotune.samples import Samples
 from autotune.schema import Config, with_fields
 from autotune.space import FLAG, Space, flags
@@ -52,8 +53,13 @@ def simulation(config: Config, backend: dict[str, Any]) -> Simulation:
     return Simulation(config, prepared, prepare_samples(config, prepared), known)
 
 
-def estimate(simulation: Simulation, params: Mapping[str, Any]) -> Estimate:
-    """The trial that has these parameters, by configuration key; without any it is the baseline."""
+def estimate(
+    simulation: Simulation, params: Mapping[str, Any], observe: Callable[[Run], None] = lambda _: None
+) -> Estimate:
+    """The trial that has these parameters, by configuration key; without any it is the baseline.
+
+    `observe` is given the run that its result tells of.
+    """
     prepared = simulation.prepared
     fields = {key: value for key, value in params.items() if not key.startswith(FLAG)}
     config, args = with_fields(simulation.config, fields), prepared.args | flags(params)
@@ -67,7 +73,7 @@ def estimate(simulation: Simulation, params: Mapping[str, Any]) -> Estimate:
             TemporaryDirectory(prefix="autotune-") as folder,
             prepared.backend.start(prepared.model, args, simulation.samples, Path(folder)) as engine,
         ):
-            measure(config, engine, args | outcome.resolved, Path(folder), result)
+            observe(measure(config, engine, args | outcome.resolved, Path(folder), result))
     except StartError as error:
         result.phases["start"] = error.after_s
         return Estimate(dict(params), failed=str(error), result=result, gpus=gpus)
@@ -81,11 +87,15 @@ def search(
     """`count` trials that `sampler` asks for, refused and failed ones among them, told as a study tells them."""
     config = simulation.config.objective
     study = optuna.create_study(sampler=sampler, directions=list(config.directions))  # type: ignore[arg-type]
+    known: dict[str, Estimate] = {}  # samplers repeat themselves
     for _ in range(count):
         trial = study.ask()
         params = space.suggest(trial, simulation.known)
-        refused = space.violated(params, simulation.known)
-        found = Estimate(params, refused=refused) if refused else estimate(simulation, params)
+        point = str(sorted(params.items()))
+        if point not in known:
+            broken = space.violated(params, simulation.known)
+            known[point] = Estimate(params, refused=broken) if broken else estimate(simulation, params)
+        found = known[point]
         if found.refused or found.failed:
             tell.impossible(study, trial, "refused" if found.refused else "starts")
         else:

@@ -1,18 +1,21 @@
 """The first trials of a study: what a simulation of it finds best, instead of random points."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from autotune import objective
-from autotune.schema import Config
+from autotune.schema import FITTED, Config
 from autotune.space import Space
-from autotune.sweep.estimate import Estimate, search_best, simulation
+from autotune.sweep.estimate import Estimate, estimate, search_best, simulation
 
 APART = 0.1  # of a parameter's range, in which two configurations differ to be distinct
+CANDIDATES = 30  # distinct configurations that are simulated on other devices
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,61 @@ class Expected:
 
 
 def best(config: Config, space: Space) -> list[Expected]:
-    """The `prior.keep` best distinct configurations of `prior.trials` simulated ones, the best first."""
-    simulated = simulation(config, config.prior.backend)
+    """The `prior.keep` configurations, of `prior.trials` simulated ones, of which one is most likely to be good.
+
+    The best of a simulated study are simulated again on devices whose constants are off. Each one that is taken is the
+    one that adds most to the best score of those taken before, on average over the devices: where the device is not
+    known well, the choice is spread from bold to safe.
+    """
+    settings = config.prior
+    simulated = simulation(config, settings.backend)
     sign = objective.sign(config.objective)
     ranked = sorted(
-        (found for found in search_best(simulated, space, config.prior.trials) if found.result.complete),
+        (found for found in search_best(simulated, space, settings.trials) if found.result.complete),
         key=lambda estimate: (estimate.result.feasible, -_over(estimate), sign * estimate.result.values[0]),
         reverse=True,
     )
-    return [
-        Expected(estimate.params, estimate.result.values, estimate.result.feasible)
-        for estimate in _distinct(ranked, space, config.prior.keep)
-    ]
+    candidates = _distinct(ranked, space, CANDIDATES)
+    devices = [perturbed(config.prior.backend["device"], settings.sigma, seed) for seed in range(settings.devices)]
+    others = [simulation(config, {**settings.backend, "device": device}) for device in devices]
+    found = [candidates, *([estimate(other, one.params) for one in candidates] for other in others)]
+    scores = np.array([_scores(on_device, sign) for on_device in found])
+    chosen = [candidates[number] for number in _complementary(scores, settings.keep)]
+    return [Expected(one.params, one.result.values, one.result.feasible) for one in chosen]
+
+
+def perturbed(device: Mapping[str, Any], sigma: float, seed: int) -> dict[str, Any]:
+    """`device` with each fitted constant multiplied by a lognormal factor of its own."""
+    factors = dict(zip(FITTED, np.random.default_rng(seed).lognormal(0, sigma, len(FITTED)), strict=True))
+    return {
+        name: value * float(factors[name]) if name in factors and value is not None else value
+        for name, value in device.items()
+    }
+
+
+def _scores(estimates: Sequence[Estimate], sign: int) -> list[float]:
+    """How good each is on one device: 1 for the best, above 0 for what is feasible, 0 for the rest."""
+    values = [sign * found.result.values[0] if found.result.feasible else None for found in estimates]
+    feasible = [value for value in values if value is not None]
+    if not feasible:
+        return [0.0] * len(values)
+    worst, spread = min(feasible), max(feasible) - min(feasible)
+    return [0.0 if value is None else 0.1 + 0.9 * ((value - worst) / spread if spread else 1.0) for value in values]
+
+
+def _complementary(scores: NDArray[np.float64], count: int) -> list[int]:
+    """`count` columns of `scores` (devices × candidates), each the one that raises the mean of the rows' maxima most.
+
+    Of equals, and once nothing raises it any more, the first.
+    """
+    chosen: list[int] = []
+    reached = np.zeros(len(scores))
+    while len(chosen) < min(count, scores.shape[1]):
+        gains = np.maximum(scores, reached[:, None]).mean(axis=0)
+        gains[chosen] = -1.0
+        chosen.append(int(gains.argmax()))
+        reached = np.maximum(reached, scores[:, chosen[-1]])
+    return chosen
 
 
 def _over(estimate: Estimate) -> float:
@@ -45,9 +91,9 @@ def _over(estimate: Estimate) -> float:
 
 def _distinct(ranked: Iterable[Estimate], space: Space, count: int) -> list[Estimate]:
     kept: list[Estimate] = []
-    for estimate in ranked:
-        if all(_apart(estimate.params, other.params, space.parameters) for other in kept):
-            kept.append(estimate)
+    for found in ranked:
+        if all(_apart(found.params, other.params, space.parameters) for other in kept):
+            kept.append(found)
         if len(kept) == count:
             break
     return kept

@@ -1,0 +1,41 @@
+"""What a study starts with where a simulation was asked first."""
+
+from dataclasses import asdict
+
+import numpy as np
+
+from autotune.compose import command_line
+from autotune.schema import FITTED
+from autotune.space import parse
+from autotune.sweep import prior
+from autotune.sweep.prior import _complementary, perturbed
+
+
+def test_perturbed_device_differs_in_what_is_fitted_and_in_nothing_else():
+    device = command_line(["model=llama8b", "prior=sim"])[0].prior.backend["device"]
+    one, other = perturbed(device, 0.2, 0), perturbed(device, 0.2, 1)
+    for name, value in device.items():
+        assert (len({value, one[name], other[name]}) == 3) == (name in FITTED)
+    assert perturbed(device, 0, 0) == device
+
+
+def test_choice_is_the_best_on_average_then_what_it_lacks():
+    """The bold candidate is best on two devices of three; the safe one, not the second boldest, covers the third."""
+    scores = np.array([[1.0, 0.9, 0.5], [1.0, 0.9, 0.5], [0.0, 0.0, 1.0]])
+    assert _complementary(scores, 2) == [0, 2]
+    assert _complementary(scores, 5) == [0, 2, 1]
+
+
+def test_choice_is_spread_from_bold_to_safe_where_the_load_is_swept():
+    config, params, sweeps = command_line(
+        [
+            *("model=llama8b", "backend=sim", "prior=sim", "space=none", "scenario=interactive", "objective=goodput"),
+            *("scenario.min_duration_s=15", "prior.trials=40", "prior.devices=4", "scenario.qps=range(16,40,step=2)"),
+        ]
+    )
+    space, _ = parse(params, sweeps, config.conditions, config.only_if)
+    found = prior.best(config, space)
+    loads = [one.params["scenario.qps"] for one in found]
+    assert len(set(loads)) == len(loads) == config.prior.keep
+    assert min(loads) < loads[0] < max(loads)
+    assert all(asdict(one)["values"] for one in found)
