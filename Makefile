@@ -8,16 +8,17 @@ VLLM := $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 TORCH := $(if $(UV_FIND_LINKS),,$(if $(filter cpu,$(VLLM)),--torch-backend=cpu))
 
-SLURM := munge slurmctld slurmd slurm-client
+# For the tests that submit jobs to a SLURM of their own, with accounting, or keep a study in a database server.
+SERVICES := munge slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin mariadb-server postgresql
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: setup demo test check lint slurm clean
+.PHONY: setup demo test check lint services clean
 
 setup: $(VENV)/.ready  ## virtual environment with vLLM for this machine
 
 $(VENV)/.ready: pyproject.toml | $(UV)
 	$(UV) venv -q --allow-existing --python $(PYTHON) $(VENV)
-	$(UV) pip install -q --python $(RUN) $(TORCH) -r pyproject.toml --extra $(VLLM) --extra demo --extra botorch --group dev
+	$(UV) pip install -q --python $(RUN) $(TORCH) -r pyproject.toml --extra $(VLLM) --extra demo --extra botorch --extra databases --group dev
 	$(UV) pip install -q --python $(RUN) --no-deps -e .
 	touch $@
 
@@ -36,11 +37,11 @@ lint: setup
 check: lint  ## what a commit must pass, in a minute
 	$(RUN) -m pytest
 
-slurm:  ## SLURM's programs for the tests that submit jobs: Debian's packages, where they are missing
-	@PATH=$$PATH:/usr/sbin; which munged slurmctld slurmd srun >/dev/null || \
-	  { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends $(SLURM); }
+services:  ## what tests need beside Python: Debian's packages, where they are missing
+	@PATH=$$PATH:/usr/sbin; which munged slurmctld slurmd srun slurmdbd mariadbd >/dev/null && ls -d /usr/lib/postgresql/*/bin >/dev/null 2>&1 || \
+	  { $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(SERVICES); }
 
-test: lint slurm  ## everything, with real vLLM and a real SLURM
+test: lint services  ## everything, with real vLLM, a real SLURM and real databases
 	$(RUN) -m pytest -m "not gpu"
 
 clean:

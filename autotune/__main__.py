@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from autotune import interrupt, report, schema, tracking, trial
-from autotune.compose import CONF, errors_in_one_line, register
+from autotune.compose import CONF, errors_in_one_line, register, without_sweep
 from autotune.errors import TrackingError
 from autotune.result import Result
 
@@ -57,6 +58,7 @@ def main() -> None:
     interrupt.install()
     register()
     with errors_in_one_line():
+        sys.argv[1:] = without_sweep(sys.argv[1:])
         job()
 
 

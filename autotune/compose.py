@@ -18,6 +18,7 @@ from autotune.errors import AutotuneError
 from autotune.text import one_line
 
 CONF = Path(__file__).parent.parent / "conf"
+SHOW = {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help"}  # Hydra's flags that run nothing
 STARTED = time.localtime()
 
 
@@ -46,6 +47,22 @@ def command_line(arguments: Sequence[str]) -> tuple[schema.Config, dict[str, Any
         fixed = [argument for argument in arguments if argument not in sweeps]
         composed = hydra.compose("config", overrides=fixed, return_hydra_config=True)
         return schema.typed(composed), dict(composed.hydra.sweeper.params or {}), sweeps
+
+
+def without_sweep(words: Sequence[str]) -> list[str]:
+    """A command line that shows something (`--cfg job`) without `-m` and what it sweeps: Hydra shows single trials."""
+    if not any(word.partition("=")[0] in SHOW for word in words):
+        return list(words)
+    kept, swept = [], []
+    for word in words:
+        is_override = "=" in word and not word.startswith("-")
+        if is_override and OverridesParser.create().parse_override(word).is_sweep_override():
+            swept.append(word)
+        elif word not in ("-m", "--multirun"):
+            kept.append(word)
+    if swept:
+        print(f"# one trial, without what is swept: {' '.join(swept)}", file=sys.stderr)
+    return kept
 
 
 @contextmanager

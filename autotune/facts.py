@@ -30,6 +30,7 @@ def _cpu() -> str:
 
 
 @functools.cache
+@functools.cache
 def git_revision() -> str:
     """Revision of autotune itself, with `+changes` where the working tree has some; empty outside git."""
     here = Path(__file__).parent

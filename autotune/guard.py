@@ -12,9 +12,7 @@ import ctypes
 import os
 import select
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
@@ -42,28 +40,43 @@ def kill_descendants() -> None:
             os.waitpid(pid, 0)
 
 
-def main() -> int:
-    grace_s = float(sys.argv[1])
+def guard(grace_s: float, parent: int) -> int | None:
+    """Fork. The child gets None; this process guards it until it ends, and gets its exit code.
+
+    The end of what can be read from the descriptor `parent` means that the child is to end.
+    """
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     wake, woken = os.pipe()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: os.write(woken, b"x"))
-    command = subprocess.Popen(
-        sys.argv[2:],
-        stdin=subprocess.DEVNULL,
-        preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
-    )
-    ended = os.pidfd_open(command.pid)
-    ready, _, _ = select.select([ended, wake, sys.stdin], [], [])
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, lambda *_: os.write(woken, b"x")) for number in numbers]
+    pid = os.fork()
+    if pid == 0:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        for descriptor in (wake, woken, parent):
+            os.close(descriptor)
+        return None
+    ended = os.pidfd_open(pid)
+    ready, _, _ = select.select([ended, wake, parent], [], [])
     if ended not in ready:
-        command.terminate()
-        deadline = time.monotonic() + grace_s
-        select.select([ended], [], [], max(0.0, deadline - time.monotonic()))
-    if command.poll() is None:
-        command.kill()
-    code = command.wait()
+        os.kill(pid, signal.SIGTERM)
+        select.select([ended], [], [], grace_s)
+        os.kill(pid, signal.SIGKILL)  # it is still to be waited for, so this is no other's pid
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     kill_descendants()
     return 128 - code if code < 0 else code
+
+
+def main() -> int:
+    code = guard(float(sys.argv[1]), sys.stdin.fileno())
+    if code is None:
+        assert os.open(os.devnull, os.O_RDONLY) == sys.stdin.fileno() == 0
+        os.set_inheritable(0, True)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
+            signal.signal(number, signal.SIG_DFL)
+        os.execvp(sys.argv[2], sys.argv[2:])
+    return code
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ BASELINE = "baseline"
 LOST = "lost"  # of a trial whose sweeping process ended, with whatever ran it
 CANARIES = "canaries"  # a study's: by node, what a short baseline measured there; null where it failed
 SLOW = 0.1  # share of the median node's value that a slow one is worse by
+DUPLICATE = "duplicate_of"  # of a trial that vLLM would have run as an earlier one: that one's name
 EXPECTED = "expected"  # what a simulation said of a trial
 SURPRISE = 0.15  # share of the expected value by which a measured one contradicts it
 # What a table shows of a trial: metric, heading, digits.
@@ -126,8 +127,10 @@ def _counts(study: optuna.Study, config: Config) -> str:
     trials = [trial for trial in study.trials if not {BASELINE, LOST} & trial.user_attrs.keys()]
     refused = sum("refused" in trial.user_attrs for trial in trials)
     failed = sum(map(_failed, trials))
+    again = sum(DUPLICATE in trial.user_attrs for trial in trials)
     more = f", {refused} combinations refused before they took a GPU" if refused else ""
-    return f"Study {config.study}: {len(trials) - refused} trials, {failed} failed{more}\n"
+    more += f", {again} asked for again and looked up" if again else ""
+    return f"Study {config.study}: {len(trials) - refused - again} trials, {failed} failed{more}\n"
 
 
 def _why_none(study: optuna.Study) -> list[str]:

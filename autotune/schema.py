@@ -34,6 +34,13 @@ class Stop(Enum):
     decided = "decided"  # once it can't pass, or can't fail; LoadGen's own verdict is missing then
 
 
+class Duplicates(Enum):
+    """What becomes of a configuration that the study has measured already."""
+
+    lookup = "lookup"  # its result is told again, takes no engine time and is none of n_trials
+    measure = "measure"  # it runs again: for a sampler that is to see the noise
+
+
 @dataclass
 class Limit:
     """Latency limits at p99; null leaves one out."""
@@ -225,6 +232,7 @@ class Config:
     budget: str | None = None  # 30m, 2h: then nothing new begins, and what runs may end; null is no limit
     budget_of: str = "engine"  # what the budget is of: engine (start and run of all trials) or wall time
     max_failures: int = 10  # trials that fail in a row end the study
+    duplicates: Duplicates = Duplicates.lookup  # a configuration asked for again: lookup or measure
     resume: bool = False  # insist that the study exists; one that does goes on in any case
     seed: int = 0  # of the sampler
     # GPUs that trials may lease: a list of indices, `all`, or null for no leases (vLLM takes what it sees).

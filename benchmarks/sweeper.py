@@ -9,67 +9,29 @@ Each prints what it found and exits with 1 if a target is missed.
 """
 
 import argparse
+import heapq
 import itertools
 import json
-import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 import psutil
 from optuna.trial import TrialState
 
-from autotune import progress
-from autotune.backend import DryRunOutcome, Measurement, RequestTiming
-from autotune.leases import lease_for, leased
-from autotune.models import Model
-from autotune.result import Result
-from autotune.samples import Samples
-from autotune.schema import ScenarioConfig, SimConfig
 from autotune.sweep.launchers import Inline, Job
 from autotune.sweep.worker import Trial, run
 
 ROOT = Path(__file__).parent.parent
-SIGMA = 0.8
 KEY = "engine.args.max_num_seqs"
-
-
-class Sleeper:
-    """A backend whose trials take a log-normal time of median `pace` seconds, the same for the same parameters."""
-
-    Config = SimConfig
-    needs_weights = False
-
-    def __init__(self, config: SimConfig, cache_dir: Path) -> None:
-        self.config = config
-
-    def check(self, args: Mapping[str, Any]) -> None:
-        """Takes every flag."""
-
-    def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
-        return DryRunOutcome("", {})
-
-    def measure(
-        self, model: Model, args: Mapping[str, Any], scenario: ScenarioConfig, samples: Samples, folder: Path
-    ) -> Measurement:
-        seqs = int(args.get("max_num_seqs") or 1)
-        sleep_s = self.config.pace * math.exp(random.Random(seqs).gauss(0, SIGMA))
-        with lease_for(self.config.gpus, args) as lease:
-            began = time.time()
-            while time.time() < began + sleep_s:
-                progress.check(folder)
-                time.sleep(min(0.05, max(0.0, began + sleep_s - time.time())))
-        value = 1000 - abs(seqs - 700)
-        phases = {"start": 0.0, "run": sleep_s}
-        facts = {"slept": f"{began} {time.time()}", **leased(lease)}
-        return Measurement([RequestTiming(0, 0.0, 0.5, 1.0, value)], 0, "VALID", [], {}, phases, ["sleep"], facts)
 
 
 class Done:
@@ -90,18 +52,37 @@ class Done:
         return "no result.json"
 
 
+@dataclass(frozen=True)
+class Clock:
+    """Of the sweep's process, s."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> "Clock":
+        return cls(time.monotonic(), time.process_time())
+
+
 class Instant(Inline):
-    """A launcher whose trials are done when they are submitted."""
+    """A launcher whose trials are done when they are submitted; `cost.csv` has the sweep's own time between them, s."""
+
+    ended: Clock | None = None
 
     def submit(self, trials: Sequence[Trial]) -> list[Job]:
         for trial in trials:
+            if self.ended:
+                now = Clock.now()
+                with (trial.folder.parent / "cost.csv").open("a") as file:
+                    file.write(f"{now.wall - self.ended.wall},{now.cpu - self.ended.cpu}\n")
             run(trial)
+            self.ended = Clock.now()
         return [Done() for _ in trials]
 
 
 def command(*arguments: str) -> list[str]:
     common = ["model=llama8b", "dataset=cnn_small", "space=none", "scenario=offline", "backend=sim", "tracking=none"]
-    place = ["backend._target_=benchmarks.sweeper.Sleeper", "study=s", "baseline=false"]
+    place = ["backend._target_=benchmarks.sleeper.Sleeper", "study=s", "baseline=false"]
     return [sys.executable, "-m", "autotune", "-m", *common, *place, *arguments]
 
 
@@ -116,42 +97,80 @@ def sweep(folder: Path, *arguments: str) -> float:
     return time.monotonic() - began
 
 
-def slept(folder: Path) -> list[tuple[float, float]]:
-    """When each trial's work began and ended."""
-    results = (json.loads(path.read_text()) for path in folder.rglob("result.json"))
-    spans = [tuple(map(float, result["facts"]["slept"].split())) for result in results]
-    return sorted((begin, end) for begin, end in spans)
+@dataclass(frozen=True)
+class Slept:
+    """When a trial's work began and ended, and on which worker."""
+
+    began: float
+    ended: float
+    worker: str
 
 
-def busy(workers: int, trials: int, median_s: float) -> bool:
-    """Share of the workers' time, from the first trial's start to the last one's end, in which they worked."""
+def slept(folder: Path) -> list[Slept]:
+    found = []
+    for path in folder.rglob("result.json"):
+        facts = json.loads(path.read_text())["facts"]
+        found.append(Slept(*map(float, facts["slept"].split()), facts.get("leased_gpus", "")))
+    return sorted(found, key=lambda one: one.began)
+
+
+def share(trials: Sequence[Slept], workers: int, until: float) -> float:
+    """Share of the workers' time, from the first trial's start to `until`, in which they worked."""
+    worked = sum(max(0.0, min(one.ended, until) - one.began) for one in trials)
+    return worked / workers / (until - trials[0].began)
+
+
+def possible(trials: Sequence[Slept], workers: int) -> float:
+    """The share up to the last end if a worker that is free had its next trial at once: in the end some have none."""
+    free = [0.0] * workers
+    for one in trials:
+        heapq.heapreplace(free, free[0] + one.ended - one.began)
+    return sum(one.ended - one.began for one in trials) / workers / max(free)
+
+
+def gaps(trials: Sequence[Slept]) -> list[float]:
+    """Seconds between two trials of one worker, where it is known."""
+    by_worker: dict[str, list[Slept]] = {}
+    for one in trials:
+        by_worker.setdefault(one.worker, []).append(one)
+    of_one = (pairs for worker, pairs in by_worker.items() if worker)
+    return [after.began - before.ended for pairs in of_one for before, after in itertools.pairwise(pairs)]
+
+
+def busy(workers: int, trials: int, median_s: float, upstream: bool) -> bool:
+    """How busy workers are while there is a trial for each, and up to the last one's end."""
     common = [f"n_trials={trials}", "sampler=tpe", f"{KEY}=range(1,1000)", f"backend.pace={median_s}"]
     arms = {
-        "autotune": ["launcher=gpus", f"gpus={list(range(workers))}".replace(" ", "")],
+        "autotune": ["launcher=gpus", f"gpus={list(range(workers))}".replace(" ", ""), "duplicates=measure"],
         "hydra-optuna-sweeper": [
             "hydra/sweeper=optuna",
             "hydra/launcher=submitit_local",
             f"hydra.sweeper.n_jobs={workers}",
         ],
     }
+    if not upstream:
+        del arms["hydra-optuna-sweeper"]
     shares = {}
     for name, arguments in arms.items():
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             took_s = sweep(folder, *common, *arguments)
-            spans = slept(folder)
-        makespan = max(end for _, end in spans) - spans[0][0]
-        shares[name] = sum(end - begin for begin, end in spans) / workers / makespan
-        print(f"{name:22} {len(spans)} trials in {took_s:.0f} s; workers busy {shares[name]:.1%}", flush=True)
+            ran = slept(folder)
+        end = max(one.ended for one in ran)
+        shares[name] = share(ran, workers, ran[-1].began)
+        print(f"{name:22} {len(ran)} trials in {took_s:.0f} s; workers busy {shares[name]:.1%} until the last start,")
+        print(f"{'':22} {share(ran, workers, end):.1%} until the last end ({possible(ran, workers):.1%} is possible)")
+        if between := gaps(ran):
+            print(f"{'':22} {statistics.median(between):.2f} s between two trials of a worker (median)", flush=True)
     return shares["autotune"] >= 0.95
 
 
 def cost(trials: int) -> bool:
-    """Milliseconds of the sweep for a trial, and its memory, by hundreds of trials."""
+    """Milliseconds of the sweep for a trial, on the clock and of CPU time, and its memory, by hundreds of trials."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         arguments = [f"n_trials={trials}", f"{KEY}=range(1,100000)", "engine.args.block_size=choice(16,32)"]
-        instant = ["launcher._target_=benchmarks.sweeper.Instant", "backend.pace=0"]
+        instant = ["launcher._target_=benchmarks.sweeper.Instant", "backend.pace=0", "duplicates=measure"]
         study = subprocess.Popen(
             command(*arguments, *instant), cwd=folder, env=environment(folder), stdout=subprocess.DEVNULL
         )
@@ -163,18 +182,15 @@ def cost(trials: int) -> bool:
             except psutil.NoSuchProcess:
                 break
             time.sleep(0.2)
-        results = [Result.load(path.parent) for path in (folder / "multirun/s").glob("trial-*/result.json")]
-    ended = sorted((result.ended_at, result.ended_at - result.started_at) for result in results)
-    # Between one trial's end and the next one's is the sweep's time, and the trial's own.
-    own_ms = [1e3 * (end - before - trial_s) for (before, _), (end, trial_s) in itertools.pairwise(ended)]
-    for first in range(0, len(own_ms) - 99, 100):
-        mean_ms = sum(own_ms[first : first + 100]) / 100
-        print(f"trials {first:4}-{first + 99:4}: {mean_ms:5.1f} ms a trial, {memory.get(first, 0):.0f} MB", flush=True)
-    last_ms = sum(own_ms[-100:]) / 100
+        lines = (folder / "multirun/s/cost.csv").read_text().splitlines()
+    own = [tuple(1e3 * float(seconds) for seconds in line.split(",")) for line in lines]
+    for first in range(0, len(own), 100):
+        wall_ms, cpu_ms = (statistics.mean(column) for column in zip(*own[first : first + 100], strict=True))
+        print(f"trials {first:4}…: {wall_ms:5.1f} ms a trial, {cpu_ms:5.1f} of CPU time, {memory.get(first, 0):.0f} MB")
     settled = trials // 5
     later = [megabytes for done, megabytes in sorted(memory.items()) if done >= settled]
-    print(f"at the end {last_ms:.1f} ms a trial; memory grew by {later[-1] - later[0]:.0f} MB from trial {settled} on")
-    return last_ms <= 50
+    print(f"memory grew by {later[-1] - later[0]:.0f} MB from trial {settled} on")
+    return wall_ms <= 50
 
 
 def kills(trials: int, count: int) -> bool:
@@ -206,11 +222,14 @@ def main() -> None:
     parser.add_argument("what", choices=["busy", "cost", "kills"])
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--trials", type=int)
-    parser.add_argument("--median-s", type=float, default=6.0, help="of a trial's length (busy)")
+    parser.add_argument(
+        "--median-s", type=float, default=6.0, help="of a trial's length (busy): real ones take minutes"
+    )
+    parser.add_argument("--alone", action="store_true", help="without hydra-optuna-sweeper (busy)")
     parser.add_argument("--kills", type=int, default=20)
     options = parser.parse_args()
     if options.what == "busy":
-        met = busy(options.workers, options.trials or 200, options.median_s)
+        met = busy(options.workers, options.trials or 200, options.median_s, not options.alone)
     elif options.what == "cost":
         met = cost(options.trials or 1000)
     else:

@@ -57,7 +57,7 @@ def processes_in(folder: Path) -> list[psutil.Process]:
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """A cluster of one node and four fake GPUs. submitit and SLURM's programs find it."""
     if missing := missing_programs():
-        pytest.fail(f"SLURM's programs are missing ({', '.join(missing)}): `make slurm` installs them")
+        pytest.fail(f"SLURM's programs are missing ({', '.join(missing)}): `make services` installs them")
     with slurm_cluster(tmp_path_factory.mktemp("slurm")) as cluster, pytest.MonkeyPatch.context() as patch:
         for name, value in cluster.environment.items():
             patch.setenv(name, value)

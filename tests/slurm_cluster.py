@@ -14,10 +14,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy import make_url
+
 from autotune.process import GuardedProcess
 
 GPUS = 4
-PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol"]
+PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol", "slurmdbd"]
 
 # cred_expire is also how long a requeued job waits before it starts again; less than 5 s counts as the default, 120.
 # For MinJobAge seconds squeue can tell how a job ended.
@@ -47,6 +49,27 @@ NodeName=localhost NodeAddr=127.0.0.1 CPUs=16 RealMemory=65536 Gres=gpu:{gpus}
 PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF Default=YES
 PartitionName=requeue Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE
 PartitionName=cancel Nodes=ALL PriorityTier=1 PreemptMode=CANCEL
+"""
+# With these, SLURM keeps the end of each job in its accounting, where submitit asks for it.
+ACCOUNTING_CONF = """
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=localhost
+AccountingStoragePort={port}
+AccountingStoragePass={folder}/munge.socket
+"""
+SLURMDBD_CONF = """
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost=localhost
+DbdPort={port}
+SlurmUser={user}
+PidFile={folder}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={database.port}
+StorageUser={database.username}
+StoragePass={database.password}
+StorageLoc={database.database}
 """
 GRES_CONF = """
 AutoDetect=off
@@ -103,17 +126,24 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30) ->
 
 
 @contextmanager
-def slurm_cluster(folder: Path) -> Iterator[Slurm]:
+def slurm_cluster(folder: Path, database: str = "") -> Iterator[Slurm]:
+    """With the URL of a MySQL server, it has accounting, in a database there."""
     configure(folder)
+    if database:
+        configure_accounting(folder, database)
     slurm = Slurm(folder)
     munged = ["munged", "--foreground", "--force", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.socket"]
     munged += [f"--pid-file={folder}/munged.pid", f"--seed-file={folder}/munge.seed"]
     with ExitStack() as stack:
-        for name, *arguments in munged, ["slurmctld", "-D"], ["slurmd", "-D"]:
+        accounting = [["slurmdbd", "-D"]] if database else []
+        for name, *arguments in munged, *accounting, ["slurmctld", "-D"], ["slurmd", "-D"]:
             command = [str(program(name)), *arguments]
             log = folder / f"{name}.log"
             stack.enter_context(GuardedProcess(command, log, slurm.environment, stop_timeout_s=2))
             wait_for((folder / "munge.socket").exists, f"munged, see {log}")
+            if name == "slurmdbd":
+                wait_for(lambda: has_accounting(slurm), f"slurmdbd, see {log}")
+                slurm.run("sacctmgr", "--immediate", "add", "cluster", "test")
         wait_for(lambda: is_up(slurm), f"SLURM, see {folder}/*.log")
         yield slurm
 
@@ -129,6 +159,23 @@ def configure(folder: Path) -> None:
     user = pwd.getpwuid(os.getuid()).pw_name
     (folder / "slurm.conf").write_text(SLURM_CONF.format(folder=folder, user=user, gpus=GPUS, ports=free_ports(2)))
     (folder / "gres.conf").write_text(GRES_CONF.format(folder=folder, last=GPUS - 1))
+
+
+def configure_accounting(folder: Path, database: str) -> None:
+    (port,) = free_ports(1)
+    user = pwd.getpwuid(os.getuid()).pw_name
+    settings = SLURMDBD_CONF.format(folder=folder, user=user, port=port, database=make_url(database))
+    (folder / "slurmdbd.conf").touch(mode=0o600)
+    (folder / "slurmdbd.conf").write_text(settings)
+    with (folder / "slurm.conf").open("a") as file:
+        file.write(ACCOUNTING_CONF.format(folder=folder, port=port))
+
+
+def has_accounting(slurm: Slurm) -> bool:
+    try:
+        return bool(slurm.run("sacctmgr", "--noheader", "list", "stats"))
+    except AssertionError:  # slurmdbd does not answer yet
+        return False
 
 
 def free_ports(number: int) -> list[int]:

@@ -100,3 +100,20 @@ def test_bad_input_is_one_line(autotune: Autotune, tmp_path: Path, arguments: li
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "long.jsonl").write_text('{"input": "' + "a" * 5000 + '", "output": "b"}\n')
     assert_one_line(autotune("model=tiny", "dataset=cnn_small", "tracking=none", *arguments), words)
+
+
+@pytest.mark.parametrize("shows", [["--cfg", "job"], ["-c", "hydra"], ["--info"], ["--help"]])
+def test_what_only_shows_leaves_out_the_sweep(shows: list[str], capsys: pytest.CaptureFixture[str]):
+    words = ["-m", "model=tiny", "engine.args.block_size=choice(16,32)", *shows]
+    assert compose.without_sweep(words) == ["model=tiny", *shows]
+    assert "without what is swept: engine.args.block_size=choice(16,32)" in capsys.readouterr().err
+
+
+def test_study_keeps_its_sweep():
+    words = ["-m", "model=tiny", "engine.args.block_size=choice(16,32)"]
+    assert compose.without_sweep(words) == words
+
+
+def test_composed_trial_of_a_study_is_shown(autotune: Autotune):
+    done = autotune("-m", "model=tiny", "engine.args.block_size=choice(16,32)", "--cfg", "job")
+    assert done.returncode == 0 and done.stdout.startswith("study: ")

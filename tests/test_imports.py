@@ -22,6 +22,7 @@ HOMES = {
     },
     "mlperf_loadgen": {"live/loadgen.py"},
     "vllm": {"live/probe.py"},
+    "sqlalchemy": {"sweep/storage.py", "tracking.py"},
     "submitit": {"sweep/launchers.py"},
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from autotune.process import GuardedProcess
+from autotune.process import ForkServer, GuardedProcess
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 # Starts a grandchild in a session of its own, writes both pids, then does what its second argument says.
@@ -23,7 +23,7 @@ time.sleep(float(sys.argv[2]))
 PARENT = """
 import sys, time
 from pathlib import Path
-from autotune.process import GuardedProcess
+from autotune.process import ForkServer, GuardedProcess
 with GuardedProcess(sys.argv[2:], Path(sys.argv[1]), {}, 1.0):
     time.sleep(60)
 """
@@ -106,3 +106,74 @@ def test_sigkill_of_the_parent_leaves_nothing(tmp_path: Path):
     parent.kill()
     parent.wait()
     assert gone(family)
+
+
+# Each fork runs the Python that it was sent.
+FORKS = """
+import sys
+from autotune.process import serve
+exec(serve(int(sys.argv[1]), float(sys.argv[2])))
+"""
+PARENT_OF_FORKS = """
+import sys, time
+from pathlib import Path
+from autotune.process import ForkServer
+server = ForkServer([sys.executable, "-c", sys.argv[2]], Path(sys.argv[1]), 1.0)
+fork = server.fork(sys.argv[3].encode())
+time.sleep(60)
+"""
+
+
+def forks(folder: Path) -> ForkServer:
+    return ForkServer([sys.executable, "-c", FORKS], folder / "forks.log", stop_timeout_s=1.0)
+
+
+def family(file: Path) -> str:
+    return f"import sys; sys.argv = ['', {str(file)!r}, '60']\n{FAMILY}"
+
+
+def test_fork_ends_with_its_own_exit_code(tmp_path: Path):
+    server = forks(tmp_path)
+    codes = {"exit(7)": 7, "pass": 0, "import os; os.kill(os.getpid(), 9)": 137, "1 / 0": 1}
+    running = {code: server.fork(program.encode()) for program, code in codes.items()}
+    assert {code: fork.wait(20) for code, fork in running.items()} == {code: code for code in running}
+    assert server.runs()
+
+
+def test_forks_share_nothing_and_have_sessions_of_their_own(tmp_path: Path):
+    server = forks(tmp_path)
+    program = (
+        f"import os; open({str(tmp_path)!r} + f'/{{os.getsid(0)}}', 'w').write(str('mark' in globals())); mark = 1"
+    )
+    for _ in range(2):
+        assert server.fork(program.encode()).wait(20) == 0
+    assert [path.read_text() for path in tmp_path.glob("[0-9]*")] == ["False", "False"]
+
+
+def test_stopped_fork_takes_all_that_it_started_with_it_and_leaves_the_others(tmp_path: Path):
+    server = forks(tmp_path)
+    one, other = (server.fork(family(tmp_path / name).encode()) for name in ("one", "other"))
+    stopped, left = pids(tmp_path / "one"), pids(tmp_path / "other")
+    one.stop()
+    assert gone(stopped) and one.exit_code() is not None
+    assert other.exit_code() is None and all(psutil.pid_exists(pid) for pid in left)
+    other.stop()
+    assert gone(left)
+
+
+def test_sigkill_of_the_parent_leaves_no_fork(tmp_path: Path):
+    words = [str(tmp_path / "log"), FORKS, family(tmp_path / "pids")]
+    parent = subprocess.Popen([sys.executable, "-c", PARENT_OF_FORKS, *words])
+    started = pids(tmp_path / "pids")
+    parent.kill()
+    parent.wait()
+    assert gone(started)
+
+
+def test_fork_of_a_server_that_is_gone_has_ended(tmp_path: Path):
+    server = ForkServer([sys.executable, "-c", "import nothing"], tmp_path / "forks.log", stop_timeout_s=1.0)
+    assert server.fork(b"pass").wait(20) == 137
+    while server.runs():
+        time.sleep(0.05)
+    assert server.fork(b"pass").wait(20) == 137
+    assert "No module named" in (tmp_path / "forks.log").read_text()

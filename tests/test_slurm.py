@@ -15,7 +15,7 @@ from autotune.result import Result
 from tests.slurm_cluster import Slurm
 from tests.studies import SEQS, command, trials
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+pytestmark = [pytest.mark.slow, pytest.mark.services]
 
 # A simulated trial of some seconds; the one with a single sequence takes more than SLURM's shortest time limit.
 LOAD = ["scenario.min_queries=6000", "backend.pace=0.02", "baseline=false"]

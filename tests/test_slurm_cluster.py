@@ -12,7 +12,7 @@ import pytest
 
 from tests.slurm_cluster import GPUS, Slurm, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+pytestmark = [pytest.mark.slow, pytest.mark.services]
 
 # A cluster with one running job; says so and waits to be killed.
 DOOMED = """

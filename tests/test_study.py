@@ -35,7 +35,8 @@ def test_baseline_failure_and_refusal_are_kept_and_the_study_goes_on(tmp_path: P
 
 
 def test_refused_combinations_cost_no_trial(tmp_path: Path):
-    autotune(tmp_path, "sampler=random", "n_trials=2", f"{SEQS}=choice(256,8)", f"{TOKENS}=128", "baseline=false")
+    space = [f"{SEQS}=choice(256,8)", f"{TOKENS}=128", "duplicates=measure"]
+    autotune(tmp_path, "sampler=random", "n_trials=2", *space, "baseline=false")
     states = [trial.state for trial in trials(tmp_path)]
     assert states.count(TrialState.COMPLETE) == 2
     assert states.count(TrialState.PRUNED) > 0

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-import secrets
+import pickle
 import shutil
 import subprocess
 import sys
@@ -19,7 +19,7 @@ import submitit
 from autotune import progress, vllm_args
 from autotune.errors import InputError
 from autotune.leases import devices
-from autotune.process import GuardedProcess
+from autotune.process import ForkServer
 from autotune.result import Result
 from autotune.sweep import worker
 from autotune.sweep.worker import Trial
@@ -28,8 +28,6 @@ from autotune.trial import vllm_flags
 
 log = logging.getLogger(__name__)
 
-SPARES = 2
-WAITING = ".waiting"  # in a study's folder: what spare processes wait for
 JOB = "job.json"  # in a trial's folder: the cluster's id of its job
 LOGS = ".submitit"  # in a study's folder: what submitit writes
 # SLURM's states of a job that never runs again.
@@ -121,35 +119,25 @@ class LocalProcesses(Launcher):
 
     def __init__(self, gpus: Any, n_jobs: int | None = None) -> None:
         self.n_jobs = n_jobs or len(devices(gpus))
-        self._spares: list[Spare] = []  # have done their imports by the time that a trial comes
+        self._server: ForkServer | None = None  # a process that has done the imports
 
     def submit(self, trials: Sequence[Trial]) -> list[Job]:
-        self._spares = [spare for spare in self._spares if spare.process.exit_code() is None]
-        jobs: list[Job] = [LocalJob(trial, self._spares.pop(0) if self._spares else None) for trial in trials]
-        while trials and len(self._spares) < min(SPARES, self.n_jobs):
-            self._spares.append(Spare(trials[0].folder.parent))
-        return jobs
+        return [LocalJob(trial, self._running_server(trial)) for trial in trials]
 
-
-class Spare:
-    """A worker's process in a study's folder that waits for a trial."""
-
-    def __init__(self, folder: Path) -> None:
-        waiting = folder / WAITING
-        waiting.mkdir(parents=True, exist_ok=True)
-        self.path = waiting / f"{secrets.token_hex(8)}.pickle"
-        command = [sys.executable, "-m", "autotune.sweep.worker", str(self.path)]
-        self.process = GuardedProcess(command, self.path.with_suffix(".log"), {}, stop_timeout_s=30)
+    def _running_server(self, trial: Trial) -> ForkServer:
+        if self._server is None or not self._server.runs():
+            backend = trial.config.backend["_target_"].rpartition(".")[0]
+            command = [sys.executable, "-m", "autotune.sweep.worker", backend]
+            self._server = ForkServer(command, trial.folder.parent / ".workers.log", stop_timeout_s=30)
+        return self._server
 
 
 class LocalJob:
     node = ""
 
-    def __init__(self, trial: Trial, spare: Spare | None = None) -> None:
-        spare = spare or Spare(trial.folder.parent)
-        self._process = spare.process
-        self._logs = (trial.folder / worker.LOG, spare.path.with_suffix(".log"))  # the second until it has the trial
-        trial.save(spare.path)
+    def __init__(self, trial: Trial, server: ForkServer) -> None:
+        self._process = server.fork(pickle.dumps(trial))
+        self._logs = (trial.folder / worker.LOG, server.log)
 
     def done(self) -> bool:
         return self._process.exit_code() is not None
@@ -161,9 +149,9 @@ class LocalJob:
         self._process.stop()
 
     def reason(self) -> str:
-        texts = (log.read_text(errors="replace") for log in self._logs if log.exists())
-        lines = [line for text in texts for line in text.strip().splitlines()]
-        return f"the trial's process ended with {self._process.exit_code()}: {lines[-1] if lines else 'no output'}"
+        texts = (log.read_text(errors="replace").strip() for log in self._logs if log.exists())
+        last = next((text.splitlines()[-1] for text in texts if text), "no output")
+        return f"the trial's process ended with {self._process.exit_code()}: {last}"
 
 
 class Cluster(Launcher):

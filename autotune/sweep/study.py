@@ -4,12 +4,14 @@ Trials never wait for each other: up to the launcher's n_jobs are in flight, eac
 next is asked. Only this process touches Optuna's storage; trials report through files in their folders.
 """
 
+import json
 import logging
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from autotune import interrupt, progress, report, tracking
 from autotune.errors import InputError, StartError, TrackingError
 from autotune.logs import log_to
 from autotune.result import Result
-from autotune.schema import Config, typed, with_values
+from autotune.schema import Config, Duplicates, typed, with_values
 from autotune.space import DEFAULT, FLAG, Space, check_flags, flags, parse
 from autotune.sweep import prior, storage, tell
 from autotune.sweep.display import Display
@@ -37,8 +39,9 @@ from autotune.trial import Prepared, prepare, prepare_samples
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.1
+POLL_S = 0.05
 REFUSALS_IN_A_ROW = 100  # then the space is at fault
+DUPLICATES_IN_A_ROW = 50  # then the sampler has nothing new
 NODE_FAILURES = 3  # in a row, then a node is set aside
 CANARY: dict[str, Any] = {"scenario.min_duration_s": 10.0, "scenario.min_queries": 32}  # enough to compare nodes by
 AGAIN = "again"  # of a trial that repeats a lost one: its number
@@ -91,6 +94,10 @@ def make_sampler(config: Any, space: Space, begun: int = 0) -> optuna.samplers.B
         if "optuna_integration" in str(error) or "botorch" in str(error):
             raise InputError("sampler=botorch needs the extra `botorch`: uv pip install -e '.[botorch]'") from None
         raise
+    if type(made).__name__ in ("GPSampler", "BoTorchSampler"):
+        import torch  # takes seconds
+
+        torch.set_num_threads(1)  # small matrices; more threads only wait for cores that trials have
     sampler: optuna.samplers.BaseSampler = Grid(space.grid, **made.keywords) if isinstance(made, partial) else made
     return sampler
 
@@ -113,9 +120,12 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     if config.resume and not folder.exists():
         raise InputError(f"resume=true: there is no study in {folder}; write study=<its name>")
     folder.mkdir(parents=True, exist_ok=True)
-    with storage.lock(folder), log_to(folder / "autotune.log", "%(asctime)s %(message)s"):
+    with (
+        storage.lock(folder / ".lock", str(folder)),
+        log_to(folder / "autotune.log", "%(asctime)s %(message)s"),
+        storage.opened(sweeper["storage"] or f"sqlite:///{folder}/study.db", sweeper["study_name"]) as kept,
+    ):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        kept = storage.make(sweeper["storage"] or f"sqlite:///{folder}/study.db")
         study = optuna.create_study(
             study_name=sweeper["study_name"],
             storage=kept,
@@ -124,11 +134,12 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
             load_if_exists=True,
         )
         study.sampler = make_sampler(sweeper["sampler"], space, len(study.trials))
-        check_continues(study, space, list(sweeper["direction"]))
+        check_continues(study, space, list(sweeper["direction"]), folder)
         # Each trial is composed from this study, and must not make up a name of its own.
         overrides = [*fixed, f"study={config.study}"]
         Study(study, space, config, composed, overrides, prepared, launcher, folder).run()
-    if not any(trial.state is TrialState.COMPLETE for trial in study.get_trials(deepcopy=False)):
+        completed_any = any(trial.state is TrialState.COMPLETE for trial in study.get_trials(deepcopy=False))
+    if not completed_any:
         sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
 
 
@@ -152,12 +163,18 @@ def make_pruner(config: Config) -> optuna.pruners.BasePruner:
     return pruner
 
 
-def check_continues(study: optuna.Study, space: Space, directions: list[str]) -> None:
+def check_continues(study: optuna.Study, space: Space, directions: list[str], folder: Path) -> None:
     """Raise InputError if `study` has trials that this space and objective can't go on from."""
     other = "write another study=…, or what it was started with"
     if [direction.name.lower() for direction in study.directions] != directions:
         raise InputError(f"study={study.study_name} exists with another objective; {other}")
     for trial in study.get_trials(deepcopy=False):
+        swept = trial.state is TrialState.COMPLETE and report.BASELINE not in trial.user_attrs
+        if swept and not (folder / f"trial-{trial.number}" / "result.json").exists():
+            raise InputError(
+                f"study={study.study_name} exists in that storage, and the results of its trials are not in {folder}; "
+                f"go on where it was started, or write another study=…"
+            )
         for name, distribution in trial.distributions.items():
             wanted = space.parameters.get(name, distribution)
             if isinstance(wanted, CategoricalDistribution) and wanted != distribution:
@@ -199,6 +216,8 @@ class Study:
         self._count = 0  # of n_trials, in flight or ended
         self._engine_s = 0.0  # start and run of the trials that ended
         self._began = time.monotonic()
+        self._measured: dict[str, str] = {}  # name of the trial by its point
+        self._exhausted = False  # the sampler has nothing new
         self._failed: list[str] = []  # reasons of the last trials, as long as they fail
         self._failed_on: dict[str, int] = {}  # the same by node
 
@@ -259,20 +278,31 @@ class Study:
         if self._wants_baseline:
             self._wants_baseline = False
             return Asked(report.BASELINE, {}, None)
-        for _ in range(REFUSALS_IN_A_ROW):
-            if self._count >= self._n_trials or self._spent():
-                return None
-            trial = self._study.ask()
-            params = self._space.suggest(trial, self._known)
-            if refusal := self._refusal(params):
+        refused = looked_up = 0  # in a row
+        while not self._exhausted and self._count < self._n_trials and not self._spent():
+            with self._transaction():
+                trial = self._study.ask()
+                params = self._space.suggest(trial, self._known)
+            refusal, point = self._dry_run(params)
+            earlier = self._measured.get(point)
+            if refusal:
                 self._refuse(trial, refusal)
-                continue
-            self._count += 1
-            log.info("trial-%d (%d of %d): %s", trial.number, self._count, self._n_trials, report.shorten(params))
-            return Asked(f"trial-{trial.number}", params, trial)
-        raise InputError(
-            f"{REFUSALS_IN_A_ROW} combinations in a row can't be run; the last: {refusal}; narrow the space"
-        )
+                refused += 1
+                if refused == REFUSALS_IN_A_ROW:
+                    raise InputError(
+                        f"{refused} combinations in a row can't be run; the last: {refusal}; narrow the space"
+                    )
+            elif earlier and (result := Result.find(self._folder / earlier)):
+                self._look_up(trial, params, earlier, result)
+                looked_up += 1
+                self._exhausted = looked_up == DUPLICATES_IN_A_ROW and not isinstance(self._study.sampler, Grid)
+                if self._exhausted:
+                    log.info("the sampler asked %d times in a row for what is measured: nothing new begins", looked_up)
+            else:
+                self._count += 1
+                log.info("trial-%d (%d of %d): %s", trial.number, self._count, self._n_trials, report.shorten(params))
+                return Asked(f"trial-{trial.number}", params, trial)
+        return None
 
     def _spent(self) -> bool:
         """Whether the budget is: then what runs may end, and nothing new begins."""
@@ -281,17 +311,42 @@ class Study:
         used_s = self._engine_s if self._config.budget_of == "engine" else time.monotonic() - self._began
         return used_s >= seconds(self._config.budget)
 
-    def _refusal(self, params: Mapping[str, Any]) -> str:
-        """Why this combination can't be run, by the space's own conditions or by vLLM; empty if it can."""
+    def _dry_run(self, params: Mapping[str, Any]) -> tuple[str, str]:
+        """Why this combination can't be run, by the space's own conditions or by vLLM, empty if it can; its point.
+
+        Two combinations have the same point if vLLM would run the same configuration.
+        """
         if broken := self._space.violated(params, self._known):
-            return broken
+            return broken, ""
         prepared = self._prepared
-        return prepared.backend.dry_run(prepared.model, prepared.args | flags(params)).refusal
+        args = prepared.args | flags(params)
+        outcome = prepared.backend.dry_run(prepared.model, args)
+        given = {name: value for name, value in args.items() if value is not None}
+        others = {name: value for name, value in params.items() if not name.startswith(FLAG)}
+        return outcome.refusal, json.dumps([given | outcome.resolved, others], sort_keys=True, default=str)
+
+    def _note_measured(self, name: str, params: Mapping[str, Any]) -> None:
+        if self._config.duplicates is Duplicates.lookup:
+            self._measured.setdefault(self._dry_run(params)[1], name)
+
+    def _look_up(self, trial: optuna.Trial, params: dict[str, Any], earlier: str, result: Result) -> None:
+        """Tell of `trial` what `earlier` measured; it takes no engine time, and is none of the study's n_trials."""
+        trial.set_user_attr(report.DUPLICATE, earlier)
+        self._count += isinstance(self._study.sampler, Grid)  # which asks for each point once
+        asked = Asked(f"trial-{trial.number}", params, trial)
+        folder = self._folder / asked.name
+        folder.mkdir(parents=True, exist_ok=True)
+        now = time.time()
+        facts = {**result.facts, report.DUPLICATE: earlier}
+        replace(result, phases={}, runs=[], facts=facts, started_at=now, ended_at=now).save(folder)
+        log.info("%s is %s again: %s", asked.name, earlier, report.shorten(params))
+        self._finish(asked, lambda: "", "")
 
     def _refuse(self, trial: optuna.Trial, reason: str) -> None:
         """Record a combination that took no GPU: infeasible to the sampler, and none of the study's n_trials."""
-        trial.set_user_attr("refused", reason)
-        tell.impossible(self._study, trial, "refused")
+        with self._transaction():
+            trial.set_user_attr("refused", reason)
+            tell.impossible(self._study, trial, "refused")
         self._count += isinstance(self._study.sampler, Grid)  # which asks for each point once
         log.info("trial-%d refused: %s (%s)", trial.number, reason, report.shorten(trial.params))
 
@@ -349,19 +404,27 @@ class Study:
                 log.warning("%s: its canary failed: %s", asked.node, result.reason)
                 self._launcher.set_aside(asked.node)
             return
-        if asked.trial is None:
-            self._record_baseline(result)
-        elif result.complete:
-            self._tell(asked.trial, result)
-        elif pruned:
-            self._study.tell(asked.trial, state=TrialState.PRUNED)
-        else:
-            self._fail(asked.trial, result.reason)
-        self._count_failures(result, pruned, result.facts.get("node", node))
+        duplicate = report.DUPLICATE in result.facts
+        if result.complete and not duplicate:
+            self._note_measured(asked.name, asked.params)
+        with self._transaction():
+            if asked.trial is None:
+                self._record_baseline(result)
+            elif result.complete:
+                self._tell(asked.trial, result)
+            elif pruned:
+                self._study.tell(asked.trial, state=TrialState.PRUNED)
+            else:
+                self._fail(asked.trial, result.reason)
+        if not duplicate:
+            self._count_failures(result, pruned, result.facts.get("node", node))
         try:
             self._tracker.log_trial(folder, asked.name, result)
         except TrackingError as error:
             log.warning("%s", error)
+
+    def _transaction(self) -> AbstractContextManager[None]:
+        return storage.transaction(self._study._storage)
 
     def _record_baseline(self, result: Result) -> None:
         """Note the baseline; where vLLM's defaults lie within the space, the sampler learns from it, too."""
@@ -409,13 +472,21 @@ class Study:
     def _resume(self) -> None:
         """Tell what ended while nobody watched, take up what still runs, ask again for what was lost."""
         for trial in self._study.get_trials(deepcopy=False):
-            free = "refused" in trial.user_attrs and not isinstance(self._study.sampler, Grid)
+            no_cost = {"refused", report.DUPLICATE} & trial.user_attrs.keys()
+            free = no_cost and not isinstance(self._study.sampler, Grid)
             if trial.state.is_finished():
+                if (
+                    trial.state is TrialState.COMPLETE
+                    and not {report.DUPLICATE, report.BASELINE} & trial.user_attrs.keys()
+                ):
+                    self._note_measured(f"trial-{trial.number}", trial.params)
                 gone = free or report.LOST in trial.user_attrs or report.BASELINE in trial.user_attrs
                 self._count += not gone
             elif trial.state is TrialState.RUNNING:
                 self._take_up(trial)
         missing = self._config.baseline and report.BASELINE not in self._study.user_attrs
+        if completed(self._folder / report.BASELINE):
+            self._note_measured(report.BASELINE, {})
         self._wants_baseline = missing and not self._take_up(None)
         results = (Result.load(path.parent) for path in self._folder.glob("*/result.json"))
         self._engine_s = sum(sum(result.phases.values()) for result in results)

@@ -1,23 +1,26 @@
-"""One trial in a process of its own: python -m autotune.sweep.worker FILE
+"""One trial in a process of its own: python -m autotune.sweep.worker MODULE FD SECONDS
 
-waits for FILE to hold a trial, so that its imports are done before there is one.
+imports what trials need, MODULE with the backend among it, and forks for each trial that comes through the socket FD.
 """
 
+import atexit
+import gc
+import importlib
 import logging
 import os
 import pickle
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from autotune import interrupt, trial
 from autotune.errors import AutotuneError
+from autotune.facts import git_revision
 from autotune.logs import log_to
+from autotune.process import serve
 from autotune.schema import Config
 from autotune.text import one_line
 
-POLL_S = 0.02
 LOG = "trial.log"  # what the process prints
 
 
@@ -29,13 +32,6 @@ class Trial:
     overrides: list[str]  # Hydra's, that compose `config`
     folder: Path
     node: str = ""  # where it has to run, on a cluster
-
-    def save(self, path: Path) -> None:
-        """Hand it to the process that waits for `path`; nobody else can read it, as it may hold secrets."""
-        draft = path.with_suffix(".draft")
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            pickle.dump(self, file)
-        draft.rename(path)
 
 
 def run(one: Trial) -> str:
@@ -58,15 +54,20 @@ def run_job(one: Trial) -> str:
 
 
 def main() -> None:
-    path = Path(sys.argv[1])
-    while not path.exists():
-        time.sleep(POLL_S)
-    one: Trial = pickle.loads(path.read_bytes())
-    path.unlink()
+    module, descriptor, stop_timeout_s = sys.argv[1:]
+    importlib.import_module(module)
+    git_revision()  # of what is loaded, and once for all
+    gc.freeze()  # what is there need not be looked at, and so copied, in each fork
+    one: Trial = pickle.loads(serve(int(descriptor), float(stop_timeout_s)))
     with (one.folder / LOG).open("wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    sys.exit(run_job(one) or 0)
+    if reason := run_job(one):
+        sys.exit(reason)
+    # To take all modules down would cost a fork 0.2 s, in which its worker is idle.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""A stand-in for vLLM in benchmarks of the sweep: its trials sleep."""
+
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autotune import progress
+from autotune.backend import DryRunOutcome, Measurement, RequestTiming
+from autotune.leases import lease_for, leased
+from autotune.models import Model
+from autotune.samples import Samples
+from autotune.schema import ScenarioConfig, SimConfig
+
+SIGMA = 0.8
+
+
+class Sleeper:
+    """A backend whose trials take a log-normal time of median `pace` seconds, the same for the same parameters."""
+
+    Config = SimConfig
+    needs_weights = False
+
+    def __init__(self, config: SimConfig, cache_dir: Path) -> None:
+        self.config = config
+
+    def check(self, args: Mapping[str, Any]) -> None:
+        """Takes every flag."""
+
+    def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
+        return DryRunOutcome("", {})
+
+    @contextmanager
+    def start(self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path) -> Iterator["Asleep"]:
+        seqs = int(args.get("max_num_seqs") or 1)
+        with lease_for(self.config.gpus, args) as lease:
+            sleep_s = self.config.pace * math.exp(random.Random(seqs).gauss(0, SIGMA))
+            yield Asleep(sleep_s, 1000 - abs(seqs - 700), folder, leased(lease))
+
+
+@dataclass(frozen=True)
+class Asleep:
+    """One request, of `tokens` tokens in a second, after `sleep_s`."""
+
+    sleep_s: float
+    tokens: int
+    folder: Path
+    facts: dict[str, str]
+    start_s: float = 0.0
+    command: list[str] = field(default_factory=lambda: ["sleep"])
+    estimated: bool = False
+
+    def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:
+        began = time.time()
+        while (left_s := began + self.sleep_s - time.time()) > 0:
+            progress.check(self.folder)
+            time.sleep(min(0.05, left_s))
+        facts = {"slept": f"{began} {time.time()}", **self.facts}
+        request = RequestTiming(0, 0.0, 0.5, 1.0, self.tokens)
+        return Measurement([request], 0, 1, "VALID", [], {}, {"run": self.sleep_s}, facts=facts)
