@@ -235,7 +235,7 @@ def test_run_that_can_pass_no_more_is_stopped(tmp_path: Path, url: str):
     done = run(tmp_path, url, "Server", [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=500, total=500)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "client.json").read_text())
-    assert report["stopped"] and report["run_s"] < 500 / 200  # of the schedule, at 200 queries/s
+    assert report["stopped"]
     assert 0 < len(read_requests(tmp_path / "requests.csv")) < 500
 
 
