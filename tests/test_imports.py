@@ -11,7 +11,7 @@ HOMES = {
     "mlflow": {"tracking.py"},
     "optuna": {
         "space.py",
-        "report.py",
+        "summary.py",
         "plan.py",
         "sweep/study.py",
         "sweep/storage.py",

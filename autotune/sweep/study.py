@@ -23,7 +23,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from autotune import interrupt, progress, report, tracking
+from autotune import interrupt, progress, summary, tracking
 from autotune.errors import InputError, StartError, TrackingError
 from autotune.logs import log_to
 from autotune.result import Result
@@ -214,10 +214,10 @@ class Study:
                 raise
             finally:
                 self._abandon()
-                summary = report.summary(self._study, self._folder, config)
-                (self._folder / "summary.txt").write_text(summary)
-                log.info("\n%s", summary)
-                self._tracker.summarise(self._folder, report.headline(self._study, self._folder, config))
+                words = summary.words(self._study, self._folder, config)
+                (self._folder / "summary.txt").write_text(words)
+                log.info("\n%s", words)
+                self._tracker.summarise(self._folder, summary.headline(self._study, self._folder, config))
 
     def _run_trials(self) -> None:
         """Keep the launcher's n_jobs trials in flight until n_trials were run or the budget is spent."""
@@ -251,14 +251,14 @@ class Study:
 
     def _canaries(self) -> list[Asked]:
         """A short baseline for each node that has not shown yet what it can."""
-        known = self._study.user_attrs.get(report.CANARIES, {})
+        known = self._study.user_attrs.get(summary.CANARIES, {})
         return [Asked(f"canary-{node}", {}, None, node) for node in self._launcher.nodes() if node not in known]
 
     def _ask(self) -> Asked | None:
         """The baseline, then what the sampler suggests and vLLM accepts; None if nothing more is to be run."""
         if self._wants_baseline:
             self._wants_baseline = False
-            return Asked(report.BASELINE, {}, None)
+            return Asked(summary.BASELINE, {}, None)
         for _ in range(REFUSALS_IN_A_ROW):
             if self._count >= self._n_trials or self._spent():
                 return None
@@ -268,7 +268,7 @@ class Study:
                 self._refuse(trial, refusal)
                 continue
             self._count += 1
-            log.info("trial-%d (%d of %d): %s", trial.number, self._count, self._n_trials, report.shorten(params))
+            log.info("trial-%d (%d of %d): %s", trial.number, self._count, self._n_trials, summary.shorten(params))
             return Asked(f"trial-{trial.number}", params, trial)
         raise InputError(
             f"{REFUSALS_IN_A_ROW} combinations in a row can't be run; the last: {refusal}; narrow the space"
@@ -293,7 +293,7 @@ class Study:
         trial.set_user_attr("refused", reason)
         tell.impossible(self._study, trial, "refused")
         self._count += isinstance(self._study.sampler, Grid)  # which asks for each point once
-        log.info("trial-%d refused: %s (%s)", trial.number, reason, report.shorten(trial.params))
+        log.info("trial-%d refused: %s (%s)", trial.number, reason, summary.shorten(trial.params))
 
     # Running
 
@@ -340,11 +340,11 @@ class Study:
         self._engine_s += sum(result.phases.values())
         if not pruned:
             estimated = " (estimated)" if result.estimated else ""
-            log.info("%s: %s%s", asked.name, report.outcome(result, self._config.objective.metrics), estimated)
+            log.info("%s: %s%s", asked.name, summary.outcome(result, self._config.objective.metrics), estimated)
         if asked.node:
-            known = self._study.user_attrs.get(report.CANARIES, {})
+            known = self._study.user_attrs.get(summary.CANARIES, {})
             value = result.values[0] if result.complete else None
-            self._study.set_user_attr(report.CANARIES, {**known, asked.node: value})
+            self._study.set_user_attr(summary.CANARIES, {**known, asked.node: value})
             if value is None:
                 log.warning("%s: its canary failed: %s", asked.node, result.reason)
                 self._launcher.set_aside(asked.node)
@@ -365,7 +365,7 @@ class Study:
 
     def _record_baseline(self, result: Result) -> None:
         """Note the baseline; where vLLM's defaults lie within the space, the sampler learns from it, too."""
-        self._study.set_user_attr(report.BASELINE, {"values": result.values, "reason": result.reason})
+        self._study.set_user_attr(summary.BASELINE, {"values": result.values, "reason": result.reason})
         defaults = {name: self._known.get(name.removeprefix(FLAG)) for name in self._space.parameters}
         if result.complete and all(_contains(d, defaults[name]) for name, d in self._space.parameters.items()):
             self._study.add_trial(
@@ -373,7 +373,7 @@ class Study:
                     params=defaults,
                     distributions=self._space.parameters,
                     values=result.values,
-                    user_attrs={report.BASELINE: True, "metrics": result.metrics},
+                    user_attrs={summary.BASELINE: True, "metrics": result.metrics},
                     constraints=result.constraints,
                 )
             )
@@ -411,11 +411,11 @@ class Study:
         for trial in self._study.get_trials(deepcopy=False):
             free = "refused" in trial.user_attrs and not isinstance(self._study.sampler, Grid)
             if trial.state.is_finished():
-                gone = free or report.LOST in trial.user_attrs or report.BASELINE in trial.user_attrs
+                gone = free or summary.LOST in trial.user_attrs or summary.BASELINE in trial.user_attrs
                 self._count += not gone
             elif trial.state is TrialState.RUNNING:
                 self._take_up(trial)
-        missing = self._config.baseline and report.BASELINE not in self._study.user_attrs
+        missing = self._config.baseline and summary.BASELINE not in self._study.user_attrs
         self._wants_baseline = missing and not self._take_up(None)
         results = (Result.load(path.parent) for path in self._folder.glob("*/result.json"))
         self._engine_s = sum(sum(result.phases.values()) for result in results)
@@ -425,7 +425,7 @@ class Study:
 
     def _take_up(self, frozen: FrozenTrial | None) -> bool:
         """Whether a trial (the baseline: None) that an earlier process left still runs, or has completed since."""
-        name = f"trial-{frozen.number}" if frozen else report.BASELINE
+        name = f"trial-{frozen.number}" if frozen else summary.BASELINE
         folder = self._folder / name
         job = self._launcher.attach(folder)
         if job or completed(folder):
@@ -453,7 +453,7 @@ class Study:
             self._study.enqueue_trial(params, user_attrs={**frozen.user_attrs, AGAIN: frozen.number})
         # Not through optuna.Trial, which would have the sampler choose anew.
         kept = self._study._storage
-        kept.set_trial_user_attr(frozen._trial_id, report.LOST, True)
+        kept.set_trial_user_attr(frozen._trial_id, summary.LOST, True)
         kept.set_trial_user_attr(frozen._trial_id, "reason", "lost: the process that ran it ended")
         self._study.tell(frozen.number, state=TrialState.FAIL)
 
@@ -461,7 +461,7 @@ class Study:
         """Ask first for what a simulation of this study found best."""
         expected = prior.best(self._config, self._space)
         for one in expected:
-            attributes = {report.EXPECTED: {"values": one.values, "feasible": one.feasible}}
+            attributes = {summary.EXPECTED: {"values": one.values, "feasible": one.feasible}}
             self._study.enqueue_trial(one.params, user_attrs=attributes)
         simulated = self._config.prior.trials
         log.info("prior: the first %d trials are the best of %d simulated ones", len(expected), simulated)

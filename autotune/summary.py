@@ -90,7 +90,7 @@ def headline(study: optuna.Study, folder: Path, config: Config) -> dict[str, flo
     return figures
 
 
-def summary(study: optuna.Study, folder: Path, config: Config) -> str:
+def words(study: optuna.Study, folder: Path, config: Config) -> str:
     """Best against baseline (or the Pareto front), the command that serves it, where things lie.
 
     Of several objectives, the front is also written to `folder`/pareto.json.

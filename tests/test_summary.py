@@ -7,7 +7,7 @@ import pytest
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from autotune import report
+from autotune import summary
 from autotune.result import Result
 from autotune.schema import Config, ModelConfig, ObjectiveConfig, TrackingConfig
 
@@ -47,7 +47,7 @@ def study(folder: Path, baseline: Result | None, *trials: Result, objective: Obj
 
 
 def test_changes_are_shown_without_their_prefix():
-    assert report.shorten({"engine.args.max_num_seqs": 8, "scenario.qps": 2.5}) == "max_num_seqs=8 scenario.qps=2.5"
+    assert summary.shorten({"engine.args.max_num_seqs": 8, "scenario.qps": 2.5}) == "max_num_seqs=8 scenario.qps=2.5"
 
 
 @pytest.mark.parametrize(
@@ -62,19 +62,19 @@ def test_changes_are_shown_without_their_prefix():
     ],
 )
 def test_trial_ends_in_one_line(trial: Result, words: str):
-    assert report.outcome(trial, ["tokens_per_s"]) == words
+    assert summary.outcome(trial, ["tokens_per_s"]) == words
 
 
 @pytest.mark.parametrize(("objective", "best"), [(MAXIMIZE, 1), (MINIMIZE, 0)], ids=["maximize", "minimize"])
 def test_best_is_feasible_and_follows_the_direction(tmp_path: Path, objective: ObjectiveConfig, best: int):
     trials = [result(10), result(20), result(5, over=0.1), result(40, over=0.1), Result(reason="E: x")]
-    found = report.best(study(tmp_path, None, *trials, objective=objective))
+    found = summary.best(study(tmp_path, None, *trials, objective=objective))
     assert found is not None and found.number == best
 
 
 def test_winner_is_shown_with_its_gain_and_its_command(tmp_path: Path):
     made = study(tmp_path, result(10, command="default"), result(9), result(12, command="winner"))
-    shown = report.summary(made, tmp_path, config())
+    shown = summary.words(made, tmp_path, config())
     assert "Study s: 2 trials, 0 failed" in shown
     assert "Best: max_num_seqs=1 (+20.0% against vLLM's defaults" in shown
     assert "\n  vllm serve winner\n" in shown and "serve default" not in shown
@@ -82,11 +82,11 @@ def test_winner_is_shown_with_its_gain_and_its_command(tmp_path: Path):
 
 def test_lower_latency_wins(tmp_path: Path):
     made = study(tmp_path, result(10), result(8, command="winner"), objective=MINIMIZE)
-    assert "Best: max_num_seqs=0 (-20.0% against" in report.summary(made, tmp_path, config(MINIMIZE))
+    assert "Best: max_num_seqs=0 (-20.0% against" in summary.words(made, tmp_path, config(MINIMIZE))
 
 
 def test_defaults_that_win_are_served(tmp_path: Path):
-    shown = report.summary(study(tmp_path, result(10, command="default"), result(9)), tmp_path, config())
+    shown = summary.words(study(tmp_path, result(10, command="default"), result(9)), tmp_path, config())
     assert "No trial beat vLLM's defaults" in shown and "\n  vllm serve default\n" in shown
 
 
@@ -98,13 +98,13 @@ def test_defaults_that_win_are_served(tmp_path: Path):
     ],
 )
 def test_baseline_that_is_no_measure_is_said_to_be_none(tmp_path: Path, baseline: Result, words: str):
-    shown = report.summary(study(tmp_path, baseline, result(9)), tmp_path, config())
+    shown = summary.words(study(tmp_path, baseline, result(9)), tmp_path, config())
     assert words in shown and "Best: max_num_seqs=0 (no usable baseline to compare with)" in shown
 
 
 def test_study_without_a_usable_trial_says_why(tmp_path: Path):
     trials = [Result(reason="StartError: no memory"), Result(reason="StartError: no memory"), result(9, over=1.0)]
-    shown = report.summary(study(tmp_path, None, *trials), tmp_path, config())
+    shown = summary.words(study(tmp_path, None, *trials), tmp_path, config())
     assert "3 trials, 2 failed" in shown
     assert shown.count("  StartError: no memory") == 1
     assert "No trial is feasible: loosen the limits" in shown
@@ -112,7 +112,7 @@ def test_study_without_a_usable_trial_says_why(tmp_path: Path):
 
 def test_headline_figures_name_the_metric(tmp_path: Path):
     made = study(tmp_path, result(10), result(12), Result(reason="E: x"))
-    assert report.headline(made, tmp_path, config()) == {
+    assert summary.headline(made, tmp_path, config()) == {
         "trials": 2,
         "failed_trials": 1,
         "baseline_tokens_per_s": 10,
