@@ -59,6 +59,7 @@ class DryRunOutcome:
 
 class Backend(Protocol):
     needs_weights: bool  # or a model's shape will do
+    estimates: bool  # nothing runs on the machine's hardware
 
     def check(self, args: Mapping[str, Any]) -> None:
         """Raise InputError for vLLM flags that can't be served. Cheap; takes no GPU."""

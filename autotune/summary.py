@@ -1,11 +1,10 @@
-"""Study → words: the outcome of a trial, the summary of a study."""
+"""Study → words and headline figures: the outcome of a trial, the summary of a study."""
 
 import json
 import shlex
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.study import StudyDirection
@@ -14,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.redact import redact
 from autotune.result import Result
 from autotune.schema import Config
+from autotune.text import shorten
 
 BASELINE = "baseline"
 LOST = "lost"  # of a trial whose sweeping process ended, with whatever ran it
@@ -21,6 +21,7 @@ CANARIES = "canaries"  # a study's: by node, what a short baseline measured ther
 SLOW = 0.1  # share of the median node's value that a slow one is worse by
 EXPECTED = "expected"  # what a simulation said of a trial
 SURPRISE = 0.15  # share of the expected value by which a measured one contradicts it
+FILE = "summary.json"  # in a study's folder: what it comes to, in figures
 # What a table shows of a trial: metric, heading, digits.
 COLUMNS = [
     ("tokens_per_s", "tokens/s", 1),
@@ -29,15 +30,7 @@ COLUMNS = [
     ("tpot_p99_ms", "TPOT p99 ms", 2),
     ("latency_p99_ms", "latency p99 ms", 0),
 ]
-
-
-def shorten(params: Mapping[str, Any]) -> str:
-    """`max_num_seqs=64 block_size=32`: what a trial changed, without prefixes."""
-    return " ".join(f"{name.removeprefix('engine.args.')}={_short(value)}" for name, value in params.items())
-
-
-def _short(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
+HEADINGS = {metric: heading for metric, heading, _ in COLUMNS}
 
 
 def outcome(result: Result, objectives: list[str]) -> str:
@@ -72,22 +65,39 @@ def best(study: optuna.Study) -> FrozenTrial | None:
 def front(study: optuna.Study) -> list[str]:
     """Names of the feasible trials that no other beats in every objective, the best in the first at the top."""
     trials = sorted(study.best_trials, key=lambda trial: -_sign(study) * trial.values[0])
-    return [_name(trial) for trial in trials]
+    return [folder_of(trial) for trial in trials]
+
+
+def winner(study: optuna.Study, folder: Path) -> str | None:
+    """Folder of what is to be served: the best trial, or the baseline if none beat it; None if nothing is feasible."""
+    trial, baseline = best(study), Result.find(folder / BASELINE)
+    if baseline and baseline.feasible and (trial is None or _wins(study, baseline.values[0], trial.values[0])):
+        return BASELINE
+    return folder_of(trial) if trial else None
 
 
 def headline(study: optuna.Study, folder: Path, config: Config) -> dict[str, float]:
     """The study in a few figures, for MLflow's parent run."""
     trials = [trial for trial in study.trials if LOST not in trial.user_attrs]
     figures = {"trials": float(len(trials)), "failed_trials": float(sum(map(_failed, trials)))}
-    name = config.objective.metrics[0]
+    metric = config.objective.metrics[0]
     trial, baseline = best(study), Result.find(folder / BASELINE)
     if baseline and baseline.complete:
-        figures[f"baseline_{name}"] = baseline.values[0]
+        figures[f"baseline_{metric}"] = baseline.values[0]
     if trial:
-        figures[f"best_{name}"] = trial.values[0]
+        figures[f"best_{metric}"] = trial.values[0]
         if baseline and baseline.complete and baseline.values[0]:
             figures["gain_percent"] = _sign(study) * (trial.values[0] / baseline.values[0] - 1) * 100
     return figures
+
+
+def write(study: optuna.Study, folder: Path, config: Config) -> str:
+    """Leave summary.txt and summary.json in `folder`; returns the words."""
+    text = words(study, folder, config)
+    (folder / "summary.txt").write_text(text)
+    body = {"study": config.study, "best": winner(study, folder), "figures": headline(study, folder, config)}
+    (folder / FILE).write_text(json.dumps(body, indent=1))
+    return text
 
 
 def words(study: optuna.Study, folder: Path, config: Config) -> str:
@@ -97,7 +107,7 @@ def words(study: optuna.Study, folder: Path, config: Config) -> str:
     """
     parts = [_counts(study, config)]
     baseline, trial = Result.find(folder / BASELINE), best(study)
-    names = front(study) if len(study.directions) > 1 else [_name(trial)] if trial else []
+    names = front(study) if len(study.directions) > 1 else [folder_of(trial)] if trial else []
     rows = {BASELINE: baseline} | {name: Result.find(folder / name) for name in names}
     parts += _table({name: row for name, row in rows.items() if row and row.complete}, config)
     if baseline and not baseline.complete:
@@ -109,16 +119,17 @@ def words(study: optuna.Study, folder: Path, config: Config) -> str:
     elif len(study.directions) > 1:
         parts += _pareto({name: row for name, row in rows.items() if row and name in names}, folder)
     else:
-        result = rows[_name(trial)]
+        result = rows[folder_of(trial)]
         assert result is not None
-        parts += _verdict(_sign(study), trial, result, baseline)
+        parts += _verdict(study, trial, result, baseline)
     parts += _surprises(study) + _nodes(study)
     if any(row and row.estimated for row in rows.values()):
         parts += ["", "These are estimates of a simulation (backend=sim), not measurements."]
     parts += ["", f"Everything measured: {folder}/"]
     if config.tracking.enabled:
-        uri = shlex.quote(redact(config.tracking.uri))
-        parts.append(f"Compare the trials:  mlflow ui --backend-store-uri {uri}")
+        uri = redact(config.tracking.uri)
+        where = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        parts.append(f"Compare the trials:  {where}")
     return "\n".join(parts) + "\n"
 
 
@@ -138,13 +149,13 @@ def _why_none(study: optuna.Study) -> list[str]:
     return parts
 
 
-def _verdict(sign: int, trial: FrozenTrial, result: Result, baseline: Result | None) -> list[str]:
+def _verdict(study: optuna.Study, trial: FrozenTrial, result: Result, baseline: Result | None) -> list[str]:
     changed, command = shorten(trial.params), ["", f"  {result.shell_command}"]
     if not (baseline and baseline.feasible):
         return ["", f"Best: {changed} (no usable baseline to compare with)", *command]
     change = f"{result.values[0] / baseline.values[0] - 1:+.1%}" if baseline.values[0] else f"{result.values[0]:g}"
     gain = f"{change} against vLLM's defaults, measured once each"
-    if sign * (result.values[0] - baseline.values[0]) > 0:
+    if not _wins(study, baseline.values[0], result.values[0]):
         return ["", f"Best: {changed} ({gain})", *command]
     worse = f"No trial beat vLLM's defaults. The best was {changed} ({gain}). Serve the defaults:"
     return ["", worse, "", f"  {baseline.shell_command}"]
@@ -159,14 +170,14 @@ def _surprises(study: optuna.Study) -> list[str]:
             continue
         checked += 1
         if _failed(trial):
-            found.append(f"  {_name(trial)}: expected to run, and failed: {trial.user_attrs['reason']}")
+            found.append(f"  {folder_of(trial)}: expected to run, and failed: {trial.user_attrs['reason']}")
             continue
         off = trial.values[0] / expected["values"][0] - 1 if expected["values"][0] else 0.0
         feasible = all(value <= 0 for value in trial.constraints.values())
         if abs(off) > SURPRISE or feasible != expected["feasible"]:
             words = {True: "feasible", False: "infeasible"}
             found.append(
-                f"  {_name(trial)}: expected {expected['values'][0]:.4g} ({words[expected['feasible']]}), "
+                f"  {folder_of(trial)}: expected {expected['values'][0]:.4g} ({words[expected['feasible']]}), "
                 f"measured {trial.values[0]:.4g} ({words[feasible]})"
             )
     if not checked:
@@ -223,7 +234,7 @@ def _failed(trial: FrozenTrial) -> bool:
     return "reason" in trial.user_attrs
 
 
-def _name(trial: FrozenTrial) -> str:
+def folder_of(trial: FrozenTrial) -> str:
     """The trial's folder."""
     return BASELINE if BASELINE in trial.user_attrs else f"trial-{trial.number}"
 
@@ -231,3 +242,8 @@ def _name(trial: FrozenTrial) -> str:
 def _sign(study: optuna.Study) -> int:
     """1 where more of the first objective is better, else -1."""
     return 1 if study.directions[0] is StudyDirection.MAXIMIZE else -1
+
+
+def _wins(study: optuna.Study, baseline: float, value: float) -> bool:
+    """Whether the baseline's first value is as good as this one, or better."""
+    return _sign(study) * (baseline - value) >= 0

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
-from autotune import metrics, models, objective, samples
+from autotune import metrics, models, objective, samples, tracking
 from autotune.backend import Backend, Measurement
 from autotune.facts import git_revision
 from autotune.models import Model
@@ -110,8 +111,13 @@ def _measure(config: Config, result: Result, folder: Path) -> None:
     prepared = prepare(config)
     result.args = redact(prepared.args)
     loaded = prepare_samples(config, prepared)
-    result.facts = {"dataset_checksum": loaded.checksum, "autotune": git_revision()}
-    measured = prepared.backend.measure(prepared.model, prepared.args, config.scenario, loaded, folder)
+    result.facts = {
+        "dataset_checksum": loaded.checksum,
+        "dataset_samples": str(len(loaded)),
+        "autotune": git_revision(),
+    }
+    with nullcontext() if prepared.backend.estimates else tracking.system_metrics(config.tracking, folder):
+        measured = prepared.backend.measure(prepared.model, prepared.args, config.scenario, loaded, folder)
     score(config, measured, result)
 
 

@@ -46,10 +46,6 @@ def study(folder: Path, baseline: Result | None, *trials: Result, objective: Obj
     return made
 
 
-def test_changes_are_shown_without_their_prefix():
-    assert summary.shorten({"engine.args.max_num_seqs": 8, "scenario.qps": 2.5}) == "max_num_seqs=8 scenario.qps=2.5"
-
-
 @pytest.mark.parametrize(
     ("trial", "words"),
     [

@@ -33,6 +33,7 @@ POLL_S = 0.1
 class LiveBackend:
     Config = LiveConfig
     needs_weights = True
+    estimates = False
 
     def __init__(self, config: LiveConfig, cache_dir: Path) -> None:
         self.config = config

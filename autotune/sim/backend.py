@@ -30,6 +30,7 @@ PUBLISH_S = 2.0  # simulated; as often as a real run publishes
 class SimBackend:
     Config = SimConfig
     needs_weights = False
+    estimates = True
 
     def __init__(self, config: SimConfig, cache_dir: Path) -> None:
         self.config = config

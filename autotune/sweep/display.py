@@ -14,6 +14,7 @@ from rich.text import Text
 
 from autotune import summary
 from autotune.schema import ObjectiveConfig
+from autotune.text import shorten
 
 if TYPE_CHECKING:
     import optuna
@@ -69,7 +70,7 @@ class Display:
             table.add_column(heading, no_wrap=True)
         for one in running:
             age = f"{time.monotonic() - one.since:.0f}"
-            table.add_row(one.asked.name, one.phase, age, one.job.node, summary.shorten(one.asked.params))
+            table.add_row(one.asked.name, one.phase, age, one.job.node, shorten(one.asked.params))
         return Group(Text("  ".join(word for word in words if word)), table)
 
 

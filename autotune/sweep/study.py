@@ -33,6 +33,7 @@ from autotune.sweep import prior, storage, tell
 from autotune.sweep.display import Display
 from autotune.sweep.launchers import Job, Launcher, completed
 from autotune.sweep.worker import Trial
+from autotune.text import shorten
 from autotune.trial import Prepared, prepare, prepare_samples
 
 log = logging.getLogger(__name__)
@@ -214,10 +215,23 @@ class Study:
                 raise
             finally:
                 self._abandon()
-                words = summary.words(self._study, self._folder, config)
-                (self._folder / "summary.txt").write_text(words)
-                log.info("\n%s", words)
-                self._tracker.summarise(self._folder, summary.headline(self._study, self._folder, config))
+                log.info("\n%s", summary.write(self._study, self._folder, config))
+                self._write_report()
+                self._tracker.summarise(self._folder)
+
+    def _write_report(self) -> None:
+        """The report as a page; whatever goes wrong with it is no reason for a study to fail."""
+        try:
+            from autotune import report  # plotly takes a second to import
+
+            log.info("Report: %s", report.write(self._config, self._study, self._folder))
+        except Exception as error:
+            log.warning(
+                "no report: %s: %s; python -m autotune.report study=%s writes it",
+                type(error).__name__,
+                error,
+                self._config.study,
+            )
 
     def _run_trials(self) -> None:
         """Keep the launcher's n_jobs trials in flight until n_trials were run or the budget is spent."""
@@ -268,7 +282,7 @@ class Study:
                 self._refuse(trial, refusal)
                 continue
             self._count += 1
-            log.info("trial-%d (%d of %d): %s", trial.number, self._count, self._n_trials, summary.shorten(params))
+            log.info("trial-%d (%d of %d): %s", trial.number, self._count, self._n_trials, shorten(params))
             return Asked(f"trial-{trial.number}", params, trial)
         raise InputError(
             f"{REFUSALS_IN_A_ROW} combinations in a row can't be run; the last: {refusal}; narrow the space"
@@ -293,7 +307,7 @@ class Study:
         trial.set_user_attr("refused", reason)
         tell.impossible(self._study, trial, "refused")
         self._count += isinstance(self._study.sampler, Grid)  # which asks for each point once
-        log.info("trial-%d refused: %s (%s)", trial.number, reason, summary.shorten(trial.params))
+        log.info("trial-%d refused: %s (%s)", trial.number, reason, shorten(trial.params))
 
     # Running
 

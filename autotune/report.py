@@ -1,0 +1,436 @@
+"""A study as one HTML page without network access:
+
+    python -m autotune.report study=NAME
+
+writes multirun/NAME/report.html. A study does it by itself at its end.
+"""
+
+import base64
+import gzip
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import optuna
+import plotly.graph_objects as go
+from optuna.trial import FrozenTrial, TrialState
+from plotly.offline import get_plotlyjs
+
+from autotune import figures, summary
+from autotune.errors import InputError
+from autotune.figures import drawn, label
+from autotune.result import Result
+from autotune.schema import Config, loaded
+from autotune.summary import BASELINE, HEADINGS, LOST, folder_of, outcome
+from autotune.text import shorten
+
+PAGE = "report.html"
+SLICES = 8  # parameters that are drawn one by one, the most important first
+# What `bound` says kept a trial from more.
+BOUNDS = {
+    "kv": "the KV cache was full",
+    "sequences": "max_num_seqs sequences were running",
+    "tokens": "each step was full of tokens",
+    "queue": "requests waited",
+    "arrival": "the server kept up: more load was not offered",
+    "client": "the load generator",
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    figure: str  # plotly's JSON
+    height: int
+    narrow: bool  # readable at the width of a phone; else it scrolls
+
+
+@dataclass
+class Section:
+    title: str
+    text: str = ""
+    small: bool = False  # plots that are read side by side
+    plots: list[Plot] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # why what should be here is not
+
+    def add(self, draw: Callable[[], go.Figure], narrow: bool = True) -> None:
+        made = drawn(draw)
+        if isinstance(made, str):
+            self.missing += [made] if made not in self.missing else []
+        else:
+            body = made.to_json().replace("<", "\\u003c")  # it stands within a script element
+            self.plots.append(Plot(body, made.layout.height, narrow))
+
+
+@dataclass(frozen=True)
+class Studied:
+    """A study and all that its trials left."""
+
+    config: Config  # of a trial that changed as little as possible
+    study: optuna.Study
+    folder: Path
+    results: dict[str, Result]  # by folder, the baseline first
+    best: str | None  # of them, what is to be served
+
+    @property
+    def baseline(self) -> Result | None:
+        found = self.results.get(BASELINE)
+        return found if found and found.complete else None
+
+    @property
+    def complete(self) -> dict[str, Result]:
+        return {name: result for name, result in self.results.items() if result.complete}
+
+    def measured(self, metrics: Sequence[str], directions: Sequence[str]) -> optuna.Study:
+        return figures.measured(self.study, self.results, metrics, directions)
+
+
+def read(config: Config, study: optuna.Study, folder: Path) -> Studied:
+    found = {name: Result.find(folder / name) for name in [BASELINE, *map(folder_of, study.get_trials(deepcopy=False))]}
+    results = {name: result for name, result in found.items() if result}
+    return Studied(config, study, folder, results, summary.winner(study, folder))
+
+
+def write(config: Config, study: optuna.Study, folder: Path) -> Path:
+    """report.html in `folder`."""
+    path = folder / PAGE
+    path.write_text(page(read(config, study, folder)))
+    return path
+
+
+def page(studied: Studied) -> str:
+    """The page itself."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters |= {"figure": _figure, "metric": label, "shorten": shorten}
+    script = base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9)).decode()
+    return templates.get_template("report.html.j2").render(
+        studied=studied,
+        config=studied.config,
+        headline=headline(studied),
+        cards=cards(studied),
+        sections=list(sections(studied)),
+        failures=failures(studied),
+        table=table(studied),
+        facts=facts(studied),
+        words=summary.words(studied.study, studied.folder, studied.config),
+        estimated=any(result.estimated for result in studied.results.values()),
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        plotly=script,
+    )
+
+
+def headline(studied: Studied) -> dict[str, Any]:
+    """What is to be served, and how it compares."""
+    result = studied.results.get(studied.best or "")
+    if not result:
+        return {"words": "No trial is feasible.", "command": [], "changes": []}
+    metric, baseline = studied.config.objective.metrics[0], studied.baseline
+    words = f"{_figure(result.values[0])} {label(metric)}{interval(result, metric)}"
+    front = [studied.results[name] for name in summary.front(studied.study) if name in studied.results]
+    if len(studied.config.objective.metrics) > 1 and front:
+        values = [(name, [one.metrics[name] for one in front]) for name in studied.config.objective.metrics]
+        spans = [f"{label(name)} {_figure(min(some))} to {_figure(max(some))}" for name, some in values]
+        words = f"{len(front)} trials on the Pareto front: {', '.join(spans)}"
+    elif studied.best == BASELINE:
+        tried = summary.best(studied.study)
+        words += f": vLLM's defaults{'; no trial beat them' if tried else ', the only feasible configuration'}"
+    elif baseline and baseline.feasible and baseline.values[0]:
+        change = result.values[0] / baseline.values[0] - 1
+        against = f"{_figure(baseline.values[0])}{interval(baseline, metric)}"
+        words = f"{change:+.1%}: {words}, against {against} with vLLM's defaults"
+    else:
+        words += "; no usable baseline to compare with"
+    known = next((trial.params for trial in studied.study.get_trials() if BASELINE in trial.user_attrs), {})
+    return {
+        "words": words,
+        "name": studied.best,
+        "command": by_flag(result.command),
+        "changes": [
+            (key.removeprefix("engine.args."), value, known.get(key, "")) for key, value in result.params.items()
+        ],
+        "defaults": bool(known),
+        "once": not result.intervals and len(result.runs) < 2,
+        "several": len(studied.config.objective.metrics) > 1,
+    }
+
+
+def by_flag(command: Sequence[str]) -> list[str]:
+    """A command in the pieces that lines are best broken between, as a shell takes them."""
+    pieces: list[list[str]] = [[]]
+    for word in command:
+        if word.startswith("--"):
+            pieces.append([])
+        pieces[-1].append(word)
+    return [shlex.join(piece) for piece in pieces]
+
+
+def interval(result: Result, metric: str) -> str:
+    """` (83.1 to 84.0)`: 95 % confidence, where it is known."""
+    if metric not in result.intervals:
+        return ""
+    low, high = result.intervals[metric]
+    return f" ({_figure(low)} to {_figure(high)})"
+
+
+def cards(studied: Studied) -> list[tuple[str, str, str]]:
+    """Figures at a glance: name, figure, what it is next to."""
+    result, baseline, found = studied.results.get(studied.best or ""), studied.baseline, []
+    wanted = list(dict.fromkeys([*studied.config.objective.metrics, *HEADINGS]))
+    for metric in wanted if result else []:
+        assert result
+        if metric in result.metrics:
+            beside = baseline.metrics.get(metric) if baseline and baseline is not result else None
+            limit = figures.latency_limits(studied.config.scenario).get(metric)
+            words = [f"baseline {_figure(beside)}"] if beside is not None else []
+            words += [f"limit {limit:g}"] if limit is not None else []
+            found.append((label(metric), _figure(result.metrics[metric]), ", ".join(words)))
+    return found
+
+
+def sections(studied: Studied) -> Iterator[Section]:
+    config, objective = studied.config, studied.config.objective
+    several, names = len(objective.metrics) > 1, list(zip(objective.metrics, objective.directions, strict=True))
+    alone = {metric: studied.measured([metric], [direction]) for metric, direction in names}
+
+    progress = Section("Optimisation history", "Grey trials broke a limit. The line is the best so far.")
+    for metric, study in alone.items():
+        progress.add(partial(figures.history, study, metric, studied.baseline))
+    yield progress
+
+    importance = Section(
+        "Parameter importance",
+        "fANOVA: how much of the variation over all trials a parameter explains. PED-ANOVA: how much it tells the best "
+        "tenth of the trials from the others. Both say little after a few trials.",
+    )
+    ranked: dict[str, list[str]] = {}
+    for metric, study in alone.items():
+        try:
+            shares = figures.importances(study)
+        except Exception as why:
+            shares = {}
+            importance.missing.append(f"{label(metric)}: {why}" if several else str(why))
+        for name, found in shares.items():
+            importance.add(partial(figures.importance, f"{name} of {label(metric)}" if several else name, found))
+        ranked[metric] = list(shares.popitem()[1]) if shares else _parameters(study)
+    yield importance
+
+    slices = Section("One parameter at a time", "Darker dots came first.", small=True)
+    for metric, study in alone.items():
+        for param in ranked[metric][:SLICES]:
+            slices.add(partial(figures.slice_of, study, param, metric))
+        if not ranked[metric]:
+            slices.missing = ["no parameter was varied in a trial that completed"]
+    yield slices
+
+    first, study = next(iter(alone.items()))
+    grey = "grey dots broke a limit"
+    two = Section("Two at a time", f"{label(first)} over the parameters that matter most; {grey}.", small=True)
+    for pair in figures.pairs(ranked[first]):
+        two.add(partial(figures.contour, study, pair, first))
+    if not two.plots and not two.missing:
+        two.missing = ["needs two parameters"]
+    yield two
+
+    lines = Section("All at once", "Each line is a trial, dotted where it broke a limit.")
+    whole = studied.measured(objective.metrics, objective.directions)
+    lines.add(partial(figures.parallel, whole, objective.metrics), narrow=False)
+    yield lines
+
+    limits = figures.latency_limits(config.scenario)
+    metrics, directions = (objective.metrics, objective.directions) if several else trade_off(config)
+    front = Section(
+        "Pareto front" if several else "Throughput against latency", "Hover to see the whole configuration."
+    )
+    front.add(lambda: figures.front(studied.measured(metrics, directions), metrics, limits))
+    yield front
+
+    yield load(studied, limits)
+
+    bound = Section("What bound each trial", "What kept it from more.")
+    bound.add(partial(figures.bounds, studied.complete, first))
+    seen = {result.bound for result in studied.results.values() if result.bound}
+    bound.text += "".join(f" {kind}: {BOUNDS.get(kind, kind)}." for kind in sorted(seen))
+    yield bound
+
+    spent = Section("Where the time went", times(studied))
+    spent.add(partial(figures.phases, studied.results))
+    yield spent
+
+
+def load(studied: Studied, limits: Mapping[str, float]) -> Section:
+    """Latency over the offered load, of the best trials that ran at several loads, or of a study that swept it."""
+    section = Section("Latency over load", "Hollow marks: LoadGen said INVALID.")
+    sign = 1 if studied.config.objective.directions[0] == "maximize" else -1
+    trials = sorted(studied.complete.items(), key=lambda item: (not item[1].feasible, -sign * item[1].values[0]))
+    several = {name: result for name, result in trials if len({run.qps for run in result.runs}) > 1}
+    swept = {name: result for name, result in trials if "scenario.qps" in result.params}
+    if several:
+        some = {name: result for name, result in several.items() if name != BASELINE}
+        some = dict(list(some.items())[: figures.CURVES])
+        shown = {BASELINE: several[BASELINE], **some} if BASELINE in several else some
+        for metric in ("ttft_p99_ms", "tpot_p99_ms"):
+            section.add(partial(figures.load_curve, shown, metric, limits.get(metric)))
+    elif swept:
+        for metric in ("ttft_p99_ms", "tpot_p99_ms"):
+            section.add(partial(figures.load_points, swept, metric, limits.get(metric)))
+    else:
+        section.missing = ["every trial ran at one load (space=load sweeps it)"]
+    return section
+
+
+def trade_off(config: Config) -> tuple[list[str], list[str]]:
+    """What the objective of a study with one is paid with: metrics and directions."""
+    metric, direction = config.objective.metrics[0], config.objective.directions[0]
+    if metric.endswith("_ms"):
+        return [metric, "tokens_per_s"], [direction, "maximize"]
+    limited = list(figures.latency_limits(config.scenario))
+    return [metric, limited[-1] if limited else "latency_p99_ms"], [direction, "minimize"]
+
+
+def times(studied: Studied) -> str:
+    """Where the time went, in a line."""
+    total: dict[str, float] = dict.fromkeys(figures.PHASES, 0.0)
+    for result in studied.results.values():
+        for phase, seconds in result.phases.items():
+            total[phase] = total.get(phase, 0.0) + max(0.0, seconds)
+    whole = sum(total.values())
+    shares = [f"{phase} {seconds / whole:.0%}" for phase, seconds in total.items() if seconds > 0]
+    return f"{_duration(whole)} in all: {', '.join(shares)}." if whole else ""
+
+
+def failures(studied: Studied) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Why trials failed or were refused, the most frequent first, with the trials; numbers make no other reason."""
+    kinds: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+    baseline = studied.results.get(BASELINE)
+    found = [(BASELINE, baseline.reason, "vLLM's defaults")] if baseline and not baseline.complete else []
+    for trial in studied.study.get_trials(deepcopy=False):
+        if (why := _why_not(trial)) and LOST not in trial.user_attrs:
+            found.append((folder_of(trial), why, shorten(trial.params)))
+    for name, why, params in found:
+        kind = "".join(letter for letter in why if not letter.isdigit())
+        kinds.setdefault(kind, (why, []))[1].append((name, params))
+    return sorted(kinds.values(), key=lambda item: -len(item[1]))
+
+
+def _why_not(trial: FrozenTrial) -> str:
+    if "refused" in trial.user_attrs:
+        return f"refused: {trial.user_attrs['refused']}"
+    pruned = "ended early by the pruner" if trial.state is TrialState.PRUNED else ""
+    return str(trial.user_attrs.get("reason", pruned))
+
+
+def table(studied: Studied) -> dict[str, Any]:
+    """Every trial that completed, the best first."""
+    objective = studied.config.objective
+    sign = 1 if objective.directions[0] == "maximize" else -1
+    params = list(dict.fromkeys(key for result in studied.complete.values() for key in result.params))
+    metrics = list(dict.fromkeys([*objective.metrics, *HEADINGS]))
+    order = sorted(studied.complete.items(), key=lambda item: (not item[1].feasible, -sign * item[1].values[0]))
+    rows = [
+        {
+            "name": name,
+            "result": result,
+            "metrics": [result.metrics.get(metric) for metric in metrics],
+            "params": [result.params.get(key, "") for key in params],
+            "seconds": sum(result.phases.values()),
+            "outcome": outcome(result, objective.metrics),
+        }
+        for name, result in order
+    ]
+    return {"rows": rows, "metrics": metrics, "params": [key.removeprefix("engine.args.") for key in params]}
+
+
+def facts(studied: Studied) -> list[tuple[str, str]]:
+    """Hardware and versions of all trials, and what was measured."""
+    config = studied.config
+    started = [result.started_at for result in studied.results.values() if result.started_at]
+    ended = [result.ended_at for result in studied.results.values() if result.ended_at]
+    limits = figures.latency_limits(config.scenario)
+    named: dict[str, dict[str, None]] = {}
+    for result in studied.results.values():
+        for key, value in result.facts.items():
+            named.setdefault(key, {})[value] = None
+    objectives = zip(config.objective.directions, config.objective.metrics, strict=True)
+    found = [
+        ("model", config.model.name),
+        ("data set", config.dataset.name),
+        ("scenario", f"{config.scenario.name} ({config.scenario.kind.value}), {config.scenario.qps:g} queries/s"),
+        ("limits", ", ".join(f"{label(metric)} {limit:g}" for metric, limit in limits.items()) or "none"),
+        ("objective", ", ".join(map(" ".join, objectives))),
+    ]
+    if started and ended:
+        first, last = (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)) for at in (min(started), max(ended)))
+        found.append(("ran", f"{first} to {last}"))
+    versions = [(key.replace("_", " "), ", ".join(values)) for key, values in named.items() if any(values)]
+    return found + versions
+
+
+def _parameters(study: optuna.Study) -> list[str]:
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    return list(dict.fromkeys(name for trial in complete for name in trial.params))
+
+
+def _figure(value: Any) -> str:
+    """A number with four digits that count; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def find(folder: Path, storage_url: str | None = None) -> tuple[Config, optuna.Study]:
+    """The study whose trials lie in `folder`. Raises InputError."""
+    from autotune.sweep import storage
+
+    configs = [folder / BASELINE / "config.yaml", *sorted(folder.glob("trial-*/config.yaml"))]
+    written = next((path for path in configs if path.exists()), None)
+    if not written:
+        names = sorted(path.parent.name for path in folder.parent.glob("*/study.db"))
+        raise InputError(f"no study in {folder}; {'there are ' if names else 'write study=<name>'}{', '.join(names)}")
+    config = loaded(written)
+    database = folder / "study.db"
+    if not storage_url and not database.exists():
+        raise InputError(f"{database} is missing; write hydra.sweeper.storage=… as the study was started with")
+    try:
+        study = optuna.load_study(study_name=config.study, storage=storage.make(storage_url or f"sqlite:///{database}"))
+    except KeyError:
+        raise InputError(f"no study {config.study} in {storage_url or database}") from None
+    return config, study
+
+
+def main() -> None:
+    from autotune.compose import errors_in_one_line
+
+    with errors_in_one_line():
+        words = dict(word.partition("=")[::2] for word in sys.argv[1:])
+        unknown = sorted(words.keys() - {"study", "hydra.sweeper.storage"})
+        if unknown or not words.get("study"):
+            raise InputError(
+                f"{f'{unknown[0]}: not known here; ' if unknown else ''}write python -m autotune.report study=<name>, "
+                "and hydra.sweeper.storage=<url> if it is not in its folder"
+            )
+        name = words["study"]
+        folder = Path(name) if Path(name).is_dir() else Path("multirun") / name
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        began = time.monotonic()
+        path = write(*find(folder, words.get("hydra.sweeper.storage")), folder)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, written in {time.monotonic() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
