@@ -147,14 +147,12 @@ def headline(studied: Studied) -> dict[str, Any]:
         words = f"{change:+.1%}: {words}, against {against} with vLLM's defaults"
     else:
         words += "; no usable baseline to compare with"
-    known = next((trial.params for trial in studied.study.get_trials() if BASELINE in trial.user_attrs), {})
+    known = baseline.defaults if baseline else {}
     return {
         "words": words,
         "name": studied.best,
         "command": by_flag(result.command),
-        "changes": [
-            (key.removeprefix("engine.args."), value, known.get(key, "")) for key, value in result.params.items()
-        ],
+        "changes": [(key.removeprefix("engine.args."), value, known.get(key)) for key, value in result.params.items()],
         "defaults": bool(known),
         "once": not result.intervals and len(result.runs) < 2,
         "several": len(studied.config.objective.metrics) > 1,
@@ -338,7 +336,7 @@ def table(studied: Studied) -> dict[str, Any]:
             "name": name,
             "result": result,
             "metrics": [result.metrics.get(metric) for metric in metrics],
-            "params": [result.params.get(key, "") for key in params],
+            "params": [result.params.get(key, result.defaults.get(key)) for key in params],
             "seconds": sum(result.phases.values()),
             "outcome": outcome(result, objective.metrics),
         }
@@ -379,6 +377,8 @@ def _parameters(study: optuna.Study) -> list[str]:
 
 def _figure(value: Any) -> str:
     """A number with four digits that count; anything else as it is."""
+    if value is None:
+        return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if isinstance(value, int) or abs(value) >= 1000:

@@ -5,6 +5,7 @@ later:  python -m autotune.tracking multirun/<study> --uri http://…
 """
 
 import argparse
+import getpass
 import json
 import logging
 import os
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from omegaconf import OmegaConf
+
 from autotune import series
 from autotune.errors import TrackingError
 from autotune.process import GuardedProcess
 from autotune.redact import redact
 from autotune.result import Result
-from autotune.schema import TrackingConfig, loaded
+from autotune.schema import TrackingConfig
 from autotune.text import shorten
 
 # A server that is gone is reported in seconds, not after MLflow's default of minutes.
@@ -105,13 +108,14 @@ class Tracker:
                 **result.facts,
             }
             if self._parent:
-                tags["mlflow.parentRunId"] = self._parent
+                tags |= {"mlflow.parentRunId": self._parent, "study": folder.parent.name}
             run = self._create(folder, shorten(result.params) or name, tags, result.started_at, keep=False)
             ended = int(result.ended_at * 1000)
             figures = result.metrics | {f"phase_{phase}_s": value for phase, value in result.phases.items()}
             for metric, (low, high) in result.intervals.items():
                 figures |= {f"{metric}_low": low, f"{metric}_high": high}
-            flags = {f"engine.args.{flag}": value for flag, value in result.args.items()}
+            defaults = {key: value for key, value in result.defaults.items() if value is not None}
+            flags = defaults | {f"engine.args.{flag}": value for flag, value in result.args.items()}
             metrics = [Metric(key, value, ended, 0) for key, value in figures.items()]
             metrics += [
                 Metric(point.metric, point.value, int(point.time * 1000), point.second)
@@ -137,13 +141,14 @@ class Tracker:
         from mlflow.data.code_dataset_source import CodeDatasetSource
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        dataset = loaded(folder / "config.yaml").dataset
-        if dataset.path:
-            kind, source = "local", json.dumps({"uri": dataset.path})
+        written: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        dataset = written["dataset"]
+        if dataset["path"]:
+            kind, source = "local", json.dumps({"uri": dataset["path"]})
         else:
-            kind, source = "code", CodeDatasetSource(tags=dataset.records or {}).to_json()
+            kind, source = "code", CodeDatasetSource(tags=dataset["records"] or {}).to_json()
         profile = json.dumps({"samples": int(result.facts.get("dataset_samples", 0))})
-        made = Dataset(dataset.name, checksum[:36], kind, source, profile=profile)
+        made = Dataset(dataset["name"], checksum[:36], kind, source, profile=profile)
         self._client.log_inputs(run, [DatasetInput(made, [InputTag("mlflow.data.context", "load")])])
 
     def summarise(self, folder: Path) -> None:
@@ -202,9 +207,7 @@ class Tracker:
         self._client.log_dict(run, best.args, f"{CONFIGURATION}/args.json")
         source = f"runs:/{run}/{CONFIGURATION}"
         tags = {"feasible": str(best.feasible).lower(), "estimated": str(best.estimated).lower(), **best.facts}
-        version = self._client.create_model_version(
-            name, source, run, tags=tags, description=f"```\n{best.shell_command}\n```"
-        )
+        version = self._client.create_model_version(name, source, run, tags=tags, description=best.shell_command)
         self._client.set_registered_model_alias(name, "best", version.version)
 
     def end(self, status: str) -> None:
@@ -216,7 +219,9 @@ class Tracker:
                 pass
 
     def _create(self, folder: Path, name: str, tags: dict[str, str], started: float, keep: bool = True) -> str:
-        tags = {"mlflow.runName": name, **{key: str(value)[:5000] for key, value in tags.items() if value}}
+        source = {"mlflow.user": getpass.getuser(), "mlflow.source.name": "autotune", "mlflow.source.type": "LOCAL"}
+        tags = {"mlflow.runName": name[:250], **source, **{key: str(value) for key, value in tags.items() if value}}
+        tags = {key: value[:5000] for key, value in tags.items()}
         run = self._client.create_run(self._experiment, start_time=int(started * 1000), tags=tags)
         if keep:
             _remember(folder, self._uri, run.info.run_id)

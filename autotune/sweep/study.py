@@ -191,6 +191,7 @@ class Study:
         if defaults.refusal:
             log.warning("vLLM refuses the configuration before anything is swept: %s", defaults.refusal)
         self._known = prepared.args | defaults.resolved
+        self._defaults = {name: self._known.get(name.removeprefix(FLAG)) for name in space.parameters}
         self._n_trials = config.n_trials
         if isinstance(study.sampler, Grid):
             self._n_trials = space.grid_size
@@ -350,6 +351,8 @@ class Study:
         folder = self._folder / asked.name
         result = Result.find(folder) or Result(reason=why())
         result.params = asked.params
+        if asked.trial is None:
+            result.defaults = self._defaults
         result.save(folder)
         self._engine_s += sum(result.phases.values())
         if not pruned:
@@ -380,7 +383,7 @@ class Study:
     def _record_baseline(self, result: Result) -> None:
         """Note the baseline; where vLLM's defaults lie within the space, the sampler learns from it, too."""
         self._study.set_user_attr(summary.BASELINE, {"values": result.values, "reason": result.reason})
-        defaults = {name: self._known.get(name.removeprefix(FLAG)) for name in self._space.parameters}
+        defaults = self._defaults
         if result.complete and all(_contains(d, defaults[name]) for name, d in self._space.parameters.items()):
             self._study.add_trial(
                 optuna.trial.create_trial(
