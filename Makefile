@@ -11,7 +11,7 @@ TORCH := $(if $(UV_FIND_LINKS),,$(if $(filter cpu,$(VLLM)),--torch-backend=cpu))
 SLURM := munge slurmctld slurmd slurm-client
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: setup demo test check lint slurm clean
+.PHONY: setup demo test check lint slurm browser clean
 
 setup: $(VENV)/.ready  ## virtual environment with vLLM for this machine
 
@@ -40,7 +40,10 @@ slurm:  ## SLURM's programs for the tests that submit jobs: Debian's packages, w
 	@PATH=$$PATH:/usr/sbin; which munged slurmctld slurmd srun >/dev/null || \
 	  { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends $(SLURM); }
 
-test: lint slurm  ## everything, with real vLLM and a real SLURM
+browser:  ## Chromium for the tests of MLflow's pages and of the report: Debian's package, where it is missing
+	@which chromium >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends chromium; }
+
+test: lint slurm browser  ## everything, with real vLLM, a real SLURM and a real browser
 	$(RUN) -m pytest -m "not gpu"
 
 clean:

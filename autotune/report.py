@@ -154,6 +154,7 @@ def headline(studied: Studied) -> dict[str, Any]:
         "command": by_flag(result.command),
         "changes": [(key.removeprefix("engine.args."), value, known.get(key)) for key, value in result.params.items()],
         "defaults": bool(known),
+        "invalid": "; ".join(result.reasons) if result.verdict == "INVALID" else "",
         "once": not result.intervals and len(result.runs) < 2,
         "several": len(studied.config.objective.metrics) > 1,
     }
@@ -219,7 +220,7 @@ def sections(studied: Studied) -> Iterator[Section]:
         ranked[metric] = list(shares.popitem()[1]) if shares else _parameters(study)
     yield importance
 
-    slices = Section("One parameter at a time", "Darker dots came first.", small=True)
+    slices = Section("One parameter at a time", "Darker dots came first; grey ones broke a limit.", small=True)
     for metric, study in alone.items():
         for param in ranked[metric][:SLICES]:
             slices.add(partial(figures.slice_of, study, param, metric))

@@ -32,6 +32,7 @@ from autotune.text import shorten
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a run, and a call for each
 
 # Artifacts of a trial; everything else in its folder is a working file.
 ARTIFACTS = (
@@ -207,7 +208,9 @@ class Tracker:
         self._client.log_dict(run, best.args, f"{CONFIGURATION}/args.json")
         source = f"runs:/{run}/{CONFIGURATION}"
         tags = {"feasible": str(best.feasible).lower(), "estimated": str(best.estimated).lower(), **best.facts}
-        version = self._client.create_model_version(name, source, run, tags=tags, description=best.shell_command)
+        version = self._client.create_model_version(
+            name, source, run, tags=tags, description=best.shell_command, await_creation_for=0
+        )
         self._client.set_registered_model_alias(name, "best", version.version)
 
     def end(self, status: str) -> None:

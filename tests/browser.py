@@ -18,6 +18,7 @@ expect.set_options(timeout=WAIT_MS)
 @contextmanager
 def browser_page(width: int = 1280, height: int = 800, script: str = "") -> Iterator[Page]:
     """A page of this size; `script` runs before each document's own."""
+    assert CHROMIUM, "Chromium is missing: `make browser` installs it"
     with sync_playwright() as playwright:
         # Chromium's sandbox refuses to run as root, which tests in a container do.
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

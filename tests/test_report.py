@@ -192,6 +192,11 @@ def test_every_space_and_objective_has_a_report(
     assert "could not be drawn" not in text(page) and 'class="plot"' in page
 
 
+def test_best_that_loadgen_calls_invalid_is_said_to_be(tmp_path: Path):
+    best = result(900, verdict="INVALID", reasons=["shorter than min_duration"])
+    assert "LoadGen says INVALID: shorter than min_duration." in text(report.page(studied(tmp_path, [best])))
+
+
 def test_estimates_are_marked(tmp_path: Path):
     assert "Estimates of a simulation" in text(report.page(studied(tmp_path, [result(900, estimated=True)])))
 
@@ -228,7 +233,7 @@ def test_study_is_found_by_name_and_one_that_is_not_there_is_one_line(autotune, 
 def test_report_of_500_trials_is_small_opens_fast_and_fits_a_phone_and_paper(tmp_path: Path):
     over = {"ttft_p99": 0.2}
     trials = [result(value, constraints=over) if at % 9 == 0 else result(value) for at, value in enumerate(values(500))]
-    one = studied(tmp_path, trials, result(1000))
+    one = studied(tmp_path, trials, result(800, defaults=dict.fromkeys(SPACE, 8192)))
     path = report.write(one.config, one.study, tmp_path)
     assert path.stat().st_size < 5e6
     with browser_page() as page:

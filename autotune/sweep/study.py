@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -124,6 +125,9 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
             directions=list(sweeper["direction"]),
             load_if_exists=True,
         )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # experimental since Optuna 3.2
+            study.set_metric_names(config.objective.metrics)  # for whoever looks into the storage
         study.sampler = make_sampler(sweeper["sampler"], space, len(study.trials))
         check_continues(study, space, list(sweeper["direction"]))
         # Each trial is composed from this study, and must not make up a name of its own.
