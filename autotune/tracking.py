@@ -150,7 +150,7 @@ class Tracker:
             kind, source = "code", CodeDatasetSource(tags=dataset["records"] or {}).to_json()
         profile = json.dumps({"samples": int(result.facts.get("dataset_samples", 0))})
         made = Dataset(dataset["name"], checksum[:36], kind, source, profile=profile)
-        self._client.log_inputs(run, [DatasetInput(made, [InputTag("mlflow.data.context", "load")])])
+        self._client.log_inputs(run, [DatasetInput(made, [InputTag("mlflow.data.context", "evaluation")])])
 
     def summarise(self, folder: Path) -> None:
         """What a study's end left in `folder`, on the parent run; a server that is down is no reason to fail."""
