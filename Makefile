@@ -12,7 +12,7 @@ TORCH := $(if $(UV_FIND_LINKS),,$(if $(filter cpu,$(VLLM)),--torch-backend=cpu))
 SERVICES := munge slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin mariadb-server postgresql
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
-.PHONY: setup demo test check lint services clean
+.PHONY: setup demo test check lint services browser clean
 
 setup: $(VENV)/.ready  ## virtual environment with vLLM for this machine
 
@@ -41,7 +41,10 @@ services:  ## what tests need beside Python: Debian's packages, where they are m
 	@PATH=$$PATH:/usr/sbin; which munged slurmctld slurmd srun slurmdbd mariadbd >/dev/null && ls -d /usr/lib/postgresql/*/bin >/dev/null 2>&1 || \
 	  { $(SUDO) apt-get update -q && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(SERVICES); }
 
-test: lint services  ## everything, with real vLLM, a real SLURM and real databases
+browser:  ## Chromium for the tests of MLflow's pages and of the report: Debian's package, where it is missing
+	@which chromium >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends chromium; }
+
+test: lint services browser  ## everything, with real vLLM, a real SLURM, real databases and a real browser
 	$(RUN) -m pytest -m "not gpu"
 
 clean:

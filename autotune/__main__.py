@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from autotune import interrupt, report, schema, tracking, trial
+from autotune import interrupt, schema, summary, tracking, trial
 from autotune.compose import CONF, errors_in_one_line, register, without_sweep
 from autotune.errors import TrackingError
 from autotune.result import Result
@@ -35,7 +35,7 @@ def single(composed: DictConfig) -> float | list[float]:
     with ThreadPoolExecutor(1) as pool:  # MLflow takes seconds to import; vLLM takes longer to start
         tracker = pool.submit(tracking.Tracker, config.tracking, None, folder)
         result = trial.run(config, overrides, folder)
-    log.info(report.single(result, config, folder))
+    log.info(summary.single(result, config, folder))
     try:
         tracker.result().log_trial(folder, config.study, result)
     except TrackingError as error:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import optuna
 
-from autotune import objective, report
+from autotune import objective
 from autotune.compose import command_line, errors_in_one_line
 from autotune.schema import Config
 from autotune.space import Space, parse
 from autotune.sweep.estimate import Estimate, estimate, search, search_best, simulation
+from autotune.text import shorten
 
 DRAWS = 200  # random points of the space
 SEARCHED = 200  # trials of the simulated study
@@ -56,7 +57,7 @@ def words(plan: Plan) -> str:
         f"baseline  {_outcome(plan.baseline, plan.config)}",
     ]
     if plan.best:
-        lines += [f"best      {_outcome(plan.best, plan.config)}", f"            {report.shorten(plan.best.params)}"]
+        lines += [f"best      {_outcome(plan.best, plan.config)}", f"            {shorten(plan.best.params)}"]
         if plan.baseline.result.feasible:
             change = plan.best.result.values[0] / plan.baseline.result.values[0] - 1
             lines.append(f"gain      {change:+.1%} against vLLM's defaults")

@@ -1,236 +1,438 @@
-"""Study → words: the outcome of a trial, the summary of a study."""
+"""A study as one HTML page without network access:
 
-import json
+    python -m autotune.report study=NAME
+
+writes multirun/NAME/report.html. A study does it by itself at its end.
+"""
+
+import base64
+import gzip
 import shlex
-import statistics
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import optuna
-from optuna.study import StudyDirection
+import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
+from plotly.offline import get_plotlyjs
 
-from autotune.redact import redact
+from autotune import figures, summary
+from autotune.errors import InputError
+from autotune.figures import drawn, label
 from autotune.result import Result
-from autotune.schema import Config
+from autotune.schema import Config, loaded
+from autotune.summary import BASELINE, HEADINGS, LOST, folder_of, outcome
+from autotune.text import shorten
 
-BASELINE = "baseline"
-LOST = "lost"  # of a trial whose sweeping process ended, with whatever ran it
-CANARIES = "canaries"  # a study's: by node, what a short baseline measured there; null where it failed
-SLOW = 0.1  # share of the median node's value that a slow one is worse by
-DUPLICATE = "duplicate_of"  # of a trial that vLLM would have run as an earlier one: that one's name
-EXPECTED = "expected"  # what a simulation said of a trial
-SURPRISE = 0.15  # share of the expected value by which a measured one contradicts it
-# What a table shows of a trial: metric, heading, digits.
-COLUMNS = [
-    ("tokens_per_s", "tokens/s", 1),
-    ("samples_per_s", "samples/s", 2),
-    ("ttft_p99_ms", "TTFT p99 ms", 1),
-    ("tpot_p99_ms", "TPOT p99 ms", 2),
-    ("latency_p99_ms", "latency p99 ms", 0),
-]
+PAGE = "report.html"
+SLICES = 8  # parameters that are drawn one by one, the most important first
+# What `bound` says kept a trial from more.
+BOUNDS = {
+    "kv": "the KV cache was full",
+    "sequences": "max_num_seqs sequences were running",
+    "tokens": "each step was full of tokens",
+    "queue": "requests waited",
+    "arrival": "the server kept up: more load was not offered",
+    "client": "the load generator",
+}
 
 
-def shorten(params: Mapping[str, Any]) -> str:
-    """`max_num_seqs=64 block_size=32`: what a trial changed, without prefixes."""
-    return " ".join(f"{name.removeprefix('engine.args.')}={_short(value)}" for name, value in params.items())
+@dataclass(frozen=True)
+class Plot:
+    figure: str  # plotly's JSON
+    height: int
+    narrow: bool  # readable at the width of a phone; else it scrolls
 
 
-def _short(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
+@dataclass
+class Section:
+    title: str
+    text: str = ""
+    small: bool = False  # plots that are read side by side
+    plots: list[Plot] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # why what should be here is not
 
-
-def outcome(result: Result, objectives: list[str]) -> str:
-    """One line on how a trial ended."""
-    if not result.complete:
-        return f"failed: {result.reason}"
-    values = ", ".join(f"{name} {value:.4g}" for name, value in zip(objectives, result.values, strict=True))
-    limits = {name: value for name, value in result.constraints.items() if name != "failed_requests"}
-    over = [f"{name} over by {value:.0%}" for name, value in limits.items() if value > 0]
-    why = f"; infeasible: {', '.join(over)}" if over else ""
-    verdict = result.verdict + (f" ({'; '.join(result.reasons)})" if result.reasons else "")
-    return f"{values}; LoadGen: {verdict}{why}"
-
-
-def single(result: Result, config: Config, folder: Path) -> str:
-    """A trial that ran alone."""
-    lines = ["", *_table({config.model.name: result}, config), "", outcome(result, config.objective.metrics)]
-    if result.estimated:
-        lines.append("These are estimates of a simulation (backend=sim), not measurements.")
-    seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in result.phases.items())
-    return "\n".join([*lines, seconds, "", f"  {result.shell_command}", "", f"Everything measured: {folder}/"])
-
-
-def best(study: optuna.Study) -> FrozenTrial | None:
-    """The best feasible trial but the baseline; of several objectives, the best in the first."""
-    complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state is TrialState.COMPLETE]
-    feasible = [trial for trial in complete if all(value <= 0 for value in trial.constraints.values())]
-    swept = [trial for trial in feasible if BASELINE not in trial.user_attrs]
-    return max(swept, key=lambda trial: _sign(study) * trial.values[0], default=None)
-
-
-def front(study: optuna.Study) -> list[str]:
-    """Names of the feasible trials that no other beats in every objective, the best in the first at the top."""
-    trials = sorted(study.best_trials, key=lambda trial: -_sign(study) * trial.values[0])
-    return [_name(trial) for trial in trials]
-
-
-def headline(study: optuna.Study, folder: Path, config: Config) -> dict[str, float]:
-    """The study in a few figures, for MLflow's parent run."""
-    trials = [trial for trial in study.trials if LOST not in trial.user_attrs]
-    figures = {"trials": float(len(trials)), "failed_trials": float(sum(map(_failed, trials)))}
-    name = config.objective.metrics[0]
-    trial, baseline = best(study), Result.find(folder / BASELINE)
-    if baseline and baseline.complete:
-        figures[f"baseline_{name}"] = baseline.values[0]
-    if trial:
-        figures[f"best_{name}"] = trial.values[0]
-        if baseline and baseline.complete and baseline.values[0]:
-            figures["gain_percent"] = _sign(study) * (trial.values[0] / baseline.values[0] - 1) * 100
-    return figures
-
-
-def summary(study: optuna.Study, folder: Path, config: Config) -> str:
-    """Best against baseline (or the Pareto front), the command that serves it, where things lie.
-
-    Of several objectives, the front is also written to `folder`/pareto.json.
-    """
-    parts = [_counts(study, config)]
-    baseline, trial = Result.find(folder / BASELINE), best(study)
-    names = front(study) if len(study.directions) > 1 else [_name(trial)] if trial else []
-    rows = {BASELINE: baseline} | {name: Result.find(folder / name) for name in names}
-    parts += _table({name: row for name, row in rows.items() if row and row.complete}, config)
-    if baseline and not baseline.complete:
-        parts.append(f"{BASELINE} failed: {baseline.reason}")
-    elif baseline and not baseline.feasible:
-        parts.append(f"{BASELINE} is infeasible: {outcome(baseline, config.objective.metrics)}")
-    if trial is None:
-        parts += _why_none(study)
-    elif len(study.directions) > 1:
-        parts += _pareto({name: row for name, row in rows.items() if row and name in names}, folder)
-    else:
-        result = rows[_name(trial)]
-        assert result is not None
-        parts += _verdict(_sign(study), trial, result, baseline)
-    parts += _surprises(study) + _nodes(study)
-    if any(row and row.estimated for row in rows.values()):
-        parts += ["", "These are estimates of a simulation (backend=sim), not measurements."]
-    parts += ["", f"Everything measured: {folder}/"]
-    if config.tracking.enabled:
-        uri = shlex.quote(redact(config.tracking.uri))
-        parts.append(f"Compare the trials:  mlflow ui --backend-store-uri {uri}")
-    return "\n".join(parts) + "\n"
-
-
-def _counts(study: optuna.Study, config: Config) -> str:
-    trials = [trial for trial in study.trials if not {BASELINE, LOST} & trial.user_attrs.keys()]
-    refused = sum("refused" in trial.user_attrs for trial in trials)
-    failed = sum(map(_failed, trials))
-    again = sum(DUPLICATE in trial.user_attrs for trial in trials)
-    more = f", {refused} combinations refused before they took a GPU" if refused else ""
-    more += f", {again} asked for again and looked up" if again else ""
-    return f"Study {config.study}: {len(trials) - refused - again} trials, {failed} failed{more}\n"
-
-
-def _why_none(study: optuna.Study) -> list[str]:
-    reasons = sorted({f"  {trial.user_attrs['reason']}" for trial in study.trials if "reason" in trial.user_attrs})
-    parts = ["", *(["Why trials failed:", *reasons] if reasons else [])]
-    if any(trial.state is TrialState.COMPLETE for trial in study.trials):
-        parts += ["No trial is feasible: loosen the limits, lower the load or widen the space."]
-    return parts
-
-
-def _verdict(sign: int, trial: FrozenTrial, result: Result, baseline: Result | None) -> list[str]:
-    changed, command = shorten(trial.params), ["", f"  {result.shell_command}"]
-    if not (baseline and baseline.feasible):
-        return ["", f"Best: {changed} (no usable baseline to compare with)", *command]
-    change = f"{result.values[0] / baseline.values[0] - 1:+.1%}" if baseline.values[0] else f"{result.values[0]:g}"
-    gain = f"{change} against vLLM's defaults, measured once each"
-    if sign * (result.values[0] - baseline.values[0]) > 0:
-        return ["", f"Best: {changed} ({gain})", *command]
-    worse = f"No trial beat vLLM's defaults. The best was {changed} ({gain}). Serve the defaults:"
-    return ["", worse, "", f"  {baseline.shell_command}"]
-
-
-def _surprises(study: optuna.Study) -> list[str]:
-    """Where a measurement contradicts the simulation that a study's first trials came from."""
-    found, checked = [], 0
-    for trial in study.trials:
-        expected = trial.user_attrs.get(EXPECTED)
-        if expected is None or LOST in trial.user_attrs or not (_failed(trial) or trial.state is TrialState.COMPLETE):
-            continue
-        checked += 1
-        if _failed(trial):
-            found.append(f"  {_name(trial)}: expected to run, and failed: {trial.user_attrs['reason']}")
-            continue
-        off = trial.values[0] / expected["values"][0] - 1 if expected["values"][0] else 0.0
-        feasible = all(value <= 0 for value in trial.constraints.values())
-        if abs(off) > SURPRISE or feasible != expected["feasible"]:
-            words = {True: "feasible", False: "infeasible"}
-            found.append(
-                f"  {_name(trial)}: expected {expected['values'][0]:.4g} ({words[expected['feasible']]}), "
-                f"measured {trial.values[0]:.4g} ({words[feasible]})"
-            )
-    if not checked:
-        return []
-    if not found:
-        return ["", f"The simulation was right about all {checked} trials that it chose (within {SURPRISE:.0%})."]
-    return ["", f"The simulation was wrong about {len(found)} of the {checked} trials that it chose:", *found]
-
-
-def _nodes(study: optuna.Study) -> list[str]:
-    """What each node's canary showed, where there were some."""
-    canaries = study.user_attrs.get(CANARIES, {})
-    measured = [value for value in canaries.values() if value is not None]
-    if not canaries:
-        return []
-    middle = statistics.median(measured) if measured else 0.0
-    lines = ["", "Nodes, by a short baseline on each:"]
-    for node, value in sorted(canaries.items()):
-        if value is None:
-            lines.append(f"  {node}: failed")
+    def add(self, draw: Callable[[], go.Figure], narrow: bool = True) -> None:
+        made = drawn(draw)
+        if isinstance(made, str):
+            self.missing += [made] if made not in self.missing else []
         else:
-            slow = "  slow" if _sign(study) * (middle - value) > SLOW * middle else ""
-            lines.append(f"  {node}: {value:.4g}{slow}")
-    return lines
+            body = made.to_json().replace("<", "\\u003c")  # it stands within a script element
+            self.plots.append(Plot(body, made.layout.height, narrow))
 
 
-def _pareto(rows: Mapping[str, Result], folder: Path) -> list[str]:
-    body = [
-        {"name": name, "params": row.params, "values": row.values, "command": row.shell_command}
-        for name, row in rows.items()
+@dataclass(frozen=True)
+class Studied:
+    """A study and all that its trials left."""
+
+    config: Config  # of a trial that changed as little as possible
+    study: optuna.Study
+    folder: Path
+    results: dict[str, Result]  # by folder, the baseline first
+    best: str | None  # of them, what is to be served
+
+    @property
+    def baseline(self) -> Result | None:
+        found = self.results.get(BASELINE)
+        return found if found and found.complete else None
+
+    @property
+    def complete(self) -> dict[str, Result]:
+        return {name: result for name, result in self.results.items() if result.complete}
+
+    def measured(self, metrics: Sequence[str], directions: Sequence[str]) -> optuna.Study:
+        return figures.measured(self.study, self.results, metrics, directions)
+
+
+def read(config: Config, study: optuna.Study, folder: Path) -> Studied:
+    found = {name: Result.find(folder / name) for name in [BASELINE, *map(folder_of, study.get_trials(deepcopy=False))]}
+    results = {name: result for name, result in found.items() if result}
+    return Studied(config, study, folder, results, summary.winner(study, folder))
+
+
+def write(config: Config, study: optuna.Study, folder: Path) -> Path:
+    """report.html in `folder`."""
+    path = folder / PAGE
+    path.write_text(page(read(config, study, folder)))
+    return path
+
+
+def page(studied: Studied) -> str:
+    """The page itself."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters |= {"figure": _figure, "metric": label, "shorten": shorten}
+    script = base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9)).decode()
+    return templates.get_template("report.html.j2").render(
+        studied=studied,
+        config=studied.config,
+        headline=headline(studied),
+        cards=cards(studied),
+        sections=list(sections(studied)),
+        failures=failures(studied),
+        table=table(studied),
+        facts=facts(studied),
+        words=summary.words(studied.study, studied.folder, studied.config),
+        estimated=any(result.estimated for result in studied.results.values()),
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        plotly=script,
+    )
+
+
+def headline(studied: Studied) -> dict[str, Any]:
+    """What is to be served, and how it compares."""
+    result = studied.results.get(studied.best or "")
+    if not result:
+        return {"words": "No trial is feasible.", "command": [], "changes": []}
+    metric, baseline = studied.config.objective.metrics[0], studied.baseline
+    words = f"{_figure(result.values[0])} {label(metric)}{interval(result, metric)}"
+    front = [studied.results[name] for name in summary.front(studied.study) if name in studied.results]
+    if len(studied.config.objective.metrics) > 1 and front:
+        values = [(name, [one.metrics[name] for one in front]) for name in studied.config.objective.metrics]
+        spans = [f"{label(name)} {_figure(min(some))} to {_figure(max(some))}" for name, some in values]
+        words = f"{len(front)} trials on the Pareto front: {', '.join(spans)}"
+    elif studied.best == BASELINE:
+        tried = summary.best(studied.study)
+        words += f": vLLM's defaults{'; no trial beat them' if tried else ', the only feasible configuration'}"
+    elif baseline and baseline.feasible and baseline.values[0]:
+        change = result.values[0] / baseline.values[0] - 1
+        against = f"{_figure(baseline.values[0])}{interval(baseline, metric)}"
+        words = f"{change:+.1%}: {words}, against {against} with vLLM's defaults"
+    else:
+        words += "; no usable baseline to compare with"
+    known = baseline.defaults if baseline else {}
+    return {
+        "words": words,
+        "name": studied.best,
+        "command": by_flag(result.command),
+        "changes": [(key.removeprefix("engine.args."), value, known.get(key)) for key, value in result.params.items()],
+        "defaults": bool(known),
+        "invalid": "; ".join(result.reasons) if result.verdict == "INVALID" else "",
+        "once": not result.intervals and len(result.runs) < 2,
+        "several": len(studied.config.objective.metrics) > 1,
+    }
+
+
+def by_flag(command: Sequence[str]) -> list[str]:
+    """A command in the pieces that lines are best broken between, as a shell takes them."""
+    pieces: list[list[str]] = [[]]
+    for word in command:
+        if word.startswith("--"):
+            pieces.append([])
+        pieces[-1].append(word)
+    return [shlex.join(piece) for piece in pieces]
+
+
+def interval(result: Result, metric: str) -> str:
+    """` (83.1 to 84.0)`: 95 % confidence, where it is known."""
+    if metric not in result.intervals:
+        return ""
+    low, high = result.intervals[metric]
+    return f" ({_figure(low)} to {_figure(high)})"
+
+
+def cards(studied: Studied) -> list[tuple[str, str, str]]:
+    """Figures at a glance: name, figure, what it is next to."""
+    result, baseline, found = studied.results.get(studied.best or ""), studied.baseline, []
+    wanted = list(dict.fromkeys([*studied.config.objective.metrics, *HEADINGS]))
+    for metric in wanted if result else []:
+        assert result
+        if metric in result.metrics:
+            beside = baseline.metrics.get(metric) if baseline and baseline is not result else None
+            limit = figures.latency_limits(studied.config.scenario).get(metric)
+            words = [f"baseline {_figure(beside)}"] if beside is not None else []
+            words += [f"limit {limit:g}"] if limit is not None else []
+            found.append((label(metric), _figure(result.metrics[metric]), ", ".join(words)))
+    return found
+
+
+def sections(studied: Studied) -> Iterator[Section]:
+    config, objective = studied.config, studied.config.objective
+    several, names = len(objective.metrics) > 1, list(zip(objective.metrics, objective.directions, strict=True))
+    alone = {metric: studied.measured([metric], [direction]) for metric, direction in names}
+
+    progress = Section("Optimisation history", "Grey trials broke a limit. The line is the best so far.")
+    for metric, study in alone.items():
+        progress.add(partial(figures.history, study, metric, studied.baseline))
+    yield progress
+
+    importance = Section(
+        "Parameter importance",
+        "fANOVA: how much of the variation over all trials a parameter explains. PED-ANOVA: how much it tells the best "
+        "tenth of the trials from the others. Both say little after a few trials.",
+    )
+    ranked: dict[str, list[str]] = {}
+    for metric, study in alone.items():
+        try:
+            shares = figures.importances(study)
+        except Exception as why:
+            shares = {}
+            importance.missing.append(f"{label(metric)}: {why}" if several else str(why))
+        for name, found in shares.items():
+            importance.add(partial(figures.importance, f"{name} of {label(metric)}" if several else name, found))
+        ranked[metric] = list(shares.popitem()[1]) if shares else _parameters(study)
+    yield importance
+
+    slices = Section("One parameter at a time", "Darker dots came first; grey ones broke a limit.", small=True)
+    for metric, study in alone.items():
+        for param in ranked[metric][:SLICES]:
+            slices.add(partial(figures.slice_of, study, param, metric))
+        if not ranked[metric]:
+            slices.missing = ["no parameter was varied in a trial that completed"]
+    yield slices
+
+    first, study = next(iter(alone.items()))
+    grey = "grey dots broke a limit"
+    two = Section("Two at a time", f"{label(first)} over the parameters that matter most; {grey}.", small=True)
+    for pair in figures.pairs(ranked[first]):
+        two.add(partial(figures.contour, study, pair, first))
+    if not two.plots and not two.missing:
+        two.missing = ["needs two parameters"]
+    yield two
+
+    lines = Section("All at once", "Each line is a trial, dotted where it broke a limit.")
+    whole = studied.measured(objective.metrics, objective.directions)
+    lines.add(partial(figures.parallel, whole, objective.metrics), narrow=False)
+    yield lines
+
+    limits = figures.latency_limits(config.scenario)
+    metrics, directions = (objective.metrics, objective.directions) if several else trade_off(config)
+    front = Section(
+        "Pareto front" if several else "Throughput against latency", "Hover to see the whole configuration."
+    )
+    front.add(lambda: figures.front(studied.measured(metrics, directions), metrics, limits))
+    yield front
+
+    yield load(studied, limits)
+
+    bound = Section("What bound each trial", "What kept it from more.")
+    bound.add(partial(figures.bounds, studied.complete, first))
+    seen = {result.bound for result in studied.results.values() if result.bound}
+    bound.text += "".join(f" {kind}: {BOUNDS.get(kind, kind)}." for kind in sorted(seen))
+    yield bound
+
+    spent = Section("Where the time went", times(studied))
+    spent.add(partial(figures.phases, studied.results))
+    yield spent
+
+
+def load(studied: Studied, limits: Mapping[str, float]) -> Section:
+    """Latency over the offered load, of the best trials that ran at several loads, or of a study that swept it."""
+    section = Section("Latency over load", "Hollow marks: LoadGen said INVALID.")
+    sign = 1 if studied.config.objective.directions[0] == "maximize" else -1
+    trials = sorted(studied.complete.items(), key=lambda item: (not item[1].feasible, -sign * item[1].values[0]))
+    several = {name: result for name, result in trials if len({run.qps for run in result.runs}) > 1}
+    swept = {name: result for name, result in trials if "scenario.qps" in result.params}
+    if several:
+        some = {name: result for name, result in several.items() if name != BASELINE}
+        some = dict(list(some.items())[: figures.CURVES])
+        shown = {BASELINE: several[BASELINE], **some} if BASELINE in several else some
+        for metric in ("ttft_p99_ms", "tpot_p99_ms"):
+            section.add(partial(figures.load_curve, shown, metric, limits.get(metric)))
+    elif swept:
+        for metric in ("ttft_p99_ms", "tpot_p99_ms"):
+            section.add(partial(figures.load_points, swept, metric, limits.get(metric)))
+    else:
+        section.missing = ["every trial ran at one load (space=load sweeps it)"]
+    return section
+
+
+def trade_off(config: Config) -> tuple[list[str], list[str]]:
+    """What the objective of a study with one is paid with: metrics and directions."""
+    metric, direction = config.objective.metrics[0], config.objective.directions[0]
+    if metric.endswith("_ms"):
+        return [metric, "tokens_per_s"], [direction, "maximize"]
+    limited = list(figures.latency_limits(config.scenario))
+    return [metric, limited[-1] if limited else "latency_p99_ms"], [direction, "minimize"]
+
+
+def times(studied: Studied) -> str:
+    """Where the time went, in a line."""
+    total: dict[str, float] = dict.fromkeys(figures.PHASES, 0.0)
+    for result in studied.results.values():
+        for phase, seconds in result.phases.items():
+            total[phase] = total.get(phase, 0.0) + max(0.0, seconds)
+    whole = sum(total.values())
+    shares = [f"{phase} {seconds / whole:.0%}" for phase, seconds in total.items() if seconds > 0]
+    return f"{_duration(whole)} in all: {', '.join(shares)}." if whole else ""
+
+
+def failures(studied: Studied) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Why trials failed or were refused, the most frequent first, with the trials; numbers make no other reason."""
+    kinds: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+    baseline = studied.results.get(BASELINE)
+    found = [(BASELINE, baseline.reason, "vLLM's defaults")] if baseline and not baseline.complete else []
+    for trial in studied.study.get_trials(deepcopy=False):
+        if (why := _why_not(trial)) and LOST not in trial.user_attrs:
+            found.append((folder_of(trial), why, shorten(trial.params)))
+    for name, why, params in found:
+        kind = "".join(letter for letter in why if not letter.isdigit())
+        kinds.setdefault(kind, (why, []))[1].append((name, params))
+    return sorted(kinds.values(), key=lambda item: -len(item[1]))
+
+
+def _why_not(trial: FrozenTrial) -> str:
+    if "refused" in trial.user_attrs:
+        return f"refused: {trial.user_attrs['refused']}"
+    pruned = "ended early by the pruner" if trial.state is TrialState.PRUNED else ""
+    return str(trial.user_attrs.get("reason", pruned))
+
+
+def table(studied: Studied) -> dict[str, Any]:
+    """Every trial that completed, the best first."""
+    objective = studied.config.objective
+    sign = 1 if objective.directions[0] == "maximize" else -1
+    params = list(dict.fromkeys(key for result in studied.complete.values() for key in result.params))
+    metrics = list(dict.fromkeys([*objective.metrics, *HEADINGS]))
+    order = sorted(studied.complete.items(), key=lambda item: (not item[1].feasible, -sign * item[1].values[0]))
+    rows = [
+        {
+            "name": name,
+            "result": result,
+            "metrics": [result.metrics.get(metric) for metric in metrics],
+            "params": [result.params.get(key, result.defaults.get(key)) for key in params],
+            "seconds": sum(result.phases.values()),
+            "outcome": outcome(result, objective.metrics),
+        }
+        for name, result in order
     ]
-    (folder / "pareto.json").write_text(json.dumps(body, indent=1))
-    parts = ["", "Pareto front: for each of these, no other is better in every objective (pareto.json)"]
-    for name, row in rows.items():
-        parts += [f"  {name}: {shorten(row.params)}", f"    {row.shell_command}"]
-    return parts
+    return {"rows": rows, "metrics": metrics, "params": [key.removeprefix("engine.args.") for key in params]}
 
 
-def _table(rows: Mapping[str, Result], config: Config) -> list[str]:
-    if not rows:
-        return []
-    known = {key for key, _, _ in COLUMNS}
-    columns = [*COLUMNS, *((name, name, 2) for name in config.objective.metrics if name not in known)]
-    head = ["", *(heading for _, heading, _ in columns), "LoadGen"]
-    body = [
-        [name, *(f"{row.metrics[key]:,.{digits}f}" for key, _, digits in columns), row.verdict]
-        for name, row in rows.items()
+def facts(studied: Studied) -> list[tuple[str, str]]:
+    """Hardware and versions of all trials, and what was measured."""
+    config = studied.config
+    started = [result.started_at for result in studied.results.values() if result.started_at]
+    ended = [result.ended_at for result in studied.results.values() if result.ended_at]
+    limits = figures.latency_limits(config.scenario)
+    named: dict[str, dict[str, None]] = {}
+    for result in studied.results.values():
+        for key, value in result.facts.items():
+            named.setdefault(key, {})[value] = None
+    objectives = zip(config.objective.directions, config.objective.metrics, strict=True)
+    found = [
+        ("model", config.model.name),
+        ("data set", config.dataset.name),
+        ("scenario", f"{config.scenario.name} ({config.scenario.kind.value}), {config.scenario.qps:g} queries/s"),
+        ("limits", ", ".join(f"{label(metric)} {limit:g}" for metric, limit in limits.items()) or "none"),
+        ("objective", ", ".join(map(" ".join, objectives))),
     ]
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]]
+    if started and ended:
+        first, last = (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)) for at in (min(started), max(ended)))
+        found.append(("ran", f"{first} to {last}"))
+    versions = [(key.replace("_", " "), ", ".join(values)) for key, values in named.items() if any(values)]
+    return found + versions
 
 
-def _failed(trial: FrozenTrial) -> bool:
-    return "reason" in trial.user_attrs
+def _parameters(study: optuna.Study) -> list[str]:
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    return list(dict.fromkeys(name for trial in complete for name in trial.params))
 
 
-def _name(trial: FrozenTrial) -> str:
-    """The trial's folder."""
-    return BASELINE if BASELINE in trial.user_attrs else f"trial-{trial.number}"
+def _figure(value: Any) -> str:
+    """A number with four digits that count; anything else as it is."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
 
 
-def _sign(study: optuna.Study) -> int:
-    """1 where more of the first objective is better, else -1."""
-    return 1 if study.directions[0] is StudyDirection.MAXIMIZE else -1
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def find(folder: Path, storage_url: str | None = None) -> tuple[Config, optuna.Study]:
+    """The study whose trials lie in `folder`. Raises InputError."""
+    from autotune.sweep import storage
+
+    configs = [folder / BASELINE / "config.yaml", *sorted(folder.glob("trial-*/config.yaml"))]
+    written = next((path for path in configs if path.exists()), None)
+    if not written:
+        names = sorted(path.parent.name for path in folder.parent.glob("*/study.db"))
+        raise InputError(f"no study in {folder}; {'there are ' if names else 'write study=<name>'}{', '.join(names)}")
+    config = loaded(written)
+    database = folder / "study.db"
+    if not storage_url and not database.exists():
+        raise InputError(f"{database} is missing; write hydra.sweeper.storage=… as the study was started with")
+    try:
+        kept = storage.readable(storage_url or f"sqlite:///{database}")
+        study = optuna.load_study(study_name=config.study, storage=kept)
+    except KeyError:
+        raise InputError(f"no study {config.study} in {storage_url or database}") from None
+    return config, study
+
+
+def main() -> None:
+    from autotune.compose import errors_in_one_line
+
+    with errors_in_one_line():
+        words = dict(word.partition("=")[::2] for word in sys.argv[1:])
+        unknown = sorted(words.keys() - {"study", "hydra.sweeper.storage"})
+        if unknown or not words.get("study"):
+            raise InputError(
+                f"{f'{unknown[0]}: not known here; ' if unknown else ''}write python -m autotune.report study=<name>, "
+                "and hydra.sweeper.storage=<url> if it is not in its folder"
+            )
+        name = words["study"]
+        folder = Path(name) if Path(name).is_dir() else Path("multirun") / name
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        began = time.monotonic()
+        path = write(*find(folder, words.get("hydra.sweeper.storage")), folder)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, written in {time.monotonic() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -38,6 +38,7 @@ class Result:
     args: dict[str, Any] = field(default_factory=dict)  # vLLM's flags, as configured
     command: list[str] = field(default_factory=list)  # `vllm serve …`
     params: dict[str, Any] = field(default_factory=dict)  # what the sampler chose; empty for the baseline
+    defaults: dict[str, Any] = field(default_factory=dict)  # of the baseline: vLLM's value of what the study sweeps
     overrides: list[str] = field(default_factory=list)  # what the command line and the sampler set
     config: dict[str, str] = field(default_factory=dict)  # model, dataset, scenario, objective by name
     facts: dict[str, str] = field(default_factory=dict)  # versions, hardware, data set's checksum

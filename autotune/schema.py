@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -222,6 +223,7 @@ class TrackingConfig:
     enabled: bool = True
     uri: str = MISSING  # MLflow tracking URI
     experiment: str = MISSING  # MLflow experiment
+    system_metrics_s: float = 10.0  # between samples of the machine that a trial runs on, s; 0: none
 
 
 @dataclass
@@ -267,6 +269,13 @@ def register() -> None:
 def typed(config: DictConfig) -> Config:
     """The composed configuration as the dataclasses above, interpolations resolved."""
     return _to_object(_without_hydra(config))
+
+
+def loaded(path: Path) -> Config:
+    """What a trial's config.yaml holds."""
+    body = OmegaConf.load(path)
+    assert isinstance(body, DictConfig)
+    return _to_object(body)
 
 
 def with_values(config: DictConfig, values: Mapping[str, Any], composed: Config) -> Config:

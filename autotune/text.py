@@ -1,5 +1,8 @@
 """Words for people."""
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def one_line(error: object) -> str:
     """An exception's message on one line, without what Hydra adds for its own developers."""
@@ -9,3 +12,12 @@ def one_line(error: object) -> str:
     lines = [line.strip() for line in text.splitlines()]
     kept = [line for line in lines if line and not line.startswith(noise)]
     return "; ".join(kept).replace(":; ", ": ").replace("'; '", "', '")
+
+
+def shorten(params: Mapping[str, Any]) -> str:
+    """`max_num_seqs=64 block_size=32`: what a trial changed, without prefixes."""
+    return " ".join(f"{name.removeprefix('engine.args.')}={_short(value)}" for name, value in params.items())
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value

@@ -1,10 +1,11 @@
-"""The only home of MLflow: a parent run for a study, a child run for a trial.
+"""The only home of MLflow: a parent run for a study, a child run for a trial, a registered model for what is best.
 
 Everything logged is read from the trials' folders, so a study whose MLflow server was down can be logged
 later:  python -m autotune.tracking multirun/<study> --uri http://…
 """
 
 import argparse
+import getpass
 import json
 import logging
 import os
@@ -12,20 +13,26 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from omegaconf import OmegaConf
+
+from autotune import series
 from autotune.errors import TrackingError
+from autotune.process import GuardedProcess
 from autotune.redact import redact
 from autotune.result import Result
 from autotune.schema import TrackingConfig
+from autotune.text import shorten
 
 # A server that is gone is reported in seconds, not after MLflow's default of minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a run, and a call for each
 
 # Artifacts of a trial; everything else in its folder is a working file.
 ARTIFACTS = (
@@ -37,7 +44,14 @@ ARTIFACTS = (
     "mlperf_log_summary.txt",
     "mlperf_log_detail.txt",
     "requests.csv",
+    "server.csv",
+    "gpu.csv",
 )
+STUDY_ARTIFACTS = ("summary.txt", "report.html", "pareto.json")
+CONFIGURATION = "configuration"  # artifacts of the best trial that a registered version holds
+BATCH = 1000  # metrics that MLflow takes in one call
+
+log = logging.getLogger(__name__)
 
 
 def check(config: TrackingConfig) -> None:
@@ -74,50 +88,130 @@ class Tracker:
                 self._parent = known or self._create(folder, study, {"autotune.study": study}, time.time())
 
     def log_trial(self, folder: Path, name: str, result: Result) -> None:
-        """Log a trial's parameters, metrics, tags and artifacts once. Raises TrackingError."""
+        """Log a trial once, named by what it changed: parameters, metrics, series, data set, artifacts.
+
+        Raises TrackingError.
+        """
         if not self._enabled or _known_run(folder, self._uri):
             return
         from mlflow.entities import Metric, Param, RunTag
 
         with self._errors():
             tags = {
+                "trial": name,
                 "state": result.state,
                 "feasible": str(result.feasible).lower(),
                 "verdict": result.verdict,
+                "bound": result.bound,
                 "reason": result.reason or "; ".join(result.reasons),
                 "estimated": str(result.estimated).lower(),
                 **result.config,
                 **result.facts,
             }
             if self._parent:
-                tags["mlflow.parentRunId"] = self._parent
-            run = self._create(folder, name, tags, result.started_at, keep=False)
+                tags |= {"mlflow.parentRunId": self._parent, "study": folder.parent.name}
+            run = self._create(folder, shorten(result.params) or name, tags, result.started_at, keep=False)
             ended = int(result.ended_at * 1000)
             figures = result.metrics | {f"phase_{phase}_s": value for phase, value in result.phases.items()}
-            flags = {f"engine.args.{flag}": value for flag, value in result.args.items()}
-            self._client.log_batch(
-                run,
-                metrics=[Metric(key, value, ended, 0) for key, value in figures.items()],
-                params=[Param(key, str(value)) for key, value in (flags | result.params).items()],
-                tags=[RunTag("command", result.shell_command[:5000])],
-            )
-            for file in ARTIFACTS:
-                if (folder / file).exists():
-                    self._client.log_artifact(run, str(folder / file))
+            for metric, (low, high) in result.intervals.items():
+                figures |= {f"{metric}_low": low, f"{metric}_high": high}
+            defaults = {key: value for key, value in result.defaults.items() if value is not None}
+            flags = defaults | {f"engine.args.{flag}": value for flag, value in result.args.items()}
+            metrics = [Metric(key, value, ended, 0) for key, value in figures.items()]
+            metrics += [
+                Metric(point.metric, point.value, int(point.time * 1000), point.second)
+                for point in series.read(folder, result.started_at)
+            ]
+            params = [Param(key, str(value)) for key, value in (flags | result.params).items()]
+            self._client.log_batch(run, metrics[:BATCH], params, [RunTag("command", result.shell_command[:5000])])
+            for at in range(BATCH, len(metrics), BATCH):
+                self._client.log_batch(run, metrics[at : at + BATCH])
+            self._log_dataset(run, folder, result)
+            for one in ["", *(several.folder for several in result.runs)]:
+                for file in ARTIFACTS:
+                    if (folder / one / file).exists():
+                        self._client.log_artifact(run, str(folder / one / file), one or None)
             self._client.set_terminated(run, "FINISHED" if result.complete else "FAILED", ended)
             _remember(folder, self._uri, run)
 
-    def summarise(self, folder: Path, figures: dict[str, float]) -> None:
-        """Put the study's figures and summary on the parent run; a server that is down is no reason to fail."""
-        if not self._parent:
+    def _log_dataset(self, run: str, folder: Path, result: Result) -> None:
+        """The data set as MLflow knows one; its digest is the first 36 digits of the samples' checksum."""
+        checksum = result.facts.get("dataset_checksum")
+        if not checksum or not (folder / "config.yaml").exists():
             return
+        from mlflow.data.code_dataset_source import CodeDatasetSource
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        written: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        dataset = written["dataset"]
+        if dataset["path"]:
+            kind, source = "local", json.dumps({"uri": dataset["path"]})
+        else:
+            kind, source = "code", CodeDatasetSource(tags=dataset["records"] or {}).to_json()
+        profile = json.dumps({"samples": int(result.facts.get("dataset_samples", 0))})
+        made = Dataset(dataset["name"], checksum[:36], kind, source, profile=profile)
+        self._client.log_inputs(run, [DatasetInput(made, [InputTag("mlflow.data.context", "evaluation")])])
+
+    def summarise(self, folder: Path) -> None:
+        """What a study's end left in `folder`, on the parent run; a server that is down is no reason to fail."""
+        if not self._parent or not (folder / "summary.json").exists():
+            return
+        from mlflow.entities import Metric, RunTag
+
+        body = json.loads((folder / "summary.json").read_text())
+        best = Result.find(folder / body["best"]) if body["best"] else None
         try:
             with self._errors():
-                for name, value in figures.items():
-                    self._client.log_metric(self._parent, name, value)
-                self._client.log_artifact(self._parent, str(folder / "summary.txt"))
+                now = int(time.time() * 1000)
+                words = (folder / "summary.txt").read_text()
+                tags = {"mlflow.note.content": f"```\n{words}```", "best": body["best"] or ""}
+                if best:
+                    tags |= {"command": best.shell_command[:5000], **best.config}
+                self._client.log_batch(
+                    self._parent,
+                    metrics=[Metric(key, value, now, 0) for key, value in body["figures"].items()],
+                    tags=[RunTag(key, value) for key, value in tags.items() if value],
+                )
+                for file in STUDY_ARTIFACTS:
+                    if (folder / file).exists():
+                        self._client.log_artifact(self._parent, str(folder / file))
         except TrackingError:
-            pass  # each trial has already said so
+            return  # each trial has already said so
+        if best and (run := _known_run(folder / body["best"], self._uri)):
+            try:
+                with self._errors():
+                    self._register(body["study"], best, run)
+            except TrackingError as error:
+                log.info("the best configuration is not registered: %s", error)
+
+    def _register(self, study: str, best: Result, run: str) -> None:
+        """The best configuration as a version of the registered model `study`, under the alias `best`.
+
+        A registered model is what MLflow finds by name (models:/<study>@best) and deploys; its versions keep what was
+        best before, and the run that measured it.
+        """
+        from mlflow.exceptions import MlflowException
+
+        name = study.replace("/", "-").replace(":", "-")
+        try:
+            self._client.create_registered_model(
+                name, best.config, f"vLLM's configuration that study {study} found best"
+            )
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            known = self._client.get_registered_model(name)
+            versions = [self._client.get_model_version(name, version) for version in known.aliases.values()]
+            if any(version.run_id == run for version in versions):
+                return
+        self._client.log_text(run, best.shell_command + "\n", f"{CONFIGURATION}/command.txt")
+        self._client.log_dict(run, best.args, f"{CONFIGURATION}/args.json")
+        source = f"runs:/{run}/{CONFIGURATION}"
+        tags = {"feasible": str(best.feasible).lower(), "estimated": str(best.estimated).lower(), **best.facts}
+        version = self._client.create_model_version(
+            name, source, run, tags=tags, description=best.shell_command, await_creation_for=0
+        )
+        self._client.set_registered_model_alias(name, "best", version.version)
 
     def end(self, status: str) -> None:
         if self._parent:
@@ -128,7 +222,9 @@ class Tracker:
                 pass
 
     def _create(self, folder: Path, name: str, tags: dict[str, str], started: float, keep: bool = True) -> str:
-        tags = {"mlflow.runName": name, **{key: str(value)[:5000] for key, value in tags.items() if value}}
+        source = {"mlflow.user": getpass.getuser(), "mlflow.source.name": "autotune", "mlflow.source.type": "LOCAL"}
+        tags = {"mlflow.runName": name[:250], **source, **{key: str(value) for key, value in tags.items() if value}}
+        tags = {key: value[:5000] for key, value in tags.items()}
         run = self._client.create_run(self._experiment, start_time=int(started * 1000), tags=tags)
         if keep:
             _remember(folder, self._uri, run.info.run_id)
@@ -193,13 +289,53 @@ def _remember(folder: Path, uri: str, run: str) -> None:
     file.write_text(json.dumps(known | {uri: run}))
 
 
+@contextmanager
+def system_metrics(config: TrackingConfig, folder: Path) -> Iterator[None]:
+    """MLflow's sampler of the machine beside a trial, to `folder`/system.jsonl; the trial's run gets them at its end.
+
+    It is a process of the lowest priority: a study's own imports MLflow anyway, one on another node would not.
+    """
+    if not config.enabled or not config.system_metrics_s:
+        yield
+        return
+    command = [sys.executable, "-m", "autotune.tracking", str(folder), "--sample", str(config.system_metrics_s)]
+    with GuardedProcess(command, folder / "system.log", {}, stop_timeout_s=1.0):
+        yield
+
+
+def sample(folder: Path, interval_s: float) -> None:
+    """Write what MLflow's monitor sees of this machine, every `interval_s` seconds, until this process is ended."""
+    os.nice(19)  # the import takes seconds, and vLLM starts meanwhile
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    with suppress(ImportError, RuntimeError):  # as SystemMetricsMonitor, which needs a run while it samples
+        monitors.append(GPUMonitor())
+    with (folder / series.SYSTEM).open("w", buffering=1) as file:
+        while True:
+            began = time.time()
+            seen: dict[str, float] = {}
+            for monitor in monitors:
+                monitor.collect_metrics()
+                seen |= monitor.aggregate_metrics()
+                monitor.clear_metrics()
+            file.write(json.dumps({"time": began, **seen}) + "\n")
+            time.sleep(max(0.0, began + interval_s - time.time()))
+
+
 def main() -> None:
     """Log what is missing of a study, or of a single trial."""
     parser = argparse.ArgumentParser(prog="python -m autotune.tracking", description=main.__doc__)
     parser.add_argument("folder", type=Path, help="multirun/<study>, or one trial's folder")
     parser.add_argument("--uri", default="sqlite:///multirun/mlflow.db", help="MLflow tracking URI")
     parser.add_argument("--experiment", default="autotune", help="MLflow experiment")
+    parser.add_argument("--sample", type=float, metavar="S", help="log nothing: sample this machine every S seconds")
     options = parser.parse_args()
+    if options.sample:
+        return sample(options.folder, options.sample)
     trials = sorted(path.parent for path in options.folder.glob("**/result.json"))
     if not trials:
         sys.exit(f"{options.folder}: no result.json below it")
@@ -210,6 +346,7 @@ def main() -> None:
         tracker = Tracker(config, None if single else options.folder.name, options.folder)
         for folder in trials:
             tracker.log_trial(folder, folder.name, Result.load(folder))
+        tracker.summarise(options.folder)
         tracker.end("FINISHED")
     except TrackingError as error:
         sys.exit(str(error))

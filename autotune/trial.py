@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
-from autotune import models, objective, runs, samples, vllm_args
+from autotune import models, objective, runs, samples, tracking, vllm_args
 from autotune.backend import Backend, Engine
 from autotune.facts import git_revision
 from autotune.models import Model
@@ -111,10 +112,15 @@ def _measure(config: Config, result: Result, folder: Path) -> None:
     prepared = prepare(config)
     result.args = redact(prepared.args)
     loaded = prepare_samples(config, prepared)
-    result.facts = {"dataset_checksum": loaded.checksum, "autotune": git_revision()}
+    result.facts = {
+        "dataset_checksum": loaded.checksum,
+        "dataset_samples": str(len(loaded)),
+        "autotune": git_revision(),
+    }
     with prepared.backend.start(prepared.model, prepared.args, loaded, folder) as engine:
         flags = prepared.backend.dry_run(prepared.model, prepared.args).resolved
-        measure(config, engine, prepared.args | flags, folder, result)
+        with nullcontext() if engine.estimated else tracking.system_metrics(config.tracking, folder):
+            measure(config, engine, prepared.args | flags, folder, result)
         stopping = time.monotonic()
     if not result.estimated:
         result.phases["stop"] = time.monotonic() - stopping

@@ -9,9 +9,12 @@ PACKAGE = Path(__file__).parent.parent / "autotune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 HOMES = {
     "mlflow": {"tracking.py"},
+    "plotly": {"figures.py", "report.py"},
     "optuna": {
         "space.py",
+        "summary.py",
         "report.py",
+        "figures.py",
         "plan.py",
         "sweep/study.py",
         "sweep/storage.py",

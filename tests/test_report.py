@@ -1,121 +1,252 @@
-"""What a user reads at the end of a trial and of a study."""
+"""The page about a study: what it says, and that small and odd studies have one."""
 
+import html
+import random
+import re
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
-from optuna.distributions import IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
+from playwright.sync_api import expect
 
 from autotune import report
-from autotune.result import Result
-from autotune.schema import Config, ModelConfig, ObjectiveConfig, TrackingConfig
+from autotune.result import LoadRun, Result
+from autotune.schema import Config, DatasetConfig, Kind, ModelConfig, ObjectiveConfig, ScenarioConfig, TrackingConfig
+from tests.browser import browser_page
 
-MAXIMIZE = ObjectiveConfig("throughput", ["tokens_per_s"], ["maximize"])
-MINIMIZE = ObjectiveConfig("latency", ["ttft_p99_ms"], ["minimize"])
-
-
-def config(objective: ObjectiveConfig = MAXIMIZE) -> Config:
-    return Config(study="s", model=ModelConfig(name="m"), objective=objective, tracking=TrackingConfig(enabled=False))
-
-
-def result(value: float, over: float = -1.0, command: str = "x") -> Result:
-    metrics = dict.fromkeys(("tokens_per_s", "samples_per_s", "ttft_p99_ms", "tpot_p99_ms", "latency_p99_ms"), value)
-    command_line = ["vllm", "serve", command]
-    return Result("complete", values=[value], constraints={"ttft_p99": over}, metrics=metrics, command=command_line)
+SPACE = {
+    "engine.args.max_num_seqs": IntDistribution(8, 1024, log=True),
+    "engine.args.max_num_batched_tokens": CategoricalDistribution([2048, 4096, 8192]),
+    "engine.args.gpu_memory_utilization": FloatDistribution(0.9, 0.95, step=0.01),
+    "engine.args.long_prefill_token_threshold": CategoricalDistribution([0, 256]),  # of some trials only
+}
+METRICS = ("tokens_per_s", "samples_per_s", "ttft_p99_ms", "tpot_p99_ms", "latency_p99_ms")
 
 
-def study(folder: Path, baseline: Result | None, *trials: Result, objective: ObjectiveConfig = MAXIMIZE):
-    """A study as its trials leave it: in Optuna and in `folder`."""
-    made = optuna.create_study(directions=objective.directions)
-    named = {f"trial-{number}": trial for number, trial in enumerate(trials)}
-    for name, one in named.items() if baseline is None else {"baseline": baseline, **named}.items():
-        (folder / name).mkdir()
-        one.save(folder / name)
-    for number, one in enumerate(trials):
-        made.add_trial(
-            create_trial(
-                state=TrialState.COMPLETE if one.complete else TrialState.FAIL,
-                values=one.values if one.complete else None,
-                params={"engine.args.max_num_seqs": number},
-                distributions={"engine.args.max_num_seqs": IntDistribution(0, 9)},
-                constraints=one.constraints,
-                user_attrs={"reason": one.reason} if one.reason else {},
-            )
-        )
+def config(metrics: list[str], directions: list[str]) -> Config:
+    return Config(
+        study="s",
+        model=ModelConfig(name="m"),
+        dataset=DatasetConfig(name="d"),
+        scenario=ScenarioConfig("server", Kind.Server, qps=8.0, ttft_ms=2000.0, tpot_ms=100.0),
+        objective=ObjectiveConfig("o", metrics, directions),
+        tracking=TrackingConfig(enabled=False),
+    )
+
+
+def result(value: float, **changed: Any) -> Result:
+    made = Result(
+        state="complete",
+        metrics={metric: value * (at + 1) for at, metric in enumerate(METRICS)},
+        constraints={"ttft_p99": -0.5},
+        verdict="VALID",
+        args={"dtype": "bfloat16"},
+        phases={"start": 30.0, "run": 60.0},
+        command=["vllm", "serve", "m", "--max-num-seqs", "8"],
+        facts={"vllm": "0.32.0", "node": "n1"},
+    )
+    for name, field in changed.items():
+        setattr(made, name, field)
     return made
 
 
-def test_changes_are_shown_without_their_prefix():
-    assert report.shorten({"engine.args.max_num_seqs": 8, "scenario.qps": 2.5}) == "max_num_seqs=8 scenario.qps=2.5"
+def studied(
+    folder: Path,
+    trials: list[Result],
+    baseline: Result | None = None,
+    metrics: tuple[str, ...] = ("tokens_per_s",),
+    directions: tuple[str, ...] = ("maximize",),
+    space: dict[str, Any] = SPACE,
+) -> report.Studied:
+    """A study as its trials leave it, in Optuna and in `folder`, with parameters drawn from `space`."""
+    draw = random.Random(0)
+    study = optuna.create_study(directions=directions)
+    if baseline:
+        (folder / "baseline").mkdir()
+        baseline.values = [baseline.metrics[metric] for metric in metrics] if baseline.complete else []
+        baseline.save(folder / "baseline")
+    for number, one in enumerate(trials):
+        params = {name: drawn(distribution, draw) for name, distribution in space.items()}
+        if number % 3 == 0:
+            params.pop("engine.args.long_prefill_token_threshold", None)
+        one.params = params
+        one.values = [one.metrics[metric] for metric in metrics] if one.complete else []
+        (folder / f"trial-{number}").mkdir()
+        one.save(folder / f"trial-{number}")
+        study.add_trial(
+            create_trial(
+                state=TrialState.COMPLETE if one.complete else TrialState.FAIL,
+                values=one.values if one.complete else None,
+                params=params,
+                distributions={name: space[name] for name in params},
+                constraints=one.constraints if one.complete else None,
+                user_attrs={"reason": one.reason} if one.reason else {},
+            )
+        )
+    return report.read(config(list(metrics), list(directions)), study, folder)
+
+
+def drawn(distribution: Any, draw: random.Random) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return draw.choice(distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return draw.randint(distribution.low, distribution.high)
+    return round(draw.uniform(distribution.low, distribution.high), 2)
+
+
+def sections(one: report.Studied) -> dict[str, report.Section]:
+    return {section.title: section for section in report.sections(one)}
+
+
+def text(page: str) -> str:
+    """What is read of a page, on one line."""
+    body = re.sub(r"<(script|style).*?</\1>", " ", page, flags=re.DOTALL)
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body)))
+
+
+def values(count: int) -> list[float]:
+    draw = random.Random(1)
+    return [draw.uniform(900, 1100) for _ in range(count)]
+
+
+def test_best_is_compared_with_the_baseline_and_its_interval(tmp_path: Path):
+    best = result(1200, intervals={"tokens_per_s": [1190, 1210]})
+    page = text(report.page(studied(tmp_path, [result(900), best], result(1000))))
+    assert "+20.0%: 1,200 tokens/s (1,190 to 1,210), against 1,000 with vLLM's defaults" in page
+    assert "vllm serve m --max-num-seqs 8 Copy" in page
+
+
+def test_defaults_that_win_are_said_to_win(tmp_path: Path):
+    page = text(report.page(studied(tmp_path, [result(900)], result(1000))))
+    assert "1,000 tokens/s: vLLM's defaults; no trial beat them" in page
+
+
+def test_every_figure_is_drawn_of_a_study_that_has_all(tmp_path: Path):
+    runs = [LoadRun(f"qps-{qps}", qps, "VALID", metrics={"ttft_p99_ms": qps, "tpot_p99_ms": qps}) for qps in (4.0, 8.0)]
+    trials = [result(value, bound="kv" if value > 1000 else "tokens", runs=runs) for value in values(20)]
+    drawn = sections(studied(tmp_path, trials, result(1000, runs=runs)))
+    assert {title: section.missing for title, section in drawn.items() if section.missing} == {}
+    assert len(drawn["Parameter importance"].plots) == 2  # fANOVA and PED-ANOVA
+    assert len(drawn["One parameter at a time"].plots) == len(SPACE)
+    assert "limit 2000 ms" in drawn["Latency over load"].plots[0].figure
+
+
+def test_hover_over_the_front_shows_the_whole_configuration(tmp_path: Path):
+    two = ("tokens_per_s", "latency_p99_ms")
+    one = studied(tmp_path, [result(value) for value in values(8)], metrics=two, directions=("maximize", "minimize"))
+    figure = sections(one)["Pareto front"].plots[0].figure
+    assert "max_num_seqs" in figure and "bfloat16" in figure and "engine.args." not in figure
+    assert "8 trials on the Pareto front" in text(report.page(one))
 
 
 @pytest.mark.parametrize(
-    ("trial", "words"),
+    ("trials", "baseline", "said"),
     [
-        (Result(reason="StartError: out of memory"), "failed: StartError: out of memory"),
-        (Result("complete", values=[1234.5], verdict="VALID"), "tokens_per_s 1234; LoadGen: VALID"),
-        (
-            Result("complete", values=[5.0], verdict="INVALID", reasons=["too short"], constraints={"ttft_p99": 0.25}),
-            "tokens_per_s 5; LoadGen: INVALID (too short); infeasible: ttft_p99 over by 25%",
+        pytest.param([], None, ["No trial is feasible.", "no trial completed"], id="nothing ran"),
+        pytest.param([result(900)], None, ["no usable baseline", "needs 4 trials that completed"], id="one trial"),
+        pytest.param(
+            [Result(reason="StartError: out of memory on GPU 1"), Result(reason="StartError: out of memory on GPU 2")],
+            Result(reason="StartError: no weights"),
+            ["No trial is feasible.", "2 StartError: out of memory on GPU 1", "1 StartError: no weights"],
+            id="all failed",
         ),
+        pytest.param(
+            [result(900) for _ in range(6)], result(900), ["every trial measured the same value"], id="constant"
+        ),
+        pytest.param(
+            [result(value, constraints={"ttft_p99": 0.5}) for value in values(6)],
+            result(900),
+            ["vLLM's defaults, the only feasible configuration"],
+            id="none feasible",
+        ),
+        pytest.param([result(value) for value in values(6)], None, ["every trial ran at one load"], id="no baseline"),
     ],
 )
-def test_trial_ends_in_one_line(trial: Result, words: str):
-    assert report.outcome(trial, ["tokens_per_s"]) == words
-
-
-@pytest.mark.parametrize(("objective", "best"), [(MAXIMIZE, 1), (MINIMIZE, 0)], ids=["maximize", "minimize"])
-def test_best_is_feasible_and_follows_the_direction(tmp_path: Path, objective: ObjectiveConfig, best: int):
-    trials = [result(10), result(20), result(5, over=0.1), result(40, over=0.1), Result(reason="E: x")]
-    found = report.best(study(tmp_path, None, *trials, objective=objective))
-    assert found is not None and found.number == best
-
-
-def test_winner_is_shown_with_its_gain_and_its_command(tmp_path: Path):
-    made = study(tmp_path, result(10, command="default"), result(9), result(12, command="winner"))
-    shown = report.summary(made, tmp_path, config())
-    assert "Study s: 2 trials, 0 failed" in shown
-    assert "Best: max_num_seqs=1 (+20.0% against vLLM's defaults" in shown
-    assert "\n  vllm serve winner\n" in shown and "serve default" not in shown
-
-
-def test_lower_latency_wins(tmp_path: Path):
-    made = study(tmp_path, result(10), result(8, command="winner"), objective=MINIMIZE)
-    assert "Best: max_num_seqs=0 (-20.0% against" in report.summary(made, tmp_path, config(MINIMIZE))
-
-
-def test_defaults_that_win_are_served(tmp_path: Path):
-    shown = report.summary(study(tmp_path, result(10, command="default"), result(9)), tmp_path, config())
-    assert "No trial beat vLLM's defaults" in shown and "\n  vllm serve default\n" in shown
+def test_odd_study_has_a_report_that_says_why_parts_are_missing(
+    tmp_path: Path, trials: list[Result], baseline: Result | None, said: list[str]
+):
+    page = text(report.page(studied(tmp_path, trials, baseline)))
+    for words in said:
+        assert words in page
+    assert "could not be drawn" not in page
 
 
 @pytest.mark.parametrize(
-    ("baseline", "words"),
+    ("metrics", "directions", "space"),
     [
-        (Result(reason="StartError: no memory"), "baseline failed: StartError: no memory"),
-        (result(10, over=1.0), "baseline is infeasible: "),
+        (("tokens_per_s",), ("maximize",), {"engine.args.max_num_seqs": IntDistribution(8, 1024)}),
+        (("ttft_p99_ms",), ("minimize",), {"engine.args.block_size": CategoricalDistribution([16])}),
+        (("tokens_per_s", "ttft_p99_ms", "tpot_p99_ms"), ("maximize", "minimize", "minimize"), SPACE),
+        (("tokens_per_s",), ("maximize",), {"scenario.qps": FloatDistribution(1, 64, log=True)}),
     ],
+    ids=["one parameter", "one value", "three objectives", "load swept"],
 )
-def test_baseline_that_is_no_measure_is_said_to_be_none(tmp_path: Path, baseline: Result, words: str):
-    shown = report.summary(study(tmp_path, baseline, result(9)), tmp_path, config())
-    assert words in shown and "Best: max_num_seqs=0 (no usable baseline to compare with)" in shown
+def test_every_space_and_objective_has_a_report(
+    tmp_path: Path, metrics: tuple[str, ...], directions: tuple[str, ...], space: dict[str, Any]
+):
+    one = studied(tmp_path, [result(value) for value in values(8)], result(1000), metrics, directions, space)
+    page = report.page(one)
+    assert "could not be drawn" not in text(page) and 'class="plot"' in page
 
 
-def test_study_without_a_usable_trial_says_why(tmp_path: Path):
-    trials = [Result(reason="StartError: no memory"), Result(reason="StartError: no memory"), result(9, over=1.0)]
-    shown = report.summary(study(tmp_path, None, *trials), tmp_path, config())
-    assert "3 trials, 2 failed" in shown
-    assert shown.count("  StartError: no memory") == 1
-    assert "No trial is feasible: loosen the limits" in shown
+def test_best_that_loadgen_calls_invalid_is_said_to_be(tmp_path: Path):
+    best = result(900, verdict="INVALID", reasons=["shorter than min_duration"])
+    assert "LoadGen says INVALID: shorter than min_duration." in text(report.page(studied(tmp_path, [best])))
 
 
-def test_headline_figures_name_the_metric(tmp_path: Path):
-    made = study(tmp_path, result(10), result(12), Result(reason="E: x"))
-    assert report.headline(made, tmp_path, config()) == {
-        "trials": 2,
-        "failed_trials": 1,
-        "baseline_tokens_per_s": 10,
-        "best_tokens_per_s": 12,
-        "gain_percent": pytest.approx(20),
-    }
+def test_estimates_are_marked(tmp_path: Path):
+    assert "Estimates of a simulation" in text(report.page(studied(tmp_path, [result(900, estimated=True)])))
+
+
+def test_what_a_trial_says_is_no_part_of_the_page(tmp_path: Path):
+    reason = "StartError: </script><script>alert(1)</script>"
+    args = {"chat_template": "</script><script>alert(2)</script>"}
+    page = report.page(studied(tmp_path, [Result(reason=reason), *(result(value, args=args) for value in values(5))]))
+    assert "<script>alert" not in page
+
+
+def test_page_asks_nothing_of_the_network(tmp_path: Path):
+    page = report.page(studied(tmp_path, [result(900)]))
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
+
+
+def test_study_is_found_by_name_and_one_that_is_not_there_is_one_line(autotune, tmp_path: Path, monkeypatch):
+    words = ["model=llama8b", "backend=sim", "space=none", "scenario.min_queries=64", "tracking=none", "study=found"]
+    done = autotune("-m", *words, "engine.args.max_num_seqs=choice(8,64)", "n_trials=2")
+    assert "Report: multirun/found/report.html" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "multirun/found/report.html").unlink()
+    monkeypatch.setattr("sys.argv", ["report", "study=found"])
+    report.main()
+    assert (tmp_path / "multirun/found/report.html").exists()
+    for words, said in (["study=lost"], "there are found"), (["found"], "write python -m autotune.report study=<name>"):
+        monkeypatch.setattr("sys.argv", ["report", *words])
+        with pytest.raises(SystemExit, match=said):
+            report.main()
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_report_of_500_trials_is_small_opens_fast_and_fits_a_phone_and_paper(tmp_path: Path):
+    over = {"ttft_p99": 0.2}
+    trials = [result(value, constraints=over) if at % 9 == 0 else result(value) for at, value in enumerate(values(500))]
+    one = studied(tmp_path, trials, result(800, defaults=dict.fromkeys(SPACE, 8192)))
+    path = report.write(one.config, one.study, tmp_path)
+    assert path.stat().st_size < 5e6
+    with browser_page() as page:
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        for width, height in ((1280, 900), (375, 800)):
+            page.set_viewport_size({"width": width, "height": height})
+            page.goto(path.as_uri())
+            opened_ms = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
+            assert opened_ms < 10_000  # half a second where nothing else runs
+            page.evaluate("plotly().then(() => places.forEach(draw))")
+            expect(page.locator(".plot[data-drawn]")).to_have_count(page.locator(".plot").count())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert len(page.pdf(format="A4")) > 50_000
+        assert errors == []

@@ -4,7 +4,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from autotune.schema import Config
-from autotune.text import one_line
+from autotune.text import one_line, shorten
 
 
 def test_message_is_one_line_without_hydras_search_path():
@@ -22,3 +22,7 @@ def test_cause_of_an_error_is_told_with_it():
     error = HydraException("Error in call")
     error.__cause__ = ValueError("the cause")
     assert one_line(error) == "Error in call; the cause"
+
+
+def test_changes_are_shown_without_their_prefix():
+    assert shorten({"engine.args.max_num_seqs": 8, "scenario.qps": 2.5}) == "max_num_seqs=8 scenario.qps=2.5"

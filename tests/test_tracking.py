@@ -1,16 +1,21 @@
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from omegaconf import OmegaConf
 
-from autotune import tracking
+from autotune import series, tracking
 from autotune.errors import TrackingError
-from autotune.result import Result
-from autotune.schema import TrackingConfig
+from autotune.result import LoadRun, Result
+from autotune.schema import Config, DatasetConfig, ModelConfig, TrackingConfig
+from tests.slurm_cluster import wait_for
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +63,8 @@ def all_runs(uri: str) -> list[Run]:
 
 
 def runs(uri: str) -> dict[str, Run]:
-    return {run.info.run_name: run for run in all_runs(uri)}
+    """By the trial's folder, or the study's name."""
+    return {run.data.tags.get("trial", run.info.run_name): run for run in all_runs(uri)}
 
 
 def test_trial_is_logged_once_below_its_study(uri: str, trial: Path):
@@ -69,11 +75,110 @@ def test_trial_is_logged_once_below_its_study(uri: str, trial: Path):
     assert len(all_runs(uri)) == 2
     child = logged["trial-0"].data
     assert child.tags["mlflow.parentRunId"] == logged["s"].info.run_id
+    assert child.tags["mlflow.runName"] == "max_num_seqs=8"
     assert child.metrics["tokens_per_s"] == 5 and child.metrics["phase_start_s"] == 30
     assert child.params == {"engine.args.max_num_seqs": "8"}
     assert (child.tags["feasible"], child.tags["vllm"], child.tags["command"]) == ("true", "0.32.0", "vllm serve x")
     artifacts = {file.path for file in MlflowClient(uri).list_artifacts(logged["trial-0"].info.run_id)}
     assert artifacts == {"result.json", "vllm.log"}
+
+
+def test_what_a_trial_showed_over_time_is_a_series_by_second(uri: str, trial: Path):
+    began = 1000.0
+    entries = [{"time": began, "phase": "run"}, {"time": began + 2, "step": 0, "values": {"tokens_per_s": 7.0}}]
+    (trial / "progress.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (trial / "server.csv").write_text("time_s,running,kv_use\n0.5,3,0.25\n1.5,4,\n")
+    (trial / "gpu.csv").write_text("time_s,power_w\n1.0,310\n")
+    (trial / "system.jsonl").write_text(json.dumps({"time": began - 20, "cpu_utilization_percentage": 12.0}) + "\n")
+    with tracking.study(config(uri), "s", trial.parent) as tracker:
+        tracker.log_trial(trial, "trial-0", Result.load(trial))
+    client, run = MlflowClient(uri), runs(uri)["trial-0"].info.run_id
+
+    def series(name: str) -> list[tuple[int, float]]:
+        return [(point.step, point.value) for point in client.get_metric_history(run, name)]
+
+    assert series("run/tokens_per_s") == [(2, 7.0)]
+    assert series("server/running") == [(0, 3.0), (2, 4.0)] and series("server/kv_use") == [(0, 0.25)]
+    assert series("gpu/power_w") == [(1, 310.0)]
+    assert series("system/cpu_utilization_percentage") == [(-20, 12.0)]
+
+
+def test_long_series_is_thinned(trial: Path):
+    rows = "".join(f"{second},{second}\n" for second in range(5000))
+    (trial / "server.csv").write_text(f"time_s,running\n{rows}")
+    assert 100 < len(series.read(trial, 0.0)) <= series.MOST
+
+
+def test_several_runs_of_a_trial_keep_their_logs_apart(uri: str, trial: Path):
+    (trial / "qps-8").mkdir()
+    (trial / "qps-8/mlperf_log_summary.txt").write_text("VALID")
+    result = Result.load(trial)
+    result.runs, result.bound = [LoadRun("qps-8", 8.0, "VALID")], "kv"
+    result.intervals = {"tokens_per_s": [4.0, 6.0]}
+    with tracking.study(config(uri), "s", trial.parent) as tracker:
+        tracker.log_trial(trial, "trial-0", result)
+    run = runs(uri)["trial-0"]
+    logged = MlflowClient(uri).list_artifacts(run.info.run_id, "qps-8")
+    assert [file.path for file in logged] == ["qps-8/mlperf_log_summary.txt"]
+    assert run.data.tags["bound"] == "kv"
+    assert (run.data.metrics["tokens_per_s_low"], run.data.metrics["tokens_per_s_high"]) == (4, 6)
+
+
+def test_data_set_is_logged_with_its_checksum(uri: str, trial: Path):
+    made = Config(model=ModelConfig(name="m"), dataset=DatasetConfig(name="mine", path="mine.jsonl"))
+    (trial / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(made)))
+    result = Result.load(trial)
+    result.facts |= {"dataset_checksum": "a" * 64, "dataset_samples": "12"}
+    with tracking.study(config(uri), "s", trial.parent) as tracker:
+        tracker.log_trial(trial, "trial-0", result)
+    (used,) = runs(uri)["trial-0"].inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest, used.dataset.source_type) == ("mine", "a" * 36, "local")
+    assert json.loads(used.dataset.profile) == {"samples": 12}
+
+
+def ended(folder: Path, best: str | None) -> None:
+    """What a study leaves at its end."""
+    body = {"study": "s", "best": best, "figures": {"trials": 1.0}}
+    (folder / "summary.json").write_text(json.dumps(body))
+    (folder / "summary.txt").write_text("Study s: 1 trial")
+    (folder / "report.html").write_text("<!doctype html>")
+
+
+def test_best_configuration_is_registered_under_the_studys_name(uri: str, trial: Path):
+    client = MlflowClient(uri)
+    ended(trial.parent, "trial-0")
+    for _ in range(2):  # a study that goes on finds the same again
+        with tracking.study(config(uri), "s", trial.parent) as tracker:
+            tracker.log_trial(trial, "trial-0", Result.load(trial))
+            tracker.summarise(trial.parent)
+    logged = runs(uri)
+    version = client.get_model_version_by_alias("s", "best")
+    assert (int(version.version), version.run_id) == (1, logged["trial-0"].info.run_id)
+    command = mlflow.artifacts.download_artifacts("models:/s@best/command.txt", tracking_uri=uri, registry_uri=uri)
+    assert Path(command).read_text() == "vllm serve x\n"
+    parent = logged["s"]
+    assert "Study s: 1 trial" in parent.data.tags["mlflow.note.content"] and parent.data.metrics["trials"] == 1
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {"report.html", "summary.txt"}
+
+
+def test_server_without_a_registry_costs_nothing(uri: str, trial: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise MlflowException("no registry here")
+
+    monkeypatch.setattr(MlflowClient, "create_registered_model", refuse)
+    ended(trial.parent, "trial-0")
+    with tracking.study(config(uri), "s", trial.parent) as tracker:
+        tracker.log_trial(trial, "trial-0", Result.load(trial))
+        tracker.summarise(trial.parent)
+    assert runs(uri)["s"].data.metrics["trials"] == 1
+
+
+def test_machine_is_sampled_while_a_trial_runs(tmp_path: Path):
+    with tracking.system_metrics(TrackingConfig(uri="", experiment="e", system_metrics_s=0.1), tmp_path):
+        wait_for(lambda: (tmp_path / series.SYSTEM).exists() and len(series.read(tmp_path, 0.0)) > 8, "samples", 60)
+    assert {"system/cpu_utilization_percentage", "system/disk_usage_percentage"} <= {
+        point.metric for point in series.read(tmp_path, 0.0)
+    }
 
 
 def test_server_that_goes_away_costs_a_line_and_no_result(trial: Path, monkeypatch: pytest.MonkeyPatch):
@@ -135,7 +240,7 @@ def test_only_what_is_missing_is_logged_later(uri: str, trial: Path, monkeypatch
     monkeypatch.setattr(sys, "argv", command)
     for _ in range(2):
         tracking.main()
-    assert sorted(run.info.run_name for run in all_runs(uri)) == ["s", "trial-0", "trial-1"]
+    assert len(all_runs(uri)) == 3 and set(runs(uri)) == {"s", "trial-0", "trial-1"}
 
 
 def test_trial_logged_at_one_server_can_be_logged_at_another(

@@ -12,8 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from autotune import report
+from autotune import summary
 from autotune.schema import ObjectiveConfig
+from autotune.text import shorten
 
 if TYPE_CHECKING:
     import optuna
@@ -59,7 +60,7 @@ class Display:
         done = ended - self._ended_before
         left = f"{elapsed_s / done * (self._n_trials - ended) / 60:.0f} min left" if done > 0 else ""
         rate = f"{done / elapsed_s * 3600:.3g} trials/h" if done > 0 else ""
-        best, baseline = report.best(study), study.user_attrs.get(report.BASELINE, {}).get("values")
+        best, baseline = summary.best(study), study.user_attrs.get(summary.BASELINE, {}).get("values")
         metric = self._objective.metrics[0]
         found = f"best {metric} {best.values[0]:.4g} (trial-{best.number})" if best else "nothing feasible yet"
         against = f", baseline {baseline[0]:.4g}" if baseline else ""
@@ -69,7 +70,7 @@ class Display:
             table.add_column(heading, no_wrap=True)
         for one in running:
             age = f"{time.monotonic() - one.since:.0f}"
-            table.add_row(one.asked.name, one.phase, age, one.job.node, report.shorten(one.asked.params))
+            table.add_row(one.asked.name, one.phase, age, one.job.node, shorten(one.asked.params))
         return Group(Text("  ".join(word for word in words if word)), table)
 
 

@@ -120,20 +120,37 @@ def opened(url: str, study: str) -> Iterator[Any]:
             yield _database(url, study, held)
 
 
+def readable(url: str) -> Any:
+    """Optuna's storage at `url`, to look at what may be worked on meanwhile. Raises InputError."""
+    if url.startswith(JOURNAL):
+        return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix(JOURNAL)))
+    with _errors(url):
+        return RDBStorage(_with_driver(url).render_as_string(hide_password=False))
+
+
 def _database(url: str, study: str, held: ExitStack) -> Sole:
-    where = f"hydra.sweeper.storage={redact(url)}"
-    try:
-        at = sqlalchemy.make_url(url)
-        if at.drivername in DRIVERS:
-            at = at.set(drivername=f"{at.drivername}+{DRIVERS[at.drivername]}")
+    with _errors(url):
+        at = _with_driver(url)
         kind = at.get_backend_name()
         if kind in LOCKS:
-            held.enter_context(_lock_on_server(at, kind, study, where))
+            held.enter_context(_lock_on_server(at, kind, study))
         elif kind == "sqlite" and at.database:
             held.enter_context(_lock_beside(Path(at.database), study))
         backend = RDBStorage(at.render_as_string(hide_password=False), {"pool_pre_ping": kind != "sqlite"})
         held.callback(backend.engine.dispose)
         return Sole(backend)
+
+
+def _with_driver(url: str) -> sqlalchemy.URL:
+    at = sqlalchemy.make_url(url)
+    return at.set(drivername=f"{at.drivername}+{DRIVERS[at.drivername]}") if at.drivername in DRIVERS else at
+
+
+@contextmanager
+def _errors(url: str) -> Iterator[None]:
+    where = f"hydra.sweeper.storage={redact(url)}"
+    try:
+        yield
     except ImportError as error:
         raise InputError(
             f"{where}: {error}; install that database's driver "
@@ -144,7 +161,7 @@ def _database(url: str, study: str, held: ExitStack) -> Sole:
 
 
 @contextmanager
-def _lock_on_server(url: sqlalchemy.URL, kind: str, study: str, where: str) -> Iterator[None]:
+def _lock_on_server(url: sqlalchemy.URL, kind: str, study: str) -> Iterator[None]:
     digest = hashlib.sha256(f"{url.database}\0{study}".encode())
     names = {"name": digest.hexdigest()[:32], "number": int.from_bytes(digest.digest()[:8], signed=True)}
     engine = sqlalchemy.create_engine(url, isolation_level="AUTOCOMMIT")  # else it would idle in a transaction
@@ -153,6 +170,7 @@ def _lock_on_server(url: sqlalchemy.URL, kind: str, study: str, where: str) -> I
             if kind == "mysql":  # which ends idle connections after eight hours
                 connection.execute(sqlalchemy.text("SET SESSION wait_timeout = 31536000"))
             if not connection.execute(sqlalchemy.text(LOCKS[kind]), names).scalar():
+                where = f"hydra.sweeper.storage={redact(url.render_as_string())}"
                 raise InputError(f"{where}: another process works on study={study} in it; wait for it, or end it")
             yield
     finally:

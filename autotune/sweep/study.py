@@ -9,6 +9,7 @@ import logging
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from autotune import interrupt, progress, report, tracking
+from autotune import interrupt, progress, summary, tracking
 from autotune.errors import InputError, StartError, TrackingError
 from autotune.logs import log_to
 from autotune.result import Result
@@ -35,6 +36,7 @@ from autotune.sweep import prior, storage, tell
 from autotune.sweep.display import Display
 from autotune.sweep.launchers import Job, Launcher, completed
 from autotune.sweep.worker import Trial
+from autotune.text import shorten
 from autotune.trial import Prepared, prepare, prepare_samples
 
 log = logging.getLogger(__name__)
@@ -133,6 +135,9 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
             directions=list(sweeper["direction"]),
             load_if_exists=True,
         )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # experimental since Optuna 3.2
+            study.set_metric_names(config.objective.metrics)  # for whoever looks into the storage
         study.sampler = make_sampler(sweeper["sampler"], space, len(study.trials))
         check_continues(study, space, list(sweeper["direction"]), folder)
         # Each trial is composed from this study, and must not make up a name of its own.
@@ -169,7 +174,7 @@ def check_continues(study: optuna.Study, space: Space, directions: list[str], fo
     if [direction.name.lower() for direction in study.directions] != directions:
         raise InputError(f"study={study.study_name} exists with another objective; {other}")
     for trial in study.get_trials(deepcopy=False):
-        swept = trial.state is TrialState.COMPLETE and report.BASELINE not in trial.user_attrs
+        swept = trial.state is TrialState.COMPLETE and summary.BASELINE not in trial.user_attrs
         if swept and not (folder / f"trial-{trial.number}" / "result.json").exists():
             raise InputError(
                 f"study={study.study_name} exists in that storage, and the results of its trials are not in {folder}; "
@@ -207,6 +212,7 @@ class Study:
         if defaults.refusal:
             log.warning("vLLM refuses the configuration before anything is swept: %s", defaults.refusal)
         self._known = prepared.args | defaults.resolved
+        self._defaults = {name: self._known.get(name.removeprefix(FLAG)) for name in space.parameters}
         self._n_trials = config.n_trials
         if isinstance(study.sampler, Grid):
             self._n_trials = space.grid_size
@@ -233,10 +239,23 @@ class Study:
                 raise
             finally:
                 self._abandon()
-                summary = report.summary(self._study, self._folder, config)
-                (self._folder / "summary.txt").write_text(summary)
-                log.info("\n%s", summary)
-                self._tracker.summarise(self._folder, report.headline(self._study, self._folder, config))
+                log.info("\n%s", summary.write(self._study, self._folder, config))
+                self._write_report()
+                self._tracker.summarise(self._folder)
+
+    def _write_report(self) -> None:
+        """The report as a page; whatever goes wrong with it is no reason for a study to fail."""
+        try:
+            from autotune import report  # plotly takes a second to import
+
+            log.info("Report: %s", report.write(self._config, self._study, self._folder))
+        except Exception as error:
+            log.warning(
+                "no report: %s: %s; python -m autotune.report study=%s writes it",
+                type(error).__name__,
+                error,
+                self._config.study,
+            )
 
     def _run_trials(self) -> None:
         """Keep the launcher's n_jobs trials in flight until n_trials were run or the budget is spent."""
@@ -270,14 +289,14 @@ class Study:
 
     def _canaries(self) -> list[Asked]:
         """A short baseline for each node that has not shown yet what it can."""
-        known = self._study.user_attrs.get(report.CANARIES, {})
+        known = self._study.user_attrs.get(summary.CANARIES, {})
         return [Asked(f"canary-{node}", {}, None, node) for node in self._launcher.nodes() if node not in known]
 
     def _ask(self) -> Asked | None:
         """The baseline, then what the sampler suggests and vLLM accepts; None if nothing more is to be run."""
         if self._wants_baseline:
             self._wants_baseline = False
-            return Asked(report.BASELINE, {}, None)
+            return Asked(summary.BASELINE, {}, None)
         refused = looked_up = 0  # in a row
         while not self._exhausted and self._count < self._n_trials and not self._spent():
             with self._transaction():
@@ -300,7 +319,7 @@ class Study:
                     log.info("the sampler asked %d times in a row for what is measured: nothing new begins", looked_up)
             else:
                 self._count += 1
-                log.info("trial-%d (%d of %d): %s", trial.number, self._count, self._n_trials, report.shorten(params))
+                log.info("trial-%d (%d of %d): %s", trial.number, self._count, self._n_trials, shorten(params))
                 return Asked(f"trial-{trial.number}", params, trial)
         return None
 
@@ -331,15 +350,15 @@ class Study:
 
     def _look_up(self, trial: optuna.Trial, params: dict[str, Any], earlier: str, result: Result) -> None:
         """Tell of `trial` what `earlier` measured; it takes no engine time, and is none of the study's n_trials."""
-        trial.set_user_attr(report.DUPLICATE, earlier)
+        trial.set_user_attr(summary.DUPLICATE, earlier)
         self._count += isinstance(self._study.sampler, Grid)  # which asks for each point once
         asked = Asked(f"trial-{trial.number}", params, trial)
         folder = self._folder / asked.name
         folder.mkdir(parents=True, exist_ok=True)
         now = time.time()
-        facts = {**result.facts, report.DUPLICATE: earlier}
+        facts = {**result.facts, summary.DUPLICATE: earlier}
         replace(result, phases={}, runs=[], facts=facts, started_at=now, ended_at=now).save(folder)
-        log.info("%s is %s again: %s", asked.name, earlier, report.shorten(params))
+        log.info("%s is %s again: %s", asked.name, earlier, shorten(params))
         self._finish(asked, lambda: "", "")
 
     def _refuse(self, trial: optuna.Trial, reason: str) -> None:
@@ -348,7 +367,7 @@ class Study:
             trial.set_user_attr("refused", reason)
             tell.impossible(self._study, trial, "refused")
         self._count += isinstance(self._study.sampler, Grid)  # which asks for each point once
-        log.info("trial-%d refused: %s (%s)", trial.number, reason, report.shorten(trial.params))
+        log.info("trial-%d refused: %s (%s)", trial.number, reason, shorten(trial.params))
 
     # Running
 
@@ -391,20 +410,22 @@ class Study:
         folder = self._folder / asked.name
         result = Result.find(folder) or Result(reason=why())
         result.params = asked.params
+        if asked.trial is None:
+            result.defaults = self._defaults
         result.save(folder)
         self._engine_s += sum(result.phases.values())
         if not pruned:
             estimated = " (estimated)" if result.estimated else ""
-            log.info("%s: %s%s", asked.name, report.outcome(result, self._config.objective.metrics), estimated)
+            log.info("%s: %s%s", asked.name, summary.outcome(result, self._config.objective.metrics), estimated)
         if asked.node:
-            known = self._study.user_attrs.get(report.CANARIES, {})
+            known = self._study.user_attrs.get(summary.CANARIES, {})
             value = result.values[0] if result.complete else None
-            self._study.set_user_attr(report.CANARIES, {**known, asked.node: value})
+            self._study.set_user_attr(summary.CANARIES, {**known, asked.node: value})
             if value is None:
                 log.warning("%s: its canary failed: %s", asked.node, result.reason)
                 self._launcher.set_aside(asked.node)
             return
-        duplicate = report.DUPLICATE in result.facts
+        duplicate = summary.DUPLICATE in result.facts
         if result.complete and not duplicate:
             self._note_measured(asked.name, asked.params)
         with self._transaction():
@@ -428,15 +449,15 @@ class Study:
 
     def _record_baseline(self, result: Result) -> None:
         """Note the baseline; where vLLM's defaults lie within the space, the sampler learns from it, too."""
-        self._study.set_user_attr(report.BASELINE, {"values": result.values, "reason": result.reason})
-        defaults = {name: self._known.get(name.removeprefix(FLAG)) for name in self._space.parameters}
+        self._study.set_user_attr(summary.BASELINE, {"values": result.values, "reason": result.reason})
+        defaults = self._defaults
         if result.complete and all(_contains(d, defaults[name]) for name, d in self._space.parameters.items()):
             self._study.add_trial(
                 optuna.trial.create_trial(
                     params=defaults,
                     distributions=self._space.parameters,
                     values=result.values,
-                    user_attrs={report.BASELINE: True, "metrics": result.metrics},
+                    user_attrs={summary.BASELINE: True, "metrics": result.metrics},
                     constraints=result.constraints,
                 )
             )
@@ -472,21 +493,21 @@ class Study:
     def _resume(self) -> None:
         """Tell what ended while nobody watched, take up what still runs, ask again for what was lost."""
         for trial in self._study.get_trials(deepcopy=False):
-            no_cost = {"refused", report.DUPLICATE} & trial.user_attrs.keys()
+            no_cost = {"refused", summary.DUPLICATE} & trial.user_attrs.keys()
             free = no_cost and not isinstance(self._study.sampler, Grid)
             if trial.state.is_finished():
                 if (
                     trial.state is TrialState.COMPLETE
-                    and not {report.DUPLICATE, report.BASELINE} & trial.user_attrs.keys()
+                    and not {summary.DUPLICATE, summary.BASELINE} & trial.user_attrs.keys()
                 ):
                     self._note_measured(f"trial-{trial.number}", trial.params)
-                gone = free or report.LOST in trial.user_attrs or report.BASELINE in trial.user_attrs
+                gone = free or summary.LOST in trial.user_attrs or summary.BASELINE in trial.user_attrs
                 self._count += not gone
             elif trial.state is TrialState.RUNNING:
                 self._take_up(trial)
-        missing = self._config.baseline and report.BASELINE not in self._study.user_attrs
-        if completed(self._folder / report.BASELINE):
-            self._note_measured(report.BASELINE, {})
+        missing = self._config.baseline and summary.BASELINE not in self._study.user_attrs
+        if completed(self._folder / summary.BASELINE):
+            self._note_measured(summary.BASELINE, {})
         self._wants_baseline = missing and not self._take_up(None)
         results = (Result.load(path.parent) for path in self._folder.glob("*/result.json"))
         self._engine_s = sum(sum(result.phases.values()) for result in results)
@@ -496,7 +517,7 @@ class Study:
 
     def _take_up(self, frozen: FrozenTrial | None) -> bool:
         """Whether a trial (the baseline: None) that an earlier process left still runs, or has completed since."""
-        name = f"trial-{frozen.number}" if frozen else report.BASELINE
+        name = f"trial-{frozen.number}" if frozen else summary.BASELINE
         folder = self._folder / name
         job = self._launcher.attach(folder)
         if job or completed(folder):
@@ -524,7 +545,7 @@ class Study:
             self._study.enqueue_trial(params, user_attrs={**frozen.user_attrs, AGAIN: frozen.number})
         # Not through optuna.Trial, which would have the sampler choose anew.
         kept = self._study._storage
-        kept.set_trial_user_attr(frozen._trial_id, report.LOST, True)
+        kept.set_trial_user_attr(frozen._trial_id, summary.LOST, True)
         kept.set_trial_user_attr(frozen._trial_id, "reason", "lost: the process that ran it ended")
         self._study.tell(frozen.number, state=TrialState.FAIL)
 
@@ -532,7 +553,7 @@ class Study:
         """Ask first for what a simulation of this study found best."""
         expected = prior.best(self._config, self._space)
         for one in expected:
-            attributes = {report.EXPECTED: {"values": one.values, "feasible": one.feasible}}
+            attributes = {summary.EXPECTED: {"values": one.values, "feasible": one.feasible}}
             self._study.enqueue_trial(one.params, user_attrs=attributes)
         simulated = self._config.prior.trials
         log.info("prior: the first %d trials are the best of %d simulated ones", len(expected), simulated)
