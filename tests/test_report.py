@@ -125,7 +125,8 @@ def test_defaults_that_win_are_said_to_win(tmp_path: Path):
 
 
 def test_every_figure_is_drawn_of_a_study_that_has_all(tmp_path: Path):
-    runs = [LoadRun(f"qps-{qps}", qps, "VALID", metrics={"ttft_p99_ms": qps, "tpot_p99_ms": qps}) for qps in (4.0, 8.0)]
+    latencies = {qps: {"ttft_p99_ms": qps, "tpot_p99_ms": qps} for qps in (4.0, 8.0)}
+    runs = [LoadRun(f"run-{qps}", "probe", qps, "VALID", metrics=found) for qps, found in latencies.items()]
     trials = [result(value, bound="kv" if value > 1000 else "tokens", runs=runs) for value in values(20)]
     drawn = sections(studied(tmp_path, trials, result(1000, runs=runs)))
     assert {title: section.missing for title, section in drawn.items() if section.missing} == {}

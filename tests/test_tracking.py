@@ -113,7 +113,7 @@ def test_several_runs_of_a_trial_keep_their_logs_apart(uri: str, trial: Path):
     (trial / "qps-8").mkdir()
     (trial / "qps-8/mlperf_log_summary.txt").write_text("VALID")
     result = Result.load(trial)
-    result.runs, result.bound = [LoadRun("qps-8", 8.0, "VALID")], "kv"
+    result.runs, result.bound = [LoadRun("qps-8", "repeat", 8.0, "VALID")], "kv"
     result.intervals = {"tokens_per_s": [4.0, 6.0]}
     with tracking.study(config(uri), "s", trial.parent) as tracker:
         tracker.log_trial(trial, "trial-0", result)
