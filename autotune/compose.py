@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -14,11 +14,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from autotune import schema, sweep
-from autotune.errors import AutotuneError
+from autotune.errors import AutotuneError, InputError
 from autotune.text import one_line
 
 CONF = Path(__file__).parent.parent / "conf"
 STARTED = time.localtime()
+Options = TypeVar("Options")
 
 
 def register() -> None:
@@ -46,6 +47,24 @@ def command_line(arguments: Sequence[str]) -> tuple[schema.Config, dict[str, Any
         fixed = [argument for argument in arguments if argument not in sweeps]
         composed = hydra.compose("config", overrides=fixed, return_hydra_config=True)
         return schema.typed(composed), dict(composed.hydra.sweeper.params or {}), sweeps
+
+
+def options(kind: type[Options], words: Sequence[str], usage: str | None) -> Options:
+    """The dataclass `kind` from words `key=value`; `usage` is printed where they ask for help.
+
+    Raises InputError for a word, a key or a value that `kind` does not take, and for a key that is missing.
+    """
+    if {"--help", "-h"} & set(words):
+        print(usage)
+        sys.exit()
+    if wrong := [word for word in words if "=" not in word]:
+        raise InputError(f"{wrong[0]}: write key=value, or --help")
+    made = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(list(words)))
+    if missing := OmegaConf.missing_keys(made):
+        raise InputError(f"{min(missing)}= is missing; see --help")
+    found = OmegaConf.to_object(made)
+    assert isinstance(found, kind)
+    return found
 
 
 @contextmanager

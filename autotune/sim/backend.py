@@ -58,6 +58,7 @@ class SimBackend:
             if self.config.pace:
                 pass_time(requests, cost.start_s(), self.config.pace, folder)
         reasons = over_limits(scenario, requests)
+        revision = ["--revision", model.revision] if model.revision else []
         return Measurement(
             requests=requests,
             failed=0,
@@ -65,7 +66,7 @@ class SimBackend:
             reasons=reasons,
             loadgen={},
             phases={"start": cost.start_s(), "run": run_s},
-            command=["vllm", "serve", model.path, *vllm_args.command_line(redact(args))],
+            command=["vllm", "serve", model.path, *revision, *vllm_args.command_line(redact(args))],
             facts={"simulated": self.config.device.name, **leased(lease)},
             estimated=True,
         )
