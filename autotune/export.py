@@ -22,7 +22,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -273,7 +273,7 @@ def diff(config: Config, result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _widths(rows: list[tuple[str, ...]]) -> list[int]:
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
     return [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
 

@@ -3,7 +3,7 @@
 import json
 import shlex
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.redact import redact
 from autotune.result import Result
 from autotune.schema import Config
+from autotune.studies import BASELINE as BASELINE
 
-BASELINE = "baseline"
 LOST = "lost"  # of a trial whose sweeping process ended, with whatever ran it
 CANARIES = "canaries"  # a study's: by node, what a short baseline measured there; null where it failed
 SLOW = 0.1  # share of the median node's value that a slow one is worse by
@@ -215,8 +215,13 @@ def _table(rows: Mapping[str, Result], config: Config) -> list[str]:
         [name, *(f"{row.metrics[key]:,.{digits}f}" for key, _, digits in columns), row.verdict]
         for name, row in rows.items()
     ]
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]]
+    return aligned([head, *body])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table, each cell as wide as its column."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def _failed(trial: FrozenTrial) -> bool:

@@ -255,7 +255,9 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not path.exists():
         raise InputError(f"{path}: no such file; the folder of a trial holds one")
     try:
-        return _to_object(OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))))
+        changed = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        assert isinstance(changed, DictConfig)
+        return _to_object(changed)
     except OmegaConfBaseException as error:
         where = "the command line, or " if overrides else ""
         raise InputError(f"{where}{path}: {str(error).splitlines()[0]}") from None

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from autotune import objective
 from autotune.errors import InputError
 from autotune.result import Result
 from autotune.schema import Config, ObjectiveConfig, read
@@ -38,13 +37,17 @@ class FinishedStudy:
         folder = self.folder if self.folder.name == trial else self.folder / trial
         return read(folder / "config.yaml", overrides)
 
-    @cached_property
+    @property
     def ranked(self) -> list[str]:
         """The feasible trials but the baseline, the best in the first objective first; equal ones once."""
-        sign = objective.sign(self.objective)
+        return self.ranked_by(0)
+
+    def ranked_by(self, metric: int) -> list[str]:
+        """The same by the metric with this index among the objective's."""
+        sign = -1 if self.objective.directions[metric] == "maximize" else 1
         feasible = [name for name, result in self.results.items() if result.feasible and name != BASELINE]
         found: list[str] = []
-        for name in sorted(feasible, key=lambda name: -sign * self.results[name].values[0]):
+        for name in sorted(feasible, key=lambda name: sign * self.results[name].values[metric]):
             if all(self.results[name].params != self.results[other].params for other in found):
                 found.append(name)
         return found

@@ -18,10 +18,10 @@ from jsonschema import validate
 from omegaconf import OmegaConf
 
 from autotune import export, studies, vllm_args
+from autotune.compose import command_line
 from autotune.errors import InputError
 from autotune.export import Export, Format, deployment
 from autotune.result import Result
-from autotune.schema import Config, ModelConfig, ObjectiveConfig
 from tests.conftest import Autotune
 
 WORDS = [
@@ -35,9 +35,8 @@ ENV = {"VLLM_ATTENTION_BACKEND": "FLASH INFER", "VLLM_CPU_KVCACHE_SPACE": "1", "
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
     """Two trials and a baseline on GPUs, of which trial-1 is best."""
-    model = ModelConfig(name="Llama_3.1", path="meta-llama/L", revision="abc")
-    objective = ObjectiveConfig("throughput", ["tokens_per_s"], ["maximize"])
-    config = Config(study="s", model=model, objective=objective, backend={"_target_": "x", "env": ENV})
+    config, _, _ = command_line(["study=s", "model.path=meta-llama/L", "model.revision=abc"])
+    config.backend["env"] = ENV
     for name, value in (("baseline", 10.0), ("trial-0", 9.0), ("trial-1", 12.0)):
         folder = tmp_path / "s" / name
         folder.mkdir(parents=True)
@@ -161,7 +160,7 @@ def test_front_has_to_be_chosen_from(study: Path):
         result, config = Result.load(study / name), OmegaConf.load(study / name / "config.yaml")
         result.values.append(latency)
         result.save(study / name)
-        config.objective = {"metrics": ["tokens_per_s", "latency_p99_ms"], "directions": ["maximize", "minimize"]}
+        config.objective.metrics, config.objective.directions = ["tokens_per_s", "x"], ["maximize", "minimize"]
         OmegaConf.save(config, study / name / "config.yaml")
     with pytest.raises(InputError, match=r"has a Pareto front; choose from it: trial=trial-1 \| trial-0"):
         studies.load(str(study)).chosen(None)
@@ -202,7 +201,7 @@ def test_exports_of_a_real_trial_start_vllm(autotune: Autotune, tmp_path: Path):
     port = free_port()
     (tmp_path / "vllm.yaml").write_text(exported(study, Format.vllm, port=port))
     environment = [f"{name}={value}" for name, value in what.env.items()]
-    assert_serves(["env", *environment, *server, "--config", "vllm.yaml"], port, tmp_path)
+    assert_serves(["env", *environment, *server, "--config", str(tmp_path / "vllm.yaml")], port, tmp_path)
     assert "max_num_seqs" in exported(study, Format.diff)
 
 

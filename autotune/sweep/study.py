@@ -17,7 +17,7 @@ from typing import Any
 import optuna
 from hydra.core.config_loader import ConfigLoader
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import GridSampler
@@ -31,7 +31,7 @@ from autotune.schema import Config, typed, with_values
 from autotune.space import DEFAULT, FLAG, Space, check_flags, flags, parse
 from autotune.sweep import prior, storage, tell
 from autotune.sweep.display import Display
-from autotune.sweep.launchers import Job, Launcher, completed
+from autotune.sweep.launchers import Job, Launcher, completed, make_launcher
 from autotune.sweep.worker import Trial
 from autotune.trial import Prepared, prepare, prepare_samples
 
@@ -130,12 +130,6 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
         Study(study, space, config, composed, overrides, prepared, launcher, folder).run()
     if not any(trial.state is TrialState.COMPLETE for trial in study.get_trials(deepcopy=False)):
         sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
-
-
-def make_launcher(config: Config) -> Launcher:
-    settings = {name: value for name, value in config.launcher.items() if name not in ("_target_", "name")}
-    launcher: Launcher = get_class(config.launcher["_target_"])(config.gpus, **settings)
-    return launcher
 
 
 def make_pruner(config: Config) -> optuna.pruners.BasePruner:
