@@ -79,17 +79,17 @@ class FinishedStudy:
         return self.ranked[0]
 
 
-def load(name: str) -> FinishedStudy:
+def load(name: str, key: str = "study") -> FinishedStudy:
     """The study of this name below multirun/, or in the folder of this path; a single trial is one, too.
 
-    Raises InputError if there is none, or nothing has ended in it.
+    Raises InputError, which says `key`, if there is none, or nothing has ended in it.
     """
     folder = MULTIRUN / name if (MULTIRUN / name).is_dir() else Path(name)
     if not folder.is_dir():
         known = sorted(path.name for path in MULTIRUN.glob("*") if any(path.glob("*/result.json")))
         close = difflib.get_close_matches(name, known, n=3) or known[-3:]
         hint = f"; there {'is' if len(close) == 1 else 'are'} {', '.join(close)}" if close else ""
-        raise InputError(f"study={name}: no such folder below {MULTIRUN}/{hint}")
+        raise InputError(f"{key}={name}: no such folder below {MULTIRUN}/{hint}")
     folder = folder.resolve()
     paths = sorted(folder.glob("*/result.json"), key=lambda path: _place(path.parent.name))
     results = {path.parent.name: Result.load(path.parent) for path in paths}
@@ -97,7 +97,7 @@ def load(name: str) -> FinishedStudy:
     if single := Result.find(folder):
         results = {folder.name: single}
     if not results:
-        raise InputError(f"study={name}: no trial has ended in {folder}")
+        raise InputError(f"{key}={name}: no trial has ended in {folder}")
     return FinishedStudy(folder, results)
 
 

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from autotune import objective
+from autotune.result import Result
 from autotune.schema import Config
 from autotune.space import Space
 from autotune.sweep.estimate import Estimate, search_best, simulation
 
+Found = TypeVar("Found", Estimate, Result)
 APART = 0.1  # of a parameter's range, in which two configurations differ to be distinct
 
 
@@ -35,7 +37,7 @@ def best(config: Config, space: Space) -> list[Expected]:
     )
     return [
         Expected(estimate.params, estimate.result.values, estimate.result.feasible)
-        for estimate in _distinct(ranked, space, config.prior.keep)
+        for estimate in distinct(ranked, space, config.prior.keep)
     ]
 
 
@@ -43,11 +45,12 @@ def _over(estimate: Estimate) -> float:
     return sum(max(0.0, value) for value in estimate.result.constraints.values())
 
 
-def _distinct(ranked: Iterable[Estimate], space: Space, count: int) -> list[Estimate]:
-    kept: list[Estimate] = []
-    for estimate in ranked:
-        if all(_apart(estimate.params, other.params, space.parameters) for other in kept):
-            kept.append(estimate)
+def distinct(ranked: Iterable[Found], space: Space, count: int) -> list[Found]:
+    """The first `count` of which none is nearly the same as an earlier one."""
+    kept: list[Found] = []
+    for one in ranked:
+        if all(_apart(one.params, other.params, space.parameters) for other in kept):
+            kept.append(one)
         if len(kept) == count:
             break
     return kept
