@@ -47,6 +47,7 @@ def test_figures_are_those_of_the_results(first: Path):
     assert one["trials"] == 3 and one["failed"] == 0
 
 
+@pytest.mark.slow
 def test_other_objective_is_said(first: Path, tmp_path: Path):
     autotune(tmp_path, "objective=latency", "n_trials=1", f"{SEQS}=choice(4,8)")
     shown = compare(tmp_path, str(first / "multirun/s"), "s").stdout

@@ -166,6 +166,7 @@ def test_study_without_a_better_configuration_ends_with_its_own_code(simulated: 
     assert "12 runs, 9 of them kept" in again.stdout
 
 
+@pytest.mark.slow
 def test_better_configuration_ends_with_0(tmp_path: Path):
     autotune(tmp_path, "n_trials=1", "engine.args.tensor_parallel_size=choice(2)")
     done = run(tmp_path, "n=2")
@@ -191,15 +192,20 @@ def test_hidden_values_have_to_be_given(simulated: Path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("wanted", "overrides", "said"),
     [
-        (["study=t"], "study=t: no such folder below multirun/; there is s"),
-        (["n=1"], "n=2 or more"),
-        (["metric=x"], "metric=x: the study's objective has tokens_per_s"),
-        (["trials=[trial-9]"], "trial=trial-9: s has no such trial"),
-        (["scenario.sed=1"], "Key 'sed' not in 'ScenarioConfig'"),
+        (Verify("s", n=1), [], "n=2 or more"),
+        (Verify("s", metric="x"), [], "metric=x: the study's objective has tokens_per_s"),
+        (Verify("s", trials=["trial-9"]), [], "trial=trial-9: s has no such trial"),
+        (Verify("s"), ["scenario.sed=1"], "Key 'sed' not in 'ScenarioConfig'"),
     ],
 )
-def test_wrong_words_are_one_line(simulated: Path, words: list[str], said: str):
-    done = run(simulated, *words)
-    assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+def test_what_can_not_be_verified_is_said(simulated: Path, wanted: Verify, overrides: list[str], said: str):
+    with pytest.raises(InputError, match=said):
+        verify.repeats(studies.load(str(simulated / "multirun/s")), wanted, overrides)
+
+
+def test_error_is_one_line_and_no_verdict(simulated: Path):
+    done = run(simulated, "study=t")
+    assert done.returncode == 1
+    assert done.stderr == "autotune: study=t: no such folder below multirun/; there is s\n"
