@@ -113,6 +113,8 @@ def summary(study: optuna.Study, folder: Path, config: Config) -> str:
         assert result is not None
         parts += _verdict(_sign(study), trial, result, baseline)
     parts += _surprises(study) + _nodes(study)
+    if (verified := folder / "verify.json").exists():
+        parts += ["", f"Verified: {json.loads(verified.read_text())['line']}"]
     if any(row and row.estimated for row in rows.values()):
         parts += ["", "These are estimates of a simulation (backend=sim), not measurements."]
     parts += ["", f"Everything measured: {folder}/"]

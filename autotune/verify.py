@@ -27,9 +27,10 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from autotune import interrupt, progress, report, studies, tracking, trial
+from autotune import interrupt, progress, report, studies, tracking, trial, vllm_args
 from autotune.compose import errors_in_one_line, options
 from autotune.errors import InputError, MeasureError, TrackingError
+from autotune.leases import devices
 from autotune.paired import Difference, difference
 from autotune.redact import HIDDEN
 from autotune.result import Result
@@ -96,26 +97,36 @@ def repeats(study: FinishedStudy, wanted: Verify, overrides: Sequence[str]) -> l
     """Every run in the order it is started: block by block, within one in random order.
 
     All configurations of a block see the same load: its number is added to scenario.seed, so that none sees the
-    load that the study chose it on. Raises InputError.
+    load that the study chose it on. They also run on the same GPUs; blocks on different ones run side by side.
+    Raises InputError.
     """
     names = [BASELINE, *chosen(study, wanted)]
     configs = {name: study.config(name, overrides) for name in names}
     first = configs[names[1]]
-    alike = {
-        "gpus": first.gpus,
-        "backend.gpus": first.gpus,
-        "launcher": first.launcher,
-    }  # the baseline's own: baseline_gpu
-    found = []
-    for block in range(1, wanted.n + 1):
-        order = random.Random(f"{wanted.seed} {block}").sample(names, len(names))
-        for name in order:
-            seed = configs[name].scenario.seed + block
-            config = with_fields(configs[name], {**alike, "scenario.seed": seed})
-            written = [*study.results[name].overrides, *overrides, f"scenario.seed={seed}"]
-            found.append(Repeat(name, block, Trial(config, written, study.folder / FOLDER / f"{name}-{block}")))
     check_secrets(first, study)
+    groups = gpu_groups(first.gpus, max(vllm_args.gpus(trial.vllm_flags(config)) for config in configs.values()))
+
+    def repeat(name: str, block: int) -> Repeat:
+        gpus, seed = groups[block % len(groups)], configs[name].scenario.seed + block
+        # The baseline's own launcher and GPUs may be others (baseline_gpu).
+        changed = {"gpus": gpus, "backend.gpus": gpus, "launcher": first.launcher, "scenario.seed": seed}
+        written = [*study.results[name].overrides, *overrides, f"scenario.seed={seed}"]
+        config = with_fields(configs[name], changed)
+        return Repeat(name, block, Trial(config, written, study.folder / FOLDER / f"{name}-{block}"))
+
+    found = []
+    for at in range(1, wanted.n + 1, len(groups)):
+        blocks = range(at, min(at + len(groups), wanted.n + 1))
+        orders = [random.Random(f"{wanted.seed} {block}").sample(names, len(names)) for block in blocks]
+        for together in zip(*orders, strict=True):
+            found += [repeat(name, block) for name, block in zip(together, blocks, strict=True)]
     return found
+
+
+def gpu_groups(gpus: Any, size: int) -> list[Any]:
+    """`gpus` in groups of `size`; one group of whatever there is where that is not known, or too little."""
+    there = [] if gpus is None else devices(gpus)
+    return [there[at : at + size] for at in range(0, len(there) - size + 1, size)] or [gpus]
 
 
 def chosen(study: FinishedStudy, wanted: Verify) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 from scipy import stats
 
 from autotune import studies, verify
+from autotune.errors import InputError
 from autotune.paired import difference
 from autotune.result import Result
 from autotune.schema import ObjectiveConfig
@@ -180,6 +181,27 @@ def test_same_loads_within_a_block_and_another_order_in_each(simulated: Path):
     assert [len({one.trial.config.scenario.seed for one in block}) for block in blocks] == [1] * 6
     assert [block[0].trial.config.scenario.seed for block in blocks] == [2, 3, 4, 5, 6, 7]  # the study's own is 1
     assert len({tuple(one.name for one in block) for block in blocks}) > 1
+
+
+def test_block_stays_on_its_gpus_and_others_run_beside_it(simulated: Path):
+    """Or a configuration that always met the slower GPU would be called the slower one."""
+    study = studies.load(str(simulated / "multirun/s"))
+    found = verify.repeats(study, Verify("s", k=2, n=5), ["gpus=[0,1]"])
+    by_block = {
+        one.block: {tuple(other.trial.config.gpus) for other in found if other.block == one.block} for one in found
+    }
+    assert by_block == {1: {(1,)}, 2: {(0,)}, 3: {(1,)}, 4: {(0,)}, 5: {(1,)}}
+    assert [one.block for one in found[:4]] == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "size", "groups"),
+    [(None, 2, [None]), ([0, 1, 2, 3], 2, [[0, 1], [2, 3]]), ([4, 5, 6], 2, [[4, 5]]), ([7], 2, [[7]])],
+)
+def test_gpus_are_grouped_by_what_the_largest_configuration_takes(
+    gpus: list[int] | None, size: int, groups: list[object]
+):
+    assert verify.gpu_groups(gpus, size) == groups
 
 
 def test_hidden_values_have_to_be_given(simulated: Path):
