@@ -32,7 +32,6 @@ NOT_HERE = {
 # What composes here, and can't be run: a word of it, and why.
 NOT_RUN = {
     "launcher=slurm": "needs a cluster; tests/test_slurm.py has one",
-    "dataset=cnn_dailymail": "needs the Hugging Face Hub",
     "gpus=all": "needs a GPU",
     "backend.env": "an environment is real vLLM's",
     "tracking.uri=http": "needs a server",
@@ -169,8 +168,9 @@ def test_pages_commands_run_in_order(page: Path, tmp_path: Path):
 
 
 def simulated(command: Command) -> list[str]:
-    """Its arguments, on the simulator and shortened."""
-    words, named = list(command.arguments), {word.partition("=")[0] for word in command.arguments}
+    """Its arguments, on the simulator and shortened; the data set that needs the Hub is one of the same lengths."""
+    words = ["dataset=cnn_shaped" if word == "dataset=cnn_dailymail" else word for word in command.arguments]
+    named = {word.partition("=")[0] for word in command.arguments}
     if command.module == "autotune.verify":
         return [word if not word.startswith("n=") else "n=2" for word in words]
     if command.module not in ("autotune", "autotune.plan", "autotune.space"):
