@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -14,12 +14,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from autotune import schema, sweep
-from autotune.errors import AutotuneError
+from autotune.errors import AutotuneError, InputError
 from autotune.text import one_line
 
 CONF = Path(__file__).parent.parent / "conf"
 SHOW = {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help"}  # Hydra's flags that run nothing
 STARTED = time.localtime()
+Options = TypeVar("Options")
 
 
 def register() -> None:
@@ -63,6 +64,24 @@ def without_sweep(words: Sequence[str]) -> list[str]:
     if swept:
         print(f"# one trial, without what is swept: {' '.join(swept)}", file=sys.stderr)
     return kept
+
+
+def options(kind: type[Options], words: Sequence[str], usage: str | None) -> Options:
+    """The dataclass `kind` from words `key=value`; `usage` is printed where they ask for help.
+
+    Raises InputError for a word, a key or a value that `kind` does not take, and for a key that is missing.
+    """
+    if {"--help", "-h"} & set(words):
+        print(usage)
+        sys.exit()
+    if wrong := [word for word in words if "=" not in word]:
+        raise InputError(f"{wrong[0]}: write key=value, or --help")
+    made = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(list(words)))
+    if missing := OmegaConf.missing_keys(made):
+        raise InputError(f"{min(missing)}= is missing; see --help")
+    found = OmegaConf.to_object(made)
+    assert isinstance(found, kind)
+    return found
 
 
 @contextmanager

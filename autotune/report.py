@@ -22,11 +22,11 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 from plotly.offline import get_plotlyjs
 
-from autotune import figures, summary
+from autotune import figures, schema, summary
 from autotune.errors import InputError
 from autotune.figures import drawn, label
 from autotune.result import Result
-from autotune.schema import Config, loaded
+from autotune.schema import Config
 from autotune.summary import BASELINE, HEADINGS, LOST, folder_of, outcome
 from autotune.text import shorten
 
@@ -403,7 +403,7 @@ def find(folder: Path, storage_url: str | None = None) -> tuple[Config, optuna.S
     if not written:
         names = sorted(path.parent.name for path in folder.parent.glob("*/study.db"))
         raise InputError(f"no study in {folder}; {'there are ' if names else 'write study=<name>'}{', '.join(names)}")
-    config = loaded(written)
+    config = schema.read(written)
     database = folder / "study.db"
     if not storage_url and not database.exists():
         raise InputError(f"{database} is missing; write hydra.sweeper.storage=… as the study was started with")

@@ -1,7 +1,7 @@
 """The structured configs: every field typed, with its unit. `conf/` fills them, the command line overrides."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,6 +10,9 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from autotune.errors import InputError
 
 
 class Kind(Enum):
@@ -236,7 +239,9 @@ class Config:
     max_failures: int = 10  # trials that fail in a row end the study
     duplicates: Duplicates = Duplicates.lookup  # a configuration asked for again: lookup or measure
     resume: bool = False  # insist that the study exists; one that does goes on in any case
+    sampler: str = "tpe"  # its name; conf/sampler/ sets it
     seed: int = 0  # of the sampler
+    warm_start: str | None = None  # a study whose best `prior.keep` configurations this one starts with
     # GPUs that trials may lease: a list of indices, `all`, or null for no leases (vLLM takes what it sees).
     gpus: Any = None
     baseline_gpu: int | None = None  # GPU for the baseline; null is any of `gpus`
@@ -271,13 +276,6 @@ def typed(config: DictConfig) -> Config:
     return _to_object(_without_hydra(config))
 
 
-def loaded(path: Path) -> Config:
-    """What a trial's config.yaml holds."""
-    body = OmegaConf.load(path)
-    assert isinstance(body, DictConfig)
-    return _to_object(body)
-
-
 def with_values(config: DictConfig, values: Mapping[str, Any], composed: Config) -> Config:
     """`config` with other values at these keys; without them it is `composed`."""
     are_flags = all(re.fullmatch(r"engine\.args\.[^.]+", key) for key in values)
@@ -304,6 +302,19 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
         else:
             setattr(node, last, value)
     return changed
+
+
+def read(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a trial left in `path`, changed by `overrides` (`key=value`). Raises InputError."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file; the folder of a trial holds one")
+    try:
+        changed = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        assert isinstance(changed, DictConfig)
+        return _to_object(changed)
+    except OmegaConfBaseException as error:
+        where = "the command line, or " if overrides else ""
+        raise InputError(f"{where}{path}: {str(error).splitlines()[0]}") from None
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:

@@ -124,6 +124,14 @@ def _holds(expression: str, known: Mapping[str, Any], chosen: Mapping[str, Any])
         raise InputError(f"condition {expression!r}: {error}") from None
 
 
+def contains(distribution: optuna.distributions.BaseDistribution, value: Any) -> bool:
+    """Whether `distribution` could suggest `value`."""
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and distribution._contains(distribution.to_internal_repr(value))
+
+
 def describe(distribution: BaseDistribution) -> str:
     """`16…1024, log`; `2048 | 4096`."""
     if isinstance(distribution, CategoricalDistribution):

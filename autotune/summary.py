@@ -13,9 +13,9 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.redact import redact
 from autotune.result import Result
 from autotune.schema import Config
-from autotune.text import shorten
+from autotune.studies import BASELINE as BASELINE
+from autotune.text import aligned, shorten
 
-BASELINE = "baseline"
 LOST = "lost"  # of a trial whose sweeping process ended, with whatever ran it
 CANARIES = "canaries"  # a study's: by node, what a short baseline measured there; null where it failed
 SLOW = 0.1  # share of the median node's value that a slow one is worse by
@@ -124,6 +124,8 @@ def words(study: optuna.Study, folder: Path, config: Config) -> str:
         assert result is not None
         parts += _verdict(study, trial, result, baseline)
     parts += _surprises(study) + _nodes(study)
+    if (verified := folder / "verify.json").exists():
+        parts += ["", f"Verified: {json.loads(verified.read_text())['line']}"]
     if any(row and row.estimated for row in rows.values()):
         parts += ["", "These are estimates of a simulation (backend=sim), not measurements."]
     parts += ["", f"Everything measured: {folder}/"]
@@ -229,8 +231,7 @@ def _table(rows: Mapping[str, Result], config: Config) -> list[str]:
         [name, *(f"{row.metrics[key]:,.{digits}f}" for key, _, digits in columns), row.verdict]
         for name, row in rows.items()
     ]
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]]
+    return aligned([head, *body])
 
 
 def _failed(trial: FrozenTrial) -> bool:

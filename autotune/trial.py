@@ -81,8 +81,7 @@ def run(config: Config, overrides: list[str], folder: Path) -> Result:
     folder.mkdir(parents=True, exist_ok=True)
     result = Result(started_at=time.time(), overrides=redact(overrides))
     result.config = names(config)
-    resolved = redact(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True))
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(resolved))
+    (folder / "config.yaml").write_text(as_yaml(config))
     try:
         _measure(config, result, folder)
         result.state = "complete"
@@ -96,6 +95,11 @@ def run(config: Config, overrides: list[str], folder: Path) -> Result:
             result.phases["other"] = elapsed - sum(result.phases.values())
         result.save(folder)
     return result
+
+
+def as_yaml(config: Config) -> str:
+    """`config` as a trial leaves it in config.yaml, secrets hidden."""
+    return OmegaConf.to_yaml(redact(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)))
 
 
 def names(config: Config) -> dict[str, str]:

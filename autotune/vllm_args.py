@@ -1,7 +1,7 @@
 """vLLM's flags as they are configured: names with underscores, null for vLLM's default."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -32,3 +32,15 @@ def command_line(args: Mapping[str, Any], is_switch: Callable[[str], bool] = lam
         else:
             words += [f"--{flag}", str(value)]
     return words
+
+
+def groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each flag of a command line, with hyphens and without the leading ones, and the words that follow it."""
+    found: list[tuple[str, list[str]]] = []
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            found.append((name, [value] if equals else []))
+        else:
+            found[-1][1].append(word)
+    return found

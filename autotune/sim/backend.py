@@ -57,7 +57,8 @@ class SimBackend:
         cost = Cost(self.config.device, Shape.of(model.config), serving(flags))
         if missing := out_of_memory(flags, cost):
             raise StartError(missing, cost.start_s())
-        command = ["vllm", "serve", model.path, *vllm_args.command_line(redact(args))]
+        revision = ["--revision", model.revision] if model.revision else []
+        command = ["vllm", "serve", model.path, *revision, *vllm_args.command_line(redact(args))]
         with lease_for(self.config.gpus, flags) as lease:
             facts = {"simulated": self.config.device.name, **leased(lease)}
             if self.config.pace:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import submitit
+from hydra.utils import get_class
 
 from autotune import progress, vllm_args
 from autotune.errors import InputError
 from autotune.leases import devices
 from autotune.process import ForkServer
 from autotune.result import Result
+from autotune.schema import Config
 from autotune.sweep import worker
 from autotune.sweep.worker import Trial
 from autotune.text import one_line
@@ -72,6 +74,13 @@ class Launcher:
     def attach(self, folder: Path) -> Job | None:
         """The job that still runs the trial in `folder` for an earlier sweeping process, if there is one."""
         return None
+
+
+def make_launcher(config: Config) -> Launcher:
+    """What `launcher=` names. Raises InputError."""
+    settings = {name: value for name, value in config.launcher.items() if name not in ("_target_", "name")}
+    launcher: Launcher = get_class(config.launcher["_target_"])(config.gpus, **settings)
+    return launcher
 
 
 class Inline(Launcher):

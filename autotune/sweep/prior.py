@@ -3,17 +3,19 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from autotune import objective
+from autotune.result import Result
 from autotune.schema import FITTED, Config
 from autotune.space import Space
 from autotune.sweep.estimate import Estimate, estimate, search_best, simulation
 
+Found = TypeVar("Found", Estimate, Result)
 APART = 0.1  # of a parameter's range, in which two configurations differ to be distinct
 CANDIDATES = 30  # distinct configurations that are simulated on other devices
 
@@ -42,7 +44,7 @@ def best(config: Config, space: Space) -> list[Expected]:
         key=lambda estimate: (estimate.result.feasible, -_over(estimate), sign * estimate.result.values[0]),
         reverse=True,
     )
-    candidates = _distinct(ranked, space, CANDIDATES)
+    candidates = distinct(ranked, space, CANDIDATES)
     devices = [perturbed(config.prior.backend["device"], settings.sigma, seed) for seed in range(settings.devices)]
     others = [simulation(config, {**settings.backend, "device": device}) for device in devices]
     found = [candidates, *([estimate(other, one.params) for one in candidates] for other in others)]
@@ -89,11 +91,12 @@ def _over(estimate: Estimate) -> float:
     return sum(max(0.0, value) for value in estimate.result.constraints.values())
 
 
-def _distinct(ranked: Iterable[Estimate], space: Space, count: int) -> list[Estimate]:
-    kept: list[Estimate] = []
-    for found in ranked:
-        if all(_apart(found.params, other.params, space.parameters) for other in kept):
-            kept.append(found)
+def distinct(ranked: Iterable[Found], space: Space, count: int) -> list[Found]:
+    """The first `count` of which none is nearly the same as an earlier one."""
+    kept: list[Found] = []
+    for one in ranked:
+        if all(_apart(one.params, other.params, space.parameters) for other in kept):
+            kept.append(one)
         if len(kept) == count:
             break
     return kept

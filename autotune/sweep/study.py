@@ -20,21 +20,21 @@ from typing import Any
 import optuna
 from hydra.core.config_loader import ConfigLoader
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from autotune import interrupt, progress, summary, tracking
+from autotune import interrupt, progress, studies, summary, tracking
 from autotune.errors import InputError, StartError, TrackingError
 from autotune.logs import log_to
 from autotune.result import Result
 from autotune.schema import Config, Duplicates, typed, with_values
-from autotune.space import DEFAULT, FLAG, Space, check_flags, flags, parse
-from autotune.sweep import prior, storage, tell
+from autotune.space import DEFAULT, FLAG, Space, check_flags, contains, flags, parse
+from autotune.sweep import prior, storage, tell, warm_start
 from autotune.sweep.display import Display
-from autotune.sweep.launchers import Job, Launcher, completed
+from autotune.sweep.launchers import Job, Launcher, completed, make_launcher
 from autotune.sweep.worker import Trial
 from autotune.text import shorten
 from autotune.trial import Prepared, prepare, prepare_samples
@@ -121,6 +121,8 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     folder = Path(job.hydra.sweep.dir)
     if config.resume and not folder.exists():
         raise InputError(f"resume=true: there is no study in {folder}; write study=<its name>")
+    if config.warm_start and not folder.exists():
+        studies.load(config.warm_start, "warm_start")  # says now that it does not exist
     folder.mkdir(parents=True, exist_ok=True)
     with (
         storage.lock(folder / ".lock", str(folder)),
@@ -146,12 +148,6 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
         completed_any = any(trial.state is TrialState.COMPLETE for trial in study.get_trials(deepcopy=False))
     if not completed_any:
         sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
-
-
-def make_launcher(config: Config) -> Launcher:
-    settings = {name: value for name, value in config.launcher.items() if name not in ("_target_", "name")}
-    launcher: Launcher = get_class(config.launcher["_target_"])(config.gpus, **settings)
-    return launcher
 
 
 def make_pruner(config: Config) -> optuna.pruners.BasePruner:
@@ -451,7 +447,7 @@ class Study:
         """Note the baseline; where vLLM's defaults lie within the space, the sampler learns from it, too."""
         self._study.set_user_attr(summary.BASELINE, {"values": result.values, "reason": result.reason})
         defaults = self._defaults
-        if result.complete and all(_contains(d, defaults[name]) for name, d in self._space.parameters.items()):
+        if result.complete and all(contains(d, defaults[name]) for name, d in self._space.parameters.items()):
             self._study.add_trial(
                 optuna.trial.create_trial(
                     params=defaults,
@@ -512,6 +508,8 @@ class Study:
         results = (Result.load(path.parent) for path in self._folder.glob("*/result.json"))
         self._engine_s = sum(sum(result.phases.values()) for result in results)
         fresh = not self._study.trials and not isinstance(self._study.sampler, Grid)
+        if self._config.warm_start and fresh:
+            self._enqueue_warm_start(self._config.warm_start)
         if self._config.prior.backend and fresh:
             self._enqueue_prior()
 
@@ -549,6 +547,13 @@ class Study:
         kept.set_trial_user_attr(frozen._trial_id, "reason", "lost: the process that ran it ended")
         self._study.tell(frozen.number, state=TrialState.FAIL)
 
+    def _enqueue_warm_start(self, name: str) -> None:
+        """Ask first for what another study found best."""
+        found = warm_start.best(name, self._space, self._config.prior.keep)
+        for one in found:
+            self._study.enqueue_trial(one.params, user_attrs={"warm_start": name})
+        log.info("warm_start: the first %d trials are the best of study %s", len(found), name)
+
     def _enqueue_prior(self) -> None:
         """Ask first for what a simulation of this study found best."""
         expected = prior.best(self._config, self._space)
@@ -573,13 +578,6 @@ def seconds(text: str) -> float:
     if not found:
         raise InputError(f"budget={text}: write a duration such as 30m or 2h")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
-
-
-def _contains(distribution: optuna.distributions.BaseDistribution, value: Any) -> bool:
-    if isinstance(distribution, CategoricalDistribution):
-        return value in distribution.choices
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and distribution._contains(distribution.to_internal_repr(value))
 
 
 def written(value: Any) -> str:

@@ -1,0 +1,183 @@
+"""Every command that README.md and docs/ show is tried, or it is said here why it can't be on a test machine.
+
+A page is a story: its commands run in order in one folder, with the files that it shows beside them.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from autotune import compare, compose, export, space, verify
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# What no test starts here, by words of the command.
+NOT_HERE = {
+    "source": "sets up the reader's own shell",
+    "mlflow": "a server for the browser",
+    "optuna-dashboard": "a server for the browser",
+    "hf": "needs the Hugging Face Hub",
+    "python -m autotune.sim.calibrate": "tests/test_sim.py fits and checks devices",
+    "python -m autotune.tracking": "tests/test_tracking.py logs studies later",
+    "python -m autotune.report": "tests/test_report.py reads what it writes",
+    "backend/device=my-l40s": "a device that the command before it would have fitted",
+}
+# What composes here, and can't be run: a word of it, and why.
+NOT_RUN = {
+    "launcher=slurm": "needs a cluster; tests/test_slurm.py has one",
+    "gpus=all": "needs a GPU",
+    "backend.env": "an environment is real vLLM's",
+    "tracking.uri=http": "needs a server",
+    "sampler=botorch": "an extra",
+    "experiment=demo": "`make demo`: minutes of real vLLM",
+    "model=smollm2": "the page runs real vLLM on a CPU; tests/test_live.py does",
+    "pruner=": "needs trials that take a while",
+}
+SHORT = {
+    "tracking": "none",
+    "scenario.min_duration_s": "5",
+    "scenario.min_queries": "64",
+    "n_trials": "2",
+    "prior.trials": "10",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    page: Path
+    line: int
+    words: list[str]
+
+    @property
+    def module(self) -> str:
+        """`autotune.verify`; empty for what is no module of ours."""
+        found = re.fullmatch(r"python -m (autotune[\w.]*)", " ".join(self.words[:3]))
+        return found[1] if found else ""
+
+    @property
+    def arguments(self) -> list[str]:
+        return self.words[3:]
+
+    @property
+    def sweeps(self) -> bool:
+        return "-m" in self.arguments
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def commands(page: Path) -> list[Command]:
+    """What follows `$` in the page's ```console blocks, continued lines joined, comments left out."""
+    text = page.read_text()
+    found = []
+    for block in re.finditer(r"```console\n(.*?)```", text, re.DOTALL):
+        first = text[: block.start(1)].count("\n") + 1
+        joined = block[1].replace("\\\n", "  ")
+        for number, line in enumerate(joined.splitlines()):
+            if line.startswith("$ "):
+                found.append(Command(page, first + number, shlex.split(line[2:], comments=True)))
+    return found
+
+
+def files(page: Path) -> dict[str, str]:
+    """The files that a page shows: a block after a path in backticks."""
+    shown = re.finditer(r"`([\w./-]+\.(?:yaml|jsonl?))`[^`]*```(?:yaml|json)\n(.*?)```", page.read_text(), re.DOTALL)
+    return {block[1]: block[2] for block in shown}
+
+
+ALL = [command for page in PAGES for command in commands(page)]
+
+
+def why_not(command: Command) -> str:
+    """Why it can't be tried here; empty if it can."""
+    line = " ".join(command.words)
+    return next((why for words, why in NOT_HERE.items() if f" {words} " in f" {line} "), "")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_files(page: Path, folder: Path) -> None:
+    for name, text in files(page).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("command", ALL, ids=str)
+def test_command_is_one_that_exists(command: Command, folder: Path):
+    """Each word of it is known: groups, fields, the space, options of a module, targets of make."""
+    if why_not(command):
+        pytest.skip(why_not(command))
+    if command.words[0] == "make":
+        assert re.search(rf"^{command.words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    write_files(command.page, folder)
+    words = [word for word in command.arguments if word not in ("-m", "--help", "…")]
+    if command.module in ("autotune", "autotune.plan", "autotune.space"):
+        config, params, sweeps = compose.command_line(words)
+        if command.module != "autotune" or command.sweeps:
+            space.parse(params, sweeps, config.conditions, config.only_if)
+    elif command.module == "autotune.export":
+        compose.options(export.Export, words, None)
+    elif command.module == "autotune.compare":
+        assert len([word for word in words if "=" not in word]) >= 2
+        compose.options(compare.Compare, [word for word in words if "=" in word], None)
+    elif command.module == "autotune.verify":
+        own = [word for word in words if word.partition("=")[0] in verify.Verify.__dataclass_fields__]
+        compose.options(verify.Verify, own, None)
+        compose.command_line([word for word in words if word not in own])
+    else:
+        pytest.fail(f"{command}: how is it tried? Say so here, or in NOT_HERE")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_link_leads_somewhere(page: Path):
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+def test_pages_commands_run_in_order(page: Path, tmp_path: Path):
+    """On a simulated vLLM, and shortened: what a page calls by a name, an earlier command of it has made."""
+    write_files(page, tmp_path)
+    for command in commands(page):
+        line = " ".join(command.words)
+        if not command.module or why_not(command) or any(word in line for word in NOT_RUN):
+            continue
+        done = subprocess.run(
+            [sys.executable, *command.words[1:3], *simulated(command)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "AUTOTUNE_LEASES": str(tmp_path / "leases")},
+            timeout=200,
+        )
+        fine = (0, verify.NO_BETTER) if command.module == "autotune.verify" else (0,)
+        assert done.returncode in fine, f"{command}: {line}\n{done.stderr}"
+
+
+def simulated(command: Command) -> list[str]:
+    """Its arguments, on the simulator and shortened; the data set that needs the Hub is one of the same lengths."""
+    words = ["dataset=cnn_shaped" if word == "dataset=cnn_dailymail" else word for word in command.arguments]
+    named = {word.partition("=")[0] for word in command.arguments}
+    if command.module == "autotune.verify":
+        return [word if not word.startswith("n=") else "n=2" for word in words]
+    if command.module not in ("autotune", "autotune.plan", "autotune.space"):
+        return words
+    if "backend" not in named:
+        words.append("backend=sim")
+    if command.module != "autotune":
+        return words
+    kept = [word for word in words if word.partition("=")[0] not in SHORT]
+    return [*kept, *(f"{key}={value}" for key, value in SHORT.items())]

@@ -1,0 +1,232 @@
+"""What is exported serves what was measured: each format is read back by what reads it where it is deployed."""
+
+import json
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from check_jsonschema.builtin_schemas import get_builtin_schema
+from jsonschema import validate
+from omegaconf import OmegaConf
+
+from autotune import export, studies, vllm_args
+from autotune.compose import command_line
+from autotune.errors import InputError
+from autotune.export import Export, Format, deployment
+from autotune.result import Result
+from tests.conftest import Autotune
+
+WORDS = [
+    *("--no-enable-prefix-caching", "--kv-cache-dtype", "fp8", "--max-num-seqs", "256", "--enforce-eager"),
+    *("--compilation-config", '{"mode": 3, "custom": "$x"}', "--cudagraph-capture-sizes", "1", "2", "4"),
+    *("--tensor-parallel-size", "2", "--data-parallel-size", "2", "--gpu-memory-utilization", "0.9"),
+]
+ENV = {"VLLM_ATTENTION_BACKEND": "FLASH INFER", "VLLM_CPU_KVCACHE_SPACE": "1", "MY_API_KEY": "***"}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Two trials and a baseline on GPUs, of which trial-1 is best."""
+    config, _, _ = command_line(["study=s", "model.path=meta-llama/L", "model.revision=abc"])
+    config.backend["env"] = ENV
+    for name, value in (("baseline", 10.0), ("trial-0", 9.0), ("trial-1", 12.0)):
+        folder = tmp_path / "s" / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        Result(
+            "complete",
+            values=[value],
+            params={} if name == "baseline" else {"engine.args.max_num_seqs": int(value)},
+            args={"tensor_parallel_size": 2, "data_parallel_size": 2},
+            command=["vllm", "serve", "meta-llama/L", "--revision", "abc", *WORDS],
+            phases={"start": 400.0},
+            facts={"vllm": "0.32.0", "gpu": "NVIDIA H100"},
+        ).save(folder)
+    return tmp_path / "s"
+
+
+def exported(study: Path, name: Format, **options: Any) -> str:
+    return export.text(Export(str(study), name, **options))
+
+
+def loaded(text: str) -> list[Any]:
+    return list(yaml.safe_load_all(text))
+
+
+def as_vllm_reads(config: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """A configuration file's flags as vLLM turns them into a command line (its `load_config_file`)."""
+    words: list[str] = []
+    for name, value in config.items():
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
+    return vllm_args.groups(words)
+
+
+LISTEN = [("host", ["127.0.0.1"]), ("port", ["8000"])]
+
+
+def test_command_is_the_measured_one_and_says_where_it_listens(study: Path):
+    line = exported(study, Format.command).splitlines()[-1]
+    words = shlex.split(line)
+    assert words[:3] == ["env", "VLLM_ATTENTION_BACKEND=FLASH INFER", "vllm"]
+    assert words[3:5] == ["serve", "meta-llama/L"]
+    assert vllm_args.groups(words[5:]) == [*vllm_args.groups(["--revision", "abc", *WORDS]), *LISTEN]
+
+
+def test_vllm_config_says_the_same_as_the_command(study: Path):
+    (config,) = loaded(exported(study, Format.vllm))
+    assert config.pop("model") == "meta-llama/L"
+    assert as_vllm_reads(config) == [*vllm_args.groups(["--revision", "abc", *WORDS]), *LISTEN]
+
+
+def test_compose_file_is_valid_and_serves_the_same(study: Path):
+    (body,) = loaded(exported(study, Format.compose))
+    validate(body, get_builtin_schema("vendor.compose-spec"))
+    (service,) = body["services"].values()
+    assert service["image"] == "vllm/vllm-openai:v0.32.0"
+    assert service["command"][0] == "meta-llama/L" and '{"mode": 3, "custom": "$$x"}' in service["command"]
+    said = [word.replace("$$", "$") for word in service["command"][1:]]
+    assert said == ["--revision", "abc", *WORDS, "--host", "0.0.0.0", "--port", "8000"]
+    assert service["deploy"]["resources"]["reservations"]["devices"][0]["count"] == 4
+    assert service["environment"] == {
+        "VLLM_ATTENTION_BACKEND": "FLASH INFER", "MY_API_KEY": "${MY_API_KEY:?}", "HF_TOKEN": "${HF_TOKEN:-}"
+    }  # fmt: skip
+
+
+def test_kubernetes_manifests_are_valid_and_serve_the_same(study: Path):
+    deployed, service = loaded(exported(study, Format.kubernetes, port=9000))
+    for document in (deployed, service):
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    pod = deployed["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    assert container["args"] == ["meta-llama/L", "--revision", "abc", *WORDS, "--host", "0.0.0.0", "--port", "9000"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+    assert service["spec"]["selector"] == pod["metadata"]["labels"]
+    startup = container["startupProbe"]
+    assert startup["httpGet"]["path"] == "/health"
+    assert startup["failureThreshold"] * startup["periodSeconds"] == 1200  # three times the measured start
+    secrets = {
+        one["name"]: one["valueFrom"]["secretKeyRef"]["optional"] for one in container["env"] if "valueFrom" in one
+    }
+    assert secrets == {"MY_API_KEY": False, "HF_TOKEN": True}
+    assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}} in pod["spec"]["volumes"]
+
+
+@pytest.mark.parametrize("name", [Format.command, Format.vllm, Format.compose, Format.kubernetes])
+def test_hidden_values_are_asked_for_and_never_written(study: Path, name: Format):
+    text = exported(study, name)
+    assert "***" not in text and "MY_API_KEY" in text
+
+
+def test_local_model_is_mounted_where_the_command_looks_for_it(study: Path, tmp_path: Path):
+    result = Result.load(study / "trial-1")
+    result.command[2:5] = [str(tmp_path)]
+    result.facts = {"cpu": "x", "vllm": "0.32.0+cpu"}
+    result.save(study / "trial-1")
+    (body,) = loaded(exported(study, Format.compose))
+    (service,) = body["services"].values()
+    assert service["volumes"] == [f"{tmp_path}:{tmp_path}:ro"] and service["command"][0] == str(tmp_path)
+    assert "deploy" not in service and service["image"].endswith("vllm-cpu-release-repo:v0.32.0")
+    assert service["environment"]["VLLM_CPU_KVCACHE_SPACE"] == "1" and "HF_TOKEN" not in service["environment"]
+
+
+def test_best_trial_is_taken_unless_another_is_named(study: Path):
+    assert "trial-1" in exported(study, Format.command).splitlines()[0]
+    assert "baseline" in exported(study, Format.command, trial="baseline").splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"trial": "trial-9"}, "trial=trial-9: s has no such trial; it has baseline, trial-0, trial-1"),
+        ({"study": "multirun/nothing"}, "study=multirun/nothing: no such folder"),
+    ],
+)
+def test_what_does_not_exist_is_said(study: Path, changed: dict[str, str], words: str):
+    with pytest.raises(InputError, match=words):
+        export.text(Export(**{"study": str(study), "format": Format.command, **changed}))
+
+
+def test_front_has_to_be_chosen_from(study: Path):
+    for name, latency in (("baseline", 1.0), ("trial-0", 1.0), ("trial-1", 2.0)):
+        result, config = Result.load(study / name), OmegaConf.load(study / name / "config.yaml")
+        result.values.append(latency)
+        result.save(study / name)
+        config.objective.metrics, config.objective.directions = ["tokens_per_s", "x"], ["maximize", "minimize"]
+        OmegaConf.save(config, study / name / "config.yaml")
+    with pytest.raises(InputError, match=r"has a Pareto front; choose from it: trial=trial-1 \| trial-0"):
+        studies.load(str(study)).chosen(None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["study=s"], "format= is missing; see --help"),
+        (
+            ["study=s", "format=helm"],
+            "Invalid value 'helm', expected one of [command, vllm, compose, kubernetes, diff]",
+        ),
+        (["study=s", "frmat=vllm"], "Key 'frmat' not in 'Export'"),
+        (["s"], "s: write key=value, or --help"),
+    ],
+)
+def test_wrong_words_are_one_line(tmp_path: Path, arguments: list[str], words: str):
+    command = [sys.executable, "-m", "autotune.export", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_exports_of_a_real_trial_start_vllm(autotune: Autotune, tmp_path: Path):
+    """`vllm` itself can't start where vllm-cpu is installed (it looks for the package vllm): its module can."""
+    swept = ["scenario.min_queries=8", "dataset.records.prompt_bounds=[8,64]", "engine.args.max_num_seqs=8"]
+    done = autotune("model=tiny", "study=s", "tracking=none", "engine.args.enforce_eager=true", *swept)
+    assert done.returncode == 0, done.stderr
+    study = tmp_path / "multirun/trials/s"
+    what = deployment(studies.load(str(study)), "s")
+    port = free_port()
+    words = shlex.split(exported(study, Format.command, port=port).splitlines()[-1])
+    at = words.index("vllm")
+    assert words[at : at + 3] == ["vllm", "serve", what.model]
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    assert_serves([*words[:at], *server, "--model", what.model, *words[at + 3 :]], port, tmp_path)
+    port = free_port()
+    (tmp_path / "vllm.yaml").write_text(exported(study, Format.vllm, port=port))
+    environment = [f"{name}={value}" for name, value in what.env.items()]
+    assert_serves(["env", *environment, *server, "--config", str(tmp_path / "vllm.yaml")], port, tmp_path)
+    assert "max_num_seqs" in exported(study, Format.diff)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def assert_serves(command: list[str], port: int, folder: Path) -> None:
+    """`command` starts a healthy server on `port` that runs with max_num_seqs=8, without prefix caching."""
+    from autotune.process import GuardedProcess
+
+    log = folder / "vllm.log"
+    with GuardedProcess(command, log, {}, stop_timeout_s=10) as process:
+        deadline = time.monotonic() + 240
+        while not healthy(port):
+            assert process.exit_code() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.5)
+    text = log.read_text()
+    assert "'max_num_seqs': 8" in text and "'enable_prefix_caching': False" in text
+
+
+def healthy(port: int) -> bool:
+    try:
+        return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200)
+    except OSError:
+        return False

@@ -1,0 +1,233 @@
+"""Whether a winner is one: the statistics against known values and by simulation, the command on simulated studies."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from autotune import studies, verify
+from autotune.errors import InputError
+from autotune.paired import difference
+from autotune.result import Result
+from autotune.schema import ObjectiveConfig
+from autotune.studies import FinishedStudy
+from autotune.verify import Verdict, Verify
+from tests.studies import SEQS, autotune, environment
+
+# Student's own data: extra hours of sleep with two drugs (Biometrika 6, 1908); t = 4.0621, p = 0.002833 (R's t.test).
+SLEEP = (
+    [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4],
+    [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0],
+)
+
+
+def test_students_own_data_gives_students_own_answer():
+    found = difference(*SLEEP, confidence=0.95, comparisons=1)
+    assert found.mean == pytest.approx(1.58)
+    assert (found.low, found.high) == pytest.approx((0.7001142, 2.4598858))
+    assert found.p == pytest.approx(0.002833, abs=1e-6)
+
+
+def test_one_of_several_needs_more_to_be_sure():
+    alone, one_of_three = (difference(*SLEEP, confidence=0.95, comparisons=count) for count in (1, 3))
+    assert one_of_three.p == pytest.approx(3 * alone.p)
+    assert one_of_three.low < alone.low and one_of_three.high > alone.high
+
+
+def test_interval_leaves_out_nothing_exactly_where_p_is_below_its_level():
+    draw = np.random.default_rng(3)
+    for _ in range(200):
+        found = difference(draw.normal(1, 1, 5), draw.normal(0, 1, 5), 0.95, 3)
+        assert (found.low > 0 or found.high < 0) == (found.p < 0.05)
+
+
+def test_values_that_never_vary_are_certain():
+    assert difference([2.0, 2.0], [1.0, 1.0], 0.95, 1).p == 0
+    assert difference([1.0, 1.0], [1.0, 1.0], 0.95, 1).p == 1
+
+
+def winners(gains: list[float], noise: list[float], draws: int) -> float:
+    """The share of verifications that find a winner among configurations with these true gains, n = 5."""
+    draw = np.random.default_rng(1)
+    found = 0
+    for _ in range(draws):
+        block = draw.normal(0, 5, 5)  # what a block has in common
+        baseline = 100 + block + draw.normal(0, 1, 5)
+        rows = [100 + gain + block + draw.normal(0, spread, 5) for gain, spread in zip(gains, noise, strict=True)]
+        found += any(difference(row, baseline, 0.95, len(rows)).low > 0 for row in rows)
+    return found / draws
+
+
+@pytest.mark.parametrize("noise", [[1, 1, 1], [1, 4, 0.2]], ids=["alike", "one far noisier"])
+def test_no_winner_is_seen_where_there_is_none(noise: list[float]):
+    """At most 2.5 % (one side of 5 %), however differently they vary; 2,000 draws tell 2.5 % from 3.5 %."""
+    assert winners([0, 0, 0], noise, 2000) <= 0.035
+
+
+def test_winner_is_seen_where_there_is_one():
+    assert winners([0, 6, 0], [1, 1, 1], 400) > 0.95
+
+
+def test_intervals_hold_together_as_often_as_they_say():
+    draw = np.random.default_rng(2)
+    held = 0
+    for _ in range(1500):
+        baseline = draw.normal(0, 1, 5)
+        rows = [gain + draw.normal(0, 1, 5) for gain in (0.0, 1.0, 2.0)]
+        found = [difference(row, baseline, 0.95, 3) for row in rows]
+        held += all(one.low <= gain <= one.high for gain, one in zip((0.0, 1.0, 2.0), found, strict=True))
+    assert stats.binomtest(held, 1500, 0.95, "less").pvalue > 0.001
+
+
+# Judging
+
+
+def judged(rows: dict[str, list[float]], held: dict[str, int] | None = None, direction: str = "maximize") -> Verdict:
+    """What is said of repeats with these values, `held` of which kept the limits."""
+    objective = ObjectiveConfig("o", ["x"], [direction])
+    once = {name: Result("complete", values=values[:1], params={SEQS: 1}) for name, values in rows.items()}
+    study = FinishedStudy(Path("s"), once)
+    study.__dict__["objective"] = objective  # instead of a folder's
+    n = len(rows["baseline"])
+    results = {
+        (name, block + 1): Result(
+            "complete", values=[value], constraints={"ttft_p99": -1.0 if block < (held or {}).get(name, n) else 1.0}
+        )
+        for name, values in rows.items()
+        for block, value in enumerate(values)
+    }
+    return verify.judge(study, Verify("s", n=n), results)
+
+
+BASE = [100.0, 101.0, 99.0, 100.0, 102.0]
+
+
+def better(by: float) -> list[float]:
+    return [value + by + wobble for value, wobble in zip(BASE, (0.1, -0.1, 0.2, 0.0, -0.2), strict=True)]
+
+
+def test_winner_is_the_best_of_those_that_are_better():
+    found = judged({"baseline": BASE, "trial-1": better(5), "trial-2": better(9), "trial-3": better(0)})
+    assert found.winner == "trial-2" and found.line.startswith("Better than the defaults: trial-2, +9.0% [+")
+    assert "95% confidence for all 3 together" in found.line
+
+
+def test_lower_is_better_where_the_objective_is_minimised():
+    found = judged({"baseline": BASE, "trial-1": better(-5), "trial-2": better(9)}, direction="minimize")
+    assert found.winner == "trial-1"
+
+
+def test_no_better_than_the_defaults_is_said_plainly():
+    found = judged({"baseline": BASE, "trial-1": better(0), "trial-2": better(-3)})
+    assert found.winner is None and found.line.startswith("No better than the defaults:")
+
+
+def test_better_values_do_not_count_where_a_limit_broke_once():
+    found = judged({"baseline": BASE, "trial-1": better(5)}, held={"trial-1": 4})
+    assert found.winner is None and "trial-1 did not hold the limits in every repeat" in found.line
+    assert "4 of 5" in verify.table(found)
+
+
+def test_limits_that_the_defaults_never_hold_make_a_winner_of_what_does():
+    found = judged({"baseline": BASE, "trial-1": better(-5)}, held={"baseline": 0})
+    assert found.winner == "trial-1" and "the defaults in none" in found.line
+
+
+# The command
+
+
+def run(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "autotune.verify", "study=s", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(folder), timeout=120)
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study whose trials are much worse than the defaults, and the same: 64 sequences hold all requests at once."""
+    folder = tmp_path_factory.mktemp("simulated")
+    done = autotune(folder, "sampler=grid", f"{SEQS}=choice(4,64)", "engine.args.seed=choice(1)")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_study_without_a_better_configuration_ends_with_its_own_code(simulated: Path):
+    done = run(simulated, "k=2", "n=3")
+    assert done.returncode == 2, done.stderr
+    assert "2 configurations and the baseline, 3 repeats each: 9 runs, 0 of them kept" in done.stdout
+    assert "No better than the defaults: nothing was, in 3 repeats" in done.stdout
+    verdict = json.loads((simulated / "multirun/s/verify.json").read_text())
+    assert [row["held"] for row in verdict["rows"]] == [3, 3, 3]
+    assert len(set(verdict["rows"][0]["values"])) == 3  # each repeat sees a load of its own
+    again = run(simulated, "k=2", "n=4")
+    assert "12 runs, 9 of them kept" in again.stdout
+
+
+@pytest.mark.slow
+def test_better_configuration_ends_with_0(tmp_path: Path):
+    autotune(tmp_path, "n_trials=1", "engine.args.tensor_parallel_size=choice(2)")
+    done = run(tmp_path, "n=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Better than the defaults: trial-" in done.stdout
+
+
+def test_same_loads_within_a_block_and_another_order_in_each(simulated: Path):
+    found = verify.repeats(studies.load(str(simulated / "multirun/s")), Verify("s", k=2, n=6), [])
+    blocks = [[one for one in found if one.block == block] for block in range(1, 7)]
+    assert [len({one.trial.config.scenario.seed for one in block}) for block in blocks] == [1] * 6
+    assert [block[0].trial.config.scenario.seed for block in blocks] == [2, 3, 4, 5, 6, 7]  # the study's own is 1
+    assert len({tuple(one.name for one in block) for block in blocks}) > 1
+
+
+def test_block_stays_on_its_gpus_and_others_run_beside_it(simulated: Path):
+    """Or a configuration that always met the slower GPU would be called the slower one."""
+    study = studies.load(str(simulated / "multirun/s"))
+    found = verify.repeats(study, Verify("s", k=2, n=5), ["gpus=[0,1]"])
+    by_block = {
+        one.block: {tuple(other.trial.config.gpus) for other in found if other.block == one.block} for one in found
+    }
+    assert by_block == {1: {(1,)}, 2: {(0,)}, 3: {(1,)}, 4: {(0,)}, 5: {(1,)}}
+    assert [one.block for one in found[:4]] == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "size", "groups"),
+    [(None, 2, [None]), ([0, 1, 2, 3], 2, [[0, 1], [2, 3]]), ([4, 5, 6], 2, [[4, 5]]), ([7], 2, [[7]])],
+)
+def test_gpus_are_grouped_by_what_the_largest_configuration_takes(
+    gpus: list[int] | None, size: int, groups: list[object]
+):
+    assert verify.gpu_groups(gpus, size) == groups
+
+
+def test_hidden_values_have_to_be_given(simulated: Path):
+    study = studies.load(str(simulated / "multirun/s"))
+    config = replace(study.config("baseline"), backend={"env": {"HF_TOKEN": "***"}})
+    with pytest.raises(
+        verify.InputError, match=r"hides backend.env.HF_TOKEN; add backend.env.HF_TOKEN=… to this command"
+    ):
+        verify.check_secrets(config, study)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "overrides", "said"),
+    [
+        (Verify("s", n=1), [], "n=2 or more"),
+        (Verify("s", metric="x"), [], "metric=x: the study's objective has tokens_per_s"),
+        (Verify("s", trials=["trial-9"]), [], "trial=trial-9: s has no such trial"),
+        (Verify("s"), ["scenario.sed=1"], "Key 'sed' not in 'ScenarioConfig'"),
+    ],
+)
+def test_what_can_not_be_verified_is_said(simulated: Path, wanted: Verify, overrides: list[str], said: str):
+    with pytest.raises(InputError, match=said):
+        verify.repeats(studies.load(str(simulated / "multirun/s")), wanted, overrides)
+
+
+def test_error_is_one_line_and_no_verdict(simulated: Path):
+    done = run(simulated, "study=t")
+    assert done.returncode == 1
+    assert done.stderr == "autotune: study=t: no such folder below multirun/; there is s\n"
