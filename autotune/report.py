@@ -6,6 +6,7 @@ writes multirun/NAME/report.html. A study does it by itself at its end.
 """
 
 import base64
+import functools
 import gzip
 import shlex
 import sys
@@ -109,7 +110,6 @@ def page(studied: Studied) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters |= {"figure": _figure, "metric": label, "shorten": shorten}
-    script = base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9)).decode()
     return templates.get_template("report.html.j2").render(
         studied=studied,
         config=studied.config,
@@ -122,8 +122,14 @@ def page(studied: Studied) -> str:
         words=summary.words(studied.study, studied.folder, studied.config),
         estimated=any(result.estimated for result in studied.results.values()),
         written=time.strftime("%Y-%m-%d %H:%M"),
-        plotly=script,
+        plotly=plotly_js(),
     )
+
+
+@functools.cache
+def plotly_js() -> str:
+    """plotly.js compressed, in base64: 2.0 MB instead of 4.8."""
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9)).decode()
 
 
 def headline(studied: Studied) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A study as its users look at it: MLflow's own pages, in a browser."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a study called `tuned` was run and logged."""
     folder = tmp_path_factory.mktemp("ui")
     space = [f"{SEQS}=tag(log,int(interval(8,256)))", f"{TOKENS}=choice(1024,2048,4096)"]
-    words = [*SIMULATED, *space, "study=tuned", "n_trials=6", "backend.pace=0.004"]
+    longer = ["scenario.min_queries=600", "backend.pace=0.02"]  # to show some course over time
+    words = [*SIMULATED, *space, "study=tuned", "n_trials=6", *longer]
     command = [sys.executable, "-m", "autotune", "-m", *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(folder), timeout=300)
     assert done.returncode == 0, done.stderr
@@ -117,8 +119,9 @@ def test_trial_shows_its_course_over_time(page: Page, folder: Path):
     client = MlflowClient(f"sqlite:///{folder}/multirun/mlflow.db")
     trial = client.search_runs(["1"], "tags.trial = 'baseline'")[0]
     page.goto(f"{page.url.split('#')[0]}#/experiments/1/runs/{trial.info.run_id}/model-metrics")
-    expect(page.get_by_text("run (2)")).to_be_visible()  # a section of its own: tokens/s and samples/s so far
-    expect(page.locator(".js-plotly-plot").first).to_be_visible()
+    so_far = page.get_by_role("figure").filter(has_text=re.compile(r"^\s*run\s*\(2\)"))  # tokens/s and samples/s
+    expect(so_far.first).to_be_visible()
+    expect(page.get_by_role("heading", name="tokens_per_s").first).to_be_visible()
     picture(page, "mlflow-course")
 
 
