@@ -54,6 +54,7 @@ def words(plan: Plan) -> str:
         f"space     {len(plan.space.parameters)} parameters; {_share(runs, plan.drawn)} of it can run",
         *(f"            {count / len(plan.drawn):.0%}: {why}" for why, count in _reasons(plan.drawn)),
         f"limits    {_share(feasible, runs)} of what runs holds them{_binding(runs)}",
+        f"bound by  {_bounds(runs)}",
         f"baseline  {_outcome(plan.baseline, plan.config)}",
     ]
     if plan.best:
@@ -88,6 +89,12 @@ def _binding(runs: Sequence[Estimate]) -> str:
         return ""
     name, count = broken.most_common(1)[0]
     return f"; the limit that binds is {name.replace('_', ' ')}, broken by {count / len(runs):.0%}"
+
+
+def _bounds(runs: Sequence[Estimate]) -> str:
+    """What requests wait for, by the share of the trials in which they do (docs/measuring.md has the rules)."""
+    counts = Counter(found.result.bound for found in runs if found.result.bound)
+    return ", ".join(f"{bound} {count / len(runs):.0%}" for bound, count in counts.most_common()) or "nothing seen"
 
 
 def _outcome(found: Estimate, config: Config) -> str:
