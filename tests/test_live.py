@@ -26,7 +26,7 @@ from autotune.live.backend import LiveBackend, LiveEngine
 from autotune.live.server import serve
 from autotune.result import Result
 from autotune.schema import Config, Kind, ScenarioConfig
-from autotune.sweep.launchers import LocalJob
+from autotune.sweep.launchers import LocalProcesses
 from autotune.sweep.worker import Trial
 from autotune.trial import Prepared, prepare, prepare_samples
 from tests.conftest import Autotune, processes_in
@@ -118,7 +118,7 @@ def test_trial_that_is_stopped_while_it_runs_is_gone_in_seconds(config: Config, 
     folder = tmp_path / "trial"
     folder.mkdir()
     long = replace(config, scenario=scenario(Kind.Server, min_duration_s=120.0))
-    job = LocalJob(Trial(long, [], folder))
+    (job,) = LocalProcesses(None, n_jobs=1).submit([Trial(long, [], folder)])
     reader = progress.Reader(folder)
     published: list[dict[str, Any]] = []
     deadline = time.monotonic() + 120

@@ -64,13 +64,17 @@ class Sut:
         self._address, self._size = self._buffer.buffer_info()
 
     def issue(self, queries: list[lg.QuerySample]) -> None:
-        """Called on LoadGen's thread."""
+        """Called on LoadGen's thread, which an error would take down and the process with it."""
         issued = time.perf_counter()
         number = len(self.issued)
         self.issued += [issued] * len(queries)
         self.sent += [0.0] * len(queries)
         self._queries += queries
-        self._clients.send([(number + offset, query.index) for offset, query in enumerate(queries)])
+        try:
+            self._clients.send([(number + offset, query.index) for offset, query in enumerate(queries)])
+        except OSError:
+            if not self.decided:  # else the clients have been let go
+                raise
 
     def flush(self) -> None:
         """Nothing is held back."""

@@ -137,11 +137,11 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
             directions=list(sweeper["direction"]),
             load_if_exists=True,
         )
+        study.sampler = make_sampler(sweeper["sampler"], space, len(study.trials))
+        check_continues(study, space, list(sweeper["direction"]), folder)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental since Optuna 3.2
             study.set_metric_names(config.objective.metrics)  # for whoever looks into the storage
-        study.sampler = make_sampler(sweeper["sampler"], space, len(study.trials))
-        check_continues(study, space, list(sweeper["direction"]), folder)
         # Each trial is composed from this study, and must not make up a name of its own.
         overrides = [*fixed, f"study={config.study}"]
         Study(study, space, config, composed, overrides, prepared, launcher, folder).run()
