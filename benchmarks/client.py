@@ -120,7 +120,15 @@ def ours(folder: Path, server: NullServer, requests: int, output_tokens: int, **
     samples = Samples("s", "c", prompts, np.full(requests, output_tokens, np.int32), True, folder / "samples.npz")
     samples.save()
     spec = {
-        **{"url": server.url, "model": MODEL, "kind": "Offline", "qps": 1.0, "ttft_ms": None, "tpot_ms": None},
+        **{
+            "folder": str(folder),
+            "url": server.url,
+            "model": MODEL,
+            "kind": "Offline",
+            "qps": 1.0,
+            "ttft_ms": None,
+            "tpot_ms": None,
+        },
         **{"min_duration_s": 0, "max_duration_s": 0, "min_queries": requests, "max_queries": requests},
         **{"warmup_requests": 0, "seed": 1, "request_timeout_s": 600, **run},
     }
