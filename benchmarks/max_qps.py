@@ -18,7 +18,7 @@ from autotune.result import Result
 from autotune.schema import Stop
 
 SEEDS = (1, 2)
-FROM = 0.8
+FROM = 0.9
 
 
 def main() -> None:

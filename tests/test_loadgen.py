@@ -245,6 +245,12 @@ def test_run_that_can_pass_no_more_is_stopped(tmp_path: Path, url: str):
     assert 0 < len(read_requests(tmp_path / "requests.csv")) < 500
 
 
+def test_error_of_our_own_ends_the_process_though_loadgens_thread_goes_on(tmp_path: Path, url: str):
+    (tmp_path / "requests.csv").mkdir()
+    done = run(tmp_path, url, "Server", [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=10_000, total=500)
+    assert done.returncode == 1 and "IsADirectoryError" in done.stderr
+
+
 def test_broken_limit_makes_the_run_invalid(tmp_path: Path, url: str):
     done = run(tmp_path, url, "Server", [SLOW], ttft_ms=TTFT_S * 1e3 / 2)
     assert done.returncode == 0, done.stderr

@@ -19,6 +19,7 @@ import resource
 import sys
 import threading
 import time
+import traceback
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +66,8 @@ class Sut:
 
     def issue(self, queries: list[lg.QuerySample]) -> None:
         """Called on LoadGen's thread, which an error would take down and the process with it."""
+        if self.decided:
+            return
         issued = time.perf_counter()
         number = len(self.issued)
         self.issued += [issued] * len(queries)
@@ -164,7 +167,8 @@ def measure(run: Run, bodies: Sequence[bytes]) -> None:
         rows.writerow([field.name for field in dataclasses.fields(RequestTiming)])
         rows.writerows(dataclasses.astuple(timing) for timing in sut.completed)
     reports = list(clients.reports.values())
-    figures = audit.figures(reports, own_cpu_s, run_s, audit.lateness(run, sut.issued, sut.sent))
+    sent = list(sut.sent)  # LoadGen's thread may still add to both, to this one last
+    figures = audit.figures(reports, own_cpu_s, run_s, audit.lateness(run, sut.issued[: len(sent)], sent))
     server_s, count = np.subtract(metrics_page.ttft(run.url), before)
     if count and sut.completed and not stopped:  # else vLLM has begun requests that we have no time of
         figures["client_ttft_added_mean_ms"] = ttft_mean_ms(sut, folder) - 1e3 * float(server_s / count)
@@ -265,7 +269,11 @@ def main() -> None:
         measure(run, ready)
     except MeasureError as error:
         print(error, file=sys.stderr, flush=True)
-        os._exit(1)  # LoadGen's thread can't be ended
+        os._exit(1)  # LoadGen's thread can't be ended, and would be waited for
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 if __name__ == "__main__":
