@@ -34,7 +34,7 @@ lint: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-check: lint  ## what a commit must pass, in a minute
+check: lint  ## what a commit must pass, in two minutes
 	$(RUN) -m pytest
 
 services:  ## what tests need beside Python: Debian's packages, where they are missing

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 from optuna.trial import FrozenTrial
 
 from autotune.result import Result
 from tests.studies import SEQS, autotune, trials
+
+pytestmark = pytest.mark.slow  # whole studies
 
 FEW = ["sampler=random", f"{SEQS}=choice(4,8,16)", "baseline=false"]
 

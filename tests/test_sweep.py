@@ -15,6 +15,8 @@ from autotune.sweep.study import seconds
 from tests.conftest import processes_in
 from tests.studies import SEQS, autotune, command, environment, trials
 
+pytestmark = pytest.mark.slow  # whole studies
+
 
 def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
@@ -46,7 +48,6 @@ def gone(folder: Path) -> bool:
 GRID = ["sampler=grid", f"{SEQS}=range(4,24)", "launcher=gpus", "gpus=[0,1]", "backend.pace=0.003"]
 
 
-@pytest.mark.slow
 def test_killed_study_goes_on_and_runs_each_point_once(tmp_path: Path):
     draw = random.Random(1)
     for _ in range(4):
@@ -87,7 +88,6 @@ def test_resume_of_nothing_is_said(tmp_path: Path):
     assert done.returncode == 1 and "resume=true: there is no study in" in done.stderr
 
 
-@pytest.mark.slow
 def test_study_that_goes_on_does_not_suggest_its_first_points_again(tmp_path: Path):
     for total in ("n_trials=3", "n_trials=6"):
         autotune(tmp_path, total, "sampler=random", "baseline=false", f"{SEQS}=range(10,1000)")
@@ -119,9 +119,7 @@ def test_duration_without_a_unit_is_refused():
         seconds("90")
 
 
-@pytest.mark.parametrize(
-    "launcher", [["launcher=inline"], pytest.param(["launcher=gpus", "gpus=[0]"], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("launcher", [["launcher=inline"], ["launcher=gpus", "gpus=[0]"]])
 def test_bad_trial_is_pruned_while_it_runs(tmp_path: Path, launcher: list[str]):
     long = ["scenario.min_queries=600", "backend.pace=0.02", "baseline=false", *launcher]
     pruner = ["pruner=median", "pruner.n_startup_trials=1", "pruner.n_warmup_steps=3"]
@@ -141,7 +139,6 @@ def test_pruner_that_can_not_watch_the_objective_is_refused(tmp_path: Path):
     assert done.returncode == 1 and "pruner: needs one objective among tokens_per_s" in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["journal://multirun/s/study.log", "sqlite:///other.db"])
 def test_study_is_kept_where_the_storage_says(tmp_path: Path, storage: str):
     done = autotune(tmp_path, "n_trials=1", f"hydra.sweeper.storage={storage}", f"{SEQS}=choice(4,8)")
@@ -155,7 +152,6 @@ def test_upstream_sweeper_still_drives_trials(tmp_path: Path):
     assert "best_value" in (tmp_path / "multirun/s/optimization_results.yaml").read_text()
 
 
-@pytest.mark.slow
 def test_trials_see_those_that_run(tmp_path: Path):
     """With a constant liar, trials that are asked while others run are spread over the space."""
     space = ["launcher=gpus", "gpus=[0,1,2,3]", "backend.pace=0.002", f"{SEQS}=range(1,512)", "n_trials=8"]
