@@ -11,14 +11,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from autotune import objective, studies
-from autotune.compose import errors_in_one_line, options
+from autotune.compose import errors_in_one_line, options, write_out
 from autotune.errors import InputError
 from autotune.space import FLAG
 from autotune.studies import FinishedStudy
+from autotune.text import aligned
 
 NOTHING = "–"
 
@@ -124,7 +124,7 @@ def words(columns: Sequence[Column]) -> str:
             f"  {name.removeprefix(FLAG)}",
             [_value(one.params[name]) if name in one.params else NOTHING for one in columns],
         )
-    return "\n".join([*_left_aligned(lines), *_different(columns)]) + "\n"
+    return "\n".join([*aligned(lines, left=True), *_different(columns)]) + "\n"
 
 
 def _different(columns: Sequence[Column]) -> list[str]:
@@ -141,12 +141,6 @@ def _number(value: float | None) -> str:
     return NOTHING if value is None else f"{value:,.4g}"
 
 
-def _left_aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    full = [line for line in lines if line]
-    widths = [max(len(line[i]) for line in full) for i in range(len(full[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip() for line in lines]
-
-
 def main() -> None:
     with errors_in_one_line():
         names = [word for word in sys.argv[1:] if "=" not in word and not word.startswith("-")]
@@ -155,11 +149,7 @@ def main() -> None:
             raise InputError("name two studies or more: python -m autotune.compare A B")
         columns = [column(studies.load(name)) for name in names]
         as_json = json.dumps([asdict(one) for one in columns], indent=1) + "\n"
-        written = as_json if chosen.format is Format.json else words(columns)
-        if chosen.output is None:
-            print(written, end="")
-        else:
-            Path(chosen.output).write_text(written)
+        write_out(as_json if chosen.format is Format.json else words(columns), chosen.output)
 
 
 if __name__ == "__main__":

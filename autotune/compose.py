@@ -84,6 +84,14 @@ def options(kind: type[Options], words: Sequence[str], usage: str | None) -> Opt
     return found
 
 
+def write_out(text: str, output: str | None) -> None:
+    """To the file `output`, or to standard output."""
+    if output is None:
+        print(text, end="")
+    else:
+        Path(output).write_text(text)
+
+
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
     try:

@@ -6,11 +6,12 @@ made for TTFT and for TPOT by themselves.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from scipy.special import bdtr
 
-from autotune.schema import Stop
+from autotune.backend import RequestTiming
+from autotune.schema import ScenarioConfig, Stop
 
 PERCENTILE = 0.99
 CONFIDENCE = 0.99
@@ -92,3 +93,13 @@ class Watch:
         if self.allowed < 0:
             found.append(f"{self._total} queries are too few for LoadGen's early-stopping test, which takes 459")
         return found
+
+
+def watched(requests: Iterable[RequestTiming], total: int, scenario: ScenarioConfig, stop: Stop = Stop.never) -> Watch:
+    """A watch that has seen `requests` in order, until `stop` ends the run."""
+    watch = Watch(total, scenario.limits_s(), scenario.over_share)
+    for request in requests:
+        watch.add(request.ttft, request.tpot)
+        if watch.ends_run(stop):
+            break
+    return watch

@@ -32,7 +32,7 @@ import yaml
 from omegaconf import MISSING
 
 from autotune import studies, vllm_args
-from autotune.compose import errors_in_one_line, options
+from autotune.compose import errors_in_one_line, options, write_out
 from autotune.errors import InputError
 from autotune.redact import HIDDEN
 from autotune.result import Result
@@ -335,11 +335,7 @@ def text(options: Export) -> str:
 def main() -> None:
     with errors_in_one_line():
         chosen = options(Export, sys.argv[1:], __doc__)
-        written = text(chosen)
-        if chosen.output is None:
-            print(written, end="")
-        else:
-            Path(chosen.output).write_text(written)
+        write_out(text(chosen), chosen.output)
 
 
 if __name__ == "__main__":

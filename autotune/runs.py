@@ -45,7 +45,10 @@ def one(scenario: ScenarioConfig, engine: Engine, flags: Mapping[str, Any], fold
         bound = "arrival"
     else:
         bound = server_state.bound(measured.server, flags)
-    return Run(measured, found, objective.constraints(scenario, found, measured.failed), bound)
+    broken = objective.constraints(scenario, found, measured.failed)
+    if bound == CLIENT:  # LoadGen's INVALID alone does not keep a trial from being the best
+        broken[CLIENT] = 1.0
+    return Run(measured, found, broken, bound)
 
 
 def repeated(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> Run:
@@ -61,7 +64,8 @@ def repeated(config: Config, engine: Engine, flags: Mapping[str, Any], folder: P
         means[name], interval = metrics.mean_and_interval(values)
         if interval:
             result.intervals[name] = interval
-    worst = {name: max(run.constraints[name] for run in done) for name in done[-1].constraints}
+    broken = {name for run in done for name in run.constraints}
+    worst = {name: max(run.constraints.get(name, 0.0) for run in done) for name in sorted(broken)}
     valid = [run for run in done if run.measured.verdict != "VALID"] or done
     return replace(done[-1], measured=valid[-1].measured, metrics=means, constraints=worst)
 

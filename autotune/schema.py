@@ -52,6 +52,10 @@ class Limit:
     ttft_ms: float | None = None  # issue to first token, ms
     tpot_ms: float | None = None  # (latency - TTFT) / (output tokens - 1), ms
 
+    def in_seconds(self) -> tuple[float | None, float | None]:
+        ttft, tpot = (None if limit is None else limit / 1e3 for limit in (self.ttft_ms, self.tpot_ms))
+        return ttft, tpot
+
 
 @dataclass
 class Limits:
@@ -116,8 +120,7 @@ class ScenarioConfig:
 
     def limits_s(self) -> tuple[float | None, float | None]:
         """The limits on p99 TTFT and TPOT, in seconds."""
-        ttft, tpot = (None if limit is None else limit / 1e3 for limit in (self.ttft_ms, self.tpot_ms))
-        return ttft, tpot
+        return Limit(self.ttft_ms, self.tpot_ms).in_seconds()
 
 
 @dataclass

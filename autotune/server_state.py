@@ -1,11 +1,11 @@
 """What a server says of itself while it is measured, and what that shows to be in the way of more."""
 
-import csv
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from autotune import rows
 
 FILE = "server.csv"
 MOST = 0.5  # share of the moments that makes a rule hold
@@ -30,10 +30,7 @@ class State:
 
 
 def write(states: Sequence[State], folder: Path) -> None:
-    with (folder / FILE).open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow([field.name for field in dataclasses.fields(State)])
-        rows.writerows(dataclasses.astuple(state) for state in states)
+    rows.write(folder / FILE, State, states)
 
 
 def figures(states: Sequence[State]) -> dict[str, float]:

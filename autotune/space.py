@@ -19,6 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from simpleeval import InvalidExpression, simple_eval
 
 from autotune.errors import InputError
+from autotune.text import aligned
 
 FLAG = "engine.args."
 # A choice that leaves the flag to vLLM; Hydra's choice() takes no null.
@@ -157,12 +158,7 @@ def main() -> None:
         default = outcome.resolved.get(_short(name), "set by vLLM") if name.startswith(FLAG) else ""
         condition = f"  only if {space.only_if[name]}" if name in space.only_if else ""
         rows.append((name, describe(distribution) + condition, str(default)))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    print(
-        "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
-    )
+    print("\n".join(aligned(rows, left=True)))
     for name, expression in space.conditions.items():
         print(f"condition {name}: {expression}")
     if outcome.refusal:

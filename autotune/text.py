@@ -14,10 +14,15 @@ def one_line(error: object) -> str:
     return "; ".join(kept).replace(":; ", ": ").replace("'; '", "', '")
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of a table, each cell as wide as its column."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+def aligned(rows: Sequence[Sequence[str]], left: bool = False) -> list[str]:
+    """Rows of a table, each cell as wide as its column; a row without cells is a blank line."""
+    full = [row for row in rows if row]
+    widths = [max(len(row[i]) for row in full) for i in range(len(full[0]))]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=False)
+        lines.append("  ".join(cell.ljust(width) if left else cell.rjust(width) for cell, width in cells).rstrip())
+    return lines
 
 
 def shorten(params: Mapping[str, Any]) -> str:

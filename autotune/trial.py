@@ -121,8 +121,9 @@ def _measure(config: Config, result: Result, folder: Path) -> None:
         "dataset_samples": str(len(loaded)),
         "autotune": git_revision(),
     }
+    # Before a GPU is leased: vLLM's answer, where a study has not asked already, takes an import of it.
+    flags = prepared.backend.dry_run(prepared.model, prepared.args).resolved
     with prepared.backend.start(prepared.model, prepared.args, loaded, folder) as engine:
-        flags = prepared.backend.dry_run(prepared.model, prepared.args).resolved
         with nullcontext() if engine.estimated else tracking.system_metrics(config.tracking, folder):
             measure(config, engine, prepared.args | flags, folder, result)
         stopping = time.monotonic()

@@ -1,13 +1,17 @@
 """The runs of one trial on one server, on a simulated one."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from autotune import trial
+from autotune.backend import Measurement
 from autotune.compose import command_line
 from autotune.errors import InputError
 from autotune.result import Result
+from autotune.sim.backend import SimEngine
 
 SIMULATED = ["model=llama8b", "backend=sim", "tracking=none"]
 
@@ -33,6 +37,18 @@ def test_highest_load_is_certified_and_bracketed(tmp_path: Path):
     # What a run that was stopped costs is what it took.
     spent = sum(one.metrics["duration_s"] for one in result.runs)
     assert result.phases["run"] == pytest.approx(spent, rel=0.02)
+
+
+def test_run_that_the_client_decided_is_not_feasible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a real run's audit says it; a simulation has no client."""
+    whole = SimEngine.run
+
+    def audited(engine: SimEngine, *arguments: Any) -> Measurement:
+        return replace(whole(engine, *arguments), verdict="INVALID", reasons=["client: client_cpu=0.95 is over 0.9"])
+
+    monkeypatch.setattr(SimEngine, "run", audited)
+    result = run(tmp_path, "scenario=offline", "scenario.min_queries=64")
+    assert result.complete and result.bound == "client" and not result.feasible
 
 
 def test_limits_that_no_load_holds_leave_an_infeasible_trial(tmp_path: Path):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from autotune import progress, vllm_args
 from autotune.arrivals import issues
 from autotune.backend import DryRunOutcome, Measurement, RequestTiming
-from autotune.early_stopping import Watch
+from autotune.early_stopping import watched
 from autotune.errors import MeasureError
 from autotune.facts import hardware
 from autotune.leases import Lease, lease_for, leased
@@ -216,7 +216,8 @@ class LiveEngine:
         total = run.total if client.stopped else len(requests) + client.failed
         if not requests:
             raise MeasureError(f"every request failed: {client.errors[0]}")
-        verdict, reasons = judge(requests, total, scenario)
+        reasons = watched(requests, total, scenario).reasons()
+        verdict = "INVALID" if reasons else "VALID"
         found: dict[str, float] = {}
         if not client.stopped:
             loadgen = loadgen_log.read(folder / "mlperf_log_detail.txt")
@@ -257,15 +258,6 @@ class LiveEngine:
 def since(began: float, states: list[S]) -> list[S]:
     """Those after `began`, with their times from it on."""
     return [replace(state, time_s=state.time_s - began) for state in states if state.time_s >= began]
-
-
-def judge(requests: list[RequestTiming], total: int, scenario: ScenarioConfig) -> tuple[str, list[str]]:
-    """What LoadGen would say of a run of `total` queries that was stopped when these had ended."""
-    watch = Watch(total, scenario.limits_s(), scenario.over_share)
-    for request in requests:
-        watch.add(request.ttft, request.tpot)
-    reasons = watch.reasons()
-    return "INVALID" if reasons else "VALID", reasons
 
 
 def read_requests(path: Path) -> list[RequestTiming]:

@@ -127,7 +127,10 @@ class Clients:
         """What the processes say, as it comes, until all have ended. Raises MeasureError if one breaks off."""
         while self._selector.get_map():
             for key, _ in self._selector.select():
-                data = self._socks[key.data].recv(RECEIVE_BYTES)
+                try:
+                    data = self._socks[key.data].recv(RECEIVE_BYTES)
+                except ConnectionResetError:  # it ended with queries that it had not read
+                    data = b""
                 if data:
                     yield self._read(key.data, data)
                 elif key.data in self.reports:

@@ -1,7 +1,5 @@
 """The GPUs below a server, as NVML sees them: clocks, power, temperature, energy, and who else is on them."""
 
-import csv
-import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pynvml
+
+from autotune import rows
 
 FILE = "gpu.csv"
 # nvml.h, nvmlClocksEventReasons: slowed down by heat or by hardware's protection, and by the power limit, which a GPU
@@ -75,10 +75,7 @@ def figures(states: Sequence[GpuState]) -> dict[str, float]:
 
 
 def write(states: Sequence[GpuState], folder: Path) -> None:
-    with (folder / FILE).open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow([field.name for field in dataclasses.fields(GpuState)])
-        rows.writerows(dataclasses.astuple(state) for state in states)
+    rows.write(folder / FILE, GpuState, states)
 
 
 def _handle(name: str) -> Any:

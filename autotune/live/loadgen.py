@@ -8,7 +8,6 @@ gets the samples ready while vLLM starts, waits for FOLDER/run.json, and writes 
 """
 
 import array
-import csv
 import dataclasses
 import gc
 import itertools
@@ -28,7 +27,7 @@ from pathlib import Path
 import mlperf_loadgen as lg
 import numpy as np
 
-from autotune import progress
+from autotune import progress, rows
 from autotune.backend import RequestTiming
 from autotune.early_stopping import Watch
 from autotune.errors import MeasureError
@@ -37,7 +36,7 @@ from autotune.live.client import Clients, Notice, Notices, bodies, requests
 from autotune.live.run import ClientReport, Run
 from autotune.metrics import within
 from autotune.samples import Samples
-from autotune.schema import Kind, Stop
+from autotune.schema import Kind, Limit, Stop
 
 NO_LIMIT_MS = 3_600_000.0
 POLL_S = 0.02
@@ -52,7 +51,7 @@ class Sut:
 
     def __init__(self, clients: Clients, run: Run) -> None:
         self.decided = False  # nothing more to wait for
-        self._watch = Watch(run.total, limits_s(run), run.over_share)
+        self._watch = Watch(run.total, Limit(run.ttft_ms, run.tpot_ms).in_seconds(), run.over_share)
         self._stop = Stop(run.stop)
         self.completed: list[RequestTiming] = []
         self.failures: list[str] = []
@@ -129,11 +128,6 @@ def settings(run: Run) -> lg.TestSettings:
     return found
 
 
-def limits_s(run: Run) -> tuple[float | None, float | None]:
-    ttft, tpot = (None if limit is None else limit / 1e3 for limit in (run.ttft_ms, run.tpot_ms))
-    return ttft, tpot
-
-
 def measure(run: Run, bodies: Sequence[bytes]) -> None:
     """Warm up, run LoadGen, write down what it and the client processes saw."""
     folder = Path(run.folder)
@@ -162,10 +156,7 @@ def measure(run: Run, bodies: Sequence[bytes]) -> None:
     else:
         test.result()
     run_s, own_cpu_s = time.perf_counter() - warm, time.process_time() - warm_cpu
-    with (folder / "requests.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow([field.name for field in dataclasses.fields(RequestTiming)])
-        rows.writerows(dataclasses.astuple(timing) for timing in sut.completed)
+    rows.write(folder / "requests.csv", RequestTiming, sut.completed)
     reports = list(clients.reports.values())
     sent = list(sut.sent)  # LoadGen's thread may still add to both, to this one last
     figures = audit.figures(reports, own_cpu_s, run_s, audit.lateness(run, sut.issued[: len(sent)], sent))
@@ -228,12 +219,13 @@ def reset_caches(url: str) -> None:
 def publish(sut: Sut, clients: Clients, run: Run, folder: Path) -> None:
     """Every few seconds, the rates so far; what completed is counted once."""
     began, before = time.perf_counter(), clients.generated
+    limits = Limit(run.ttft_ms, run.tpot_ms).in_seconds()
     counted = good = 0
     for step in itertools.count():
         time.sleep(PUBLISH_S)
         completed = len(sut.completed)
         for timing in sut.completed[counted:completed]:
-            good += within(timing, limits_s(run))
+            good += within(timing, limits)
         counted = completed
         elapsed = time.perf_counter() - began
         found = {"tokens_per_s": clients.generated - before, "samples_per_s": counted, "goodput_per_s": good}

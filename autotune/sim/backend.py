@@ -11,7 +11,7 @@ from typing import Any
 from autotune import progress, vllm_args
 from autotune.arrivals import issues
 from autotune.backend import DryRunOutcome, Measurement, RequestTiming
-from autotune.early_stopping import Watch
+from autotune.early_stopping import watched
 from autotune.errors import StartError
 from autotune.leases import lease_for, leased
 from autotune.metrics import within
@@ -151,16 +151,11 @@ def simulate(
 
 def judge(requests: list[RequestTiming], scenario: ScenarioConfig) -> tuple[list[RequestTiming], list[str]]:
     """The requests that end before scenario.stop ends the run, and why LoadGen would not call it VALID."""
-    limits = scenario.limits_s()
-    if scenario.kind is not Kind.Server or not any(limits):
+    if scenario.kind is not Kind.Server or not any(scenario.limits_s()):
         return requests, []
-    watch, done = Watch(len(requests), limits, scenario.over_share), []
-    for request in sorted(requests, key=lambda request: request.last_token):
-        done.append(request)
-        watch.add(request.ttft, request.tpot)
-        if watch.ends_run(scenario.stop):
-            break
-    return done, watch.reasons()
+    ended = sorted(requests, key=lambda request: request.last_token)
+    watch = watched(ended, len(ended), scenario, scenario.stop)
+    return ended[: watch.seen], watch.reasons()
 
 
 def out_of_memory(flags: Mapping[str, Any], cost: Cost) -> str:
