@@ -67,7 +67,7 @@ class DryRunOutcome:
 class Engine(Protocol):
     """A server that has started."""
 
-    start_s: float  # launch to healthy
+    start: dict[str, float]  # seconds from launch to healthy, by part: import, weights, compile, …
     command: list[str]  # `vllm serve …` that starts the same server
     estimated: bool  # simulated
 

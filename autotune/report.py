@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jinja2
@@ -307,7 +309,15 @@ def times(studied: Studied) -> str:
             total[phase] = total.get(phase, 0.0) + max(0.0, seconds)
     whole = sum(total.values())
     shares = [f"{phase} {seconds / whole:.0%}" for phase, seconds in total.items() if seconds > 0]
-    return f"{_duration(whole)} in all: {', '.join(shares)}." if whole else ""
+    return f"{_duration(whole)} in all: {', '.join(shares)}.{starts(studied)}" if whole else ""
+
+
+def starts(studied: Studied) -> str:
+    """What a start consists of, in a sentence."""
+    known = [result.start for result in studied.results.values() if len(result.start) > 1]
+    parts = {part: median(start.get(part, 0.0) for start in known) for part in dict.fromkeys(chain(*known))}
+    said = [f"{part} {seconds:.0f} s" for part, seconds in parts.items() if seconds >= 0.5]
+    return f" A start, by the median of each part: {', '.join(said)}." if said else ""
 
 
 def failures(studied: Studied) -> list[tuple[str, list[tuple[str, str]]]]:

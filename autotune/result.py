@@ -35,6 +35,7 @@ class Result:
     bound: str = ""  # what kept it from more: kv, sequences, tokens, queue, arrival or client
     runs: list[LoadRun] = field(default_factory=list)  # where there were several
     phases: dict[str, float] = field(default_factory=dict)  # seconds: start, warmup, run, stop, other
+    start: dict[str, float] = field(default_factory=dict)  # the first of them by part: import, weights, compile, …
     args: dict[str, Any] = field(default_factory=dict)  # vLLM's flags, as configured
     command: list[str] = field(default_factory=list)  # `vllm serve …`
     params: dict[str, Any] = field(default_factory=dict)  # what the sampler chose; empty for the baseline

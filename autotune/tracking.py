@@ -5,6 +5,7 @@ later:  python -m autotune.tracking multirun/<study> --uri http://…
 """
 
 import argparse
+import fcntl
 import getpass
 import json
 import logging
@@ -113,6 +114,7 @@ class Tracker:
             run = self._create(folder, shorten(result.params) or name, tags, result.started_at, keep=False)
             ended = int(result.ended_at * 1000)
             figures = result.metrics | {f"phase_{phase}_s": value for phase, value in result.phases.items()}
+            figures |= {f"start_{part}_s": value for part, value in result.start.items()}
             for metric, (low, high) in result.intervals.items():
                 figures |= {f"{metric}_low": low, f"{metric}_high": high}
             defaults = {key: value for key, value in result.defaults.items() if value is not None}
@@ -264,16 +266,31 @@ def _connect(config: TrackingConfig) -> tuple[Any, str]:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
-    address = urlsplit(config.uri)
-    if address.scheme == "sqlite":
-        Path(address.path.removeprefix("/")).parent.mkdir(parents=True, exist_ok=True)
-    client = MlflowClient(tracking_uri=config.uri)
-    experiment = client.get_experiment_by_name(config.experiment)
-    if experiment:
-        return client, experiment.experiment_id
-    local = address.scheme not in ("http", "https")
+    local = urlsplit(config.uri).scheme not in ("http", "https")
     artifacts = Path("multirun/mlartifacts").resolve().as_uri() if local else None
-    return client, client.create_experiment(config.experiment, artifact_location=artifacts)
+    with _sole_maker(config.uri):
+        client = MlflowClient(tracking_uri=config.uri)
+        experiment = client.get_experiment_by_name(config.experiment)
+        if experiment:
+            return client, experiment.experiment_id
+        return client, client.create_experiment(config.experiment, artifact_location=artifacts)
+
+
+@contextmanager
+def _sole_maker(uri: str) -> Iterator[None]:
+    """Studies that start at the same moment take turns: MLflow can't make one SQLite database twice."""
+    address = urlsplit(uri)
+    if address.scheme != "sqlite":
+        yield
+        return
+    folder = Path(address.path.removeprefix("/")).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def _known_run(folder: Path, uri: str) -> str | None:

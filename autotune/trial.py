@@ -137,7 +137,8 @@ def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Pa
     Returns the run that `result` tells of.
     """
     result.estimated, result.command = engine.estimated, engine.command
-    result.phases["start"] = engine.start_s
+    result.start = engine.start
+    result.phases["start"] = sum(engine.start.values())
     if "max_qps" in config.objective.metrics:
         run = runs.highest_load(config, engine, flags, folder, result)
     elif config.scenario.repeats > 1:

@@ -50,7 +50,7 @@ class Asleep:
     tokens: int
     folder: Path
     facts: dict[str, str]
-    start_s: float = 0.0
+    start: dict[str, float] = field(default_factory=dict)
     command: list[str] = field(default_factory=lambda: ["sleep"])
     estimated: bool = False
 

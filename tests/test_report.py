@@ -45,6 +45,7 @@ def result(value: float, **changed: Any) -> Result:
         verdict="VALID",
         args={"dtype": "bfloat16"},
         phases={"start": 30.0, "run": 60.0},
+        start={"import": 10.0, "compile": 20.0},
         command=["vllm", "serve", "m", "--max-num-seqs", "8"],
         facts={"vllm": "0.32.0", "node": "n1"},
     )
@@ -196,6 +197,11 @@ def test_every_space_and_objective_has_a_report(
 def test_best_that_loadgen_calls_invalid_is_said_to_be(tmp_path: Path):
     best = result(900, verdict="INVALID", reasons=["shorter than min_duration"])
     assert "LoadGen says INVALID: shorter than min_duration." in text(report.page(studied(tmp_path, [best])))
+
+
+def test_page_says_where_the_time_went(tmp_path: Path):
+    times = report.times(studied(tmp_path, [result(5.0), result(6.0)]))
+    assert times == "3.0 min in all: start 33%, run 67%. A start, by the median of each part: import 10 s, compile 20 s."
 
 
 def test_estimates_are_marked(tmp_path: Path):

@@ -272,3 +272,18 @@ def test_study_is_logged_later_by_hand(tmp_path: Path, trial: Path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert "1 trials of" in done.stdout, done.stderr
     assert len(MlflowClient(uri).search_runs(["1"])) == 2
+
+
+@pytest.mark.slow
+def test_two_studies_that_start_together_make_one_database(tmp_path: Path) -> None:
+    connect = (
+        "from autotune import tracking, schema; "
+        "print(tracking._connect(schema.TrackingConfig(uri='sqlite:///new/mlflow.db', experiment='e'))[1])"
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", connect], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    ends = [(one.communicate(), one.returncode) for one in both]
+    assert [code for _, code in ends] == [0, 0], ends
+    assert len({said for (said, _), _ in ends}) == 1

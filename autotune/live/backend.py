@@ -73,7 +73,7 @@ class LiveBackend:
                     gpus=gpus,
                     facts=facts,
                     command=self.command(model, args),
-                    start_s=server.start_s,
+                    start=server.start,
                     loadgen=loadgen,
                     folder=folder,
                 )
@@ -122,7 +122,7 @@ class LiveEngine:
     gpus: Gpus
     facts: dict[str, str]
     command: list[str]
-    start_s: float
+    start: dict[str, float]
     loadgen: LoadGen | None  # one that is ready, for the first run
     folder: Path  # the trial's
     estimated: bool = False
@@ -229,12 +229,7 @@ class LiveEngine:
         if client.failed:
             verdict = "INVALID"
             reasons.insert(0, f"{client.failed} of {len(requests) + client.failed} requests failed: {client.errors[0]}")
-        states = [
-            replace(state, time_s=state.time_s - client.began) for state in states if state.time_s >= client.began
-        ]
-        gpu_states = [
-            replace(state, time_s=state.time_s - client.began) for state in gpu_states if state.time_s >= client.began
-        ]
+        states, gpu_states = since(client.began, states), since(client.began, gpu_states)
         figures = client.figures | gpu.figures(gpu_states)
         if gpu_states:
             gpu.write(gpu_states, folder)

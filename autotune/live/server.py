@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from autotune import progress
 from autotune.errors import MeasureError, StartError
 from autotune.leases import Lease
+from autotune.live import start_log
 from autotune.live.flags import Vllm
 from autotune.models import Model
 from autotune.process import GuardedProcess
@@ -43,7 +45,7 @@ class Server:
     model: str  # the name it serves, known to this trial alone
     process: GuardedProcess
     log: Path
-    start_s: float  # launch to healthy
+    start: dict[str, float]  # seconds from launch to healthy, by part
 
     def check_alive(self) -> None:
         """Raise MeasureError if the server has ended."""
@@ -88,7 +90,8 @@ def serve(
     ):
         url = f"http://{HOST}:{port}"
         _await_healthy(url, name, process, log, config.start_timeout_s)
-        yield Server(url, name, process, log, time.monotonic() - started)
+        taken_s = time.monotonic() - started
+        yield Server(url, name, process, log, start_log.parts(log, datetime.now(), taken_s))
 
 
 def _await_healthy(url: str, name: str, process: GuardedProcess, log: Path, timeout_s: float) -> None:

@@ -56,14 +56,14 @@ class SimBackend:
         flags = outcome.resolved
         cost = Cost(self.config.device, Shape.of(model.config), serving(flags))
         if missing := out_of_memory(flags, cost):
-            raise StartError(missing, cost.start_s())
+            raise StartError(missing, cost.start_s)
         revision = ["--revision", model.revision] if model.revision else []
         command = ["vllm", "serve", model.path, *revision, *vllm_args.command_line(redact(args))]
         with lease_for(self.config.gpus, flags) as lease:
             facts = {"simulated": self.config.device.name, **leased(lease)}
             if self.config.pace:
-                pass_time(cost.start_s(), self.config.pace, "start", folder)
-            yield SimEngine(flags, cost, samples, cost.start_s(), command, facts, self.config.pace, folder)
+                pass_time(cost.start_s, self.config.pace, "start", folder)
+            yield SimEngine(flags, cost, samples, cost.start(), command, facts, self.config.pace, folder)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class SimEngine:
     flags: dict[str, Any]  # resolved
     cost: Cost
     samples: Samples
-    start_s: float
+    start: dict[str, float]
     command: list[str]
     facts: dict[str, str]
     pace: float

@@ -76,7 +76,7 @@ class Case:
 
     def start_error_s(self, device: Device) -> float:
         _, cost = self._server(device)
-        return (self.start_s or 0.0) - cost.start_s()
+        return (self.start_s or 0.0) - cost.start_s
 
     def _server(self, device: Device) -> tuple[dict[str, Any], Cost]:
         """The resolved flags and what they cost."""

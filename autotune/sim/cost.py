@@ -158,9 +158,18 @@ class Cost:
         graphs = sum(size <= self.serving.max_num_seqs for size in self.serving.graph_sizes)
         return (left - self.device.graph_gib * graphs) * GIB
 
+    @property
     def start_s(self) -> float:
         """Seconds from launch to healthy, with nothing cached of this configuration."""
+        return sum(self.start().values())
+
+    def start(self) -> dict[str, float]:
+        """The same by part."""
         device = self.device
-        weights = (self.weight_bytes + 2 * self.output_bytes) / (device.load_gbs * 1e9)
-        compiled = 0.0 if self.serving.enforce_eager else device.compile_s
-        return device.import_s + weights + compiled + device.capture_s * len(self.serving.graph_sizes) + device.warmup_s
+        return {
+            "import": device.import_s,
+            "weights": (self.weight_bytes + 2 * self.output_bytes) / (device.load_gbs * 1e9),
+            "compile": 0.0 if self.serving.enforce_eager else device.compile_s,
+            "graphs": device.capture_s * len(self.serving.graph_sizes),
+            "warmup": device.warmup_s,
+        }

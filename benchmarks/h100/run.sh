@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The measurements of docs/benchmarks/h100.md:
+#
+#     benchmarks/h100/run.sh FOLDER [STEP …]
+#
+# A step that has ended is not run again and one that was cut off goes on, so the same command continues after a stop.
+source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
+
+interactive=(
+    scenario=interactive objective=max_qps
+    scenario.min_duration_s=20 scenario.search.certify_queries=662 # LoadGen's test then forgives one query
+    scenario.search.first_s=5 scenario.search.burst=100 scenario.search.precision=0.04
+)
+offline=(scenario=offline scenario.min_queries=1000)
+closed=('engine.args.max_num_batched_tokens=choice(512,1024,2048,4096,8192,16384)')
+open=("space=[scheduler,quantization]" "${closed[@]}")
+# vLLM's auto_tune.sh: these sequences × tokens unless told otherwise
+grid=(
+    space=none sampler=grid
+    'engine.args.max_num_seqs=choice(128,256)' 'engine.args.max_num_batched_tokens=choice(512,1024,2048,4096)'
+)
+first=(n_trials=60 seed=1)
+
+engine_time() { # of a study's trials without the baseline, s
+    python3 - multirun/"$1"/trial-*/result.json <<<'
+import json, sys
+phases = [json.load(open(file))["phases"] for file in sys.argv[1:]]
+print(round(sum(one[name] for one in phases for name in ("start", "warmup", "run", "stop") if name in one)))'
+}
+
+step interactive-closed-sim simulated interactive-closed-sim "${interactive[@]}" "${closed[@]}" "${first[@]}"
+step interactive-open-sim simulated interactive-open-sim "${interactive[@]}" "${open[@]}" "${first[@]}"
+step offline-closed-sim simulated offline-closed-sim "${offline[@]}" "${closed[@]}" "${first[@]}"
+step offline-open-sim simulated offline-open-sim "${offline[@]}" "${open[@]}" "${first[@]}"
+
+step interactive-closed study interactive-closed "${interactive[@]}" "${closed[@]}" \
+    n_trials="${CLOSED:-5}" warm_start=interactive-closed-sim prior.keep=2
+step interactive-open study interactive-open "${interactive[@]}" "${open[@]}" \
+    baseline=false n_trials="${OPEN:-4}" warm_start=interactive-open-sim prior.keep=2
+step offline-closed study offline-closed "${offline[@]}" "${closed[@]}" \
+    n_trials=3 warm_start=offline-closed-sim prior.keep=1
+step offline-open study offline-open "${offline[@]}" "${open[@]}" \
+    baseline=false n_trials=2 warm_start=offline-open-sim prior.keep=1
+
+arm() { # another way to search, with the engine time that interactive-closed had
+    study "$1" "${interactive[@]}" baseline=false n_trials=100 budget="$(engine_time interactive-closed)s" "${@:2}"
+}
+step interactive-random arm interactive-random "${closed[@]}" sampler=random seed=2
+step interactive-grid arm interactive-grid "${grid[@]}"
+
+step verify-interactive verify interactive-closed k=1 n=3
+exit $failed

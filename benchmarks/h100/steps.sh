@@ -1,0 +1,40 @@
+# Sourced by run.sh and two_gpus.sh. Commands run in $folder, so that the studies lie in $folder/multirun.
+#
+# WORDS  added to every command: WORDS="model=tiny dataset=cnn_small" tries the whole thing without a GPU
+# GPUS   `all` unless set
+
+set -uo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+folder=${1:?folder for what is measured}
+shift
+wanted=" $* " # steps; none is all
+mkdir -p "$folder/done"
+cd "$folder" || exit
+read -ra words <<<"${WORDS:-}"
+failed=0
+trap 'exit 130' INT TERM
+
+# step NAME COMMAND…  once; its seconds, exit code and what it printed stay in done/
+step() {
+    local name=$1 code began=$SECONDS
+    shift
+    [[ -e done/$name || ($wanted != "  " && $wanted != *" $name "*) ]] && return
+    echo "== $name, $(date +%T)"
+    "$@" 2>&1 | tee "done/$name.log"
+    code=${PIPESTATUS[0]}
+    echo "== $name: exit code $code after $((SECONDS - began)) s"
+    # autotune.verify: 2 is an answer
+    if [[ $code == 0 || ($code == 2 && $1 == verify) ]]; then mv "done/$name.log" "done/$name"; else failed=1; fi
+}
+
+study() {
+    python3 -m autotune -m study="$1" model=llama8b_dummy launcher=gpus gpus="${GPUS:-all}" "${@:2}" "${words[@]}"
+}
+
+simulated() { # as a study of the same words, without a GPU
+    python3 -m autotune -m study="$1" model=llama8b_dummy backend=sim tracking=none "${@:2}" ${words[@]+"${words[@]}"}
+}
+
+verify() {
+    python3 -m autotune.verify study="$1" gpus="${GPUS:-all}" "${@:2}"
+}

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# The measurements of docs/benchmarks/two-gpus.md, on a machine with two GPUs:
+#
+#     benchmarks/h100/two_gpus.sh FOLDER [STEP …]
+source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
+
+offline=(scenario=offline scenario.min_queries=500 space=none sampler=grid)
+two=(baseline=false 'engine.args.max_num_seqs=choice(512,1024)')
+
+killed() { # SIGKILL to a trial that holds both GPUs: seconds until they are empty, and whether their leases are free
+    local began
+    python3 -m autotune study=killed model=llama8b_dummy scenario=offline tracking=none gpus="${GPUS:-all}" \
+        engine.args.tensor_parallel_size=2 "${words[@]}" &
+    until [[ $(busy) == 2 ]]; do
+        kill -0 $! || return 1
+        sleep 0.2
+    done
+    began=$(date +%s%N)
+    kill -9 $!
+    until [[ $(busy) == 0 ]]; do
+        (($(date +%s%N) - began < 60000000000)) || return 1
+        sleep 0.1
+    done
+    echo "both GPUs empty after $((($(date +%s%N) - began) / 1000000)) ms"
+    for gpu in 0 1; do
+        flock -n "${AUTOTUNE_LEASES:-/tmp/autotune-leases}/gpu-$gpu.lock" echo "lease of GPU $gpu is free" || return 1
+    done
+    ! pgrep -f "vllm.*serve|VLLM::|autotune.live" >&2 && echo "no process is left"
+}
+
+parallelism() {
+    local other
+    python3 -m autotune study=out-of-memory model=llama8b_dummy "${offline[@]}" gpus="${GPUS:-all}" tracking=none \
+        engine.args.kv_cache_memory_bytes=150000000000 "${words[@]}" &
+    other=$!
+    study parallelism "${offline[@]}" space=parallelism objective=throughput_per_gpu duplicates=measure \
+        'engine.args.tensor_parallel_size=choice(1,2)' engine.args.pipeline_parallel_size=1 \
+        engine.args.data_parallel_size=1 || return 1
+    ! wait $other # it must fail
+}
+
+busy() { # GPUs with more than 5 GiB in use
+    nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits | awk '$1 > 5000 { n++ } END { print n + 0 }'
+}
+
+# The same two trials one after the other and side by side; what both compile is compiled before.
+step warm study warm "${offline[@]}" tracking=none n_trials=0 scenario.min_queries=100
+step alone study alone "${offline[@]}" "${two[@]}" gpus="[0]"
+step together study together "${offline[@]}" "${two[@]}"
+# One-GPU trials and one that takes both; beside them a trial of somebody else's that runs out of memory.
+step parallelism parallelism
+step killed killed
+exit $failed
