@@ -74,5 +74,9 @@ class Result:
 
     @classmethod
     def load(cls, folder: Path) -> "Result":
-        body = json.loads((folder / FILE).read_text())
+        return cls.of(json.loads((folder / FILE).read_text()))
+
+    @classmethod
+    def of(cls, body: dict[str, Any]) -> "Result":
+        """What result.json holds."""
         return cls(**{**body, "runs": [LoadRun(**run) for run in body.get("runs", [])]})

@@ -1,0 +1,45 @@
+"""Keep what a page's tables are made of:
+
+    python benchmarks/h100/collect.py FOLDER [STUDY …]
+
+Copies result.json of each trial below FOLDER/multirun to data/<study>/<trial>.json beside this file, without paths of
+the machine where it was measured, with what autotune.verify says and what the step `killed` printed.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+DATA = Path(__file__).parent / "data"
+RUN_FIGURES = ("samples_per_s", "tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "requests")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("studies", nargs="*", help="without them, all that were not simulated")
+    arguments = parser.parse_args()
+    multirun = arguments.folder / "multirun"
+    studies = arguments.studies or [path.name for path in multirun.glob("*") if not path.name.endswith("-sim")]
+    for study in studies:
+        for file in sorted((multirun / study).rglob("result.json")):
+            place = file.parent.relative_to(multirun)
+            keep(file, DATA / place.with_suffix(".json"))
+        if (verdict := multirun / study / "verify.json").exists():
+            keep(verdict, DATA / study / "verify.json")
+    if (killed := arguments.folder / "done" / "killed").exists():
+        said = [line for line in killed.read_text().splitlines() if re.search(r"empty after|is free|no process", line)]
+        (DATA / "killed.txt").write_text("\n".join(said) + "\n")
+
+
+def keep(source: Path, target: Path) -> None:
+    body = json.loads(re.sub(r"(?<![\w.])/[^\s\"']*/", "", source.read_text()))
+    for run in body.get("runs", []):  # of the runs that a trial is made of, what the tables and calibrate use
+        run["metrics"] = {name: value for name, value in run["metrics"].items() if name in RUN_FIGURES}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(body, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
