@@ -201,7 +201,9 @@ def test_best_that_loadgen_calls_invalid_is_said_to_be(tmp_path: Path):
 
 def test_page_says_where_the_time_went(tmp_path: Path):
     times = report.times(studied(tmp_path, [result(5.0), result(6.0)]))
-    assert times == "3.0 min in all: start 33%, run 67%. A start, by the median of each part: import 10 s, compile 20 s."
+    assert (
+        times == "3.0 min in all: start 33%, run 67%. A start, by the median of each part: import 10 s, compile 20 s."
+    )
 
 
 def test_estimates_are_marked(tmp_path: Path):
