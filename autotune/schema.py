@@ -91,10 +91,10 @@ class DatasetConfig:
 class LoadSearch:
     """objective=max_qps: how the highest load that holds the limits is looked for, on one server."""
 
-    precision: float = 0.02  # the certified load fails if it is raised by this share
+    precision: float = 0.04  # the certified load fails if it is raised by this share
     burst: int = 200  # requests at once, to see what the server can take at most
     first_s: float = 10.0  # the shortest run, s; the certifying one lasts scenario.min_duration_s
-    growth: float = 1.5  # of the runs between them
+    growth: float = 3.0  # of the runs between them, from one to the next
     certify_queries: int = 1000  # at least, in the certifying run; LoadGen's test takes 459 and forgives few
     max_runs: int = 25  # then what is certified so far counts
 

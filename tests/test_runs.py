@@ -24,7 +24,7 @@ def run(folder: Path, *arguments: str) -> Result:
 def test_highest_load_is_certified_and_bracketed(tmp_path: Path):
     result = run(tmp_path, "scenario=interactive", "objective=max_qps", "scenario.min_duration_s=30")
     assert result.values == [result.metrics["max_qps"]] and result.verdict == "VALID" and result.feasible
-    assert result.metrics["max_qps"] < result.metrics["failing_qps"] < 1.03 * result.metrics["max_qps"]
+    assert result.metrics["max_qps"] < result.metrics["failing_qps"] < 1.05 * result.metrics["max_qps"]
     certifying = {round(one.qps, 6): one for one in result.runs if one.role == "certify"}
     passed = certifying[round(result.metrics["max_qps"], 6)]
     failed = certifying[round(result.metrics["failing_qps"], 6)]
@@ -37,6 +37,25 @@ def test_highest_load_is_certified_and_bracketed(tmp_path: Path):
     # What a run that was stopped costs is what it took.
     spent = sum(one.metrics["duration_s"] for one in result.runs)
     assert result.phases["run"] == pytest.approx(spent, rel=0.02)
+
+
+def highest(folder: Path, seed: int, minutes: int) -> float:
+    folder /= f"{seed}-{minutes}"
+    length = [f"scenario.seed={seed}", f"scenario.min_duration_s={60 * minutes}"]
+    return run(folder, "scenario=interactive", "objective=max_qps", *length).values[0]
+
+
+def test_search_finds_what_its_own_schedule_allows(tmp_path: Path):
+    """Of LoadGen's seeds, 5 is a quiet minute and 9 a busy one: whole runs hold 28.4 and 22.9 queries/s."""
+    config, _, _ = command_line([*SIMULATED, "scenario=interactive"])
+    for seed, allows in ((5, 28.4), (9, 22.9)):
+        assert highest(tmp_path, seed, 1) == pytest.approx(allows, rel=config.scenario.search.precision)
+
+
+def test_searches_with_longer_runs_agree(tmp_path: Path):
+    """A minute is not enough to tell loads apart that differ by a tenth; five are."""
+    assert highest(tmp_path, 5, 1) > 1.15 * highest(tmp_path, 9, 1)
+    assert highest(tmp_path, 5, 5) == pytest.approx(highest(tmp_path, 9, 5), rel=0.1)
 
 
 def test_run_that_the_client_decided_is_not_feasible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
