@@ -223,7 +223,7 @@ def test_study_is_found_by_name_and_one_that_is_not_there_is_one_line(autotune, 
     monkeypatch.setattr("sys.argv", ["report", "study=found"])
     report.main()
     assert (tmp_path / "multirun/found/report.html").exists()
-    for words, said in (["study=lost"], "there are found"), (["found"], "write python -m autotune.report study=<name>"):
+    for words, said in (["study=lost"], "there is found"), (["found"], "write python -m autotune.report study=<name>"):
         monkeypatch.setattr("sys.argv", ["report", *words])
         with pytest.raises(SystemExit, match=said):
             report.main()
