@@ -16,6 +16,7 @@ from typing import Any
 from autotune import objective, studies
 from autotune.compose import errors_in_one_line, options, write_out
 from autotune.errors import InputError
+from autotune.schema import ScenarioConfig
 from autotune.space import FLAG
 from autotune.studies import FinishedStudy
 from autotune.text import aligned
@@ -57,7 +58,7 @@ class Column:
 
 
 def column(study: FinishedStudy) -> Column:
-    config = study.config(next(iter(study.results)))
+    config = study.base
     swept = {name: result for name, result in study.results.items() if name != studies.BASELINE}
     facts = next((result.facts for result in study.results.values() if result.complete), {})
     name = study.ranked[0] if study.ranked else None
@@ -69,7 +70,7 @@ def column(study: FinishedStudy) -> Column:
         objective=", ".join(f"{direction} {metric}" for metric, direction in pairs),
         model=config.model.name,
         dataset=config.dataset.name,
-        scenario=_scenario(study),
+        scenario=_scenario(config.scenario),
         device=f"{facts['simulated']}, simulated" if "simulated" in facts else facts.get("gpu", facts.get("cpu", "")),
         vllm=facts.get("vllm", ""),
         sampler=config.sampler,
@@ -84,8 +85,7 @@ def column(study: FinishedStudy) -> Column:
     )
 
 
-def _scenario(study: FinishedStudy) -> str:
-    scenario = study.config(next(iter(study.results))).scenario
+def _scenario(scenario: ScenarioConfig) -> str:
     limits = [f"{name.upper()} {value:g} ms" for name in ("ttft", "tpot") if (value := getattr(scenario, f"{name}_ms"))]
     load = [f"{scenario.qps:g} queries/s"] if scenario.kind.value == "Server" else []
     return ", ".join([scenario.name, *load, *limits])

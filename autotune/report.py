@@ -11,7 +11,7 @@ import gzip
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -25,11 +25,12 @@ import plotly.graph_objects as go
 from optuna.trial import FrozenTrial, TrialState
 from plotly.offline import get_plotlyjs
 
-from autotune import figures, schema, summary
+from autotune import figures, studies, summary
 from autotune.errors import InputError
 from autotune.figures import drawn, label
 from autotune.result import Result
 from autotune.schema import Config
+from autotune.studies import FinishedStudy
 from autotune.summary import BASELINE, HEADINGS, LOST, folder_of, outcome
 from autotune.text import shorten
 
@@ -117,7 +118,7 @@ def page(studied: Studied) -> str:
         config=studied.config,
         headline=headline(studied),
         cards=cards(studied),
-        sections=list(sections(studied)),
+        sections=sections(studied),
         failures=failures(studied),
         table=table(studied),
         facts=facts(studied),
@@ -201,74 +202,92 @@ def cards(studied: Studied) -> list[tuple[str, str, str]]:
     return found
 
 
-def sections(studied: Studied) -> Iterator[Section]:
-    config, objective = studied.config, studied.config.objective
-    several, names = len(objective.metrics) > 1, list(zip(objective.metrics, objective.directions, strict=True))
-    alone = {metric: studied.measured([metric], [direction]) for metric, direction in names}
+def sections(studied: Studied) -> list[Section]:
+    objective, limits = studied.config.objective, figures.latency_limits(studied.config.scenario)
+    directions = zip(objective.metrics, objective.directions, strict=True)
+    alone = {metric: studied.measured([metric], [direction]) for metric, direction in directions}
+    importance, ranked = importances(alone)
+    return [
+        history(alone, studied.baseline),
+        importance,
+        slices(alone, ranked),
+        contours(alone, ranked),
+        parallel(studied),
+        front(studied, limits),
+        load(studied, limits),
+        bounds(studied),
+        phases(studied),
+    ]
 
-    progress = Section("Optimisation history", "Grey trials broke a limit. The line is the best so far.")
+
+def history(alone: Mapping[str, optuna.Study], baseline: Result | None) -> Section:
+    """`alone` has the study as it is in each of the objective's metrics, here and below."""
+    section = Section("Optimisation history", "Grey trials broke a limit. The line is the best so far.")
     for metric, study in alone.items():
-        progress.add(partial(figures.history, study, metric, studied.baseline))
-    yield progress
+        section.add(partial(figures.history, study, metric, baseline))
+    return section
 
-    importance = Section(
+
+def importances(alone: Mapping[str, optuna.Study]) -> tuple[Section, dict[str, list[str]]]:
+    """And the parameters by metric, the most important first."""
+    section = Section(
         "Parameter importance",
         "fANOVA: how much of the variation over all trials a parameter explains. PED-ANOVA: how much it tells the best "
         "tenth of the trials from the others. Both say little after a few trials.",
     )
-    ranked: dict[str, list[str]] = {}
+    several, ranked = len(alone) > 1, {}
     for metric, study in alone.items():
         try:
             shares = figures.importances(study)
         except Exception as why:
             shares = {}
-            importance.missing.append(f"{label(metric)}: {why}" if several else str(why))
+            section.missing.append(f"{label(metric)}: {why}" if several else str(why))
         for name, found in shares.items():
-            importance.add(partial(figures.importance, f"{name} of {label(metric)}" if several else name, found))
+            section.add(partial(figures.importance, f"{name} of {label(metric)}" if several else name, found))
         ranked[metric] = list(shares.popitem()[1]) if shares else _parameters(study)
-    yield importance
+    return section, ranked
 
-    slices = Section("One parameter at a time", "Darker dots came first; grey ones broke a limit.", small=True)
+
+def slices(alone: Mapping[str, optuna.Study], ranked: Mapping[str, Sequence[str]]) -> Section:
+    section = Section("One parameter at a time", "Darker dots came first; grey ones broke a limit.", small=True)
     for metric, study in alone.items():
         for param in ranked[metric][:SLICES]:
-            slices.add(partial(figures.slice_of, study, param, metric))
+            section.add(partial(figures.slice_of, study, param, metric))
         if not ranked[metric]:
-            slices.missing = ["no parameter was varied in a trial that completed"]
-    yield slices
+            section.missing = ["no parameter was varied in a trial that completed"]
+    return section
 
-    first, study = next(iter(alone.items()))
-    grey = "grey dots broke a limit"
-    two = Section("Two at a time", f"{label(first)} over the parameters that matter most; {grey}.", small=True)
-    for pair in figures.pairs(ranked[first]):
-        two.add(partial(figures.contour, study, pair, first))
-    if not two.plots and not two.missing:
-        two.missing = ["needs two parameters"]
-    yield two
 
-    lines = Section("All at once", "Each line is a trial, dotted where it broke a limit.")
+def contours(alone: Mapping[str, optuna.Study], ranked: Mapping[str, Sequence[str]]) -> Section:
+    metric, study = next(iter(alone.items()))
+    text = f"{label(metric)} over the parameters that matter most; grey dots broke a limit."
+    section = Section("Two at a time", text, small=True)
+    for pair in figures.pairs(ranked[metric]):
+        section.add(partial(figures.contour, study, pair, metric))
+    if not section.plots and not section.missing:
+        section.missing = ["needs two parameters"]
+    return section
+
+
+def parallel(studied: Studied) -> Section:
+    section, objective = (
+        Section("All at once", "Each line is a trial, dotted where it broke a limit."),
+        studied.config.objective,
+    )
     whole = studied.measured(objective.metrics, objective.directions)
-    lines.add(partial(figures.parallel, whole, objective.metrics), narrow=False)
-    yield lines
+    section.add(partial(figures.parallel, whole, objective.metrics), narrow=False)
+    return section
 
-    limits = figures.latency_limits(config.scenario)
-    metrics, directions = (objective.metrics, objective.directions) if several else trade_off(config)
-    front = Section(
+
+def front(studied: Studied, limits: Mapping[str, float]) -> Section:
+    objective = studied.config.objective
+    several = len(objective.metrics) > 1
+    metrics, directions = (objective.metrics, objective.directions) if several else trade_off(studied.config)
+    section = Section(
         "Pareto front" if several else "Throughput against latency", "Hover to see the whole configuration."
     )
-    front.add(lambda: figures.front(studied.measured(metrics, directions), metrics, limits))
-    yield front
-
-    yield load(studied, limits)
-
-    bound = Section("What bound each trial", "What kept it from more.")
-    bound.add(partial(figures.bounds, studied.complete, first))
-    seen = {result.bound for result in studied.results.values() if result.bound}
-    bound.text += "".join(f" {kind}: {BOUNDS.get(kind, kind)}." for kind in sorted(seen))
-    yield bound
-
-    spent = Section("Where the time went", times(studied))
-    spent.add(partial(figures.phases, studied.results))
-    yield spent
+    section.add(lambda: figures.front(studied.measured(metrics, directions), metrics, limits))
+    return section
 
 
 def load(studied: Studied, limits: Mapping[str, float]) -> Section:
@@ -301,15 +320,25 @@ def trade_off(config: Config) -> tuple[list[str], list[str]]:
     return [metric, limited[-1] if limited else "latency_p99_ms"], [direction, "minimize"]
 
 
-def times(studied: Studied) -> str:
-    """Where the time went, in a line."""
+def bounds(studied: Studied) -> Section:
+    seen = {result.bound for result in studied.results.values() if result.bound}
+    kinds = [f"{kind}: {BOUNDS.get(kind, kind)}." for kind in sorted(seen)]
+    section = Section("What bound each trial", " ".join(["What kept it from more.", *kinds]))
+    section.add(partial(figures.bounds, studied.complete, studied.config.objective.metrics[0]))
+    return section
+
+
+def phases(studied: Studied) -> Section:
     total: dict[str, float] = dict.fromkeys(figures.PHASES, 0.0)
     for result in studied.results.values():
         for phase, seconds in result.phases.items():
             total[phase] = total.get(phase, 0.0) + max(0.0, seconds)
     whole = sum(total.values())
     shares = [f"{phase} {seconds / whole:.0%}" for phase, seconds in total.items() if seconds > 0]
-    return f"{_duration(whole)} in all: {', '.join(shares)}.{starts(studied)}" if whole else ""
+    text = f"{_duration(whole)} in all: {', '.join(shares)}.{starts(studied)}" if whole else ""
+    section = Section("Where the time went", text)
+    section.add(partial(figures.phases, studied.results))
+    return section
 
 
 def starts(studied: Studied) -> str:
@@ -410,25 +439,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def find(folder: Path, storage_url: str | None = None) -> tuple[Config, optuna.Study]:
-    """The study whose trials lie in `folder`. Raises InputError."""
+def stored(finished: FinishedStudy, storage_url: str | None = None) -> optuna.Study:
+    """`finished` as Optuna has it. Raises InputError."""
     from autotune.sweep import storage
 
-    configs = [folder / BASELINE / "config.yaml", *sorted(folder.glob("trial-*/config.yaml"))]
-    written = next((path for path in configs if path.exists()), None)
-    if not written:
-        names = sorted(path.parent.name for path in folder.parent.glob("*/study.db"))
-        raise InputError(f"no study in {folder}; {'there are ' if names else 'write study=<name>'}{', '.join(names)}")
-    config = schema.read(written)
-    database = folder / "study.db"
+    database, name = finished.folder / "study.db", finished.base.study
     if not storage_url and not database.exists():
         raise InputError(f"{database} is missing; write hydra.sweeper.storage=… as the study was started with")
     try:
-        kept = storage.readable(storage_url or f"sqlite:///{database}")
-        study = optuna.load_study(study_name=config.study, storage=kept)
+        return optuna.load_study(study_name=name, storage=storage.readable(storage_url or f"sqlite:///{database}"))
     except KeyError:
-        raise InputError(f"no study {config.study} in {storage_url or database}") from None
-    return config, study
+        raise InputError(f"no study {name} in {storage_url or database}") from None
 
 
 def main() -> None:
@@ -442,11 +463,11 @@ def main() -> None:
                 f"{f'{unknown[0]}: not known here; ' if unknown else ''}write python -m autotune.report study=<name>, "
                 "and hydra.sweeper.storage=<url> if it is not in its folder"
             )
-        name = words["study"]
-        folder = Path(name) if Path(name).is_dir() else Path("multirun") / name
+        finished = studies.load(words["study"])
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         began = time.monotonic()
-        path = write(*find(folder, words.get("hydra.sweeper.storage")), folder)
+        study = stored(finished, words.get("hydra.sweeper.storage"))
+        path = write(finished.base, study, finished.folder)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, written in {time.monotonic() - began:.1f} s")
 
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autotune import rows
+from autotune import rows, series
 
-FILE = "server.csv"
 MOST = 0.5  # share of the moments that makes a rule hold
 KV_FULL = 0.9  # of the KV cache: vLLM keeps a watermark free, and the next request may need more than is left
 BUDGET_SPENT = 0.8  # of max_num_batched_tokens: the last chunk of a prompt seldom fills a step
@@ -30,7 +29,7 @@ class State:
 
 
 def write(states: Sequence[State], folder: Path) -> None:
-    rows.write(folder / FILE, State, states)
+    rows.write(folder / series.SERVER, State, states)
 
 
 def figures(states: Sequence[State]) -> dict[str, float]:

@@ -22,20 +22,28 @@ class FinishedStudy:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return self.folder.resolve().name
 
     @property
     def baseline(self) -> Result | None:
         return self.results.get(BASELINE)
 
     @cached_property
+    def base(self) -> Config:
+        """What its trials share: the baseline's configuration, or another's. Raises InputError."""
+        left = [name for name in self.results if self._config_of(name).exists()]
+        return self.config((left or list(self.results))[0])
+
+    @cached_property
     def objective(self) -> ObjectiveConfig:
-        return self.config(next(iter(self.results))).objective
+        return self.base.objective
 
     def config(self, trial: str, overrides: Sequence[str] = ()) -> Config:
         """What `trial` ran with, secrets hidden, changed by `overrides` (backend.env.HF_TOKEN=…). Raises InputError."""
-        folder = self.folder if self.folder.name == trial else self.folder / trial
-        return read(folder / "config.yaml", overrides)
+        return read(self._config_of(trial), overrides)
+
+    def _config_of(self, trial: str) -> Path:
+        return (self.folder if trial == self.name else self.folder / trial) / "config.yaml"
 
     @property
     def ranked(self) -> list[str]:
@@ -90,12 +98,11 @@ def load(name: str, key: str = "study") -> FinishedStudy:
         close = difflib.get_close_matches(name, known, n=3) or known[-3:]
         hint = f"; there {'is' if len(close) == 1 else 'are'} {', '.join(close)}" if close else ""
         raise InputError(f"{key}={name}: no such folder below {MULTIRUN}/{hint}")
-    folder = folder.resolve()
     paths = sorted(folder.glob("*/result.json"), key=lambda path: _place(path.parent.name))
     results = {path.parent.name: Result.load(path.parent) for path in paths}
     results = {trial: result for trial, result in results.items() if _place(trial)[0] < 2}
     if single := Result.find(folder):
-        results = {folder.name: single}
+        results = {folder.resolve().name: single}
     if not results:
         raise InputError(f"{key}={name}: no trial has ended in {folder}")
     return FinishedStudy(folder, results)

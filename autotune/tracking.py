@@ -45,8 +45,8 @@ ARTIFACTS = (
     "mlperf_log_summary.txt",
     "mlperf_log_detail.txt",
     "requests.csv",
-    "server.csv",
-    "gpu.csv",
+    series.SERVER,
+    series.GPU,
 )
 STUDY_ARTIFACTS = ("summary.txt", "report.html", "pareto.json")
 CONFIGURATION = "configuration"  # artifacts of the best trial that a registered version holds

@@ -42,7 +42,8 @@ from autotune.sim.backend import PUBLISH_S, published
 from autotune.space import Space, parse
 from autotune.sweep import prior, tell
 from autotune.sweep.estimate import Estimate, Simulation, estimate, simulation
-from autotune.sweep.study import REFUSALS_IN_A_ROW, Grid, make_sampler
+from autotune.sweep.samplers import Grid, make_sampler
+from autotune.sweep.study import REFUSALS_IN_A_ROW
 
 SAMPLERS = ("tpe", "gp", "nsga2", "cmaes", "qmc", "random")  # botorch takes as long as all of these, several times
 LONG_ANSWERS = (

@@ -155,6 +155,12 @@ def test_what_does_not_exist_is_said(study: Path, changed: dict[str, str], words
         export.text(Export(**{"study": str(study), "format": Format.command, **changed}))
 
 
+def test_study_is_known_by_a_trial_that_left_its_configuration(study: Path):
+    (study / "baseline/config.yaml").unlink()  # its job never began
+    found = studies.load(str(study))
+    assert (found.name, found.base.study, found.objective.metrics) == ("s", "s", ["tokens_per_s"])
+
+
 def test_front_has_to_be_chosen_from(study: Path):
     for name, latency in (("baseline", 1.0), ("trial-0", 1.0), ("trial-1", 2.0)):
         result, config = Result.load(study / name), OmegaConf.load(study / name / "config.yaml")

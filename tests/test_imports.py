@@ -16,6 +16,7 @@ HOMES = {
         "report.py",
         "figures.py",
         "plan.py",
+        "sweep/samplers.py",
         "sweep/study.py",
         "sweep/storage.py",
         "sweep/display.py",

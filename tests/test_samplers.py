@@ -3,13 +3,15 @@
 import sys
 
 import hydra
+import numpy as np
 import optuna
 import pytest
+from optuna.samplers._tpe import _truncnorm
 
 from autotune import compose, objective, schema
 from autotune.errors import InputError
 from autotune.space import parse
-from autotune.sweep.study import make_sampler
+from autotune.sweep import samplers
 
 SAMPLERS = sorted(path.stem for path in (compose.CONF / "sampler").glob("*.yaml"))
 SPACE, _ = parse({}, ["x.a=range(1,5,step=1)", "x.b=range(0.1,0.5,step=0.1)", "x.c=choice(x,y)"], {}, {})
@@ -25,7 +27,7 @@ def sampler(name: str, seed: int = 3) -> optuna.samplers.BaseSampler:
     with hydra.initialize_config_dir(str(compose.CONF)):
         overrides = ["model=tiny", f"sampler={name}", f"seed={seed}"]
         composed = hydra.compose("config", overrides=overrides, return_hydra_config=True)
-        return make_sampler(composed.hydra.sweeper.sampler, NUMERIC if name == "cmaes" else SPACE)
+        return samplers.make_sampler(composed.hydra.sweeper.sampler, NUMERIC if name == "cmaes" else SPACE)
 
 
 def asked(name: str, trials: int) -> list[dict]:
@@ -44,6 +46,21 @@ def test_same_seed_gives_the_same_trials(name: str):
     first = asked(name, 12)
     assert first == asked(name, 12)
     assert len({tuple(params.items()) for params in first}) > 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tpe_asks_by_scipys_arithmetic_what_it_would_by_optunas(monkeypatch: pytest.MonkeyPatch):
+    optunas, called = np.frompyfunc(_truncnorm._log_ndtr_single, 1, 1), 0
+
+    def log_ndtr(values: np.ndarray) -> np.ndarray:
+        nonlocal called
+        called += 1
+        return optunas(values).astype(float)
+
+    by_scipy = asked("tpe", 60)
+    monkeypatch.setattr(_truncnorm, "_log_ndtr", None)  # to be as it was once this is over
+    monkeypatch.setattr(samplers, "log_ndtr", log_ndtr)
+    assert asked("tpe", 60) == by_scipy and called
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,9 +36,18 @@ def start(slurm: Slurm, folder: Path, *arguments: str) -> "subprocess.Popen[str]
     return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def verify(slurm: Slurm, folder: Path) -> "subprocess.Popen[str]":
+    words = [sys.executable, "-m", "autotune.verify", "study=s", "k=1", "n=2"]
+    env = {**os.environ, **slurm.environment}
+    return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 def job_of(folder: Path, number: int) -> str:
     """The id of the job that runs trial `number`, as soon as it does."""
-    trial = folder / f"multirun/s/trial-{number}"
+    return job_in(folder / f"multirun/s/trial-{number}")
+
+
+def job_in(trial: Path) -> str:
     wait_until(lambda: (trial / "job.json").exists() and (trial / "progress.jsonl").exists())
     return str(json.loads((trial / "job.json").read_text())["id"])
 
@@ -137,3 +147,17 @@ def test_each_node_shows_first_what_it_can(slurm: Slurm, tmp_path: Path):
     canary = Result.load(tmp_path / "multirun/s/canary-localhost")
     assert canary.complete and canary.metrics["requests"] == 32
     assert len(trials(tmp_path)) == 1
+
+
+def test_best_is_verified_in_jobs_that_a_lost_login_node_does_not_end(slurm: Slurm, tmp_path: Path):
+    done(start(slurm, tmp_path, "sampler=grid", f"{SEQS}=choice(16)", "baseline=true"))
+    repeats = [tmp_path / f"multirun/s/verify/{name}-{block}" for name in ("baseline", "trial-0") for block in (1, 2)]
+    lost = verify(slurm, tmp_path)
+    jobs = [job_in(repeat) for repeat in repeats]
+    lost.kill()
+    lost.wait()
+    output, _ = verify(slurm, tmp_path).communicate(timeout=90)
+    assert "No better than the defaults: nothing was, in 2 repeats" in output
+    assert [job_in(repeat) for repeat in repeats] == jobs
+    assert all(Result.load(repeat).complete for repeat in repeats)
+    assert [slurm.state(job) for job in jobs] == ["COMPLETED"] * 4

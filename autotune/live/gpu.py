@@ -8,9 +8,8 @@ from typing import Any
 
 import pynvml
 
-from autotune import rows
+from autotune import rows, series
 
-FILE = "gpu.csv"
 # nvml.h, nvmlClocksEventReasons: slowed down by heat or by hardware's protection, and by the power limit, which a GPU
 # that works hard reaches when nothing is wrong.
 SLOWED = 0x8 | 0x20 | 0x40 | 0x80
@@ -75,7 +74,7 @@ def figures(states: Sequence[GpuState]) -> dict[str, float]:
 
 
 def write(states: Sequence[GpuState], folder: Path) -> None:
-    rows.write(folder / FILE, GpuState, states)
+    rows.write(folder / series.GPU, GpuState, states)
 
 
 def _handle(name: str) -> Any:

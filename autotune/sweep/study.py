@@ -13,17 +13,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
 from hydra.core.config_loader import ConfigLoader
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from optuna.distributions import CategoricalDistribution
-from optuna.samplers import GridSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune import interrupt, progress, studies, summary, tracking
@@ -35,6 +31,7 @@ from autotune.space import DEFAULT, FLAG, Space, check_flags, contains, flags, p
 from autotune.sweep import prior, storage, tell, warm_start
 from autotune.sweep.display import Display
 from autotune.sweep.launchers import Job, Launcher, completed, make_launcher
+from autotune.sweep.samplers import Grid, make_pruner, make_sampler
 from autotune.sweep.worker import Trial
 from autotune.text import shorten
 from autotune.trial import Prepared, prepare, prepare_samples
@@ -69,39 +66,6 @@ class Running:
     phase: str = "queued"
     since: float = field(default_factory=time.monotonic)
     pruned: bool = False
-
-
-class Grid(GridSampler):
-    """Optuna's grid, which otherwise stops a study that it did not start."""
-
-    def after_trial(self, *_: Any) -> None:
-        pass
-
-    def point(self, trial: FrozenTrial) -> dict[str, Any]:
-        """What `trial` was to run, also if it ended before it was told."""
-        return dict(zip(self._param_names, self._all_grids[trial.system_attrs["grid_id"]], strict=True))
-
-
-def make_sampler(config: Any, space: Space, begun: int = 0) -> optuna.samplers.BaseSampler:
-    """The sampler of a `sampler` group; a grid covers `space`. Raises InputError for a missing extra.
-
-    `begun` trials exist already: a seed is moved on by them, or the sampler would suggest its first ones again. A
-    grid keeps its seed: that is its order.
-    """
-    if begun and config.get("seed") is not None and not config.get("_partial_"):
-        config = OmegaConf.merge(config, {"seed": config.seed + begun})
-    try:
-        made = instantiate(config, _execution_whitelist_=("optuna.*", "optuna_integration.*", "hydra_plugins.*"))
-    except (InstantiationException, ImportError) as error:
-        if "optuna_integration" in str(error) or "botorch" in str(error):
-            raise InputError("sampler=botorch needs the extra `botorch`: uv pip install -e '.[botorch]'") from None
-        raise
-    if type(made).__name__ in ("GPSampler", "BoTorchSampler"):
-        import torch  # takes seconds
-
-        torch.set_num_threads(1)  # small matrices; more threads only wait for cores that trials have
-    sampler: optuna.samplers.BaseSampler = Grid(space.grid, **made.keywords) if isinstance(made, partial) else made
-    return sampler
 
 
 def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, arguments: list[str]) -> None:
@@ -148,20 +112,6 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
         completed_any = any(trial.state is TrialState.COMPLETE for trial in study.get_trials(deepcopy=False))
     if not completed_any:
         sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
-
-
-def make_pruner(config: Config) -> optuna.pruners.BasePruner:
-    """The pruner of the `pruner` group. Raises InputError if the objective can't be watched while a trial runs."""
-    pruner: optuna.pruners.BasePruner = instantiate(config.pruner, _execution_whitelist_=("optuna.*",))
-    watched = isinstance(pruner, optuna.pruners.NopPruner) or (
-        len(config.objective.metrics) == 1 and config.objective.metrics[0] in progress.METRICS
-    )
-    if not watched:
-        raise InputError(
-            f"pruner: needs one objective among {', '.join(progress.METRICS)}, "
-            f"and objective.metrics is {config.objective.metrics}; write pruner=none"
-        )
-    return pruner
 
 
 def check_continues(study: optuna.Study, space: Space, directions: list[str], folder: Path) -> None:

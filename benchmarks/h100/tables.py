@@ -43,6 +43,10 @@ def changed(result: Result) -> str:
     return ", ".join(f"{name}={value}" for name, value in flags.items()) or "vLLM's defaults"
 
 
+def bound(result: Result) -> str:
+    return result.bound if result.complete else f"failed: {result.reason}"
+
+
 def number(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
@@ -53,10 +57,8 @@ def interactive() -> str:
     rows = []
     for name in INTERACTIVE:
         for trial, result in study(name).items():
-            found = result.metrics
-            figures = ("max_qps", "failing_qps", "ttft_p99_ms", "tpot_p99_ms", "tokens_per_s")
-            digits = (2, 2, 0, 1, 0)
-            shown = [number(found.get(figure), places) for figure, places in zip(figures, digits, strict=True)]
+            digits = {"max_qps": 2, "failing_qps": 2, "ttft_p99_ms": 0, "tpot_p99_ms": 1, "tokens_per_s": 0}
+            shown = [number(result.metrics.get(metric), places) for metric, places in digits.items()]
             failed = [result.reason or "failed"] if not result.complete else [result.bound]
             rows.append(
                 (name, trial, changed(result), *shown, *failed, str(len(result.runs)), number(engine_s(result), 0))
@@ -69,9 +71,9 @@ def offline() -> str:
     rows = []
     for name in OFFLINE:
         for trial, result in study(name).items():
-            found = result.metrics
-            rows.append((name, trial, changed(result), number(found.get("samples_per_s"), 2), number(found.get("tokens_per_s"), 0),
-                         number(found.get("gpu_j_per_token"), 3), result.bound if result.complete else result.reason))  # fmt: skip
+            digits = {"samples_per_s": 2, "tokens_per_s": 0, "gpu_j_per_token": 3}
+            shown = [number(result.metrics.get(metric), places) for metric, places in digits.items()]
+            rows.append((name, trial, changed(result), *shown, bound(result)))
     return markdown(head, rows)
 
 
@@ -137,9 +139,9 @@ def parallelism() -> str:
     began = trials[0][1].started_at
     rows = []
     for name, result in trials:
-        found = result.metrics
-        rows.append((name, result.facts.get("leased_gpus", ""), number(result.started_at - began, 0), number(result.phases["start"], 0),
-                     number(found.get("tokens_per_s"), 0), number(found.get("tokens_per_s_per_gpu"), 0)))  # fmt: skip
+        seconds = (result.started_at - began, result.phases.get("start"))
+        rates = (result.metrics.get(metric) for metric in ("tokens_per_s", "tokens_per_s_per_gpu"))
+        rows.append((name, result.facts.get("leased_gpus", ""), *(number(value, 0) for value in (*seconds, *rates))))
     other = Result.of(json.loads((DATA / "trials/out-of-memory.json").read_text()))
     return markdown(head, rows) + f"\n\nThe trial beside them: {other.state}, `{other.reason}`"
 
