@@ -43,9 +43,14 @@ def _values(folder: Path, entries: list[dict[str, object]], began: float) -> Ite
             with (folder / file).open(newline="") as rows:
                 for row in csv.DictReader(rows):
                     time = began + float(row.pop("time_s"))
-                    yield from ((time, f"{group}/{name}", float(value)) for name, value in row.items() if value)
+                    yield from ((time, f"{group}/{name}", number(value)) for name, value in row.items() if value)
     if (folder / SYSTEM).exists():
         for line in (folder / SYSTEM).read_text().splitlines():
             sample = json.loads(line)
             time = sample.pop("time")
             yield from ((time, f"system/{name}", value) for name, value in sample.items())
+
+
+def number(text: str) -> float:
+    """What rows.write made of a number or a truth value."""
+    return float(text) if text not in ("True", "False") else float(text == "True")

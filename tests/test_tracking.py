@@ -13,6 +13,8 @@ from omegaconf import OmegaConf
 
 from autotune import series, tracking
 from autotune.errors import TrackingError
+from autotune.live import gpu
+from autotune.live.gpu import GpuState
 from autotune.result import LoadRun, Result
 from autotune.schema import Config, DatasetConfig, ModelConfig, TrackingConfig
 from tests.slurm_cluster import wait_for
@@ -88,7 +90,7 @@ def test_what_a_trial_showed_over_time_is_a_series_by_second(uri: str, trial: Pa
     entries = [{"time": began, "phase": "run"}, {"time": began + 2, "step": 0, "values": {"tokens_per_s": 7.0}}]
     (trial / "progress.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     (trial / "server.csv").write_text("time_s,running,kv_use\n0.5,3,0.25\n1.5,4,\n")
-    (trial / "gpu.csv").write_text("time_s,power_w\n1.0,310\n")
+    gpu.write([GpuState(1.0, 0, 310.0, 60, 1980, 1.0, 5000.0, slowed=False, power_capped=True)], trial)
     (trial / "system.jsonl").write_text(json.dumps({"time": began - 20, "cpu_utilization_percentage": 12.0}) + "\n")
     with tracking.study(config(uri), "s", trial.parent) as tracker:
         tracker.log_trial(trial, "trial-0", Result.load(trial))
@@ -99,7 +101,7 @@ def test_what_a_trial_showed_over_time_is_a_series_by_second(uri: str, trial: Pa
 
     assert series("run/tokens_per_s") == [(2, 7.0)]
     assert series("server/running") == [(0, 3.0), (2, 4.0)] and series("server/kv_use") == [(0, 0.25)]
-    assert series("gpu/power_w") == [(1, 310.0)]
+    assert series("gpu/power_w") == [(1, 310.0)] and series("gpu/power_capped") == [(1, 1.0)]
     assert series("system/cpu_utilization_percentage") == [(-20, 12.0)]
 
 

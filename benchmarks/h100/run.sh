@@ -6,11 +6,6 @@
 # A step that has ended is not run again and one that was cut off goes on, so the same command continues after a stop.
 source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 
-interactive=(
-    scenario=interactive objective=max_qps
-    scenario.min_duration_s=20 scenario.search.certify_queries=662 # LoadGen's test then forgives one query
-    scenario.search.first_s=5 scenario.search.burst=100
-)
 offline=(scenario=offline scenario.min_queries=1000)
 closed=('engine.args.max_num_batched_tokens=choice(512,1024,2048,4096,8192,16384)')
 open=("space=[scheduler,quantization]" "${closed[@]}")

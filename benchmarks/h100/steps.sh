@@ -38,3 +38,9 @@ simulated() { # as a study of the same words, without a GPU
 verify() {
     python3 -m autotune.verify study="$1" gpus="${GPUS:-all}" "${@:2}"
 }
+
+interactive=(
+    scenario=interactive objective=max_qps
+    scenario.min_duration_s=20 scenario.search.certify_queries=662 # LoadGen's test then forgives one query
+    scenario.search.first_s=5 scenario.search.burst=100
+)

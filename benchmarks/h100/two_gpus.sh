@@ -7,10 +7,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 offline=(scenario=offline scenario.min_queries=500 space=none sampler=grid)
 two=(baseline=false 'engine.args.max_num_seqs=choice(512,1024)')
 
+# vLLM's fused all-reduce needs NVLink multicast, and hangs on a host that has it switched off.
+no_multicast=(engine.args.compilation_config.pass_config.fuse_allreduce_rms=false)
+
 killed() { # SIGKILL to a trial that holds both GPUs: seconds until they are empty, and whether their leases are free
     local began
     python3 -m autotune study=killed model=llama8b_dummy scenario=offline tracking=none gpus="${GPUS:-all}" \
-        engine.args.tensor_parallel_size=2 "${words[@]}" &
+        engine.args.tensor_parallel_size=2 "${no_multicast[@]}" "${words[@]}" &
     until [[ $(busy) == 2 ]]; do
         kill -0 $! || return 1
         sleep 0.2
@@ -35,7 +38,7 @@ parallelism() {
     other=$!
     study parallelism "${offline[@]}" space=parallelism objective=throughput_per_gpu duplicates=measure \
         'engine.args.tensor_parallel_size=choice(1,2)' engine.args.pipeline_parallel_size=1 \
-        engine.args.data_parallel_size=1 || return 1
+        engine.args.data_parallel_size=1 "${no_multicast[@]}" || return 1
     ! wait $other # it must fail
 }
 
@@ -47,6 +50,8 @@ busy() { # GPUs with more than 5 GiB in use
 step warm study warm "${offline[@]}" tracking=none n_trials=0 scenario.min_queries=100
 step alone study alone "${offline[@]}" "${two[@]}" gpus="[0]"
 step together study together "${offline[@]}" "${two[@]}"
+step alone-max-qps study alone-max-qps "${interactive[@]}" space=none sampler=grid "${two[@]}" gpus="[0]"
+step together-max-qps study together-max-qps "${interactive[@]}" space=none sampler=grid "${two[@]}"
 # One-GPU trials and one that takes both; beside them a trial of somebody else's that runs out of memory.
 step parallelism parallelism
 step killed killed
