@@ -92,22 +92,44 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
         return found
 
     def holds(qps: float, seconds: float, full: bool) -> bool:
-        asked = replace(scenario, qps=qps, min_duration_s=seconds)
-        queries = max(scenario.min_queries, settings.certify_queries, int(qps * scenario.min_duration_s))
-        if full:
-            asked = replace(asked, min_queries=max(scenario.min_queries, settings.certify_queries))
-        else:  # as large a share may be over a limit as in the run that certifies
+        asked = certifying(scenario, qps)
+        if not full:  # as large a share may be over a limit as in the run that certifies
+            queries = max(asked.min_queries, int(qps * asked.min_duration_s))
             share = early_stopping.allowed(queries) / queries
-            asked = replace(asked, min_queries=1, stop=Stop.decided, over_share=share)
+            asked = replace(asked, min_duration_s=seconds, min_queries=1, stop=Stop.decided, over_share=share)
         found = run("certify" if full else "probe", asked)
         if full or qps not in done:
             done[qps] = found
         return found.measured.verdict == "VALID"
 
-    burst = run("burst", replace(scenario, kind=Kind.Offline, min_queries=settings.burst, min_duration_s=0.0, qps=1.0))
-    found = load_search.search(holds, burst.metrics["samples_per_s"], scenario.min_duration_s, settings)
+    served = run("burst", burst(scenario))
+    found = load_search.search(holds, served.metrics["samples_per_s"], scenario.min_duration_s, settings)
     best = done[min(done) if found.certified is None else found.certified]
     best.metrics["max_qps"] = found.certified or 0.0
     if found.failing is not None:
         best.metrics["failing_qps"] = found.failing
     return best
+
+
+def burst(scenario: ScenarioConfig) -> ScenarioConfig:
+    return replace(scenario, kind=Kind.Offline, min_queries=scenario.search.burst, min_duration_s=0.0, qps=1.0)
+
+
+def certifying(scenario: ScenarioConfig, qps: float) -> ScenarioConfig:
+    return replace(scenario, qps=qps, min_queries=max(scenario.min_queries, scenario.search.certify_queries))
+
+
+def whole(scenario: ScenarioConfig, result: Result) -> list[tuple[str, ScenarioConfig, dict[str, float]]]:
+    """Name, scenario and metrics of each run of `result` that went to its end as `scenario` says."""
+    if not result.runs:
+        return [("", scenario, result.metrics)]
+    found = []
+    for number, run in enumerate(result.runs):
+        if not run.stopped_early:
+            if run.role == "burst":
+                found.append((run.role, burst(scenario), run.metrics))
+            elif run.role == "certify":
+                found.append((f"{run.role} {run.qps:.4g} qps", certifying(scenario, run.qps), run.metrics))
+            elif run.role == "repeat":
+                found.append((f"{run.role} {number + 1}", replace(scenario, seed=scenario.seed + number), run.metrics))
+    return found

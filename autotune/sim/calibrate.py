@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from scipy.optimize import least_squares
 
-from autotune import trial
+from autotune import runs, trial
 from autotune.compose import command_line, errors_in_one_line
 from autotune.errors import AutotuneError, InputError
 from autotune.metrics import from_requests
+from autotune.result import Result
 from autotune.samples import Samples
 from autotune.schema import FITTED, Device, Kind, ScenarioConfig
 from autotune.sim.backend import SimBackend, simulate
@@ -54,7 +55,7 @@ KEPT = ("experiment", "model", "dataset", "scenario", "engine.", "objective")
 
 @dataclass(frozen=True)
 class Case:
-    """One measured trial."""
+    """One measured run."""
 
     name: str
     shape: Shape
@@ -71,8 +72,8 @@ class Case:
         """The compared metrics, simulated."""
         flags, cost = self._server(device)
         draws = [simulate(flags, cost, scenario, samples)[0] for scenario, samples in self.draws]
-        runs = [from_requests(requests, (None, None)) for requests in draws]
-        return {metric: float(np.mean([run[metric] for run in runs])) for metric in self.tolerances()}
+        simulated = [from_requests(requests, (None, None)) for requests in draws]
+        return {metric: float(np.mean([run[metric] for run in simulated])) for metric in self.tolerances()}
 
     def start_error_s(self, device: Device) -> float:
         _, cost = self._server(device)
@@ -92,8 +93,10 @@ def main() -> None:
     arguments, overrides = parser.parse_known_intermixed_args()
     given = [path for path in arguments.results if "=" not in str(path)]
     overrides += [str(path) for path in arguments.results if "=" in str(path)]
+    if missing := [str(path) for path in given if not path.exists()]:
+        raise InputError(f"{missing[0]}: no such file or folder; give result.json files, or folders that hold some")
     files = sorted(file for path in given for file in (path.rglob("*.json") if path.is_dir() else [path]))
-    cases = [case for file in files if (case := read(file))]
+    cases = [case for file in files for case in read(file)]
     if not cases:
         raise InputError("no measured trial among the results; give result.json files, or folders that hold some")
     device = start_device(overrides)
@@ -111,29 +114,32 @@ def start_device(overrides: Sequence[str]) -> Device:
     return backend.config.device
 
 
-def read(file: Path) -> Case | None:
-    """The trial in `file`; None for another kind of file, or a trial that measured nothing."""
+def read(file: Path) -> list[Case]:
+    """The runs of the trial in `file`; none for another kind of file, or a trial that measured nothing."""
     try:
         body = json.loads(file.read_text())
     except json.JSONDecodeError:
-        return None
+        return []
     if not isinstance(body, dict) or body.get("state") != "complete" or body.get("estimated"):
-        return None
-    overrides = [override for override in body["overrides"] if override.lstrip("+~").startswith(KEPT)]
+        return []
+    result = Result.of(body)
+    overrides = [override for override in result.overrides if override.lstrip("+~").startswith(KEPT)]
     try:
         config, _, _ = command_line([*overrides, "backend=sim"])
         prepared = trial.prepare(config)
         samples = trial.prepare_samples(config, prepared)
     except AutotuneError as error:
         print(f"{file} left out: {error}", file=sys.stderr)
-        return None
-    same = body.get("facts", {}).get("dataset_checksum") == samples.checksum
-    scenario = config.scenario
-    seeds = [scenario.seed] if same or scenario.kind is Kind.Offline else range(1, SEEDS + 1)
-    draws = [(dataclasses.replace(scenario, seed=seed), samples) for seed in seeds]
-    start_s = body.get("phases", {}).get("start")
+        return []
+    same = result.facts.get("dataset_checksum") == samples.checksum
     name = file.parent.name if file.stem == "result" else file.stem
-    return Case(name, Shape.of(prepared.model.config), prepared.args, draws, body["metrics"], start_s)
+    shape, start_s = Shape.of(prepared.model.config), result.phases.get("start")
+    found = []
+    for run, scenario, metrics in runs.whole(config.scenario, result):
+        seeds = [scenario.seed] if same or scenario.kind is Kind.Offline else range(1, SEEDS + 1)
+        draws = [(dataclasses.replace(scenario, seed=seed), samples) for seed in seeds]
+        found.append(Case(f"{name} {run}".rstrip(), shape, prepared.args, draws, metrics, start_s))
+    return found
 
 
 def fit(cases: Sequence[Case], start: Device) -> Device:
@@ -181,7 +187,7 @@ def errors(cases: Sequence[Case], device: Device) -> dict[str, Mapping[str, floa
 
 def as_yaml(device: Device, cases: Sequence[Case]) -> str:
     """A file for conf/backend/device/, with the error that is left as comments."""
-    lines = [f"# {device.name} and {len(cases)} measured trials; the error of what is simulated:"]
+    lines = [f"# {device.name} and {len(cases)} measured runs; the error of what is simulated:"]
     for name, found in errors(cases, device).items():
         shown = ", ".join(f"{metric.removesuffix('_ms')} {error:+.1%}" for metric, error in found.items())
         lines.append(f"#   {name}: {shown}")

@@ -1,9 +1,9 @@
 """Keep what a page's tables are made of:
 
-    python benchmarks/h100/collect.py FOLDER [STUDY …]
+    python benchmarks/h100/collect.py FOLDER one-gpu|two-gpus [STUDY …]
 
-Copies result.json of each trial below FOLDER/multirun to data/<study>/<trial>.json beside this file, without paths of
-the machine where it was measured, with what autotune.verify says and what the step `killed` printed.
+Copies result.json of each trial below FOLDER/multirun to data/one-gpu/<study>/<trial>.json beside this file, without
+paths of the machine where it was measured, with what autotune.verify says and what the step `killed` printed.
 """
 
 import argparse
@@ -12,25 +12,36 @@ import re
 from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
-RUN_FIGURES = ("samples_per_s", "tokens_per_s", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "requests")
+RUN_FIGURES = (
+    "duration_s",
+    "requests",
+    "samples_per_s",
+    "tokens_per_s",
+    "ttft_p50_ms",
+    "ttft_p99_ms",
+    "tpot_p50_ms",
+    "tpot_p99_ms",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("page", choices=("one-gpu", "two-gpus"))
     parser.add_argument("studies", nargs="*", help="without them, all that were not simulated")
+    parser.add_argument("--data", type=Path, default=DATA)
     arguments = parser.parse_args()
-    multirun = arguments.folder / "multirun"
+    multirun, data = arguments.folder / "multirun", arguments.data / arguments.page
     studies = arguments.studies or [path.name for path in multirun.glob("*") if not path.name.endswith("-sim")]
     for study in studies:
         for file in sorted((multirun / study).rglob("result.json")):
             place = file.parent.relative_to(multirun)
-            keep(file, DATA / place.with_suffix(".json"))
+            keep(file, data / place.with_suffix(".json"))
         if (verdict := multirun / study / "verify.json").exists():
-            keep(verdict, DATA / study / "verify.json")
+            keep(verdict, data / study / "verify.json")
     if (killed := arguments.folder / "done" / "killed").exists():
         said = [line for line in killed.read_text().splitlines() if re.search(r"empty after|is free|no process", line)]
-        (DATA / "killed.txt").write_text("\n".join(said) + "\n")
+        (data / "killed.txt").write_text("\n".join(said) + "\n")
 
 
 def keep(source: Path, target: Path) -> None:

@@ -9,24 +9,26 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import median
 
 from autotune.result import Result
+from autotune.sim import calibrate
 
-DATA = Path(__file__).parent / "data"
-PAGES = [Path(__file__).parents[2] / "docs/benchmarks" / name for name in ("h100.md", "two-gpus.md")]
+HERE = Path(__file__).parent
+ONE, TWO = HERE / "data/one-gpu", HERE / "data/two-gpus"
+PAGES = [HERE.parents[1] / "docs/benchmarks" / name for name in ("h100.md", "two-gpus.md")]
 INTERACTIVE = ("interactive-closed", "interactive-open", "interactive-random", "interactive-grid")
 OFFLINE = ("offline-closed", "offline-open")
 PHASES = ("start", "warmup", "run", "stop")
 Row = Sequence[str]
 
 
-def study(name: str) -> dict[str, Result]:
-    """Its trials, in the order in which they ended."""
-    found = {}
-    for file in (DATA / name).glob("*.json"):
-        if file.stem != "verify":
-            found[file.stem] = Result.of(json.loads(file.read_text()))
+def read(file: Path) -> Result:
+    return Result.of(json.loads(file.read_text()))
+
+
+def study(folder: Path) -> dict[str, Result]:
+    """Its trials, in the order in which they ended; none where it was not measured."""
+    found = {file.stem: read(file) for file in folder.glob("*.json") if file.stem != "verify"}
     return dict(sorted(found.items(), key=lambda item: item[1].ended_at))
 
 
@@ -56,7 +58,7 @@ def interactive() -> str:
             "tokens/s", "bound by", "runs", "engine time, s")  # fmt: skip
     rows = []
     for name in INTERACTIVE:
-        for trial, result in study(name).items():
+        for trial, result in study(ONE / name).items():
             digits = {"max_qps": 2, "failing_qps": 2, "ttft_p99_ms": 0, "tpot_p99_ms": 1, "tokens_per_s": 0}
             shown = [number(result.metrics.get(metric), places) for metric, places in digits.items()]
             failed = [result.reason or "failed"] if not result.complete else [result.bound]
@@ -70,7 +72,7 @@ def offline() -> str:
     head = ("study", "trial", "what differs from the defaults", "samples/s", "tokens/s", "J/token", "bound by")
     rows = []
     for name in OFFLINE:
-        for trial, result in study(name).items():
+        for trial, result in study(ONE / name).items():
             digits = {"samples_per_s": 2, "tokens_per_s": 0, "gpu_j_per_token": 3}
             shown = [number(result.metrics.get(metric), places) for metric, places in digits.items()]
             rows.append((name, trial, changed(result), *shown, bound(result)))
@@ -80,11 +82,11 @@ def offline() -> str:
 def arms() -> str:
     """What each way of searching had found when it had used the engine time of the first."""
     head = ("way", "trials", "engine time, min", "best max QPS", "after, min")
-    budget = sum(engine_s(result) for trial, result in study(INTERACTIVE[0]).items() if trial != "baseline")
+    budget = sum(engine_s(result) for trial, result in study(ONE / INTERACTIVE[0]).items() if trial != "baseline")
     rows = []
     for name in (INTERACTIVE[0], *INTERACTIVE[2:]):
         used, best, after, count = 0.0, 0.0, 0.0, 0
-        for trial, result in study(name).items():
+        for trial, result in study(ONE / name).items():
             if trial == "baseline" or used >= budget:
                 continue
             used, count = used + engine_s(result), count + 1
@@ -95,7 +97,7 @@ def arms() -> str:
 
 
 def verified() -> str:
-    verdict = json.loads((DATA / INTERACTIVE[0] / "verify.json").read_text())
+    verdict = json.loads((ONE / INTERACTIVE[0] / "verify.json").read_text())
     rows = [
         (row["name"], *(number(value, 2) for value in row["values"]), number(row["mean"], 2)) for row in verdict["rows"]
     ]
@@ -103,29 +105,58 @@ def verified() -> str:
     return markdown(("", *blocks, "mean"), rows) + f"\n\n{verdict['line']}"
 
 
+def headline() -> str:
+    trials = study(ONE / INTERACTIVE[0])
+    baseline, best = trials["baseline"], max(trials.values(), key=lambda result: result.metrics["max_qps"])
+    before, after = baseline.metrics["max_qps"], best.metrics["max_qps"]
+    gain = f"{before:.1f} → {after:.1f} queries/s within MLPerf's Interactive limits, {after / before - 1:+.0%}"
+    return f"**{gain} over vLLM's defaults, by `{changed(best)}`.**"
+
+
+def searches() -> str:
+    """Every run of each search, in order."""
+    head = ("trial", "run", "queries/s", "s", "queries", "p99 TTFT, ms", "p99 TPOT, ms", "LoadGen")
+    rows = []
+    for trial, result in study(ONE / INTERACTIVE[0]).items():
+        for run in result.runs:
+            shown = [number(run.metrics[name], 0) for name in ("duration_s", "requests", "ttft_p99_ms")]
+            said = run.verdict + (f": {run.reasons[0]}" if run.reasons else "")
+            load = "all at once" if run.role == "burst" else number(run.qps, 2)
+            rows.append((trial, run.role, load, *shown, number(run.metrics["tpot_p99_ms"]), said))
+    return markdown(head, rows)
+
+
+def simulated() -> str:
+    """What the simulation, fitted to other trials before, says of the same runs."""
+    cases = [case for file in sorted((ONE / INTERACTIVE[0]).glob("*.json")) for case in calibrate.read(file)]
+    rows = []
+    for name, found in calibrate.errors(cases, calibrate.start_device([])).items():
+        metrics = ("samples_per_s", "ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms")
+        rows.append((name, *(f"{found[metric]:+.1%}" if metric in found else "" for metric in metrics)))
+    return markdown(("run", "samples/s", "TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99"), rows)
+
+
 def starts() -> str:
-    """Seconds of a start by part, of the first one, which compiles, and the median of those that found all compiled."""
-    every = [result for name in (*INTERACTIVE, *OFFLINE) for result in study(name).values() if result.complete]
-    every.sort(key=lambda result: result.started_at)
-    first, warm = every[0], [result for result in every[1:] if result.start.get("compile", 0.0) < 10]
-    parts = list(first.start)
-    middle = {part: median(result.start.get(part, 0.0) for result in warm) for part in parts}
-    middle_phases = {phase: median(result.phases.get(phase, 0.0) for result in every) for phase in PHASES[1:]}
-    rows = [
-        ("the first", *(number(first.start[part], 0) for part in parts), number(sum(first.start.values()), 0)),
-        (f"the median of {len(warm)}", *(number(middle[part], 0) for part in parts), number(sum(middle.values()), 0)),
-    ]
-    rest = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in middle_phases.items())
-    return (
-        markdown(("start", *parts, "in all, s"), rows) + f"\n\nThen, by the median of all {len(every)} trials: {rest}."
-    )
+    return start_table([(trial, result) for trial, result in study(ONE / INTERACTIVE[0]).items()])
+
+
+def start_table(trials: Iterable[tuple[str, Result]]) -> str:
+    """Seconds of each trial by phase, its start by part."""
+    trials = list(trials)
+    parts = list(dict.fromkeys(part for _, result in trials for part in result.start))
+    rows = []
+    for name, result in trials:
+        phases = [number(result.phases[phase], 0) for phase in PHASES]
+        rows.append((name, *(number(result.start.get(part), 0) for part in parts), *phases))
+    return markdown(("", *parts, *(f"**{phase}**" for phase in PHASES)), rows)
 
 
 def side_by_side() -> str:
-    head = ("", *(changed(result) for result in study("alone").values()), "first start to last end, s")
+    pairs = {name: study(TWO / name) for name in ("alone", "together")}
+    head = ("", *(changed(result) for result in pairs["alone"].values()), "first start to last end, s")
     rows = []
-    for name in ("alone", "together"):
-        found = {changed(result): result for result in study(name).values()}
+    for name, trials in pairs.items():
+        found = {changed(result): result for result in trials.values()}
         wall = max(one.ended_at for one in found.values()) - min(one.started_at for one in found.values())
         rows.append(
             (name, *(f"{found[key].metrics['tokens_per_s']:,.0f} tokens/s" for key in head[1:-1]), number(wall))
@@ -133,37 +164,51 @@ def side_by_side() -> str:
     return markdown(head, rows)
 
 
-def parallelism() -> str:
-    head = ("trial", "GPUs", "began after, s", "start, s", "tokens/s", "tokens/s for each GPU")
-    trials = sorted(study("parallelism").items(), key=lambda item: item[1].started_at)
-    began = trials[0][1].started_at
-    rows = []
-    for name, result in trials:
-        seconds = (result.started_at - began, result.phases.get("start"))
-        rates = (result.metrics.get(metric) for metric in ("tokens_per_s", "tokens_per_s_per_gpu"))
-        rows.append((name, result.facts.get("leased_gpus", ""), *(number(value, 0) for value in (*seconds, *rates))))
-    other = Result.of(json.loads((DATA / "trials/out-of-memory.json").read_text()))
-    return markdown(head, rows) + f"\n\nThe trial beside them: {other.state}, `{other.reason}`"
+def side_by_side_starts() -> str:
+    return start_table(
+        (f"{name}, {changed(result)}", result)
+        for name in ("alone", "together")
+        for result in study(TWO / name).values()
+    )
+
+
+def beside_a_failure() -> str:
+    other, trial = read(TWO / "trials/out-of-memory.json"), read(TWO / "parallelism/baseline.json")
+    rows = [
+        ("out of memory", "0", other.reason[:118] + " …", number(other.ended_at - other.started_at, 0)),
+        (
+            "vLLM's defaults",
+            trial.facts["leased_gpus"],
+            f"{trial.metrics['tokens_per_s']:,.0f} tokens/s",
+            number(trial.ended_at - trial.started_at, 0),
+        ),
+    ]
+    return markdown(("trial", "GPU", "what became of it", "s"), rows)
+
+
+def tensor_parallel() -> str:
+    trial = read(TWO / "trials/tensor-parallel.json")
+    rates = [number(trial.metrics[name], 0) for name in ("tokens_per_s", "tokens_per_s_per_gpu")]
+    return markdown(("GPUs", "tokens/s", "for each"), [(trial.facts["leased_gpus"], *rates)])
 
 
 def killed() -> str:
-    return "```\n" + (DATA / "killed.txt").read_text() + "```"
+    return "```\n" + (TWO / "killed.txt").read_text() + "```"
 
 
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__.replace("_", "-"): table
-    for table in (interactive, offline, arms, verified, starts, side_by_side, parallelism, killed)
+    for table in (
+        *(headline, interactive, searches, simulated, starts, offline, arms, verified),
+        *(side_by_side, side_by_side_starts, beside_a_failure, tensor_parallel, killed),
+    )
 }
 
 
 def filled(page: str) -> str:
     """`page` with each table that it names as the data has it."""
-    return re.sub(
-        r"(<!-- ([\w-]+) -->\n)(.*?)(\n<!-- end -->)",
-        lambda found: found[1] + TABLES[found[2]]() + found[4],
-        page,
-        flags=re.S,
-    )
+    named = re.compile(r"(<!-- ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return named.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", page)
 
 
 def main() -> None:

@@ -1,0 +1,41 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.h100 import tables
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.stem)
+def test_every_table_of_a_page_is_what_the_data_says(page: Path):
+    assert tables.filled(page.read_text()) == page.read_text()
+
+
+@pytest.mark.slow
+def test_steps_run_once_and_their_results_make_the_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = "backend=sim n_trials=2 tracking=none scenario.min_queries=100"
+    env = os.environ | {"WORDS": words, "GPUS": "[0]", "PYTHONPATH": str(ROOT)}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+
+    def run() -> str:
+        steps = ("offline-closed-sim", "offline-closed")
+        script = [str(ROOT / "benchmarks/h100/run.sh"), str(tmp_path), *steps]
+        return subprocess.run(script, env=env, check=True, capture_output=True, text=True).stdout
+
+    assert run().count("exit code 0") == 2
+    assert run() == ""
+    collect = [
+        sys.executable,
+        str(ROOT / "benchmarks/h100/collect.py"),
+        str(tmp_path),
+        "one-gpu",
+        "--data",
+        str(tmp_path),
+    ]
+    subprocess.run(collect, check=True)
+    monkeypatch.setattr(tables, "ONE", tmp_path / "one-gpu")
+    assert tables.offline().count("offline-closed") == 3
