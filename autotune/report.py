@@ -229,7 +229,7 @@ def history(alone: Mapping[str, optuna.Study], baseline: Result | None) -> Secti
 
 
 def importances(alone: Mapping[str, optuna.Study]) -> tuple[Section, dict[str, list[str]]]:
-    """And the parameters by metric, the most important first."""
+    """The section, and the parameters by metric, the most important first."""
     section = Section(
         "Parameter importance",
         "fANOVA: how much of the variation over all trials a parameter explains. PED-ANOVA: how much it tells the best "
@@ -270,10 +270,8 @@ def contours(alone: Mapping[str, optuna.Study], ranked: Mapping[str, Sequence[st
 
 
 def parallel(studied: Studied) -> Section:
-    section, objective = (
-        Section("All at once", "Each line is a trial, dotted where it broke a limit."),
-        studied.config.objective,
-    )
+    objective = studied.config.objective
+    section = Section("All at once", "Each line is a trial, dotted where it broke a limit.")
     whole = studied.measured(objective.metrics, objective.directions)
     section.add(partial(figures.parallel, whole, objective.metrics), narrow=False)
     return section

@@ -188,8 +188,8 @@ def cost(trials: int) -> bool:
         wall_ms, cpu_ms = (statistics.mean(column) for column in zip(*own[first : first + 100], strict=True))
         print(f"trials {first:4}…: {wall_ms:5.1f} ms a trial, {cpu_ms:5.1f} of CPU time, {memory.get(first, 0):.0f} MB")
     settled = trials // 5
-    later = [megabytes for done, megabytes in sorted(memory.items()) if done >= settled]
-    print(f"memory grew by {later[-1] - later[0]:.0f} MB from trial {settled} on")
+    later = [megabytes for done, megabytes in sorted(memory.items()) if settled <= done < trials]
+    print(f"memory grew by {later[-1] - later[0]:.0f} MB from trial {settled} to the last; then the report is written")
     return wall_ms <= 50
 
 
