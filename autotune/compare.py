@@ -94,7 +94,7 @@ def _scenario(scenario: ScenarioConfig) -> str:
 def _engine_s(study: FinishedStudy, until: str) -> float:
     """Seconds of start and run of everything that ended before `until` did, and of it."""
     last = study.results[until].ended_at
-    return sum(sum(result.phases.values()) for result in study.results.values() if result.ended_at <= last)
+    return sum(result.engine_s for result in study.results.values() if result.ended_at <= last)
 
 
 def words(columns: Sequence[Column]) -> str:

@@ -381,7 +381,7 @@ def table(studied: Studied) -> dict[str, Any]:
             "result": result,
             "metrics": [result.metrics.get(metric) for metric in metrics],
             "params": [result.params.get(key, result.defaults.get(key)) for key in params],
-            "seconds": sum(result.phases.values()),
+            "seconds": result.engine_s,
             "outcome": outcome(result, objective.metrics),
         }
         for name, result in order

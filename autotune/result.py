@@ -56,6 +56,11 @@ class Result:
         return self.complete and all(value <= 0 for value in self.constraints.values())
 
     @property
+    def engine_s(self) -> float:
+        """Seconds that it took an engine, all phases: what a budget and a comparison count."""
+        return sum(self.phases.values())
+
+    @property
     def shell_command(self) -> str:
         return shlex.join(self.command)
 

@@ -5,7 +5,7 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
-# A part ends with the first line, after the end of the part before, that holds these words; vLLM 0.26 to 0.32.
+# A part ends with the first line that holds these words; vLLM 0.26 to 0.32.
 ENDS = {
     "import": "",  # the API server's first line
     "engine": "Initializing a V1 LLM engine",  # in a process of its own, which imports vLLM again

@@ -32,7 +32,7 @@ class Estimate:
     @property
     def engine_s(self) -> float:
         """Seconds of start and run."""
-        return sum(self.result.phases.values())
+        return self.result.engine_s
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def make_sampler(config: Any, space: Space, begun: int = 0) -> optuna.samplers.B
             raise InputError("sampler=botorch needs the extra `botorch`: uv pip install -e '.[botorch]'") from None
         raise
     if isinstance(made, TPESampler):
-        _truncnorm._log_ndtr = log_ndtr  # the same function, compiled: Optuna's is Python, 50,000 calls at 1,000 trials
+        _truncnorm._log_ndtr = log_ndtr  # the same function, compiled: Optuna's is Python
     if type(made).__name__ in ("GPSampler", "BoTorchSampler"):
         import torch  # takes seconds
 

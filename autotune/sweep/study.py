@@ -359,7 +359,7 @@ class Study:
         if asked.trial is None:
             result.defaults = self._defaults
         result.save(folder)
-        self._engine_s += sum(result.phases.values())
+        self._engine_s += result.engine_s
         if not pruned:
             estimated = " (estimated)" if result.estimated else ""
             log.info("%s: %s%s", asked.name, summary.outcome(result, self._config.objective.metrics), estimated)
@@ -456,7 +456,7 @@ class Study:
             self._note_measured(summary.BASELINE, {})
         self._wants_baseline = missing and not self._take_up(None)
         results = (Result.load(path.parent) for path in self._folder.glob("*/result.json"))
-        self._engine_s = sum(sum(result.phases.values()) for result in results)
+        self._engine_s = sum(result.engine_s for result in results)
         fresh = not self._study.trials and not isinstance(self._study.sampler, Grid)
         if self._config.warm_start and fresh:
             self._enqueue_warm_start(self._config.warm_start)
