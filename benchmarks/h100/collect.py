@@ -34,7 +34,8 @@ def main() -> None:
     multirun, data = arguments.folder / "multirun", arguments.data / arguments.page
     studies = arguments.studies or [path.name for path in multirun.glob("*") if not path.name.endswith("-sim")]
     for study in studies:
-        for file in sorted((multirun / study).rglob("result.json")):
+        trials = multirun / study
+        for file in [*trials.glob("*/result.json"), *trials.glob("verify/*/result.json")]:
             place = file.parent.relative_to(multirun)
             keep(file, data / place.with_suffix(".json"))
         if (verdict := multirun / study / "verify.json").exists():

@@ -17,10 +17,8 @@ grid=(
 first=(n_trials=60 seed=1)
 
 engine_time() { # of a study's trials without the baseline, s
-    python3 - multirun/"$1"/trial-*/result.json <<<'
-import json, sys
-phases = [json.load(open(file))["phases"] for file in sys.argv[1:]]
-print(round(sum(one[name] for one in phases for name in ("start", "warmup", "run", "stop") if name in one)))'
+    python3 -c 'import sys; from pathlib import Path; from autotune.result import Result
+print(round(sum(Result.load(Path(trial)).engine_s for trial in sys.argv[1:])))' multirun/"$1"/trial-*
 }
 
 step interactive-closed-sim simulated interactive-closed-sim "${interactive[@]}" "${closed[@]}" "${first[@]}"

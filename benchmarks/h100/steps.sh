@@ -1,10 +1,9 @@
 # Sourced by run.sh and two_gpus.sh. Commands run in $folder, so that the studies lie in $folder/multirun.
 #
-# WORDS  added to every command: WORDS="model=tiny dataset=cnn_small" tries the whole thing without a GPU
+# WORDS  added to every study and trial: WORDS="model=tiny dataset=cnn_small" tries the whole thing without a GPU
 # GPUS   `all` unless set
 
 set -uo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 folder=${1:?folder for what is measured}
 shift
 wanted=" $* " # steps; none is all
@@ -32,7 +31,7 @@ study() {
 }
 
 simulated() { # as a study of the same words, without a GPU
-    python3 -m autotune -m study="$1" model=llama8b_dummy backend=sim tracking=none "${@:2}" ${words[@]+"${words[@]}"}
+    python3 -m autotune -m study="$1" model=llama8b_dummy backend=sim tracking=none "${@:2}" "${words[@]}"
 }
 
 verify() {

@@ -18,7 +18,8 @@ ONE, TWO = HERE / "data/one-gpu", HERE / "data/two-gpus"
 PAGES = [HERE.parents[1] / "docs/benchmarks" / name for name in ("h100.md", "two-gpus.md")]
 INTERACTIVE = ("interactive-closed", "interactive-open", "interactive-random", "interactive-grid")
 OFFLINE = ("offline-closed", "offline-open")
-PHASES = ("start", "warmup", "run", "stop")
+SIDES = ("alone", "together")
+PHASES = ("start", "warmup", "run", "stop", "other")
 Row = Sequence[str]
 
 
@@ -30,10 +31,6 @@ def study(folder: Path) -> dict[str, Result]:
     """Its trials, in the order in which they ended; none where it was not measured."""
     found = {file.stem: read(file) for file in folder.glob("*.json") if file.stem != "verify"}
     return dict(sorted(found.items(), key=lambda item: item[1].ended_at))
-
-
-def engine_s(result: Result) -> float:
-    return sum(result.phases.get(phase, 0.0) for phase in PHASES)
 
 
 def markdown(head: Row, rows: Iterable[Row]) -> str:
@@ -61,10 +58,8 @@ def interactive() -> str:
         for trial, result in study(ONE / name).items():
             digits = {"max_qps": 2, "failing_qps": 2, "ttft_p99_ms": 0, "tpot_p99_ms": 1, "tokens_per_s": 0}
             shown = [number(result.metrics.get(metric), places) for metric, places in digits.items()]
-            failed = [result.reason or "failed"] if not result.complete else [result.bound]
-            rows.append(
-                (name, trial, changed(result), *shown, *failed, str(len(result.runs)), number(engine_s(result), 0))
-            )
+            taken = (str(len(result.runs)), number(result.engine_s, 0))
+            rows.append((name, trial, changed(result), *shown, bound(result), *taken))
     return markdown(head, rows)
 
 
@@ -82,14 +77,14 @@ def offline() -> str:
 def arms() -> str:
     """What each way of searching had found when it had used the engine time of the first."""
     head = ("way", "trials", "engine time, min", "best max QPS", "after, min")
-    budget = sum(engine_s(result) for trial, result in study(ONE / INTERACTIVE[0]).items() if trial != "baseline")
+    budget = sum(result.engine_s for trial, result in study(ONE / INTERACTIVE[0]).items() if trial != "baseline")
     rows = []
     for name in (INTERACTIVE[0], *INTERACTIVE[2:]):
         used, best, after, count = 0.0, 0.0, 0.0, 0
         for trial, result in study(ONE / name).items():
             if trial == "baseline" or used >= budget:
                 continue
-            used, count = used + engine_s(result), count + 1
+            used, count = used + result.engine_s, count + 1
             if result.feasible and result.values[0] > best:
                 best, after = result.values[0], used
         rows.append((name, str(count), number(used / 60), number(best, 2), number(after / 60)))
@@ -107,7 +102,7 @@ def verified() -> str:
 
 def headline() -> str:
     trials = study(ONE / INTERACTIVE[0])
-    baseline, best = trials["baseline"], max(trials.values(), key=lambda result: result.metrics["max_qps"])
+    baseline, best = trials["baseline"], max(trials.values(), key=lambda result: result.metrics.get("max_qps", 0.0))
     before, after = baseline.metrics["max_qps"], best.metrics["max_qps"]
     gain = f"{before:.1f} → {after:.1f} queries/s within MLPerf's Interactive limits, {after / before - 1:+.0%}"
     return f"**{gain} over vLLM's defaults, by `{changed(best)}`.**"
@@ -137,12 +132,11 @@ def simulated() -> str:
 
 
 def starts() -> str:
-    return start_table([(trial, result) for trial, result in study(ONE / INTERACTIVE[0]).items()])
+    return start_table(list(study(ONE / INTERACTIVE[0]).items()))
 
 
-def start_table(trials: Iterable[tuple[str, Result]]) -> str:
+def start_table(trials: Sequence[tuple[str, Result]]) -> str:
     """Seconds of each trial by phase, its start by part."""
-    trials = list(trials)
     parts = list(dict.fromkeys(part for _, result in trials for part in result.start))
     rows = []
     for name, result in trials:
@@ -152,38 +146,32 @@ def start_table(trials: Iterable[tuple[str, Result]]) -> str:
 
 
 def side_by_side() -> str:
-    pairs = {name: study(TWO / name) for name in ("alone", "together")}
-    head = ("", *(changed(result) for result in pairs["alone"].values()), "first start to last end, s")
-    rows = []
-    for name, trials in pairs.items():
-        found = {changed(result): result for result in trials.values()}
-        wall = max(one.ended_at for one in found.values()) - min(one.started_at for one in found.values())
-        rows.append(
-            (name, *(f"{found[key].metrics['tokens_per_s']:,.0f} tokens/s" for key in head[1:-1]), number(wall))
-        )
-    return markdown(head, rows)
+    alone, together = ({changed(result): result for result in study(TWO / name).values()} for name in SIDES)
+    rates = {key: [side[key].metrics["tokens_per_s"] for side in (alone, together)] for key in alone}
+    wall = [max(one.ended_at for one in side.values()) - min(one.started_at for one in side.values())
+            for side in (alone, together)]  # fmt: skip
+    rows = [
+        (name, *(f"{rates[key][at]:,.0f} tokens/s" for key in rates), number(wall[at])) for at, name in enumerate(SIDES)
+    ]
+    apart = max(abs(second / first - 1) for first, second in rates.values())
+    faster = f"{wall[0] / wall[1]:.2f} times as fast, where 1.8 was the target"
+    table = markdown(("", *rates, "first start to last end, s"), rows)
+    return f"{table}\n\n{faster}; the values are within {apart:.1%} of each other."
 
 
 def side_by_side_starts() -> str:
-    return start_table(
-        (f"{name}, {changed(result)}", result)
-        for name in ("alone", "together")
-        for result in study(TWO / name).values()
-    )
+    trials = [(name, result) for name in SIDES for result in study(TWO / name).values()]
+    return start_table([(f"{name}, {changed(result)}", result) for name, result in trials])
 
 
 def beside_a_failure() -> str:
     other, trial = read(TWO / "trials/out-of-memory.json"), read(TWO / "parallelism/baseline.json")
-    rows = [
-        ("out of memory", "0", other.reason[:118] + " …", number(other.ended_at - other.started_at, 0)),
-        (
-            "vLLM's defaults",
-            trial.facts["leased_gpus"],
-            f"{trial.metrics['tokens_per_s']:,.0f} tokens/s",
-            number(trial.ended_at - trial.started_at, 0),
-        ),
-    ]
-    return markdown(("trial", "GPU", "what became of it", "s"), rows)
+    ends = {
+        "out of memory": (other, f"{other.reason[:118]} …"),
+        "vLLM's defaults": (trial, f"{trial.metrics['tokens_per_s']:,.0f} tokens/s"),
+    }
+    rows = [(name, said, number(one.ended_at - one.started_at, 0)) for name, (one, said) in ends.items()]
+    return markdown(("trial", "what became of it", "s"), rows)
 
 
 def tensor_parallel() -> str:

@@ -9,11 +9,15 @@ two=(baseline=false 'engine.args.max_num_seqs=choice(512,1024)')
 
 # vLLM's fused all-reduce needs NVLink multicast, and hangs on a host that has it switched off.
 no_multicast=(engine.args.compilation_config.pass_config.fuse_allreduce_rms=false)
+both=(engine.args.tensor_parallel_size=2 "${no_multicast[@]}")
+
+trial() { # one alone, in multirun/trials/NAME; always in a subshell, whose process becomes the trial's
+    exec python3 -m autotune study="$1" model=llama8b_dummy gpus="${GPUS:-all}" tracking=none "${@:2}" "${words[@]}"
+}
 
 killed() { # SIGKILL to a trial that holds both GPUs: seconds until they are empty, and whether their leases are free
     local began
-    python3 -m autotune study=killed model=llama8b_dummy scenario=offline tracking=none gpus="${GPUS:-all}" \
-        engine.args.tensor_parallel_size=2 "${no_multicast[@]}" "${words[@]}" &
+    trial killed "${offline[@]}" "${both[@]}" &
     until [[ $(busy) == 2 ]]; do
         kill -0 $! || return 1
         sleep 0.2
@@ -33,8 +37,7 @@ killed() { # SIGKILL to a trial that holds both GPUs: seconds until they are emp
 
 parallelism() {
     local other
-    python3 -m autotune study=out-of-memory model=llama8b_dummy "${offline[@]}" gpus="${GPUS:-all}" tracking=none \
-        engine.args.kv_cache_memory_bytes=150000000000 "${words[@]}" &
+    trial out-of-memory "${offline[@]}" engine.args.kv_cache_memory_bytes=150000000000 &
     other=$!
     study parallelism "${offline[@]}" space=parallelism objective=throughput_per_gpu duplicates=measure \
         'engine.args.tensor_parallel_size=choice(1,2)' engine.args.pipeline_parallel_size=1 \
@@ -47,12 +50,13 @@ busy() { # GPUs with more than 5 GiB in use
 }
 
 # The same two trials one after the other and side by side; what both compile is compiled before.
-step warm study warm "${offline[@]}" tracking=none n_trials=0 scenario.min_queries=100
+step warm trial warm "${offline[@]}"
 step alone study alone "${offline[@]}" "${two[@]}" gpus="[0]"
 step together study together "${offline[@]}" "${two[@]}"
 step alone-max-qps study alone-max-qps "${interactive[@]}" space=none sampler=grid "${two[@]}" gpus="[0]"
 step together-max-qps study together-max-qps "${interactive[@]}" space=none sampler=grid "${two[@]}"
 # One-GPU trials and one that takes both; beside them a trial of somebody else's that runs out of memory.
 step parallelism parallelism
+step tensor-parallel trial tensor-parallel "${offline[@]}" "${both[@]}"
 step killed killed
 exit $failed
