@@ -81,6 +81,9 @@ class Backend(Protocol):
     def check(self, args: Mapping[str, Any]) -> None:
         """Raise InputError for vLLM flags that can't be served. Cheap; takes no GPU."""
 
+    def prepare_dry_runs(self) -> None:
+        """Dry runs will follow: begin what the first of them would wait for, and return at once."""
+
     def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
         """Whether vLLM's own configuration accepts `args`, and what they resolve to. Takes no GPU."""
 

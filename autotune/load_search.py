@@ -19,24 +19,32 @@ class Found:
     failing: float | None  # lowest above it that broke them
 
 
-def search(holds: Callable[[float, float, bool], bool], burst_qps: float, full_s: float, settings: LoadSearch) -> Found:
+def search(
+    holds: Callable[[float, float, bool], bool], burst_qps: float | None, full_s: float, settings: LoadSearch
+) -> Found:
     """Look for the highest load; `holds(qps, seconds, full)` makes a run and says whether it held the limits.
 
-    `burst_qps` is about what the server can take at most. A short run may be wrong either way; so both ends of the
-    bracket are run once more in full length `full_s`, and the bracket moves to where they say.
+    `burst_qps` is about what the server can take at most; None where `settings.start_qps` says where to begin, with
+    runs of full length and small steps. A short run may be wrong either way; so both ends of the bracket are run once
+    more in full length `full_s`, and the bracket moves to where they say.
     """
     seconds = min(settings.first_s, full_s)
     certified = failing = None  # in full length
     low: float | None = None
     high: float | None = None
     low_s = 0.0  # length of the run that `low` held
-    qps, step, closing = START * burst_qps, WIDEN, False
+    if burst_qps is None:
+        assert settings.start_qps
+        qps, step, closing = settings.start_qps, 1 + settings.precision, True
+    else:
+        qps, step, closing = START * burst_qps, WIDEN, False
+    least = LEAST * (burst_qps or qps)
     for _ in range(settings.max_runs):
-        if qps < LEAST * burst_qps:
+        if qps < least:
             break
         full = closing or seconds >= full_s
         if holds(qps, full_s if full else seconds, full):
-            low, low_s, certified = qps, seconds, qps if full else certified
+            low, low_s, certified = qps, full_s if full else seconds, qps if full else certified
             if high is not None and low >= high:
                 high = failing = None
         else:

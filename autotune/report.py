@@ -44,6 +44,8 @@ BOUNDS = {
     "queue": "requests waited",
     "arrival": "the server kept up: more load was not offered",
     "client": "the load generator",
+    "ttft": "a higher load breaks the limit on TTFT",
+    "tpot": "a higher load breaks the limit on TPOT",
 }
 
 

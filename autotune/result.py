@@ -32,7 +32,7 @@ class Result:
     reasons: list[str] = field(default_factory=list)  # why it is not VALID
     metrics: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, list[float]] = field(default_factory=dict)  # 95 % confidence: metric → [low, high]
-    bound: str = ""  # what kept it from more: kv, sequences, tokens, queue, arrival or client
+    bound: str = ""  # what kept it from more: kv, sequences, tokens, queue, arrival, client; of a search ttft or tpot
     runs: list[LoadRun] = field(default_factory=list)  # where there were several
     phases: dict[str, float] = field(default_factory=dict)  # seconds: start, warmup, run, stop, other
     start: dict[str, float] = field(default_factory=dict)  # the first of them by part: import, weights, compile, …

@@ -21,7 +21,7 @@ class Run:
     measured: Measurement
     metrics: dict[str, float]
     constraints: dict[str, float]
-    bound: str  # what kept the server from more
+    bound: str  # what kept the server from more: server_state.bound, or the limit that a higher load breaks
 
     def summary(self, folder: Path, role: str, qps: float) -> LoadRun:
         measured = self.measured
@@ -70,18 +70,37 @@ def repeated(config: Config, engine: Engine, flags: Mapping[str, Any], folder: P
     return replace(done[-1], measured=valid[-1].measured, metrics=means, constraints=worst)
 
 
-def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> Run:
-    """The certified run at the highest load that holds the limits, with `max_qps` and `failing_qps` in its metrics.
-
-    Where no load does, the run at the lowest one that was tried, with `max_qps` 0. Raises InputError for a scenario
-    that has no arrival rate or no limits.
-    """
+def check(config: Config) -> None:
+    """Raise InputError for a search of the highest load that could find none."""
     scenario, settings = config.scenario, config.scenario.search
+    if not searches(config):
+        return
     if scenario.kind is not Kind.Server or not any(scenario.limits_s()):
         raise InputError(
             f"objective.metrics: max_qps is the highest load under limits, and scenario={scenario.name} has no "
             f"{'limits' if scenario.kind is Kind.Server else 'arrival rate'}; write scenario=interactive or server"
         )
+    fewest = early_stopping.queries_needed(0)
+    if settings.certify_queries < fewest:
+        raise InputError(
+            f"scenario.search.certify_queries={settings.certify_queries}: LoadGen's test passes no run of so few "
+            f"queries; write {fewest} or more"
+        )
+    if settings.start_qps is not None and settings.start_qps <= 0:
+        raise InputError(f"scenario.search.start_qps={settings.start_qps:g}: write queries/s, or null to find out")
+
+
+def searches(config: Config) -> bool:
+    """Whether a trial looks for its highest load itself."""
+    return "max_qps" in config.objective.metrics
+
+
+def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> Run:
+    """The certified run at the highest load that holds the limits, with `max_qps` and `failing_qps` in its metrics.
+
+    Where no load does, the run at the lowest one that was tried, with `max_qps` 0.
+    """
+    scenario, settings = config.scenario, config.scenario.search
     done: dict[float, Run] = {}
 
     def run(role: str, asked: ScenarioConfig) -> Run:
@@ -102,13 +121,20 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
             done[qps] = found
         return found.measured.verdict == "VALID"
 
-    served = run("burst", burst(scenario))
-    found = load_search.search(holds, served.metrics["samples_per_s"], scenario.min_duration_s, settings)
+    burst_qps = None if settings.start_qps else run("burst", burst(scenario)).metrics["samples_per_s"]
+    found = load_search.search(holds, burst_qps, scenario.min_duration_s, settings)
     best = done[min(done) if found.certified is None else found.certified]
     best.metrics["max_qps"] = found.certified or 0.0
-    if found.failing is not None:
-        best.metrics["failing_qps"] = found.failing
-    return best
+    if found.failing is None:
+        return best
+    best.metrics["failing_qps"] = found.failing
+    return replace(best, bound=broken_limit(done[found.failing]))
+
+
+def broken_limit(run: Run) -> str:
+    """The limit that `run` is over by most, ttft or tpot; or that its client was too slow."""
+    over = {name.removesuffix("_p99"): share for name, share in run.constraints.items() if name.endswith("_p99")}
+    return CLIENT if run.bound == CLIENT else max(over, key=lambda name: over[name])
 
 
 def burst(scenario: ScenarioConfig) -> ScenarioConfig:

@@ -91,6 +91,7 @@ class DatasetConfig:
 class LoadSearch:
     """objective=max_qps: how the highest load that holds the limits is looked for, on one server."""
 
+    start_qps: float | None = None  # where the load is about known to be; null: a burst and short runs find it out
     precision: float = 0.04  # the certified load fails if it is raised by this share
     burst: int = 200  # requests at once, to see what the server can take at most
     first_s: float = 10.0  # the shortest run, s; the certifying one lasts scenario.min_duration_s

@@ -79,7 +79,7 @@ def winner(study: optuna.Study, folder: Path) -> str | None:
 
 def headline(study: optuna.Study, folder: Path, config: Config) -> dict[str, float]:
     """The study in a few figures, for MLflow's parent run."""
-    trials = [trial for trial in study.trials if LOST not in trial.user_attrs]
+    trials = [trial for trial in study.trials if LOST not in trial.user_attrs and trial.state is not TrialState.WAITING]
     figures = {"trials": float(len(trials)), "failed_trials": float(sum(map(_failed, trials)))}
     metric = config.objective.metrics[0]
     trial, baseline = best(study), Result.find(folder / BASELINE)
@@ -137,7 +137,8 @@ def words(study: optuna.Study, folder: Path, config: Config) -> str:
 
 
 def _counts(study: optuna.Study, config: Config) -> str:
-    trials = [trial for trial in study.trials if not {BASELINE, LOST} & trial.user_attrs.keys()]
+    asked = [trial for trial in study.trials if trial.state is not TrialState.WAITING]
+    trials = [trial for trial in asked if not {BASELINE, LOST} & trial.user_attrs.keys()]
     refused = sum("refused" in trial.user_attrs for trial in trials)
     failed = sum(map(_failed, trials))
     again = sum(DUPLICATE in trial.user_attrs for trial in trials)

@@ -45,6 +45,7 @@ def prepare(config: Config) -> Prepared:
     backend = backend_class(OmegaConf.to_object(settings), cache)
     args = vllm_flags(config)
     objective.check(config.objective)
+    runs.check(config)
     backend.check(args)
     shape = None if backend.needs_weights else _partial(config.model.shape)
     return Prepared(models.locate(config.model, cache, _partial(config.model.build), shape), backend, args)
@@ -139,7 +140,7 @@ def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Pa
     result.estimated, result.command = engine.estimated, engine.command
     result.start = engine.start
     result.phases["start"] = sum(engine.start.values())
-    if "max_qps" in config.objective.metrics:
+    if runs.searches(config):
         run = runs.highest_load(config, engine, flags, folder, result)
     elif config.scenario.repeats > 1:
         run = runs.repeated(config, engine, flags, folder, result)

@@ -99,7 +99,7 @@ def repeats(study: FinishedStudy, wanted: Verify, overrides: Sequence[str]) -> l
 
     All configurations of a block see the same load: its number is added to scenario.seed, so that none sees the
     load that the study chose it on. They also run on the same GPUs; blocks on different ones run side by side.
-    Raises InputError.
+    A search for the highest load begins where the study's ended. Raises InputError.
     """
     names = [BASELINE, *chosen(study, wanted)]
     configs = {name: study.config(name, overrides) for name in names}
@@ -112,6 +112,9 @@ def repeats(study: FinishedStudy, wanted: Verify, overrides: Sequence[str]) -> l
         # The baseline's own launcher and GPUs may be others (baseline_gpu).
         changed = {"gpus": gpus, "backend.gpus": gpus, "launcher": first.launcher, "scenario.seed": seed}
         written = [*study.results[name].overrides, *overrides, f"scenario.seed={seed}"]
+        if highest := study.results[name].metrics.get("max_qps"):
+            changed["scenario.search.start_qps"] = highest
+            written.append(f"scenario.search.start_qps={highest}")
         config = with_fields(configs[name], changed)
         return Repeat(name, block, Trial(config, written, study.folder / FOLDER / f"{name}-{block}"))
 

@@ -31,6 +31,9 @@ class Sleeper:
     def check(self, args: Mapping[str, Any]) -> None:
         """Takes every flag."""
 
+    def prepare_dry_runs(self) -> None:
+        """They take no time."""
+
     def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
         return DryRunOutcome("", {})
 

@@ -30,6 +30,8 @@ def test_highest_load_is_certified_and_bracketed(tmp_path: Path):
     failed = certifying[round(result.metrics["failing_qps"], 6)]
     assert passed.verdict == "VALID" and not passed.stopped_early and passed.metrics["requests"] >= 1000
     assert failed.verdict == "INVALID"
+    broken = failed.reasons[0].split()[0].lower()  # "TPOT over its limit in …"
+    assert result.bound == broken and broken in ("ttft", "tpot")
     assert result.metrics["ttft_p99_ms"] == passed.metrics["ttft_p99_ms"]
     for one in result.runs:
         assert (tmp_path / one.folder / "server.csv").exists()
@@ -79,12 +81,25 @@ def test_limits_that_no_load_holds_leave_an_infeasible_trial(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["scenario=offline"], "has no arrival rate"), (["scenario=server", "scenario.ttft_ms=null"], "has no limits")],
+    [
+        (["scenario=offline"], "has no arrival rate"),
+        (["scenario=server", "scenario.ttft_ms=null", "scenario.tpot_ms=null"], "has no limits"),
+        (["scenario=server", "scenario.search.certify_queries=458"], "write 459 or more"),
+        (["scenario=server", "scenario.search.start_qps=0"], "write queries/s"),
+    ],
 )
-def test_search_without_a_load_or_limits_is_refused(arguments: list[str], words: str, tmp_path: Path):
-    more = ["scenario.tpot_ms=null"] if "limits" in words else []
+def test_search_that_can_find_nothing_is_refused_before_a_server_starts(arguments: list[str], words: str):
+    config, _, _ = command_line([*SIMULATED, *arguments, "objective=max_qps"])
     with pytest.raises(InputError, match=words):
-        run(tmp_path, *arguments, *more, "objective=max_qps")
+        trial.prepare(config)
+
+
+def test_search_that_begins_where_the_load_is_known_takes_fewer_runs(tmp_path: Path):
+    asked = ["scenario=interactive", "objective=max_qps", "scenario.min_duration_s=30"]
+    unknown = run(tmp_path / "a", *asked)
+    known = run(tmp_path / "b", *asked, f"scenario.search.start_qps={unknown.values[0]}")
+    assert known.values == unknown.values
+    assert [one.role for one in known.runs] == ["certify", "certify"] and len(unknown.runs) > 4
 
 
 def test_repeats_are_means_with_an_interval(tmp_path: Path):

@@ -46,6 +46,13 @@ def study(folder: Path, baseline: Result | None, *trials: Result, objective: Obj
     return made
 
 
+def test_trials_that_wait_to_be_run_are_not_counted(tmp_path: Path):
+    made = study(tmp_path, None, result(1.0))
+    made.enqueue_trial({"engine.args.max_num_seqs": 5})
+    assert "Study s: 1 trials, 0 failed" in summary.words(made, tmp_path, config())
+    assert summary.headline(made, tmp_path, config())["trials"] == 1
+
+
 @pytest.mark.parametrize(
     ("trial", "words"),
     [

@@ -53,6 +53,9 @@ class LiveBackend:
     def check(self, args: Mapping[str, Any]) -> None:
         self.vllm.check(args)
 
+    def prepare_dry_runs(self) -> None:
+        flags.probe(self.vllm.python, self._env)  # imports vLLM
+
     def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
         return dry_run(self.vllm, self._env, model.folder, args, self._cache_dir)
 

@@ -43,6 +43,9 @@ class SimBackend:
         if unknown:
             log.warning("backend=sim leaves out what it does not model: engine.args.%s", ", ".join(unknown))
 
+    def prepare_dry_runs(self) -> None:
+        """They take no time."""
+
     def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
         shape = Shape.of(model.config)
         flags = resolve(args, self.config.device, shape)

@@ -242,6 +242,7 @@ class Study:
         """The baseline, then what the sampler suggests and vLLM accepts; None if nothing more is to be run."""
         if self._wants_baseline:
             self._wants_baseline = False
+            self._prepared.backend.prepare_dry_runs()  # while the baseline starts, not once it has ended
             return Asked(summary.BASELINE, {}, None)
         refused = looked_up = 0  # in a row
         while not self._exhausted and self._count < self._n_trials and not self._spent():

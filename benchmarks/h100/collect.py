@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 DATA = Path(__file__).parent / "data"
+CUT_OFF = ("SystemExit", "KeyboardInterrupt")  # how a trial that was stopped with its study begins its reason
 RUN_FIGURES = (
     "duration_s",
     "requests",
@@ -36,8 +37,9 @@ def main() -> None:
     for study in studies:
         trials = multirun / study
         for file in [*trials.glob("*/result.json"), *trials.glob("verify/*/result.json")]:
-            place = file.parent.relative_to(multirun)
-            keep(file, data / place.with_suffix(".json"))
+            if not json.loads(file.read_text())["reason"].startswith(CUT_OFF):
+                place = file.parent.relative_to(multirun)
+                keep(file, data / place.with_suffix(".json"))
         if (verdict := multirun / study / "verify.json").exists():
             keep(verdict, data / study / "verify.json")
     if (killed := arguments.folder / "done" / "killed").exists():

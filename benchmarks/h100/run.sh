@@ -7,6 +7,10 @@
 source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 
 offline=(scenario=offline scenario.min_queries=1000)
+loaded=(
+    scenario=interactive scenario.qps=26 scenario.stop=never scenario.min_duration_s=20 scenario.min_queries=459
+    engine.args.max_num_batched_tokens=1024
+)
 closed=('engine.args.max_num_batched_tokens=choice(512,1024,2048,4096,8192,16384)')
 open=("space=[scheduler,quantization]" "${closed[@]}")
 # vLLM's auto_tune.sh: these sequences × tokens unless told otherwise
@@ -26,20 +30,24 @@ step interactive-open-sim simulated interactive-open-sim "${interactive[@]}" "${
 step offline-closed-sim simulated offline-closed-sim "${offline[@]}" "${closed[@]}" "${first[@]}"
 step offline-open-sim simulated offline-open-sim "${offline[@]}" "${open[@]}" "${first[@]}"
 
+# What a start takes, and whether what it measures depends on how vLLM makes its engine's process.
+step start-first trial start-first "${loaded[@]}"
+step start-spawn trial start-spawn "${loaded[@]}" backend.env.VLLM_WORKER_MULTIPROC_METHOD=spawn
+step start-fork trial start-fork "${loaded[@]}" backend.env.VLLM_WORKER_MULTIPROC_METHOD=fork
+
 step interactive-closed study interactive-closed "${interactive[@]}" "${closed[@]}" \
     n_trials="${CLOSED:-5}" warm_start=interactive-closed-sim prior.keep=2
+step verify-interactive verify interactive-closed k=1 n=3
+step offline-closed study offline-closed "${offline[@]}" "${closed[@]}" \
+    n_trials="${OFFLINE:-3}" warm_start=offline-closed-sim prior.keep=1
+step offline-open study offline-open "${offline[@]}" "${open[@]}" \
+    baseline=false n_trials="${OFFLINE:-3}" warm_start=offline-open-sim prior.keep=1
 step interactive-open study interactive-open "${interactive[@]}" "${open[@]}" \
     baseline=false n_trials="${OPEN:-4}" warm_start=interactive-open-sim prior.keep=2
-step offline-closed study offline-closed "${offline[@]}" "${closed[@]}" \
-    n_trials=3 warm_start=offline-closed-sim prior.keep=1
-step offline-open study offline-open "${offline[@]}" "${open[@]}" \
-    baseline=false n_trials=2 warm_start=offline-open-sim prior.keep=1
 
 arm() { # another way to search, with the engine time that interactive-closed had
     study "$1" "${interactive[@]}" baseline=false n_trials=100 budget="$(engine_time interactive-closed)s" "${@:2}"
 }
 step interactive-random arm interactive-random "${closed[@]}" sampler=random seed=2
 step interactive-grid arm interactive-grid "${grid[@]}"
-
-step verify-interactive verify interactive-closed k=1 n=3
 exit $failed

@@ -34,6 +34,10 @@ simulated() { # as a study of the same words, without a GPU
     python3 -m autotune -m study="$1" model=llama8b_dummy backend=sim tracking=none "${@:2}" "${words[@]}"
 }
 
+trial() { # one alone, in multirun/trials/NAME; always in a subshell, whose process becomes the trial's
+    exec python3 -m autotune study="$1" model=llama8b_dummy gpus="${GPUS:-all}" tracking=none "${@:2}" "${words[@]}"
+}
+
 verify() {
     python3 -m autotune.verify study="$1" gpus="${GPUS:-all}" "${@:2}"
 }

@@ -11,10 +11,6 @@ two=(baseline=false 'engine.args.max_num_seqs=choice(512,1024)')
 no_multicast=(engine.args.compilation_config.pass_config.fuse_allreduce_rms=false)
 both=(engine.args.tensor_parallel_size=2 "${no_multicast[@]}")
 
-trial() { # one alone, in multirun/trials/NAME; always in a subshell, whose process becomes the trial's
-    exec python3 -m autotune study="$1" model=llama8b_dummy gpus="${GPUS:-all}" tracking=none "${@:2}" "${words[@]}"
-}
-
 killed() { # SIGKILL to a trial that holds both GPUs: seconds until they are empty, and whether their leases are free
     local began
     trial killed "${offline[@]}" "${both[@]}" &
