@@ -16,7 +16,7 @@ from typing import Any
 from autotune import objective, studies
 from autotune.compose import errors_in_one_line, options, write_out
 from autotune.errors import InputError
-from autotune.schema import ScenarioConfig
+from autotune.schema import Config
 from autotune.space import FLAG
 from autotune.studies import FinishedStudy
 from autotune.text import aligned
@@ -70,7 +70,7 @@ def column(study: FinishedStudy) -> Column:
         objective=", ".join(f"{direction} {metric}" for metric, direction in pairs),
         model=config.model.name,
         dataset=config.dataset.name,
-        scenario=_scenario(config.scenario),
+        scenario=_scenario(config),
         device=f"{facts['simulated']}, simulated" if "simulated" in facts else facts.get("gpu", facts.get("cpu", "")),
         vllm=facts.get("vllm", ""),
         sampler=config.sampler,
@@ -85,10 +85,10 @@ def column(study: FinishedStudy) -> Column:
     )
 
 
-def _scenario(scenario: ScenarioConfig) -> str:
+def _scenario(config: Config) -> str:
+    scenario = config.scenario
     limits = [f"{name.upper()} {value:g} ms" for name in ("ttft", "tpot") if (value := getattr(scenario, f"{name}_ms"))]
-    load = [f"{scenario.qps:g} queries/s"] if scenario.kind.value == "Server" else []
-    return ", ".join([scenario.name, *load, *limits])
+    return ", ".join(filter(None, [scenario.name, objective.offered_load(config.objective, scenario), *limits]))
 
 
 def _engine_s(study: FinishedStudy, until: str) -> float:

@@ -43,6 +43,7 @@ LEAST = 4  # trials that importance is computed of
 FOREST = 200  # trials that fANOVA's forest is grown of: its time goes with them
 CONTOUR = 80  # trials that a contour is drawn of: its size goes with their square
 LINES = 200  # trials that are drawn as lines through all parameters
+GPU = {"gpu_utilization": "GPU busy", "gpu_j_per_token": "J/token"}  # of a trial, by metric
 CURVES = 5  # trials whose load curves are drawn, besides the baseline
 
 
@@ -342,7 +343,8 @@ def finished(figure: go.Figure, height: int = 360, **layout: Any) -> go.Figure:
 
 def label(metric: str) -> str:
     """A metric's heading, with its unit."""
-    return summary.HEADINGS.get(metric, metric.replace("_ms", " ms").replace("_per_s", "/s").replace("_", " "))
+    named = summary.HEADINGS | GPU
+    return named.get(metric, metric.replace("_ms", " ms").replace("_per_s", "/s").replace("_", " "))
 
 
 def changes(result: Result) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from autotune.errors import InputError
 from autotune.result import Result
-from autotune.schema import ObjectiveConfig, ScenarioConfig
+from autotune.schema import Kind, ObjectiveConfig, ScenarioConfig
 
 
 def check(objective: ObjectiveConfig) -> None:
@@ -17,6 +17,18 @@ def check(objective: ObjectiveConfig) -> None:
             f"objective: {len(objective.metrics)} metrics and {len(objective.directions)} directions; "
             f"write one of objective.directions for each of objective.metrics"
         )
+
+
+def searches(objective: ObjectiveConfig) -> bool:
+    """Whether a trial looks for its highest load itself."""
+    return "max_qps" in objective.metrics
+
+
+def offered_load(objective: ObjectiveConfig, scenario: ScenarioConfig) -> str:
+    """What is offered to a server, in words; empty where the scenario's name says it all."""
+    if searches(objective):
+        return "the highest load within the limits"
+    return f"{scenario.qps:g} queries/s" if scenario.kind is Kind.Server else ""
 
 
 def values(objective: ObjectiveConfig, metrics: Mapping[str, float]) -> list[float]:

@@ -28,6 +28,7 @@ from plotly.offline import get_plotlyjs
 from autotune import figures, studies, summary
 from autotune.errors import InputError
 from autotune.figures import drawn, label
+from autotune.objective import offered_load
 from autotune.result import Result
 from autotune.schema import Config
 from autotune.studies import FinishedStudy
@@ -371,11 +372,12 @@ def _why_not(trial: FrozenTrial) -> str:
 
 
 def table(studied: Studied) -> dict[str, Any]:
-    """Every trial that completed, the best first."""
+    """Every trial that completed, the best first; with the GPU's figures where there was one."""
     objective = studied.config.objective
     sign = 1 if objective.directions[0] == "maximize" else -1
     params = list(dict.fromkeys(key for result in studied.complete.values() for key in result.params))
-    metrics = list(dict.fromkeys([*objective.metrics, *HEADINGS]))
+    measured = {metric for result in studied.complete.values() for metric in result.metrics}
+    metrics = list(dict.fromkeys([*objective.metrics, *HEADINGS, *(name for name in figures.GPU if name in measured)]))
     order = sorted(studied.complete.items(), key=lambda item: (not item[1].feasible, -sign * item[1].values[0]))
     rows = [
         {
@@ -397,6 +399,7 @@ def facts(studied: Studied) -> list[tuple[str, str]]:
     started = [result.started_at for result in studied.results.values() if result.started_at]
     ended = [result.ended_at for result in studied.results.values() if result.ended_at]
     limits = figures.latency_limits(config.scenario)
+    offered = offered_load(config.objective, config.scenario)
     named: dict[str, dict[str, None]] = {}
     for result in studied.results.values():
         for key, value in result.facts.items():
@@ -405,7 +408,7 @@ def facts(studied: Studied) -> list[tuple[str, str]]:
     found = [
         ("model", config.model.name),
         ("data set", config.dataset.name),
-        ("scenario", f"{config.scenario.name} ({config.scenario.kind.value}), {config.scenario.qps:g} queries/s"),
+        ("scenario", f"{config.scenario.name} ({config.scenario.kind.value}){offered and f', {offered}'}"),
         ("limits", ", ".join(f"{label(metric)} {limit:g}" for metric, limit in limits.items()) or "none"),
         ("objective", ", ".join(map(" ".join, objectives))),
     ]

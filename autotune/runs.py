@@ -73,7 +73,7 @@ def repeated(config: Config, engine: Engine, flags: Mapping[str, Any], folder: P
 def check(config: Config) -> None:
     """Raise InputError for a search of the highest load that could find none."""
     scenario, settings = config.scenario, config.scenario.search
-    if not searches(config):
+    if not objective.searches(config.objective):
         return
     if scenario.kind is not Kind.Server or not any(scenario.limits_s()):
         raise InputError(
@@ -88,11 +88,6 @@ def check(config: Config) -> None:
         )
     if settings.start_qps is not None and settings.start_qps <= 0:
         raise InputError(f"scenario.search.start_qps={settings.start_qps:g}: write queries/s, or null to find out")
-
-
-def searches(config: Config) -> bool:
-    """Whether a trial looks for its highest load itself."""
-    return "max_qps" in config.objective.metrics
 
 
 def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> Run:

@@ -140,7 +140,7 @@ def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Pa
     result.estimated, result.command = engine.estimated, engine.command
     result.start = engine.start
     result.phases["start"] = sum(engine.start.values())
-    if runs.searches(config):
+    if objective.searches(config.objective):
         run = runs.highest_load(config, engine, flags, folder, result)
     elif config.scenario.repeats > 1:
         run = runs.repeated(config, engine, flags, folder, result)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from autotune.compose import command_line
+from autotune.objective import offered_load
 from tests.studies import SEQS, autotune, trials
 
 TOKENS = "engine.args.max_num_batched_tokens"
@@ -88,3 +90,16 @@ def test_warm_start_from_nothing_is_one_line(first: Path, tmp_path: Path, change
     asked = {"warm_start": f"{first}/multirun/s", SEQS: "range(1,32)", **changed}
     done = autotune(tmp_path, *(f"{key}={value}" for key, value in asked.items()))
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "load"),
+    [
+        (["scenario=offline"], ""),
+        (["scenario=server", "scenario.qps=8"], "8 queries/s"),
+        (["scenario=server", "scenario.qps=8", "objective=max_qps"], "the highest load within the limits"),
+    ],
+)
+def test_offered_load_is_said_as_it_was(words: list[str], load: str):
+    config = command_line(["model=llama8b", *words])[0]
+    assert offered_load(config.objective, config.scenario) == load

@@ -173,7 +173,7 @@ def test_odd_study_has_a_report_that_says_why_parts_are_missing(
     page = text(report.page(studied(tmp_path, trials, baseline)))
     for words in said:
         assert words in page
-    assert "could not be drawn" not in page
+    assert "could not be drawn" not in page and "GPU busy" not in page
 
 
 @pytest.mark.parametrize(
@@ -234,6 +234,14 @@ def test_study_is_found_by_name_and_one_that_is_not_there_is_one_line(autotune, 
         monkeypatch.setattr("sys.argv", ["report", *words])
         with pytest.raises(SystemExit, match=said):
             report.main()
+
+
+def test_table_shows_how_busy_the_gpu_was_where_there_was_one(tmp_path: Path):
+    busy = result(900)
+    busy.metrics |= {"gpu_utilization": 0.838, "gpu_j_per_token": 0.371}
+    page = text(report.page(studied(tmp_path, [busy])))
+    assert "server (Server), 8 queries/s" in page
+    assert "GPU busy" in page and "0.838" in page and "J/token" in page
 
 
 @pytest.mark.slow
