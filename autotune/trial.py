@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -122,12 +123,14 @@ def _measure(config: Config, result: Result, folder: Path) -> None:
         "dataset_samples": str(len(loaded)),
         "autotune": git_revision(),
     }
-    # Before a GPU is leased: vLLM's answer, where a study has not asked already, takes an import of it.
-    flags = prepared.backend.dry_run(prepared.model, prepared.args).resolved
-    with prepared.backend.start(prepared.model, prepared.args, loaded, folder) as engine:
-        with nullcontext() if engine.estimated else tracking.system_metrics(config.tracking, folder):
-            measure(config, engine, prepared.args | flags, folder, result)
-        stopping = time.monotonic()
+    # Beside the start: vLLM's answer, where a study has not asked already, takes an import of it, too.
+    with ThreadPoolExecutor(1) as beside:
+        answer = beside.submit(prepared.backend.dry_run, prepared.model, prepared.args)
+        with prepared.backend.start(prepared.model, prepared.args, loaded, folder) as engine:
+            flags = prepared.args | answer.result().resolved
+            with nullcontext() if engine.estimated else tracking.system_metrics(config.tracking, folder):
+                measure(config, engine, flags, folder, result)
+            stopping = time.monotonic()
     if not result.estimated:
         result.phases["stop"] = time.monotonic() - stopping
 

@@ -1,5 +1,6 @@
 """The runs of one trial on one server, on a simulated one."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 import pytest
 
 from autotune import trial
-from autotune.backend import Measurement
+from autotune.backend import DryRunOutcome, Measurement
 from autotune.compose import command_line
 from autotune.errors import InputError
 from autotune.result import Result
-from autotune.sim.backend import SimEngine
+from autotune.sim.backend import SimBackend, SimEngine
 
 SIMULATED = ["model=llama8b", "backend=sim", "tracking=none"]
 
@@ -132,6 +133,23 @@ def test_load_above_the_limits_is_stopped_and_infeasible(tmp_path: Path):
 )
 def test_what_bound_a_server_is_said(arguments: list[str], bound: str, tmp_path: Path):
     assert run(tmp_path, *arguments).bound == bound
+
+
+def test_vllm_is_asked_about_its_flags_while_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    begun = threading.Event()
+    answer, start = SimBackend.dry_run, SimBackend.start
+
+    def asked(backend: SimBackend, *arguments: Any) -> DryRunOutcome:
+        assert begun.wait(5), "the start waits for the answer"
+        return answer(backend, *arguments)
+
+    def starting(backend: SimBackend, *arguments: Any) -> Any:
+        begun.set()
+        return start(backend, *arguments)
+
+    monkeypatch.setattr(SimBackend, "dry_run", asked)
+    monkeypatch.setattr(SimBackend, "start", starting)
+    assert run(tmp_path, "scenario=offline", "scenario.min_queries=64").complete
 
 
 def test_failed_start_costs_what_it_took():
