@@ -8,7 +8,7 @@ from autotune.schema import LoadSearch
 
 START = 0.7  # of the rate at which a burst was served; latency limits seldom allow more
 WIDEN = 1.3  # from one load to the next until one holds and one breaks the limits
-LEAST = 0.02  # of the burst's rate: a server that can't hold this has no such load
+LEAST = 0.03  # of the first load: a server that can't hold this has no such load
 
 
 @dataclass(frozen=True)
@@ -19,26 +19,21 @@ class Found:
     failing: float | None  # lowest above it that broke them
 
 
-def search(
-    holds: Callable[[float, float, bool], bool], burst_qps: float | None, full_s: float, settings: LoadSearch
-) -> Found:
+def search(holds: Callable[[float, float, bool], bool], burst_qps: float, full_s: float, settings: LoadSearch) -> Found:
     """Look for the highest load; `holds(qps, seconds, full)` makes a run and says whether it held the limits.
 
-    `burst_qps` is about what the server can take at most; None where `settings.start_qps` says where to begin, with
-    runs of full length and small steps. A short run may be wrong either way; so both ends of the bracket are run once
-    more in full length `full_s`, and the bracket moves to where they say.
+    `burst_qps` is about what the server can take at most. A short run may be wrong either way; so both ends of the
+    bracket are run once more in full length `full_s`, and the bracket moves to where they say. From
+    `settings.start_qps`, where the load is known already, the search takes runs of full length and small steps only.
     """
     seconds = min(settings.first_s, full_s)
     certified = failing = None  # in full length
     low: float | None = None
     high: float | None = None
     low_s = 0.0  # length of the run that `low` held
-    if burst_qps is None:
-        assert settings.start_qps
-        qps, step, closing = settings.start_qps, 1 + settings.precision, True
-    else:
-        qps, step, closing = START * burst_qps, WIDEN, False
-    least = LEAST * (burst_qps or qps)
+    closing = settings.start_qps is not None
+    qps = settings.start_qps or START * burst_qps
+    step, least = 1 + settings.precision if closing else WIDEN, LEAST * qps
     for _ in range(settings.max_runs):
         if qps < least:
             break

@@ -116,7 +116,7 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
             done[qps] = found
         return found.measured.verdict == "VALID"
 
-    burst_qps = None if settings.start_qps else run("burst", burst(scenario)).metrics["samples_per_s"]
+    burst_qps = 0.0 if settings.start_qps else run("burst", burst(scenario)).metrics["samples_per_s"]
     found = load_search.search(holds, burst_qps, scenario.min_duration_s, settings)
     best = done[min(done) if found.certified is None else found.certified]
     best.metrics["max_qps"] = found.certified or 0.0

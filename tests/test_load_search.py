@@ -48,7 +48,7 @@ def test_burst_may_be_far_off(burst_qps: float):
 @pytest.mark.parametrize("start_qps", [15.0, 29.9, 31.0, 60.0])
 def test_search_from_a_load_that_is_about_known_makes_whole_runs_only(start_qps: float):
     server = Server()
-    found = search(server.holds, None, FULL_S, LoadSearch(start_qps=start_qps))
+    found = search(server.holds, 0.0, FULL_S, LoadSearch(start_qps=start_qps))
     assert found.certified and found.failing
     assert found.certified < TRUE_QPS <= found.failing <= 1.041 * found.certified
     assert all(full for _, _, full, _ in server.runs)
