@@ -8,7 +8,7 @@ from autotune.schema import LoadSearch
 
 START = 0.7  # of the rate at which a burst was served; latency limits seldom allow more
 WIDEN = 1.3  # from one load to the next until one holds and one breaks the limits
-LEAST = 0.03  # of the first load: a server that can't hold this has no such load
+LEAST = 0.02 / START  # of the first load, 0.02 of a burst's rate: a server that can't hold this has no such load
 
 
 @dataclass(frozen=True)

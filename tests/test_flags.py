@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from autotune.errors import InputError
-from autotune.live.flags import MANAGED, Flag, Probe, Vllm, installed
+from autotune.live.backend import LiveBackend
+from autotune.live.flags import MANAGED, Flag, Probe, Vllm, installed, probe
+from autotune.schema import LiveConfig
 
 
 def flag(choices: list[Any] | None = None, negatable: bool = False, takes_value: bool = True) -> Flag:
@@ -89,3 +91,14 @@ def test_interpreter_that_ended_is_said_not_to_answer():
 def test_interpreter_without_vllm_says_what_to_do(tmp_path: Path):
     with pytest.raises(InputError, match=r"no usable vLLM for /usr/bin/python3 \(vllm is not installed\); run `make"):
         installed("/usr/bin/python3", (), tmp_path)
+
+
+def test_interpreter_for_dry_runs_opens_without_waiting_for_its_import():
+    env = {"AUTOTUNE_TEST": "1"}  # no other test has this one open
+    backend = LiveBackend(LiveConfig(env=env), Path.home() / ".cache/autotune")
+    began = time.monotonic()
+    backend.prepare_dry_runs()
+    assert time.monotonic() - began < 2
+    opened = probe.cache_info().misses
+    probe(backend.vllm.python, tuple(env.items()))
+    assert probe.cache_info().misses == opened
