@@ -237,6 +237,12 @@ def test_warmup_goes_on_until_it_gets_no_faster(tmp_path: Path, url: str):
     assert [path for path, _ in Streaming.received].count("/reset_prefix_cache") >= 3
 
 
+def test_server_that_is_warm_is_asked_for_one_round(tmp_path: Path, url: str):
+    Streaming.received.clear()
+    run(tmp_path, url, "SingleStream", [COLD], warmup_requests=3, warmup_rounds=1, min_queries=4)
+    assert [path for path, _ in Streaming.received].count("/reset_prefix_cache") == 1
+
+
 def test_run_that_can_pass_no_more_is_stopped(tmp_path: Path, url: str):
     done = run(tmp_path, url, "Server", [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=500, total=500)
     assert done.returncode == 0, done.stderr

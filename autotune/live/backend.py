@@ -135,11 +135,11 @@ class LiveEngine:
         with ready or LoadGen(self.samples, folder) as loadgen:
             if not ready:
                 self._await_idle()
-            run = self._run(scenario, folder)
+            run = self._run(scenario, folder, first=ready is not None)
             states, gpu_states = self._watch(loadgen, run)
         return self._measured(run, scenario, states, gpu_states)
 
-    def _run(self, scenario: ScenarioConfig, folder: Path) -> Run:
+    def _run(self, scenario: ScenarioConfig, folder: Path, first: bool) -> Run:
         total = 0
         if scenario.kind is Kind.Server:
             total = sum(1 for _ in issues(scenario, len(self.samples)))
@@ -159,6 +159,7 @@ class LiveEngine:
             min_queries=scenario.min_queries,
             max_queries=scenario.max_queries,
             warmup_requests=scenario.warmup_requests,
+            warmup_rounds=Run.warmup_rounds if first else 1,  # later the connections alone are new
             seed=scenario.seed,
             stop=(Stop.failed if cut else scenario.stop).value,
             over_share=scenario.over_share,

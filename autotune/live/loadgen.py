@@ -41,7 +41,6 @@ from autotune.schema import Kind, Limit, Stop
 NO_LIMIT_MS = 3_600_000.0
 POLL_S = 0.02
 PUBLISH_S = 2.0
-WARMUP_ROUNDS = 10  # at most
 SETTLED = 0.9  # of the fastest round so far: a round that saves less has nothing more to warm up
 SWITCH_S = 5e-4  # most that LoadGen's thread waits for the one that hears the clients
 
@@ -193,7 +192,7 @@ def warm_up(clients: Clients, notices: Iterator[list[Notice]], run: Run, samples
     if not run.warmup_requests:
         reset_caches(run.url)
     fastest = math.inf
-    for _ in range(WARMUP_ROUNDS if run.warmup_requests else 0):
+    for _ in range(run.warmup_rounds if run.warmup_requests else 0):
         began, left = time.perf_counter(), run.warmup_requests
         clients.send([(number, number % samples) for number in range(left)])
         while left:

@@ -23,6 +23,7 @@ class Run:
     warmup_requests: int
     seed: int
     request_timeout_s: float
+    warmup_rounds: int = 10  # of those requests, at most
     stop: str = "never"
     over_share: float | None = None
     client_processes: int = 1

@@ -18,17 +18,17 @@ grid=(
     space=none sampler=grid
     'engine.args.max_num_seqs=choice(128,256)' 'engine.args.max_num_batched_tokens=choice(512,1024,2048,4096)'
 )
-first=(n_trials=60 seed=1)
+guess=(prior=sim seed=1) # what a simulated study finds best, also on devices that are a little off
 
 engine_time() { # of a study's trials without the baseline, s
     python3 -c 'import sys; from pathlib import Path; from autotune.result import Result
 print(round(sum(Result.load(Path(trial)).engine_s for trial in sys.argv[1:])))' multirun/"$1"/trial-*
 }
 
-step interactive-closed-sim simulated interactive-closed-sim "${interactive[@]}" "${closed[@]}" "${first[@]}"
-step interactive-open-sim simulated interactive-open-sim "${interactive[@]}" "${open[@]}" "${first[@]}"
-step offline-closed-sim simulated offline-closed-sim "${offline[@]}" "${closed[@]}" "${first[@]}"
-step offline-open-sim simulated offline-open-sim "${offline[@]}" "${open[@]}" "${first[@]}"
+step interactive-closed-sim simulated interactive-closed-sim "${interactive[@]}" "${closed[@]}" "${guess[@]}" n_trials=2 prior.keep=2
+step interactive-open-sim simulated interactive-open-sim "${interactive[@]}" "${open[@]}" "${guess[@]}" n_trials=2 prior.keep=2
+step offline-closed-sim simulated offline-closed-sim "${offline[@]}" "${closed[@]}" "${guess[@]}" n_trials=1 prior.keep=1
+step offline-open-sim simulated offline-open-sim "${offline[@]}" "${open[@]}" "${guess[@]}" n_trials=1 prior.keep=1
 
 # What a start takes, and whether what it measures depends on how vLLM makes its engine's process.
 step start-first trial start-first "${loaded[@]}"
