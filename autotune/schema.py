@@ -176,6 +176,7 @@ class Device:
     host_s: float = 0.0016  # fitted: to schedule and prepare a step, s
     host_sequence_s: float = 8e-6  # fitted: the same for each sequence in it, s
     launch_s: float = 4.6e-4  # fitted: to launch a layer that no CUDA graph holds, s
+    piecewise_s: float = 2e-4  # fitted: the same in a step with prefill, of whose layers graphs hold all but attention
     fp8_factor: float = 2.4  # fitted: launches of a layer that quantises its inputs against one that does not
     eager_factor: float = 3.0  # launches of enforce_eager against compiled layers
     accept_s: float = 9e-4  # fitted: the API server takes in one request, s
@@ -195,8 +196,9 @@ class Device:
 # Device's constants that autotune.sim.calibrate fits.
 FITTED = (
     *("math_efficiency", "fp8_tflops", "attention_efficiency", "bandwidth_efficiency"),
-    *("step_s", "host_s", "host_sequence_s", "launch_s", "fp8_factor", "accept_s", "answer_s"),
+    *("step_s", "host_s", "host_sequence_s", "launch_s", "piecewise_s", "fp8_factor", "accept_s", "answer_s"),
 )
+HOST = ("host_s", "host_sequence_s", "launch_s", "piecewise_s")  # those that the host's processor decides
 
 
 @dataclass
@@ -223,6 +225,7 @@ class PriorConfig:
     keep: int = 5  # of them, the best distinct ones, that a study starts with
     devices: int = 8  # that they are simulated on once more: the device's constants may be off
     sigma: float = 0.15  # by how much: standard deviation of the logarithm of each fitted one
+    host_sigma: float = 0.5  # the same of what the host's are all multiplied with
 
 
 @dataclass
@@ -313,12 +316,24 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not path.exists():
         raise InputError(f"{path}: no such file; the folder of a trial holds one")
     try:
-        changed = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        left = OmegaConf.load(path)
+        for override in overrides:
+            _check_field(left, override)
+        changed = OmegaConf.merge(left, OmegaConf.from_dotlist(list(overrides)))
         assert isinstance(changed, DictConfig)
         return _to_object(changed)
     except OmegaConfBaseException as error:
         where = "the command line, or " if overrides else ""
         raise InputError(f"{where}{path}: {str(error).splitlines()[0]}") from None
+
+
+def _check_field(left: Any, override: str) -> None:
+    """Raise InputError for the option of a group (`tracking=none`), which is gone once a trial has been composed."""
+    key = override.partition("=")[0]
+    group, written = (OmegaConf.select(config, key) for config in (left, OmegaConf.from_dotlist([override])))
+    if isinstance(group, DictConfig) and not isinstance(written, DictConfig):
+        fields = ", ".join(f"{key}.{name!s}=…" for name in group)
+        raise InputError(f"{override}: of a trial that ran, fields can be changed, not groups; write {fields}")
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:

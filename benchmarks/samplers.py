@@ -168,7 +168,7 @@ def grid(space: Space, simulated: Simulation) -> Iterator[dict[str, Any]]:
 def expected_best(load: Workload, sigma: float, seed: int) -> list[dict[str, Any]]:
     """What a study with this seed and a miscalibrated prior asks for first."""
     # Other draws than those that the prior itself reckons with.
-    backend = {**load.config.backend, "device": prior.perturbed(load.config.backend["device"], sigma, 1000 + seed)}
+    backend = {**load.config.backend, "device": prior.perturbed(load.config.backend["device"], sigma, 0.0, 1000 + seed)}
     config = replace(load.config, seed=seed, prior=replace(load.config.prior, backend=backend))
     return [one.params for one in prior.best(config, load.space)]
 

@@ -3,9 +3,10 @@
 from dataclasses import asdict
 
 import numpy as np
+import pytest
 
 from autotune.compose import command_line
-from autotune.schema import FITTED
+from autotune.schema import FITTED, HOST
 from autotune.space import parse
 from autotune.sweep import prior
 from autotune.sweep.prior import _complementary, perturbed
@@ -13,10 +14,20 @@ from autotune.sweep.prior import _complementary, perturbed
 
 def test_perturbed_device_differs_in_what_is_fitted_and_in_nothing_else():
     device = command_line(["model=llama8b", "prior=sim"])[0].prior.backend["device"]
-    one, other = perturbed(device, 0.2, 0), perturbed(device, 0.2, 1)
+    one, other = perturbed(device, 0.2, 0.5, 0), perturbed(device, 0.2, 0.5, 1)
     for name, value in device.items():
         assert (len({value, one[name], other[name]}) == 3) == (name in FITTED)
-    assert perturbed(device, 0, 0) == device
+    assert perturbed(device, 0, 0, 0) == device
+
+
+def test_hosts_constants_are_off_together():
+    device = command_line(["model=llama8b", "prior=sim"])[0].prior.backend["device"]
+    slower = perturbed(device, 0, 0.5, 0)
+    factors = [slower[name] / device[name] for name in HOST]
+    assert factors[0] != 1 and factors == pytest.approx([factors[0]] * len(HOST))
+    assert {name: slower[name] for name in device if name not in HOST} == {
+        name: device[name] for name in device if name not in HOST
+    }
 
 
 def test_choice_is_the_best_on_average_then_what_it_lacks():

@@ -25,7 +25,7 @@ def simulated(*arguments: str) -> Estimate:
 
 def test_device_agrees_with_the_trials_it_was_fitted_to():
     """The limits are those within which an estimate is worth having: 5 % of a rate, 15 % of a p99."""
-    cases = [case for file in sorted(MEASURED.glob("*.json")) for case in calibrate.read(file)]
+    cases = [case for file in sorted(MEASURED.glob("*.json")) for case in calibrate.read(file, file.stem)]
     assert len(cases) >= 13
     for name, errors in calibrate.errors(cases, calibrate.start_device([])).items():
         for metric, error in errors.items():
@@ -38,7 +38,7 @@ def test_calibration_finds_constants_that_were_changed():
     """Trials simulated with a slower GPU, given as measured ones, make a device of its speed."""
     truth = replace(calibrate.start_device([]), math_efficiency=0.6)
     files = [MEASURED / "reference-offline.json", MEASURED / "offline-2048-tokens.json"]
-    cases = [brief(case) for file in files for case in calibrate.read(file)]
+    cases = [brief(case) for file in files for case in calibrate.read(file, file.stem)]
     slower = [replace(case, measured=case.estimated(truth), start_s=None) for case in cases]
     fitted = calibrate.fit(slower, calibrate.start_device([]))
     assert fitted.math_efficiency == pytest.approx(0.6, rel=0.15)  # other constants take up the rest

@@ -56,7 +56,7 @@ def test_defaults_that_win_are_said_to_win(tmp_path: Path):
 
 def test_trial_over_a_limit_is_kept_but_not_best(tmp_path: Path):
     load = ["scenario=server", "scenario.qps=20", "scenario.tpot_ms=13.5", "scenario.min_duration_s=5"]
-    done = autotune(tmp_path, *load, "sampler=grid", f"{TOKENS}=choice(512,8192)", f"{SEQS}=64")
+    done = autotune(tmp_path, *load, "sampler=grid", f"{TOKENS}=choice(512,8192)", f"{SEQS}=256")
     fast, slow = (next(trial for trial in trials(tmp_path) if trial.params.get(TOKENS) == n) for n in (512, 8192))
     assert slow.constraints["tpot_p99"] > 0 >= fast.constraints["tpot_p99"]
     assert "Best: max_num_batched_tokens=512 " in done.stdout

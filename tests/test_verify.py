@@ -220,6 +220,7 @@ def test_hidden_values_have_to_be_given(simulated: Path):
         (Verify("s", metric="x"), [], "metric=x: the study's objective has tokens_per_s"),
         (Verify("s", trials=["trial-9"]), [], "trial=trial-9: s has no such trial"),
         (Verify("s"), ["scenario.sed=1"], "Key 'sed' not in 'ScenarioConfig'"),
+        (Verify("s"), ["tracking=none"], r"fields can be changed, not groups; write tracking\.enabled=…"),
     ],
 )
 def test_what_can_not_be_verified_is_said(simulated: Path, wanted: Verify, overrides: list[str], said: str):

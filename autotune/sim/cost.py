@@ -112,6 +112,7 @@ class Cost:
         self._fixed_s = device.step_s + (2 * shape.layers * device.link_s if tp > 1 else 0.0)
         more = device.eager_factor if serving.enforce_eager else device.fp8_factor if serving.fp8_weights else 1.0
         self._launch_s = device.launch_s * shape.layers * more
+        self._piecewise_s = device.piecewise_s * shape.layers
 
     def step(self, batch: Batch) -> Step:
         device, sizes = self.device, self.serving.graph_sizes
@@ -120,6 +121,7 @@ class Cost:
         launch_s = 0.0
         if sizes and tokens <= sizes[-1]:
             tokens = sizes[bisect_left(sizes, tokens)]  # a graph computes its padding, too
+            launch_s = self._piecewise_s if batch.chunks else 0.0
         else:
             launch_s = self._launch_s
         products = (self._weights_s**3 + (tokens * self._product_s) ** 3) ** (1 / 3)

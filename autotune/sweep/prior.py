@@ -11,7 +11,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from autotune import objective
 from autotune.result import Result
-from autotune.schema import FITTED, Config
+from autotune.schema import FITTED, HOST, Config
 from autotune.space import Space
 from autotune.sweep.estimate import Estimate, estimate, search_best, simulation
 
@@ -45,7 +45,8 @@ def best(config: Config, space: Space) -> list[Expected]:
         reverse=True,
     )
     candidates = distinct(ranked, space, CANDIDATES)
-    devices = [perturbed(config.prior.backend["device"], settings.sigma, seed) for seed in range(settings.devices)]
+    device, sigmas = settings.backend["device"], (settings.sigma, settings.host_sigma)
+    devices = [perturbed(device, *sigmas, seed) for seed in range(settings.devices)]
     others = [simulation(config, {**settings.backend, "device": device}) for device in devices]
     found = [candidates, *([estimate(other, one.params) for one in candidates] for other in others)]
     scores = np.array([_scores(on_device, sign) for on_device in found])
@@ -53,9 +54,13 @@ def best(config: Config, space: Space) -> list[Expected]:
     return [Expected(one.params, one.result.values, one.result.feasible) for one in chosen]
 
 
-def perturbed(device: Mapping[str, Any], sigma: float, seed: int) -> dict[str, Any]:
-    """`device` with each fitted constant multiplied by a lognormal factor of its own."""
-    factors = dict(zip(FITTED, np.random.default_rng(seed).lognormal(0, sigma, len(FITTED)), strict=True))
+def perturbed(device: Mapping[str, Any], sigma: float, host_sigma: float, seed: int) -> dict[str, Any]:
+    """`device`, each fitted constant off by a lognormal factor of its own, and the host's by one that they share."""
+    random = np.random.default_rng(seed)
+    factors = dict(zip(FITTED, random.lognormal(0, sigma, len(FITTED)), strict=True))
+    slower = random.lognormal(0, host_sigma)
+    for name in HOST:
+        factors[name] *= slower
     return {
         name: value * float(factors[name]) if name in factors and value is not None else value
         for name, value in device.items()

@@ -1,9 +1,9 @@
 """Keep what a page's tables are made of:
 
-    python benchmarks/h100/collect.py FOLDER one-gpu|two-gpus [STUDY …]
+    python benchmarks/h100/collect.py FOLDER one-gpu/host-6|two-gpus [STUDY …]
 
-Copies result.json of each trial below FOLDER/multirun to data/one-gpu/<study>/<trial>.json beside this file, without
-paths of the machine where it was measured, with what autotune.verify says and what the step `killed` printed.
+Copies result.json of each trial below FOLDER/multirun to data/one-gpu/host-6/<study>/<trial>.json beside this file,
+without paths of the machine where it was measured, with what autotune.verify says and what the step `killed` printed.
 """
 
 import argparse
@@ -22,17 +22,20 @@ RUN_FIGURES = (
     "ttft_p99_ms",
     "tpot_p50_ms",
     "tpot_p99_ms",
+    "step_ms",
+    "tokens_per_step",
+    "gpu_utilization",
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("page", choices=("one-gpu", "two-gpus"))
+    parser.add_argument("place", help="below data/: one-gpu/<host> or two-gpus")
     parser.add_argument("studies", nargs="*", help="without them, all that were not simulated")
     parser.add_argument("--data", type=Path, default=DATA)
     arguments = parser.parse_args()
-    multirun, data = arguments.folder / "multirun", arguments.data / arguments.page
+    multirun, data = arguments.folder / "multirun", arguments.data / arguments.place
     studies = arguments.studies or [path.name for path in multirun.glob("*") if not path.name.endswith("-sim")]
     for study in studies:
         trials = multirun / study

@@ -11,8 +11,9 @@ loaded=(
     scenario=interactive scenario.qps=26 scenario.stop=never scenario.min_duration_s=20 scenario.min_queries=459
     engine.args.max_num_batched_tokens=1024
 )
-closed=('engine.args.max_num_batched_tokens=choice(512,1024,2048,4096,8192,16384)')
-open=("space=[scheduler,quantization]" "${closed[@]}")
+tokens='engine.args.max_num_batched_tokens=choice(512,1024,2048,4096,8192,16384)'
+closed=("space=[scheduler,graphs]" "$tokens")
+open=("space=[scheduler,graphs,quantization]" "$tokens")
 # vLLM's auto_tune.sh: these sequences × tokens unless told otherwise
 grid=(
     space=none sampler=grid
@@ -25,19 +26,20 @@ engine_time() { # of a study's trials without the baseline, s
 print(round(sum(Result.load(Path(trial)).engine_s for trial in sys.argv[1:])))' multirun/"$1"/trial-*
 }
 
-step interactive-closed-sim simulated interactive-closed-sim "${interactive[@]}" "${closed[@]}" "${guess[@]}" n_trials=2 prior.keep=2
-step interactive-open-sim simulated interactive-open-sim "${interactive[@]}" "${open[@]}" "${guess[@]}" n_trials=2 prior.keep=2
-step offline-closed-sim simulated offline-closed-sim "${offline[@]}" "${closed[@]}" "${guess[@]}" n_trials=1 prior.keep=1
-step offline-open-sim simulated offline-open-sim "${offline[@]}" "${open[@]}" "${guess[@]}" n_trials=1 prior.keep=1
+two=(n_trials=2 prior.keep=2)
+one=(n_trials=1 prior.keep=1)
+step interactive-closed-sim simulated interactive-closed-sim "${interactive[@]}" "${closed[@]}" "${guess[@]}" "${two[@]}"
+step interactive-open-sim simulated interactive-open-sim "${interactive[@]}" "${open[@]}" "${guess[@]}" "${two[@]}"
+step offline-closed-sim simulated offline-closed-sim "${offline[@]}" "${closed[@]}" "${guess[@]}" "${one[@]}"
+step offline-open-sim simulated offline-open-sim "${offline[@]}" "${open[@]}" "${guess[@]}" "${one[@]}"
 
-# What a start takes, and whether what it measures depends on how vLLM makes its engine's process.
+# What a start takes, and that the way in which vLLM makes its engine's process changes what is measured.
 step start-first trial start-first "${loaded[@]}"
-step start-spawn trial start-spawn "${loaded[@]}" backend.env.VLLM_WORKER_MULTIPROC_METHOD=spawn
 step start-fork trial start-fork "${loaded[@]}" backend.env.VLLM_WORKER_MULTIPROC_METHOD=fork
 
 step interactive-closed study interactive-closed "${interactive[@]}" "${closed[@]}" \
     n_trials="${CLOSED:-5}" warm_start=interactive-closed-sim prior.keep=2
-step verify-interactive verify interactive-closed k=1 n=3
+step verify-interactive verify interactive-closed k=1 n="${REPEATS:-4}"
 step offline-closed study offline-closed "${offline[@]}" "${closed[@]}" \
     n_trials="${OFFLINE:-3}" warm_start=offline-closed-sim prior.keep=1
 step offline-open study offline-open "${offline[@]}" "${open[@]}" \
