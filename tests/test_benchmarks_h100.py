@@ -28,18 +28,12 @@ def test_steps_run_once_and_their_results_make_the_tables(tmp_path: Path, monkey
 
     assert run().count("exit code 0") == 2
     assert run() == ""
-    collect = [
-        sys.executable,
-        str(ROOT / "benchmarks/h100/collect.py"),
-        str(tmp_path),
-        "one-gpu",
-        "--data",
-        str(tmp_path),
-    ]
+    script = str(ROOT / "benchmarks/h100/collect.py")
+    collect = [sys.executable, script, str(tmp_path), "one-gpu/host-9", "--data", str(tmp_path)]
     artifact = tmp_path / "multirun/mlartifacts/run/artifacts/result.json"  # MLflow's copy is no trial
     artifact.parent.mkdir(parents=True)
     artifact.write_text("{}")
     subprocess.run(collect, check=True)
-    assert [path.name for path in (tmp_path / "one-gpu").iterdir()] == ["offline-closed"]
+    assert [path.name for path in (tmp_path / "one-gpu/host-9").iterdir()] == ["offline-closed"]
     monkeypatch.setattr(tables, "ONE", tmp_path / "one-gpu")
-    assert tables.offline().count("offline-closed") == 3
+    assert tables.offline().count("| 9 | closed |") == 3

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import yaml
 
+from autotune.compose import command_line
 from autotune.result import Result
 from autotune.schema import Device
 from autotune.sim import calibrate
 from autotune.studies import BASELINE
+from autotune.sweep.estimate import estimate, simulation
 
 HERE = Path(__file__).parent
 ONE, TWO = HERE / "data/one-gpu", HERE / "data/two-gpus"
@@ -101,15 +103,15 @@ def broken(result: Result) -> str:
 
 
 def bursts() -> str:
-    """A burst of 100 prompts: every step is full, and whoever generates gets a token a step."""
-    head = ("host", "what differs from the defaults", "p99 TPOT, ms", "samples/s", "GPU busy")
+    """100 prompts at once: while a queue stands every step is full, and whoever generates gets a token a step."""
+    head = ("host", "what differs from the defaults", "p99 TPOT, ms", "samples/s", "max QPS then")
     rows = []
     for where, name, _, result in measured("interactive-*"):
+        flags = changed(result) + (" (forked)" if name.endswith("fork") else "")
         for run in result.runs:
-            if run.role == "burst" and "gpu_utilization" in run.metrics:
-                flags = changed(result) + (", forked" if "fork" in name else "")
+            if run.role == "burst":
                 shown = [number(run.metrics[metric]) for metric in ("tpot_p99_ms", "samples_per_s")]
-                rows.append((host(where), flags, *shown, f"{run.metrics['gpu_utilization']:.0%}"))
+                rows.append((host(where), flags, *shown, number(result.metrics["max_qps"])))
     return markdown(head, rows)
 
 
@@ -175,6 +177,29 @@ def headline() -> str:
         f"certified once each, and repeats did not confirm it: “{line}” With fp8 weights and KV cache {fp8:.0f} "
         f"queries/s were certified; Offline makes {quantised:,.0f} tokens/s so, {closed:,.0f} with the defaults.**"
     )
+
+
+def predicted() -> str:
+    """What the simulation expects of tokens a step and of the largest graph, searched as run.sh does."""
+    words = (
+        "model=llama8b_dummy",
+        "backend=sim",
+        "scenario=interactive",
+        "objective=max_qps",
+        "scenario.min_duration_s=20",
+    )
+    config, _, _ = command_line([*words, "scenario.search.certify_queries=662"])
+    simulated = simulation(config, config.backend)
+    graphs = (256, 512, 1024, 2048)
+    rows = []
+    for tokens in (512, 768, 1024, 1536, 2048, 8192):
+        found = []
+        for largest in graphs:
+            flags = {"max_num_batched_tokens": tokens, "max_num_seqs": 256, "max_cudagraph_capture_size": largest}
+            args = {f"engine.args.{name}": value for name, value in flags.items()}
+            found.append(number(estimate(simulated, args).result.metrics["max_qps"]))
+        rows.append((f"{tokens:,}", *found))
+    return markdown(("tokens a step", *(f"graphs up to {largest:,}" for largest in graphs)), rows)
 
 
 def searches() -> str:
@@ -277,7 +302,20 @@ def killed() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     table.__name__.replace("_", "-"): table
     for table in (
-        *(headline, interactive, verified, bursts, forked, offline, simulated, searches, starts, forked_starts, arms),
+        *(
+            headline,
+            interactive,
+            verified,
+            bursts,
+            forked,
+            predicted,
+            offline,
+            simulated,
+            searches,
+            starts,
+            forked_starts,
+            arms,
+        ),
         *(side_by_side, side_by_side_starts, beside_a_failure, tensor_parallel, killed),
     )
 }
