@@ -10,11 +10,13 @@ import pytest
 from autotune import trial
 from autotune.compose import command_line
 from autotune.errors import StartError
+from autotune.schema import HOST
 from autotune.sim import calibrate
 from autotune.sim.backend import SimBackend
 from autotune.sweep.estimate import Estimate, estimate, simulation
 
-MEASURED = Path(__file__).parent.parent / "datasets" / "calibration" / "h100"
+ROOT = Path(__file__).parent.parent
+MEASURED, H100 = ROOT / "datasets/calibration/h100", ROOT / "benchmarks/h100/data/one-gpu"
 
 
 def simulated(*arguments: str) -> Estimate:
@@ -43,6 +45,23 @@ def test_calibration_finds_constants_that_were_changed():
     fitted = calibrate.fit(slower, calibrate.start_device([]))
     assert fitted.math_efficiency == pytest.approx(0.6, rel=0.15)  # other constants take up the rest
     assert all(abs(error) < 0.02 for found in calibrate.errors(slower, fitted).values() for error in found.values())
+
+
+@pytest.mark.slow
+def test_calibration_finds_a_host_that_is_slower():
+    """What a step adds on the host shows with few tokens a step."""
+    start = calibrate.start_device([])
+    truth = replace(start, **{name: 2.2 * getattr(start, name) for name in HOST})
+    folder = H100 / "host-5/interactive-grid"
+    cases = [case for file in sorted(folder.glob("*.json")) for case in calibrate.read(file, file.stem)]
+    slower = [replace(case, measured=case.estimated(truth), start_s=None) for case in map(brief, cases)]
+    assert calibrate.fit(slower, start).launch_s == pytest.approx(truth.launch_s, rel=0.2)
+
+
+def test_trials_of_the_same_name_in_two_studies_are_two(tmp_path: Path):
+    one, other = tmp_path / "a/trial-0/result.json", tmp_path / "b/trial-0.json"
+    assert [calibrate.name(path, [one, other]) for path in (one, other)] == ["a/trial-0", "b/trial-0"]
+    assert calibrate.name(one, [one]) == "trial-0"
 
 
 def brief(case: calibrate.Case) -> calibrate.Case:

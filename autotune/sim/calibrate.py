@@ -105,6 +105,8 @@ def main() -> None:
     if not cases:
         raise InputError("no measured trial among the results; give result.json files, or folders that hold some")
     device = start_device(overrides)
+    if not arguments.check:
+        print(f"fitting {device.name} to {len(cases)} runs: some seconds for each", file=sys.stderr)
     text = as_yaml(rounded(device if arguments.check else fit(cases, device)), cases)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,10 +122,12 @@ def start_device(overrides: Sequence[str]) -> Device:
 
 
 def name(file: Path, files: Sequence[Path]) -> str:
-    """The trial in `file`, by its path as far as it differs among `files`."""
-    shared = os.path.commonpath([path.parent for path in files])
-    place = file.relative_to(shared).with_suffix("")
-    return str(place.parent if place.name == "result" and len(place.parts) > 1 else place)
+    """The trial in `file`, by its path as far as `files` differ in it; a result.json is its folder's."""
+    trials = {
+        path: path.resolve().parent if path.stem == "result" else path.resolve().with_suffix("") for path in files
+    }
+    shared = os.path.commonpath([trial.parent for trial in trials.values()])
+    return str(trials[file].relative_to(shared))
 
 
 def read(file: Path, name: str) -> list[Case]:
