@@ -54,7 +54,6 @@ ONLINE = {"ttft_p50_ms": 0.3, "ttft_p99_ms": 0.1, "tpot_p50_ms": 0.2, "tpot_p99_
 SLOWER = (0.5, 1.0, 2.0)  # times the host's constants of the device that a fit starts from; the best end is taken
 PRIOR = 0.1  # weight of a constant's distance from where it starts, in logarithms: what no trial shows stays put
 SEEDS = 4  # draws that are averaged where the measured run had other samples than the simulated one
-# Overrides that describe what was measured.
 KEPT = ("experiment", "model", "dataset", "scenario", "engine.", "objective")
 
 
@@ -139,9 +138,8 @@ def read(file: Path, name: str) -> list[Case]:
     if not isinstance(body, dict) or body.get("state") != "complete" or body.get("estimated"):
         return []
     result = Result.of(body)
-    overrides = [override for override in result.overrides if override.lstrip("+~").startswith(KEPT)]
     try:
-        config, _, _ = command_line([*overrides, "backend=sim"])
+        config, _, _ = command_line([*kept(result.overrides), "backend=sim"])
         prepared = trial.prepare(config)
         samples = trial.prepare_samples(config, prepared)
     except AutotuneError as error:
@@ -155,6 +153,11 @@ def read(file: Path, name: str) -> list[Case]:
         draws = [(dataclasses.replace(scenario, seed=seed), samples) for seed in seeds]
         found.append(Case(f"{name} {run}".rstrip(), shape, prepared.args, draws, metrics, start_s))
     return found
+
+
+def kept(overrides: Sequence[str]) -> list[str]:
+    """Those that describe what was measured."""
+    return [override for override in overrides if override.lstrip("+~").startswith(KEPT)]
 
 
 def fit(cases: Sequence[Case], start: Device) -> Device:
