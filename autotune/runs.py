@@ -93,7 +93,8 @@ def check(config: Config) -> None:
 def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> Run:
     """The certified run at the highest load that holds the limits, with `max_qps` and `failing_qps` in its metrics.
 
-    Where no load does, the run at the lowest one that was tried, with `max_qps` 0.
+    Where no load does, the run at the lowest one that was tried, with `max_qps` 0. A search that begins with a burst
+    adds its p99 TPOT, that of a request which generates while others queue.
     """
     scenario, settings = config.scenario, config.scenario.search
     done: dict[float, Run] = {}
@@ -116,10 +117,13 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
             done[qps] = found
         return found.measured.verdict == "VALID"
 
-    burst_qps = 0.0 if settings.start_qps else run("burst", burst(scenario)).metrics["samples_per_s"]
+    burst_qps, queued = 0.0, {}
+    if settings.start_qps is None:
+        crowd = run("burst", burst(scenario)).metrics
+        burst_qps, queued = crowd["samples_per_s"], {"queued_tpot_p99_ms": crowd["tpot_p99_ms"]}
     found = load_search.search(holds, burst_qps, scenario.min_duration_s, settings)
     best = done[min(done) if found.certified is None else found.certified]
-    best.metrics["max_qps"] = found.certified or 0.0
+    best.metrics.update(queued, max_qps=found.certified or 0.0)
     if found.failing is None:
         return best
     best.metrics["failing_qps"] = found.failing

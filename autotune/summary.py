@@ -22,6 +22,7 @@ SLOW = 0.1  # share of the median node's value that a slow one is worse by
 DUPLICATE = "duplicate_of"  # of a trial that vLLM would have run as an earlier one: that one's name
 EXPECTED = "expected"  # what a simulation said of a trial
 SURPRISE = 0.15  # share of the expected value by which a measured one contradicts it
+EDGE = 0.1  # share of a TPOT limit within which the TPOT of a full server lies on it
 FILE = "summary.json"  # in a study's folder: what it comes to, in figures
 # What a table shows of a trial: metric, heading, digits.
 COLUMNS = [
@@ -122,7 +123,7 @@ def words(study: optuna.Study, folder: Path, config: Config) -> str:
     else:
         result = rows[folder_of(trial)]
         assert result is not None
-        parts += _verdict(study, trial, result, baseline)
+        parts += _verdict(study, trial, result, baseline) + _edge(result, config)
     parts += _surprises(study) + _nodes(study)
     if (verified := folder / "verify.json").exists():
         parts += ["", f"Verified: {json.loads(verified.read_text())['line']}"]
@@ -165,6 +166,18 @@ def _verdict(study: optuna.Study, trial: FrozenTrial, result: Result, baseline: 
         return ["", f"Best: {changed} ({gain})", *command]
     worse = f"No trial beat vLLM's defaults. The best was {changed} ({gain}). Serve the defaults:"
     return ["", worse, "", f"  {baseline.shell_command}"]
+
+
+def _edge(result: Result, config: Config) -> list[str]:
+    """A warning where a step of a full server takes about as long as TPOT may be: a load then holds by a hair."""
+    queued, limit = result.metrics.get("queued_tpot_p99_ms"), config.scenario.tpot_ms
+    if not queued or not limit or abs(queued / limit - 1) > EDGE:
+        return []
+    return [
+        "",
+        f"On an edge: while requests queue, its TPOT is {queued:.1f} ms (p99) where {limit:g} are allowed. "
+        "A machine that is a little slower may hold far less: verify it where it will serve.",
+    ]
 
 
 def _surprises(study: optuna.Study) -> list[str]:

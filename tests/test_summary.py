@@ -1,5 +1,6 @@
 """What a user reads at the end of a trial and of a study."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -9,7 +10,7 @@ from optuna.trial import TrialState, create_trial
 
 from autotune import summary
 from autotune.result import Result
-from autotune.schema import Config, ModelConfig, ObjectiveConfig, TrackingConfig
+from autotune.schema import Config, Kind, ModelConfig, ObjectiveConfig, ScenarioConfig, TrackingConfig
 
 MAXIMIZE = ObjectiveConfig("throughput", ["tokens_per_s"], ["maximize"])
 MINIMIZE = ObjectiveConfig("latency", ["ttft_p99_ms"], ["minimize"])
@@ -81,6 +82,18 @@ def test_winner_is_shown_with_its_gain_and_its_command(tmp_path: Path):
     assert "Study s: 2 trials, 0 failed" in shown
     assert "Best: max_num_seqs=1 (+20.0% against vLLM's defaults" in shown
     assert "\n  vllm serve winner\n" in shown and "serve default" not in shown
+
+
+@pytest.mark.parametrize(
+    ("queued_ms", "edge"), [(28.8, True), (31.1, True), (15.5, False), (63.4, False), (None, False)]
+)
+def test_best_that_holds_by_a_hair_is_said_to(tmp_path: Path, queued_ms: float | None, edge: bool):
+    best = result(12)
+    if queued_ms:
+        best.metrics["queued_tpot_p99_ms"] = queued_ms
+    limited = replace(config(), scenario=ScenarioConfig(name="interactive", kind=Kind.Server, tpot_ms=30))
+    shown = summary.words(study(tmp_path, result(10), best), tmp_path, limited)
+    assert (f"its TPOT is {queued_ms} ms (p99) where 30 are allowed" in shown) == edge
 
 
 def test_lower_latency_wins(tmp_path: Path):
