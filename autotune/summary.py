@@ -123,7 +123,8 @@ def words(study: optuna.Study, folder: Path, config: Config) -> str:
     else:
         result = rows[folder_of(trial)]
         assert result is not None
-        parts += _verdict(study, trial, result, baseline) + _edge(result, config)
+        parts += _verdict(study, trial, result, baseline)
+        parts += _edge(rows[winner(study, folder) or folder_of(trial)], config)
     parts += _surprises(study) + _nodes(study)
     if (verified := folder / "verify.json").exists():
         parts += ["", f"Verified: {json.loads(verified.read_text())['line']}"]
@@ -168,9 +169,9 @@ def _verdict(study: optuna.Study, trial: FrozenTrial, result: Result, baseline: 
     return ["", worse, "", f"  {baseline.shell_command}"]
 
 
-def _edge(result: Result, config: Config) -> list[str]:
+def _edge(served: Result | None, config: Config) -> list[str]:
     """A warning where a step of a full server takes about as long as TPOT may be: a load then holds by a hair."""
-    queued, limit = result.metrics.get("queued_tpot_p99_ms"), config.scenario.tpot_ms
+    queued, limit = served and served.metrics.get("queued_tpot_p99_ms"), config.scenario.tpot_ms
     if not queued or not limit or abs(queued / limit - 1) > EDGE:
         return []
     return [

@@ -60,8 +60,9 @@ def test_calibration_finds_a_host_that_is_slower():
 
 def test_trials_of_the_same_name_in_two_studies_are_two(tmp_path: Path):
     one, other = tmp_path / "a/trial-0/result.json", tmp_path / "b/trial-0.json"
-    assert [calibrate.name(path, [one, other]) for path in (one, other)] == ["a/trial-0", "b/trial-0"]
-    assert calibrate.name(one, [one]) == "trial-0"
+    assert calibrate.names([one, other]) == {one: "a/trial-0", other: "b/trial-0"}
+    assert calibrate.names([one]) == {one: "trial-0"}
+    assert calibrate.names([]) == {}
 
 
 def brief(case: calibrate.Case) -> calibrate.Case:

@@ -96,6 +96,13 @@ def test_best_that_holds_by_a_hair_is_said_to(tmp_path: Path, queued_ms: float |
     assert (f"its TPOT is {queued_ms} ms (p99) where 30 are allowed" in shown) == edge
 
 
+def test_edge_is_that_of_what_is_served(tmp_path: Path):
+    loser = result(9)
+    loser.metrics["queued_tpot_p99_ms"] = 29.0
+    limited = replace(config(), scenario=ScenarioConfig(name="interactive", kind=Kind.Server, tpot_ms=30))
+    assert "On an edge" not in summary.words(study(tmp_path, result(10), loser), tmp_path, limited)
+
+
 def test_lower_latency_wins(tmp_path: Path):
     made = study(tmp_path, result(10), result(8, command="winner"), objective=MINIMIZE)
     assert "Best: max_num_seqs=0 (-20.0% against" in summary.words(made, tmp_path, config(MINIMIZE))

@@ -100,7 +100,7 @@ def main() -> None:
     if missing := [str(path) for path in given if not path.exists()]:
         raise InputError(f"{missing[0]}: no such file or folder; give result.json files, or folders that hold some")
     files = sorted(file for path in given for file in (path.rglob("*.json") if path.is_dir() else [path]))
-    cases = [case for file in files for case in read(file, name(file, files))]
+    cases = [case for file, name in names(files).items() for case in read(file, name)]
     if not cases:
         raise InputError("no measured trial among the results; give result.json files, or folders that hold some")
     device = start_device(overrides)
@@ -120,13 +120,12 @@ def start_device(overrides: Sequence[str]) -> Device:
     return backend.config.device
 
 
-def name(file: Path, files: Sequence[Path]) -> str:
-    """The trial in `file`, by its path as far as `files` differ in it; a result.json is its folder's."""
-    trials = {
-        path: path.resolve().parent if path.stem == "result" else path.resolve().with_suffix("") for path in files
-    }
-    shared = os.path.commonpath([trial.parent for trial in trials.values()])
-    return str(trials[file].relative_to(shared))
+def names(files: Sequence[Path]) -> dict[Path, str]:
+    """The trial in each file, by its path as far as they differ in it; a result.json is its folder's. None for none."""
+    paths = {file: file.resolve() for file in files}
+    trials = {file: path.parent if path.stem == "result" else path.with_suffix("") for file, path in paths.items()}
+    shared = os.path.commonpath([trial.parent for trial in trials.values()]) if trials else ""
+    return {file: str(trial.relative_to(shared)) for file, trial in trials.items()}
 
 
 def read(file: Path, name: str) -> list[Case]:

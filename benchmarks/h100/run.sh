@@ -33,9 +33,10 @@ step interactive-open-sim simulated interactive-open-sim "${interactive[@]}" "${
 step offline-closed-sim simulated offline-closed-sim "${offline[@]}" "${closed[@]}" "${guess[@]}" "${one[@]}"
 step offline-open-sim simulated offline-open-sim "${offline[@]}" "${open[@]}" "${guess[@]}" "${one[@]}"
 
-# What a start takes, and that the way in which vLLM makes its engine's process changes what is measured.
+# What a start takes, and whether what it measures depends on how vLLM makes its engine's process: spawned, forked, spawned.
 step start-first trial start-first "${loaded[@]}"
 step start-fork trial start-fork "${loaded[@]}" backend.env.VLLM_WORKER_MULTIPROC_METHOD=fork
+step start-spawn trial start-spawn "${loaded[@]}" backend.env.VLLM_WORKER_MULTIPROC_METHOD=spawn
 
 step interactive-closed study interactive-closed "${interactive[@]}" "${closed[@]}" \
     n_trials="${CLOSED:-5}" warm_start=interactive-closed-sim prior.keep=2
