@@ -4,6 +4,7 @@
 #     benchmarks/h100/run.sh FOLDER [STEP …]
 #
 # A step that has ended is not run again and one that was cut off goes on, so the same command continues after a stop.
+# On a host with several GPUs, steps may run side by side: GPUS=[0] run.sh FOLDER interactive-closed & GPUS=[1] run.sh …
 source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 
 offline=(scenario=offline scenario.min_queries=1000)
@@ -11,7 +12,7 @@ loaded=(
     scenario=interactive scenario.qps=26 scenario.stop=never scenario.min_duration_s=20 scenario.min_queries=459
     engine.args.max_num_batched_tokens=1024
 )
-tokens='engine.args.max_num_batched_tokens=choice(512,1024,2048,4096,8192,16384)'
+tokens='engine.args.max_num_batched_tokens=choice(512,768,1024,2048,4096,8192,16384)'
 closed=("space=[scheduler,graphs]" "$tokens")
 open=("space=[scheduler,graphs,quantization]" "$tokens")
 # vLLM's auto_tune.sh: these sequences × tokens unless told otherwise
@@ -20,11 +21,6 @@ grid=(
     'engine.args.max_num_seqs=choice(128,256)' 'engine.args.max_num_batched_tokens=choice(512,1024,2048,4096)'
 )
 guess=(prior=sim seed=1) # what a simulated study finds best, also on devices that are a little off
-
-engine_time() { # of a study's trials without the baseline, s
-    python3 -c 'import sys; from pathlib import Path; from autotune.result import Result
-print(round(sum(Result.load(Path(trial)).engine_s for trial in sys.argv[1:])))' multirun/"$1"/trial-*
-}
 
 two=(n_trials=2 prior.keep=2)
 one=(n_trials=1 prior.keep=1)
@@ -38,8 +34,12 @@ step start-first trial start-first "${loaded[@]}"
 step start-fork trial start-fork "${loaded[@]}" backend.env.VLLM_WORKER_MULTIPROC_METHOD=fork
 step start-spawn trial start-spawn "${loaded[@]}" backend.env.VLLM_WORKER_MULTIPROC_METHOD=spawn
 
-step interactive-closed study interactive-closed "${interactive[@]}" "${closed[@]}" \
-    n_trials="${CLOSED:-5}" warm_start=interactive-closed-sim prior.keep=2
+# Three ways to search, each with the same engine time, in which it also measures a baseline of its own: the simulation's
+# two guesses and TPE; random search; vLLM's grid.
+arm() { study "$1" "${interactive[@]}" n_trials=100 budget="${BUDGET:-14m}" "${@:2}"; }
+step interactive-closed arm interactive-closed "${closed[@]}" warm_start=interactive-closed-sim prior.keep=2
+step interactive-random arm interactive-random "${closed[@]}" sampler=random seed=2
+step interactive-grid arm interactive-grid "${grid[@]}"
 step verify-interactive verify interactive-closed k=1 n="${REPEATS:-4}"
 step offline-closed study offline-closed "${offline[@]}" "${closed[@]}" \
     n_trials="${OFFLINE:-3}" warm_start=offline-closed-sim prior.keep=1
@@ -47,10 +47,4 @@ step offline-open study offline-open "${offline[@]}" "${open[@]}" \
     baseline=false n_trials="${OFFLINE:-3}" warm_start=offline-open-sim prior.keep=1
 step interactive-open study interactive-open "${interactive[@]}" "${open[@]}" \
     baseline=false n_trials="${OPEN:-4}" warm_start=interactive-open-sim prior.keep=2
-
-arm() { # another way to search, with the engine time that interactive-closed had
-    study "$1" "${interactive[@]}" baseline=false n_trials=100 budget="$(engine_time interactive-closed)s" "${@:2}"
-}
-step interactive-random arm interactive-random "${closed[@]}" sampler=random seed=2
-step interactive-grid arm interactive-grid "${grid[@]}"
 exit $failed
