@@ -339,7 +339,8 @@ def verify(study: FinishedStudy, wanted: Verify, overrides: Sequence[str]) -> Ve
             except TrackingError as error:
                 log.warning("%s", error)
 
-        run(found, make_launcher(config), ended)
+        everywhere = study.config(chosen(study, wanted)[0], overrides)  # a repeat's own gpus are those of its block
+        run(found, make_launcher(everywhere), ended)
     verdict = judge(study, wanted, {(one.name, one.block): Result.load(one.trial.folder) for one in found})
     (folder / FILE).write_text(json.dumps(asdict(verdict), indent=1))
     (folder / TABLE).write_text(table(verdict))

@@ -194,6 +194,14 @@ def test_block_stays_on_its_gpus_and_others_run_beside_it(simulated: Path):
     assert [one.block for one in found[:4]] == [1, 2, 1, 2]
 
 
+def test_blocks_run_on_all_gpus_that_the_command_gives_although_the_study_had_one(tmp_path: Path):
+    autotune(tmp_path, "launcher=gpus", "gpus=[0]", "n_trials=1", f"{SEQS}=choice(4)")
+    done = run(tmp_path, "n=2", "gpus=[0,1]")
+    first, second = [line for line in done.stdout.splitlines() if line.startswith("block ")][:2]
+    assert {first[:7], second[:7]} == {"block 1", "block 2"}, done.stdout + done.stderr
+    assert not {"tokens_per_s", "failed"} & {*first.split(), *second.split()}  # both have begun, none has ended
+
+
 @pytest.mark.parametrize(
     ("gpus", "size", "groups"),
     [(None, 2, [None]), ([0, 1, 2, 3], 2, [[0, 1], [2, 3]]), ([4, 5, 6], 2, [[4, 5]]), ([7], 2, [[7]])],
