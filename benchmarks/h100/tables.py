@@ -8,9 +8,12 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import yaml
+from scipy.stats import kendalltau
 
 from autotune.compose import command_line
 from autotune.result import Result
@@ -23,14 +26,24 @@ HERE = Path(__file__).parent
 ONE, TWO = HERE / "data/one-gpu", HERE / "data/two-gpus"
 PAGES = [HERE.parents[1] / "docs/benchmarks" / name for name in ("h100.md", "two-gpus.md")]
 BEFORE = ONE / "before.yaml"  # conf/backend/device/h100.yaml as it was when it was fitted to datasets/calibration alone
-# What it is fitted to beside that since; of the other studies it says what it had not seen.
+# What the devices are fitted to since, the H100 beside that; of the other studies they say what they had not seen.
 FIT = (
     "host-1/interactive-closed",
     "host-4/interactive-closed",
     "host-5/interactive-grid",
     "host-5/interactive-open",
     "host-5/offline-open",
+    "host-6/interactive-random",
+    "host-6/interactive-grid",
+    "host-6/offline-closed",
+    "host-6/offline-open",
 )
+H100, H200 = "host-[1-5]", "host-6"
+ARMS = {
+    "closed": "the simulation's two best, then TPE",
+    "random": "random search",
+    "grid": "vLLM's own grid (`auto_tune.sh`)",
+}
 VERIFIED = ONE / "host-5/interactive-closed"  # the best of host 4's study
 SIDES = ("alone", "together")
 PHASES = ("start", "warmup", "run", "stop", "other")
@@ -47,11 +60,11 @@ def study(folder: Path) -> dict[str, Result]:
     return dict(sorted(found.items(), key=lambda item: item[1].ended_at))
 
 
-def measured(pattern: str) -> list[tuple[str, str, str, Result]]:
+def measured(pattern: str, hosts: str = H100) -> list[tuple[str, str, str, Result]]:
     """Host, study, trial and result of each trial on one GPU whose study is named so, by host and in order of time."""
     return [
         (folder.parent.name, folder.name, trial, result)
-        for folder in sorted(ONE.glob(f"*/{pattern}"))
+        for folder in sorted(ONE.glob(f"{hosts}/{pattern}"))
         for trial, result in study(folder).items()
     ]
 
@@ -77,11 +90,11 @@ def number(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
 
-def interactive() -> str:
+def interactive(hosts: str = H100) -> str:
     head = ("host", "study", "trial", "what differs from the defaults", "max QPS", "fails at", "by its", "p99 TTFT, ms",
             "p99 TPOT, ms", "GPU busy", "engine time, s")  # fmt: skip
     rows = []
-    for where, name, trial, result in measured("interactive-*"):
+    for where, name, trial, result in measured("interactive-*", hosts):
         figures = result.metrics
         rows.append(
             (
@@ -117,20 +130,22 @@ def bursts() -> str:
 
 
 def forked() -> str:
-    """The same server under the same load, its engine's process started one way and the other."""
+    """The same server under the same load, its engine's process started one way and the other, in order of time."""
     metrics = {"ttft_p50_ms": "TTFT, median", "ttft_p99_ms": "p99", "tpot_p50_ms": "TPOT, median", "tpot_p99_ms": "p99"}
     rows = []
-    for name, said in (("start-first", "spawn, vLLM's default"), ("start-fork", "fork")):
-        figures = read(ONE / "host-4/trials" / f"{name}.json").metrics
-        busy = f"{figures['gpu_utilization']:.0%}"
-        rows.append((said, *(number(figures[metric], 0) for metric in metrics), number(figures["step_ms"]), busy))
-    return markdown(("", *metrics.values(), "a step", "GPU busy"), rows)
+    for where in ("host-4", H200):
+        for name, result in study(ONE / where / "trials").items():
+            figures, busy = result.metrics, f"{result.metrics['gpu_utilization']:.0%}"
+            way = "fork" if name.endswith("fork") else "spawn, vLLM's default"
+            shown = [number(figures[metric], 0) for metric in metrics]
+            rows.append((host(where), way, *shown, number(figures["step_ms"]), busy))
+    return markdown(("host", "process", *metrics.values(), "a step", "GPU busy"), rows)
 
 
 def offline() -> str:
     head = ("host", "study", "trial", "what differs from the defaults", "samples/s", "tokens/s", "J/token", "bound by")
     rows = []
-    for where, name, trial, result in measured("offline-*"):
+    for where, name, trial, result in measured("offline-*", "host-*"):
         digits = {"samples_per_s": 2, "tokens_per_s": 0, "gpu_j_per_token": 3}
         shown = [number(result.metrics.get(metric), places) for metric, places in digits.items()]
         rows.append((host(where), name.removeprefix("offline-"), trial, changed(result), *shown, bound(result)))
@@ -138,22 +153,57 @@ def offline() -> str:
 
 
 def arms() -> str:
-    """What each way of searching had found when it had used the engine time of the first, on one host."""
-    head = ("way", "trials", "engine time, min", "best max QPS", "after, min")
-    ways = [f"interactive-{way}" for way in ("closed", "random", "grid")]
-    folder = next(folder for folder in ONE.glob("host-*") if all((folder / way).exists() for way in ways))
-    budget = sum(result.engine_s for trial, result in study(folder / ways[0]).items() if trial != BASELINE)
+    """What each way of searching had found when its engine time was spent, against the defaults on its own GPU."""
+    head = ("way", "trials", "engine time, min", "its defaults", "best max QPS", "gain", "found after, min", "best")
     rows = []
-    for way in ways:
-        used, best, after, count = 0.0, 0.0, 0.0, 0
-        for trial, result in study(folder / way).items():
-            if trial == BASELINE or used >= budget:
-                continue
-            used, count = used + result.engine_s, count + 1
-            if result.feasible and result.values[0] > best:
-                best, after = result.values[0], used
-        rows.append((way, str(count), number(used / 60), number(best, 2), number(after / 60)))
+    for name, way in ARMS.items():
+        found = study(ONE / H200 / f"interactive-{name}")
+        used = after = best = 0.0
+        flags = ""
+        for trial, result in found.items():
+            used += result.engine_s
+            if trial != BASELINE and result.feasible and result.values[0] > best:
+                best, after, flags = result.values[0], used, changed(result)
+        defaults = found[BASELINE].values[0]
+        shown = [number(used / 60), number(defaults, 2), number(best, 2), f"{best / defaults - 1:+.0%}"]
+        rows.append((way, str(len(found) - 1), *shown, number(after / 60), flags))
     return markdown(head, rows)
+
+
+def foretold() -> str:
+    """The same searches, simulated on LoadGen's own schedule: with the H100's constants, and as fitted since."""
+    devices = [unfitted_h200(), calibrate.start_device(["backend/device=h200"])]
+    trials = [trial for name in (*ARMS, "open") for trial in measured(f"interactive-{name}", H200)]
+    rows: list[Row] = []
+    real: list[float] = []
+    said: list[list[float]] = [[], []]  # by device
+    for _, name, trial, result in trials:
+        written = calibrate.kept(result.overrides)
+        for loads, device in zip(said, devices, strict=True):
+            config, _, _ = command_line([*written, "backend=sim"])
+            config.backend["device"] = device
+            loads.append(estimate(simulation(config, config.backend), {}).result.metrics["max_qps"])
+        real.append(result.values[0])
+        errors = [f"{loads[-1]:.2f} ({loads[-1] / real[-1] - 1:+.0%})" for loads in said]
+        fitted = "yes" if f"{H200}/{name}" in FIT else ""
+        rows.append((name.removeprefix("interactive-"), trial, changed(result), number(real[-1], 2), *errors, fitted))
+    head = (
+        "study",
+        "trial",
+        "what differs from the defaults",
+        "max QPS",
+        "with the H100's constants",
+        "fitted",
+        "in the fit",
+    )
+    ranks = " and ".join(f"{kendalltau(real, loads).statistic:.2f}" for loads in said)
+    return markdown(head, rows) + f"\n\nKendall's τ between simulated and measured: {ranks}."
+
+
+def unfitted_h200() -> Device:
+    """An H200 before anything was measured on one: an H100 with its memory."""
+    fitted, h100 = calibrate.start_device(["backend/device=h200"]), calibrate.start_device([])
+    return replace(h100, name=fitted.name, memory_gib=fitted.memory_gib, bandwidth_gbs=fitted.bandwidth_gbs)
 
 
 def verified() -> str:
@@ -184,16 +234,25 @@ def slower_host(factor: float) -> list[str]:
 def headline() -> str:
     rates = {(where, trial): one.metrics["max_qps"] for where, _, trial, one in measured("interactive-closed")}
     gains = [f"{rates[where, 'trial-0'] / rates[where, trial] - 1:+.0%}" for where, trial in rates if trial == BASELINE]
-    defaults = [one.metrics["max_qps"] for *_, trial, one in measured("interactive-*") if trial == BASELINE]
     line = json.loads((VERIFIED / "verify.json").read_text())["line"]
-    fp8 = max(one.metrics["max_qps"] for *_, one in measured("interactive-open"))
+
+    def highest(pattern: str) -> float:
+        return max(one.metrics["max_qps"] for *_, one in measured(pattern, H200))
+
+    def defaults(hosts: str) -> str:
+        found = [one.metrics["max_qps"] for *_, trial, one in measured("interactive-*", hosts) if trial == BASELINE]
+        return f"{min(found):.0f} to {max(found):.0f}"
+
+    best, random, grid, fp8 = (highest(f"interactive-{name}") for name in (*ARMS, "open"))
+    own = study(ONE / H200 / "interactive-closed")[BASELINE].metrics["max_qps"]
     closed, quantised = (measured(f"offline-{rules}")[0][-1].metrics["tokens_per_s"] for rules in ("closed", "open"))
     return (
-        f"**Within MLPerf's Interactive limits vLLM's defaults hold {min(defaults):.0f} to {max(defaults):.0f} "
-        f"queries/s on an H100. In bf16 the simulation's first guesses brought {' and '.join(gains)}, each on one host "
-        f"and certified once; repeats of the latter on a third did not confirm it: “{line}” With fp8 weights and KV "
-        f"cache {fp8:.0f} queries/s were certified; Offline makes {quantised:,.0f} tokens/s so, {closed:,.0f} with the "
-        "defaults.**"
+        f"**Within MLPerf's Interactive limits vLLM's defaults hold {defaults(H100)} queries/s on an H100 and "
+        f"{defaults(H200)} on an H200. There, the simulation's first guess held {best:.1f} ({best / own - 1:+.0%}), in "
+        f"bf16 and certified once; in the same engine time random search found {random:.1f}, vLLM's grid {grid:.1f}. "
+        f"fp8 weights and KV cache held {fp8:.1f}. What brings it are long steps as CUDA graphs. Without them, earlier "
+        f"guesses gained {' and '.join(gains)} on two H100s, and repeats of the latter on a third said: “{line}” "
+        f"Offline, fp8 makes {quantised:,.0f} tokens/s of an H100 and the defaults {closed:,.0f}.**"
     )
 
 
@@ -235,17 +294,22 @@ def searches() -> str:
 
 
 def simulated() -> str:
-    """How far the device, as it was and as it is fitted now, is from what was measured."""
+    """How far the H100, as it was and as it is fitted now, is from what was measured."""
     devices = [Device(**yaml.safe_load(BEFORE.read_text())), calibrate.start_device([])]
+    return errors_of(H100, ("before", "now"), devices)
+
+
+def simulated_h200() -> str:
+    """The same of the H200."""
+    devices = [unfitted_h200(), calibrate.start_device(["backend/device=h200"])]
+    return errors_of(H200, ("H100's constants", "fitted"), devices)
+
+
+def errors_of(hosts: str, names: Row, devices: Sequence[Device]) -> str:
     metrics = {"samples_per_s": "samples/s", "ttft_p99_ms": "p99 TTFT", "tpot_p99_ms": "p99 TPOT"}
-    head = (
-        "host, trial",
-        "run",
-        "in the fit",
-        *(f"{name}, {of}" for of in ("before", "now") for name in metrics.values()),
-    )
+    head = ("host, trial", "run", "in the fit", *(f"{name}, {of}" for of in names for name in metrics.values()))
     rows = []
-    for file in sorted(ONE.glob("*/*/**/*.json")):
+    for file in sorted(ONE.glob(f"{hosts}/*/**/*.json")):
         cases = calibrate.read(file, str(file.relative_to(ONE).with_suffix("")))
         found = [calibrate.errors(cases, device) for device in devices]
         for case in cases[:1] + cases[1:][-1:]:  # of a search: its burst, and the last load that was certified
@@ -258,13 +322,16 @@ def simulated() -> str:
 
 
 def starts() -> str:
-    return start_table(
-        [(f"host {host(where)}, {trial}", result) for where, _, trial, result in measured("interactive-closed")]
-    )
+    return starts_of("interactive-closed")
 
 
 def forked_starts() -> str:
-    return start_table([(f"host {host(where)}, {trial}", result) for where, _, trial, result in measured("trials")])
+    return starts_of("trials")
+
+
+def starts_of(pattern: str) -> str:
+    trials = measured(pattern, "host-*")
+    return start_table([(f"host {host(where)}, {trial}", result) for where, _, trial, result in trials])
 
 
 def start_table(trials: Sequence[tuple[str, Result]]) -> str:
@@ -328,14 +395,19 @@ TABLES: dict[str, Callable[[], str]] = {
             predicted,
             offline,
             simulated,
+            simulated_h200,
             searches,
             starts,
             forked_starts,
             arms,
+            foretold,
         ),
         *(side_by_side, side_by_side_starts, beside_a_failure, tensor_parallel, killed),
     )
 }
+
+
+TABLES["interactive-h200"] = partial(interactive, H200)
 
 
 def filled(page: str) -> str:
