@@ -169,6 +169,8 @@ def headline(studied: Studied) -> dict[str, Any]:
         "invalid": "; ".join(result.reasons) if result.verdict == "INVALID" else "",
         "once": not result.intervals and len(result.runs) < 2,
         "several": len(studied.config.objective.metrics) > 1,
+        "edge": summary.edge(result, studied.config),
+        "verified": summary.verified(studied.folder),
     }
 
 

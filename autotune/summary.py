@@ -124,10 +124,11 @@ def words(study: optuna.Study, folder: Path, config: Config) -> str:
         result = rows[folder_of(trial)]
         assert result is not None
         parts += _verdict(study, trial, result, baseline)
-        parts += _edge(rows[winner(study, folder) or folder_of(trial)], config)
+        warning = edge(rows[winner(study, folder) or folder_of(trial)], config)
+        parts += ["", warning] if warning else []
     parts += _surprises(study) + _nodes(study)
-    if (verified := folder / "verify.json").exists():
-        parts += ["", f"Verified: {json.loads(verified.read_text())['line']}"]
+    if said := verified(folder):
+        parts += ["", f"Verified: {said}"]
     if any(row and row.estimated for row in rows.values()):
         parts += ["", "These are estimates of a simulation (backend=sim), not measurements."]
     parts += ["", f"Everything measured: {folder}/"]
@@ -169,16 +170,21 @@ def _verdict(study: optuna.Study, trial: FrozenTrial, result: Result, baseline: 
     return ["", worse, "", f"  {baseline.shell_command}"]
 
 
-def _edge(served: Result | None, config: Config) -> list[str]:
+def edge(served: Result | None, config: Config) -> str:
     """A warning where a step of a full server takes about as long as TPOT may be: a load then holds by a hair."""
     queued, limit = served and served.metrics.get("queued_tpot_p99_ms"), config.scenario.tpot_ms
     if not queued or not limit or abs(queued / limit - 1) > EDGE:
-        return []
-    return [
-        "",
+        return ""
+    return (
         f"On an edge: while requests queue, its TPOT is {queued:.1f} ms (p99) where {limit:g} are allowed. "
-        "A machine that is a little slower may hold far less: verify it where it will serve.",
-    ]
+        "A machine that is a little slower may hold far less: verify it where it will serve."
+    )
+
+
+def verified(folder: Path) -> str:
+    """What autotune.verify said of the study in `folder`; empty if it has not."""
+    file = folder / "verify.json"
+    return str(json.loads(file.read_text())["line"]) if file.exists() else ""
 
 
 def _surprises(study: optuna.Study) -> list[str]:

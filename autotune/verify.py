@@ -357,6 +357,7 @@ def main() -> None:
         overrides = [word for word in sys.argv[1:] if word not in words]
         verdict = verify(studies.load(wanted.study), wanted, overrides)
         print(f"\n{table(verdict)}\nEvery repeat: {studies.load(wanted.study).folder / FOLDER}/")
+        print(f"Into the report: python -m autotune.report study={wanted.study}")
     sys.exit(0 if verdict.winner else NO_BETTER)
 
 

@@ -125,6 +125,20 @@ def test_defaults_that_win_are_said_to_win(tmp_path: Path):
     assert "1,000 tokens/s: vLLM's defaults; no trial beat them" in page
 
 
+def test_edge_that_the_best_stands_on_is_said_at_the_top(tmp_path: Path):
+    best = result(1200)
+    best.metrics["queued_tpot_p99_ms"] = 95.0  # of the 100 that are allowed
+    page = report.page(studied(tmp_path, [best], result(1000)))
+    assert "On an edge: while requests queue" in text(page[: page.index("</header>")])
+
+
+def test_verdict_of_the_repeats_is_said_at_the_top(tmp_path: Path):
+    one = studied(tmp_path, [result(1200)], result(1000))
+    (tmp_path / "verify.json").write_text('{"line": "Better than the defaults: trial-0, +18.0% in 5 repeats."}')
+    page = report.page(one)
+    assert "Verified. Better than the defaults: trial-0, +18.0%" in text(page[: page.index("</header>")])
+
+
 def test_every_figure_is_drawn_of_a_study_that_has_all(tmp_path: Path):
     latencies = {qps: {"ttft_p99_ms": qps, "tpot_p99_ms": qps} for qps in (4.0, 8.0)}
     runs = [LoadRun(f"run-{qps}", "probe", qps, "VALID", metrics=found) for qps, found in latencies.items()]
