@@ -115,7 +115,10 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
         found = run("certify" if full else "probe", asked)
         if full or qps not in done:
             done[qps] = found
-        return found.measured.verdict == "VALID"
+        held = found.measured.verdict == "VALID"
+        if not held:
+            progress.publish(folder, len(result.runs), {progress.FAILING: qps})
+        return held
 
     burst_qps, queued = 0.0, {}
     if settings.start_qps is None:

@@ -147,6 +147,9 @@ def _counts(study: optuna.Study, config: Config) -> str:
     again = sum(DUPLICATE in trial.user_attrs for trial in trials)
     more = f", {refused} combinations refused before they took a GPU" if refused else ""
     more += f", {again} asked for again and looked up" if again else ""
+    pruned = [trial for trial in trials if trial.state is TrialState.PRUNED]
+    ended = sum(not {"refused", "reason"} & trial.user_attrs.keys() for trial in pruned)
+    more += f", {ended} ended early by the pruner" if ended else ""
     return f"Study {config.study}: {len(trials) - refused - again} trials, {failed} failed{more}\n"
 
 

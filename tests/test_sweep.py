@@ -134,9 +134,34 @@ def test_bad_trial_is_pruned_while_it_runs(tmp_path: Path, launcher: list[str]):
     assert by_value[256].state is TrialState.COMPLETE
 
 
-def test_pruner_that_can_not_watch_the_objective_is_refused(tmp_path: Path):
-    done = autotune(tmp_path, "pruner=median", "objective=latency", f"{SEQS}=choice(4,8)")
-    assert done.returncode == 1 and "pruner: needs one objective among tokens_per_s" in done.stderr
+def test_search_that_can_hardly_be_the_best_any_more_is_pruned(tmp_path: Path):
+    search = ["scenario=interactive", "objective=max_qps", "pruner=behind", "backend.pace=0.02", "sampler=grid"]
+    done = autotune(tmp_path, *search, f"{SEQS}=choice(4,1024)")  # 1,024 is the baseline
+    assert done.returncode == 0, done.stderr
+    by_value = {trial.params[SEQS]: trial for trial in trials(tmp_path)}
+    assert by_value[4].state is TrialState.PRUNED
+    assert min(by_value[4].intermediate_values.values()) < 0.9 * by_value[1024].value
+    assert "pruned at failing_qps" in done.stdout and "1 ended early by the pruner" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pruner=median", "objective=latency"], "pruner: needs one objective among tokens_per_s"),
+        (["pruner=median", "objective=max_qps", "scenario=interactive"], "write pruner=behind"),
+        (["pruner=behind"], "pruner=behind: needs objective=max_qps"),
+    ],
+)
+def test_pruner_that_can_not_watch_the_objective_is_refused(tmp_path: Path, words: list[str], said: str):
+    done = autotune(tmp_path, *words, f"{SEQS}=choice(4,8)")
+    assert done.returncode == 1 and said in done.stderr
+
+
+def test_several_objectives_are_measured_while_a_trial_says_how_far_it_is(tmp_path: Path):
+    pace = ["backend.pace=0.02", "scenario.min_queries=600"]
+    done = autotune(tmp_path, "objective=pareto", "n_trials=1", *pace, f"{SEQS}=choice(64)")
+    assert done.returncode == 0, done.stderr
+    assert [trial.state for trial in trials(tmp_path)] == [TrialState.COMPLETE]
 
 
 @pytest.mark.parametrize("storage", ["journal://multirun/s/study.log", "sqlite:///other.db"])

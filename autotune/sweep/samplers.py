@@ -1,4 +1,4 @@
-"""The sampler and the pruner that `sampler=` and `pruner=` name."""
+"""The sampler that `sampler=` names."""
 
 from functools import partial
 from typing import Any
@@ -12,9 +12,7 @@ from optuna.samplers._tpe import _truncnorm
 from optuna.trial import FrozenTrial
 from scipy.special import log_ndtr
 
-from autotune import progress
 from autotune.errors import InputError
-from autotune.schema import Config
 from autotune.space import Space
 
 
@@ -51,17 +49,3 @@ def make_sampler(config: Any, space: Space, begun: int = 0) -> optuna.samplers.B
         torch.set_num_threads(1)  # small matrices; more threads only wait for cores that trials have
     sampler: optuna.samplers.BaseSampler = Grid(space.grid, **made.keywords) if isinstance(made, partial) else made
     return sampler
-
-
-def make_pruner(config: Config) -> optuna.pruners.BasePruner:
-    """The pruner of the `pruner` group. Raises InputError if the objective can't be watched while a trial runs."""
-    pruner: optuna.pruners.BasePruner = instantiate(config.pruner, _execution_whitelist_=("optuna.*",))
-    watched = isinstance(pruner, optuna.pruners.NopPruner) or (
-        len(config.objective.metrics) == 1 and config.objective.metrics[0] in progress.METRICS
-    )
-    if not watched:
-        raise InputError(
-            f"pruner: needs one objective among {', '.join(progress.METRICS)}, "
-            f"and objective.metrics is {config.objective.metrics}; write pruner=none"
-        )
-    return pruner

@@ -31,7 +31,8 @@ from autotune.space import DEFAULT, FLAG, Space, check_flags, contains, flags, p
 from autotune.sweep import prior, storage, tell, warm_start
 from autotune.sweep.display import Display
 from autotune.sweep.launchers import Job, Launcher, completed, make_launcher
-from autotune.sweep.samplers import Grid, make_pruner, make_sampler
+from autotune.sweep.pruners import make_pruner, watched
+from autotune.sweep.samplers import Grid, make_sampler
 from autotune.sweep.worker import Trial
 from autotune.text import shorten
 from autotune.trial import Prepared, prepare, prepare_samples
@@ -341,7 +342,7 @@ class Study:
         """Note what a trial says of itself; stop it if the pruner has seen enough."""
         for entry in one.progress.new():
             one.phase = entry.get("phase", one.phase)
-            name = self._config.objective.metrics[0]
+            name = watched(self._study.pruner, self._config.objective)
             if one.asked.trial is None or one.pruned or name not in entry.get("values", {}):
                 continue
             one.asked.trial.report(entry["values"][name], entry["step"])
