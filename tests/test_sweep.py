@@ -150,9 +150,11 @@ def test_search_that_can_hardly_be_the_best_any_more_is_pruned(tmp_path: Path):
         (["pruner=median", "objective=latency"], "pruner: needs one objective among tokens_per_s"),
         (["pruner=median", "objective=max_qps", "scenario=interactive"], "write pruner=behind"),
         (["pruner=behind"], "pruner=behind: needs objective=max_qps"),
+        (["pruner=median", "pruner.n_startup_trials=-1"], "autotune: pruner: Number of startup trials"),
+        (["sampler=nsga2", "hydra.sweeper.sampler.population_size=1"], "autotune: hydra.sweeper.sampler: `population"),
     ],
 )
-def test_pruner_that_can_not_watch_the_objective_is_refused(tmp_path: Path, words: list[str], said: str):
+def test_pruner_or_sampler_that_can_not_be_made_or_watch_is_refused(tmp_path: Path, words: list[str], said: str):
     done = autotune(tmp_path, *words, f"{SEQS}=choice(4,8)")
     assert done.returncode == 1 and said in done.stderr
 

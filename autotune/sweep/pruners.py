@@ -6,6 +6,7 @@ from hydra.utils import instantiate
 from autotune import progress
 from autotune.errors import InputError
 from autotune.schema import Config, ObjectiveConfig
+from autotune.text import one_line
 
 
 class BehindBest(optuna.pruners.BasePruner):
@@ -27,10 +28,12 @@ class BehindBest(optuna.pruners.BasePruner):
 
 
 def make_pruner(config: Config) -> optuna.pruners.BasePruner:
-    """The pruner of the `pruner` group. Raises InputError if it can't watch the objective while a trial runs."""
-    pruner: optuna.pruners.BasePruner = instantiate(
-        config.pruner, _execution_whitelist_=("optuna.*", "autotune.sweep.pruners.*")
-    )
+    """The pruner of the `pruner` group. Raises InputError if it can't be made, or can't watch the objective."""
+    allowed = ("optuna.*", "autotune.sweep.pruners.*")
+    try:
+        pruner: optuna.pruners.BasePruner = instantiate(config.pruner, _execution_whitelist_=allowed)
+    except ValueError as error:
+        raise InputError(f"pruner: {one_line(error)}") from None
     wanted = config.objective.metrics
     if isinstance(pruner, BehindBest):
         if wanted != ["max_qps"]:

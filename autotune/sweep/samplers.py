@@ -14,6 +14,7 @@ from scipy.special import log_ndtr
 
 from autotune.errors import InputError
 from autotune.space import Space
+from autotune.text import one_line
 
 
 class Grid(GridSampler):
@@ -28,7 +29,7 @@ class Grid(GridSampler):
 
 
 def make_sampler(config: Any, space: Space, begun: int = 0) -> optuna.samplers.BaseSampler:
-    """The sampler of a `sampler` group; a grid covers `space`. Raises InputError for a missing extra.
+    """The sampler of a `sampler` group; a grid covers `space`. Raises InputError for what it can't be made with.
 
     `begun` trials exist already: a seed is moved on by them, or the sampler would suggest its first ones again. A
     grid keeps its seed: that is its order.
@@ -41,6 +42,8 @@ def make_sampler(config: Any, space: Space, begun: int = 0) -> optuna.samplers.B
         if "optuna_integration" in str(error) or "botorch" in str(error):
             raise InputError("sampler=botorch needs the extra `botorch`: uv pip install -e '.[botorch]'") from None
         raise
+    except ValueError as error:
+        raise InputError(f"hydra.sweeper.sampler: {one_line(error)}") from None
     if isinstance(made, TPESampler):
         _truncnorm._log_ndtr = log_ndtr  # the same function, compiled: Optuna's is Python
     if type(made).__name__ in ("GPSampler", "BoTorchSampler"):
