@@ -17,6 +17,7 @@ HOMES = {
         "figures.py",
         "plan.py",
         "sweep/samplers.py",
+        "sweep/pruners.py",
         "sweep/study.py",
         "sweep/storage.py",
         "sweep/display.py",
