@@ -18,8 +18,8 @@ from tests.studies import SEQS, command, trials
 
 pytestmark = [pytest.mark.slow, pytest.mark.services]
 
-# A simulated trial of some seconds; the one with a single sequence takes 98 s, more than SLURM's shortest time limit of a
-# minute and the half one between two looks at it.
+# A simulated trial of some seconds; the one with a single sequence takes 98 s, more than SLURM's shortest time limit, a
+# minute, and the half one between two looks at it.
 LOAD = ["scenario.min_queries=9000", "backend.pace=0.02", "baseline=false"]
 LAUNCHER = ["launcher=slurm", "launcher.poll_s=1", "launcher.n_jobs=4", "launcher.parameters.cpus_per_task=1"]
 JOB_LIMIT = ["launcher.parameters.timeout_min=1", "+launcher.parameters.slurm_signal_delay_s=20"]
