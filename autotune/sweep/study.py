@@ -340,9 +340,9 @@ class Study:
 
     def _watch(self, one: Running) -> None:
         """Note what a trial says of itself; stop it if the pruner has seen enough."""
+        name = watched(self._study.pruner, self._config.objective)
         for entry in one.progress.new():
             one.phase = entry.get("phase", one.phase)
-            name = watched(self._study.pruner, self._config.objective)
             if one.asked.trial is None or one.pruned or name not in entry.get("values", {}):
                 continue
             one.asked.trial.report(entry["values"][name], entry["step"])
