@@ -46,5 +46,6 @@ step offline-closed study offline-closed "${offline[@]}" "${closed[@]}" \
 step offline-open study offline-open "${offline[@]}" "${open[@]}" \
     baseline=false n_trials="${OFFLINE:-3}" warm_start=offline-open-sim prior.keep=1
 step interactive-open study interactive-open "${interactive[@]}" "${open[@]}" \
-    baseline=false n_trials="${OPEN:-4}" warm_start=interactive-open-sim prior.keep=2
+    n_trials="${OPEN:-4}" warm_start=interactive-open-sim prior.keep=2
+step verify-open verify interactive-open k=1 n="${REPEATS:-4}"
 exit $failed
