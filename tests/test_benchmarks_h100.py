@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from autotune.compose import command_line
+from autotune.space import contains, parse
 from benchmarks.h100 import tables
 
 ROOT = Path(__file__).parent.parent
@@ -13,6 +15,13 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.stem)
 def test_every_table_of_a_page_is_what_the_data_says(page: Path):
     assert tables.filled(page.read_text()) == page.read_text()
+
+
+def test_a_study_that_names_no_space_can_find_what_was_verified():
+    config, params, sweeps = command_line(["model=llama8b"])
+    found, _ = parse(params, sweeps, config.conditions, config.only_if)
+    best = tables.repeated_of(tables.VERIFIED)["trial-0"][0].params
+    assert best and all(contains(found.parameters[name], value) for name, value in best.items())
 
 
 @pytest.mark.slow

@@ -12,9 +12,8 @@ loaded=(
     scenario=interactive scenario.qps=26 scenario.stop=never scenario.min_duration_s=20 scenario.min_queries=459
     engine.args.max_num_batched_tokens=1024
 )
-tokens='engine.args.max_num_batched_tokens=choice(512,768,1024,2048,4096,8192,16384)'
-closed=("space=[scheduler,graphs]" "$tokens")
-open=("space=[scheduler,graphs,quantization]" "$tokens")
+closed=("space=[scheduler,graphs]")
+open=("space=[scheduler,graphs,quantization]")
 # vLLM's auto_tune.sh: these sequences × tokens unless told otherwise
 grid=(
     space=none sampler=grid
