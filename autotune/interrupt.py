@@ -6,14 +6,29 @@ The exception can be lost where Python ignores exceptions (a destructor, a callb
 
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 _received: list[int] = []
+_held = False
 
 
 def install() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job starts with SIGINT ignored
         signal.signal(number, _raise)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """A signal waits until the end of this: for between the start of a job and the note of who is to stop it."""
+    global _held
+    _held = True
+    try:
+        yield
+    finally:
+        _held = False
+    check()
 
 
 def check() -> None:
@@ -24,6 +39,8 @@ def check() -> None:
 
 def _raise(number: int, _frame: FrameType | None) -> None:
     _received.append(number)
+    if _held:
+        return
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + number)

@@ -24,6 +24,7 @@ EXPECTED = "expected"  # what a simulation said of a trial
 SURPRISE = 0.15  # share of the expected value by which a measured one contradicts it
 EDGE = 0.1  # share of a TPOT limit within which the TPOT of a full server lies on it
 FILE = "summary.json"  # in a study's folder: what it comes to, in figures
+VERDICT = "verify.json"  # there: what autotune.verify found
 # What a table shows of a trial: metric, heading, digits.
 COLUMNS = [
     ("tokens_per_s", "tokens/s", 1),
@@ -186,7 +187,7 @@ def edge(served: Result | None, config: Config) -> str:
 
 def verified(folder: Path) -> str:
     """What autotune.verify said of the study in `folder`; empty if it has not."""
-    file = folder / "verify.json"
+    file = folder / VERDICT
     return str(json.loads(file.read_text())["line"]) if file.exists() else ""
 
 

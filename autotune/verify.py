@@ -43,7 +43,7 @@ from autotune.text import aligned, shorten
 
 log = logging.getLogger(__name__)
 
-FOLDER, FILE, TABLE = "verify", "verify.json", "verify.txt"  # below the study's folder
+FOLDER, TABLE = "verify", "verify.txt"  # below the study's folder
 POLL_S = 0.1
 NO_BETTER = 2  # exit code
 
@@ -179,7 +179,8 @@ def run(found: Sequence[Repeat], launcher: Launcher, ended: Callable[[Repeat, Re
             interrupt.check()
             free = launcher.n_jobs - len(running)
             batch, waiting = waiting[:free], waiting[free:]
-            running += start(batch, launcher)
+            with interrupt.held():
+                running += start(batch, launcher)
             for one, job in [pair for pair in running if pair[1].done()]:
                 running.remove((one, job))
                 ended(one, Result.find(one.trial.folder) or Result(reason=job.reason()))
@@ -194,6 +195,12 @@ def kept(one: Repeat) -> bool:
     """Whether it completed already, with this very configuration."""
     result, folder = Result.find(one.trial.folder), one.trial.folder
     return bool(result and result.complete and (folder / "config.yaml").read_text() == trial.as_yaml(one.trial.config))
+
+
+def complete_blocks(found: Sequence[Repeat]) -> int:
+    """How many blocks, from the first on, have completed."""
+    missing = [one.block for one in found if not kept(one)]
+    return min(missing) - 1 if missing else max(one.block for one in found)
 
 
 def start(batch: Sequence[Repeat], launcher: Launcher) -> list[tuple[Repeat, Job]]:
@@ -340,9 +347,14 @@ def verify(study: FinishedStudy, wanted: Verify, overrides: Sequence[str]) -> Ve
                 log.warning("%s", error)
 
         everywhere = study.config(chosen(study, wanted)[0], overrides)  # a repeat's own gpus are those of its block
-        run(found, make_launcher(everywhere), ended)
+        try:
+            run(found, make_launcher(everywhere), ended)
+        except (KeyboardInterrupt, SystemExit):
+            if (blocks := complete_blocks(found)) >= 2:
+                log.info("%d blocks are complete: n=%d judges them without another run", blocks, blocks)
+            raise
     verdict = judge(study, wanted, {(one.name, one.block): Result.load(one.trial.folder) for one in found})
-    (folder / FILE).write_text(json.dumps(asdict(verdict), indent=1))
+    (folder / summary.VERDICT).write_text(json.dumps(asdict(verdict), indent=1))
     (folder / TABLE).write_text(table(verdict))
     return verdict
 

@@ -1,8 +1,10 @@
 """Whether a winner is one: the statistics against known values and by simulation, the command on simulated studies."""
 
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +12,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from autotune import studies, verify
+from autotune import interrupt, studies, verify
 from autotune.errors import InputError
 from autotune.paired import difference
 from autotune.result import Result
 from autotune.schema import ObjectiveConfig
 from autotune.studies import FinishedStudy
+from autotune.sweep.launchers import Inline, Job
+from autotune.sweep.worker import Trial
 from autotune.verify import Verdict, Verify
 from tests.studies import SEQS, autotune, environment
 
@@ -165,6 +169,58 @@ def test_study_without_a_better_configuration_ends_with_its_own_code(simulated: 
     assert len(set(verdict["rows"][0]["values"])) == 3  # each repeat sees a load of its own
     again = run(simulated, "k=2", "n=4")
     assert "12 runs, 9 of them kept" in again.stdout
+
+
+class Signalled(Inline):
+    """A signal comes when a job has started and nobody has noted it yet."""
+
+    def submit(self, trials: Sequence[Trial]) -> list[Job]:
+        self.jobs = super().submit(trials)
+        signal.raise_signal(signal.SIGTERM)
+        return self.jobs
+
+
+def test_job_does_not_outlive_a_signal_that_comes_while_it_is_started(simulated: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(interrupt, "_received", [])
+    monkeypatch.chdir(simulated)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    interrupt.install()
+    launcher = Signalled(None)
+    try:
+        with pytest.raises(SystemExit):
+            found = verify.repeats(studies.load("s"), Verify("s", k=1, n=2, seed=9), ["backend.pace=10"])
+            verify.run(found, launcher, lambda *_: None)
+        assert [job.done() for job in launcher.jobs] == [True]
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+        for job in launcher.jobs:
+            job.cancel()
+
+
+def test_one_that_is_stopped_says_how_many_blocks_can_be_judged(simulated: Path):
+    command = [
+        sys.executable,
+        "-m",
+        "autotune.verify",
+        "study=s",
+        "k=1",
+        "n=9",
+        "scenario.seed=100",
+        "backend.pace=0.01",
+    ]
+    stopped = subprocess.Popen(
+        command, cwd=simulated, stdout=subprocess.PIPE, text=True, env=environment(simulated), bufsize=1
+    )
+    assert stopped.stdout is not None
+    for line in stopped.stdout:
+        if line.startswith("block 3"):
+            stopped.terminate()
+            break
+    said = stopped.communicate(timeout=60)[0]
+    assert "2 blocks are complete: n=2 judges them without another run" in said
+    done = run(simulated, "k=1", "n=2", "scenario.seed=100", "backend.pace=0.01")
+    assert "4 runs, 4 of them kept" in done.stdout and done.returncode == 2
 
 
 @pytest.mark.slow

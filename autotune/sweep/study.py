@@ -335,8 +335,9 @@ class Study:
             config = with_values(self._composed, changed, self._config)
             trials.append(Trial(config, overrides, folder, one.node))
         if trials:
-            for one, job in zip(asked, self._launcher.submit(trials), strict=True):
-                self._running.append(Running(one, job, progress.Reader(self._folder / one.name)))
+            with interrupt.held():
+                for one, job in zip(asked, self._launcher.submit(trials), strict=True):
+                    self._running.append(Running(one, job, progress.Reader(self._folder / one.name)))
 
     def _watch(self, one: Running) -> None:
         """Note what a trial says of itself; stop it if the pruner has seen enough."""
