@@ -1,7 +1,8 @@
 """SIGINT and SIGTERM unwind every `with`, so that no server stays behind.
 
-The exception can be lost where Python ignores exceptions (a destructor, a callback); whoever waits for long calls
-`check`, which raises it again.
+The exception can be lost where Python ignores exceptions (a destructor, a callback), and comes amid whatever runs (a
+database's transaction). So whoever waits for long calls `check`, which raises it again, and whoever must not be cut
+anywhere else is `held`.
 """
 
 import signal
@@ -21,7 +22,7 @@ def install() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """A signal waits until the end of this: for between the start of a job and the note of who is to stop it."""
+    """The first signal raises nothing until the next `check`, or the end of this; a second one does so at once."""
     global _held
     _held = True
     try:
@@ -34,12 +35,12 @@ def held() -> Iterator[None]:
 def check() -> None:
     """Raise what the first signal raised, if there was one."""
     if _received:
-        _raise(_received[0], None)
+        _raise(_received[0], None)  # no longer the first that is received
 
 
 def _raise(number: int, _frame: FrameType | None) -> None:
     _received.append(number)
-    if _held:
+    if _held and len(_received) == 1:
         return
     if number == signal.SIGINT:
         raise KeyboardInterrupt

@@ -179,8 +179,7 @@ def run(found: Sequence[Repeat], launcher: Launcher, ended: Callable[[Repeat, Re
             interrupt.check()
             free = launcher.n_jobs - len(running)
             batch, waiting = waiting[:free], waiting[free:]
-            with interrupt.held():
-                running += start(batch, launcher)
+            running += start(batch, launcher)
             for one, job in [pair for pair in running if pair[1].done()]:
                 running.remove((one, job))
                 ended(one, Result.find(one.trial.folder) or Result(reason=job.reason()))
@@ -348,7 +347,8 @@ def verify(study: FinishedStudy, wanted: Verify, overrides: Sequence[str]) -> Ve
 
         everywhere = study.config(chosen(study, wanted)[0], overrides)  # a repeat's own gpus are those of its block
         try:
-            run(found, make_launcher(everywhere), ended)
+            with interrupt.held():
+                run(found, make_launcher(everywhere), ended)
         except (KeyboardInterrupt, SystemExit):
             if (blocks := complete_blocks(found)) >= 2:
                 log.info("%d blocks are complete: n=%d judges them without another run", blocks, blocks)

@@ -1,13 +1,16 @@
 """Studies as a user starts them, on a simulated server."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
 
 from autotune.result import Result
-from tests.studies import SEQS, autotune, trials
+from tests.studies import SEQS, autotune, command, trials
 
 MEMORY, TOKENS = "engine.args.gpu_memory_utilization", "engine.args.max_num_batched_tokens"
 LITTLE = 0.15  # of the memory: the weights do not fit
@@ -167,3 +170,36 @@ def test_what_contradicts_the_prior_is_reported(tmp_path: Path):
     slower = ["backend.device.math_efficiency=0.3"]
     done = autotune(tmp_path, *space, *slower, "n_trials=2", "baseline=false")
     assert "The simulation was wrong about 2 of the 2 trials" in done.stdout, done.stderr
+
+
+# A signal while the database executes a statement of the study's first question.
+SIGNALLED = """
+import runpy, signal
+import optuna, sqlalchemy
+
+def signalled(*_):
+    signal.raise_signal(signal.SIGTERM)
+
+ask = optuna.Study.ask
+def armed(study):
+    optuna.Study.ask = ask
+    sqlalchemy.event.listen(sqlalchemy.Engine, "after_cursor_execute", signalled, once=True)
+    return ask(study)
+optuna.Study.ask = armed
+runpy.run_module("autotune", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_signal_amid_a_question_to_the_sampler_ends_the_study_in_order_and_loses_nothing(tmp_path: Path):
+    words = command("baseline=false", "n_trials=3", f"{SEQS}=range(4,65)")
+    stopped = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, *words[3:]], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert stopped.returncode == 128 + signal.SIGTERM and "Traceback" not in stopped.stderr, stopped.stderr
+    assert "stopped; what was measured is kept" in stopped.stdout
+    assert (tmp_path / "multirun/s/report.html").exists()
+    asked = trials(tmp_path)[0].params[SEQS]
+    done = autotune(tmp_path, "baseline=false", "n_trials=3", f"{SEQS}=range(4,65)")
+    assert done.returncode == 0, done.stderr
+    complete = [trial for trial in trials(tmp_path) if trial.state is TrialState.COMPLETE]
+    assert len(complete) == 3 and asked in [trial.params[SEQS] for trial in complete]

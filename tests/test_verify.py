@@ -189,7 +189,8 @@ def test_job_does_not_outlive_a_signal_that_comes_while_it_is_started(simulated:
     try:
         with pytest.raises(SystemExit):
             found = verify.repeats(studies.load("s"), Verify("s", k=1, n=2, seed=9), ["backend.pace=10"])
-            verify.run(found, launcher, lambda *_: None)
+            with interrupt.held():
+                verify.run(found, launcher, lambda *_: None)
         assert [job.done() for job in launcher.jobs] == [True]
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 
-from autotune import vllm_args
+from autotune import interrupt, vllm_args
 from autotune.errors import StartError
 from autotune.result import Result
 from autotune.runs import Run
@@ -60,6 +60,7 @@ def estimate(
 
     `observe` is given the run that its result tells of.
     """
+    interrupt.check()
     prepared = simulation.prepared
     fields = {key: value for key, value in params.items() if not key.startswith(FLAG)}
     config, args = with_fields(simulation.config, fields), prepared.args | flags(params)

@@ -178,9 +178,10 @@ class Study:
         config = self._config
         with tracking.study(config.tracking, config.study, self._folder) as self._tracker:
             try:
-                self._resume()
-                with Display(self._n_trials, config.objective) as self._display:
-                    self._run_trials()
+                with interrupt.held():  # neither the storage nor the start of a job is cut off midway
+                    self._resume()
+                    with Display(self._n_trials, config.objective) as self._display:
+                        self._run_trials()
             except (KeyboardInterrupt, SystemExit):
                 log.info("stopped; what was measured is kept, and the same command goes on")
                 raise
@@ -214,6 +215,7 @@ class Study:
             asked: list[Asked] = []
             while len(self._running) + len(asked) < self._launcher.n_jobs and (next_one := self._ask()):
                 asked.append(next_one)
+            interrupt.check()
             self._start(asked)
             if not self._running:
                 return
@@ -247,6 +249,7 @@ class Study:
             return Asked(summary.BASELINE, {}, None)
         refused = looked_up = 0  # in a row
         while not self._exhausted and self._count < self._n_trials and not self._spent():
+            interrupt.check()
             with self._transaction():
                 trial = self._study.ask()
                 params = self._space.suggest(trial, self._known)
@@ -335,9 +338,8 @@ class Study:
             config = with_values(self._composed, changed, self._config)
             trials.append(Trial(config, overrides, folder, one.node))
         if trials:
-            with interrupt.held():
-                for one, job in zip(asked, self._launcher.submit(trials), strict=True):
-                    self._running.append(Running(one, job, progress.Reader(self._folder / one.name)))
+            for one, job in zip(asked, self._launcher.submit(trials), strict=True):
+                self._running.append(Running(one, job, progress.Reader(self._folder / one.name)))
 
     def _watch(self, one: Running) -> None:
         """Note what a trial says of itself; stop it if the pruner has seen enough."""
