@@ -17,7 +17,7 @@ _held = False
 
 def install() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job starts with SIGINT ignored
-        signal.signal(number, _raise)
+        signal.signal(number, _handle)
 
 
 @contextmanager
@@ -35,13 +35,16 @@ def held() -> Iterator[None]:
 def check() -> None:
     """Raise what the first signal raised, if there was one."""
     if _received:
-        _raise(_received[0], None)  # no longer the first that is received
+        _raise(_received[0])
 
 
-def _raise(number: int, _frame: FrameType | None) -> None:
+def _handle(number: int, _frame: FrameType | None) -> None:
     _received.append(number)
-    if _held and len(_received) == 1:
-        return
+    if not _held or len(_received) > 1:
+        _raise(number)
+
+
+def _raise(number: int) -> None:
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + number)

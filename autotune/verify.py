@@ -175,16 +175,17 @@ def run(found: Sequence[Repeat], launcher: Launcher, ended: Callable[[Repeat, Re
     waiting = [one for one in found if not kept(one)]
     running: list[tuple[Repeat, Job]] = []
     try:
-        while waiting or running:
-            interrupt.check()
-            free = launcher.n_jobs - len(running)
-            batch, waiting = waiting[:free], waiting[free:]
-            running += start(batch, launcher)
-            for one, job in [pair for pair in running if pair[1].done()]:
-                running.remove((one, job))
-                ended(one, Result.find(one.trial.folder) or Result(reason=job.reason()))
-            if running:
-                running[0][1].wait(POLL_S)
+        with interrupt.held():  # no job is started that nobody knows of
+            while waiting or running:
+                interrupt.check()
+                free = launcher.n_jobs - len(running)
+                batch, waiting = waiting[:free], waiting[free:]
+                running += start(batch, launcher)
+                for one, job in [pair for pair in running if pair[1].done()]:
+                    running.remove((one, job))
+                    ended(one, Result.find(one.trial.folder) or Result(reason=job.reason()))
+                if running:
+                    running[0][1].wait(POLL_S)
     finally:
         for _, job in running:
             job.cancel()
@@ -289,15 +290,16 @@ def _line(study: FinishedStudy, index: int, wanted: Verify, rows: dict[str, Row]
         )
     first, theirs = study.results[winner].values[index], study.results[BASELINE].values[index]
     said = f"; the study, which chose it by this, had said {first / theirs - 1:+.1%}" if theirs else ""
-    return f"Better than the defaults: {winner}, {change(row, baseline)} in {wanted.n} repeats, with {together}{said}."
+    gain = change(row.difference, baseline.mean)
+    return f"Better than the defaults: {winner}, {gain} in {wanted.n} repeats, with {together}{said}."
 
 
-def change(row: Row, baseline: Row) -> str:
+def change(found: Difference | None, baseline: float | None) -> str:
     """`+7.8% [+5.1%, +10.6%]` of the baseline's mean; in the metric's unit if that is 0."""
-    if row.difference is None:
+    if found is None:
         return ""
-    parts = (row.difference.mean, row.difference.low, row.difference.high)
-    mean, low, high = (f"{part / baseline.mean:+.1%}" if baseline.mean else f"{part:+.4g}" for part in parts)
+    parts = (found.mean, found.low, found.high)
+    mean, low, high = (f"{part / baseline:+.1%}" if baseline else f"{part:+.4g}" for part in parts)
     return f"{mean} [{low}, {high}]"
 
 
@@ -308,7 +310,7 @@ def table(verdict: Verdict) -> str:
     for row in verdict.rows:
         real = f"{min(0.999, 1 - row.difference.p):.1%}" if row.difference else ""
         mean = f"{row.mean:,.4g}" if row.mean is not None else "failed"
-        lines.append((row.name, mean, change(row, baseline), real, f"{row.held} of {verdict.n}"))
+        lines.append((row.name, mean, change(row.difference, baseline.mean), real, f"{row.held} of {verdict.n}"))
     parts = aligned(lines)
     parts += ["", *(f"  {row.name}: {shorten(row.params)}" for row in verdict.rows[1:])]
     parts += [f"  {row.name} failed: {why}" for row in verdict.rows for why in row.failures]
@@ -347,8 +349,7 @@ def verify(study: FinishedStudy, wanted: Verify, overrides: Sequence[str]) -> Ve
 
         everywhere = study.config(chosen(study, wanted)[0], overrides)  # a repeat's own gpus are those of its block
         try:
-            with interrupt.held():
-                run(found, make_launcher(everywhere), ended)
+            run(found, make_launcher(everywhere), ended)
         except (KeyboardInterrupt, SystemExit):
             if (blocks := complete_blocks(found)) >= 2:
                 log.info("%d blocks are complete: n=%d judges them without another run", blocks, blocks)

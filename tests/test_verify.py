@@ -145,9 +145,14 @@ def test_limits_that_the_defaults_never_hold_make_a_winner_of_what_does():
 # The command
 
 
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "autotune.verify", "study=s", *words]
+
+
 def run(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "autotune.verify", "study=s", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(folder), timeout=120)
+    return subprocess.run(
+        command(*words), cwd=folder, capture_output=True, text=True, env=environment(folder), timeout=120
+    )
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +194,7 @@ def test_job_does_not_outlive_a_signal_that_comes_while_it_is_started(simulated:
     try:
         with pytest.raises(SystemExit):
             found = verify.repeats(studies.load("s"), Verify("s", k=1, n=2, seed=9), ["backend.pace=10"])
-            with interrupt.held():
-                verify.run(found, launcher, lambda *_: None)
+            verify.run(found, launcher, lambda *_: None)
         assert [job.done() for job in launcher.jobs] == [True]
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
@@ -200,18 +204,9 @@ def test_job_does_not_outlive_a_signal_that_comes_while_it_is_started(simulated:
 
 
 def test_one_that_is_stopped_says_how_many_blocks_can_be_judged(simulated: Path):
-    command = [
-        sys.executable,
-        "-m",
-        "autotune.verify",
-        "study=s",
-        "k=1",
-        "n=9",
-        "scenario.seed=100",
-        "backend.pace=0.01",
-    ]
+    paced = ["k=1", "scenario.seed=100", "backend.pace=0.01"]
     stopped = subprocess.Popen(
-        command, cwd=simulated, stdout=subprocess.PIPE, text=True, env=environment(simulated), bufsize=1
+        command("n=9", *paced), cwd=simulated, stdout=subprocess.PIPE, text=True, env=environment(simulated), bufsize=1
     )
     assert stopped.stdout is not None
     for line in stopped.stdout:
@@ -220,7 +215,7 @@ def test_one_that_is_stopped_says_how_many_blocks_can_be_judged(simulated: Path)
             break
     said = stopped.communicate(timeout=60)[0]
     assert "2 blocks are complete: n=2 judges them without another run" in said
-    done = run(simulated, "k=1", "n=2", "scenario.seed=100", "backend.pace=0.01")
+    done = run(simulated, "n=2", *paced)
     assert "4 runs, 4 of them kept" in done.stdout and done.returncode == 2
 
 

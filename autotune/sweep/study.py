@@ -215,7 +215,6 @@ class Study:
             asked: list[Asked] = []
             while len(self._running) + len(asked) < self._launcher.n_jobs and (next_one := self._ask()):
                 asked.append(next_one)
-            interrupt.check()
             self._start(asked)
             if not self._running:
                 return
@@ -249,11 +248,11 @@ class Study:
             return Asked(summary.BASELINE, {}, None)
         refused = looked_up = 0  # in a row
         while not self._exhausted and self._count < self._n_trials and not self._spent():
-            interrupt.check()
             with self._transaction():
                 trial = self._study.ask()
                 params = self._space.suggest(trial, self._known)
             refusal, point = self._dry_run(params)
+            interrupt.check()
             earlier = self._measured.get(point)
             if refusal:
                 self._refuse(trial, refusal)

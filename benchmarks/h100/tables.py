@@ -10,10 +10,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import yaml
 from scipy.stats import kendalltau
 
+from autotune import summary
 from autotune.compose import command_line
 from autotune.paired import difference
 from autotune.result import Result
@@ -21,6 +23,7 @@ from autotune.schema import HOST, Device
 from autotune.sim import calibrate
 from autotune.studies import BASELINE
 from autotune.sweep.estimate import estimate, simulation
+from autotune.verify import change
 
 HERE = Path(__file__).parent
 ONE, TWO = HERE / "data/one-gpu", HERE / "data/two-gpus"
@@ -211,11 +214,10 @@ def unfitted_h200() -> Device:
 
 
 def verified() -> str:
-    loads = [[one.metrics["max_qps"] for one in repeated[:PLANNED]] for repeated in repeated_of(VERIFIED).values()]
-    planned = difference(loads[1], loads[0], confidence=0.95, comparisons=1)
-    share = [f"{part / (sum(loads[0]) / PLANNED):+.1%}" for part in (planned.mean, planned.low, planned.high)]
-    first = f"After the first {PLANNED}, which were planned: {share[0]} [{share[1]}, {share[2]}]."
-    return f"{repeats(VERIFIED)}\n\n{first}\n\n{verdict(VERIFIED)}"
+    theirs, mine = (loads[:PLANNED] for loads in held(VERIFIED).values())
+    planned = change(difference(mine, theirs, confidence=0.95, comparisons=1), mean(theirs))
+    first = f"After the first {PLANNED}, which were planned: {planned}."
+    return f"{repeats(VERIFIED)}\n\n{first}\n\n{summary.verified(VERIFIED)}"
 
 
 def verified_open() -> str:
@@ -223,32 +225,31 @@ def verified_open() -> str:
 
 
 def verified_edge() -> str:
-    return repeats(EDGE) + f"\n\n{verdict(EDGE)}"
+    return f"{repeats(EDGE)}\n\n{summary.verified(EDGE)}"
 
 
 def repeats(folder: Path) -> str:
     """Each repeat of the defaults and of the best, and what the simulation makes of it: same schedule, same search."""
-    found = repeated_of(folder)
-    loads = {name: [one.metrics["max_qps"] for one in repeated] for name, repeated in found.items()}
-    gains = [mine / theirs - 1 for mine, theirs in zip(loads["trial-0"], loads[BASELINE], strict=True)]
-    rows = [(name, *map(number, loads[name])) for name in found]
+    loads = held(folder)
+    gains = [mine / theirs - 1 for theirs, mine in zip(*loads.values(), strict=True)]
+    rows = [(name, *map(number, measured_loads)) for name, measured_loads in loads.items()]
     rows.append(("gain", *(f"{gain:+.0%}" for gain in gains)))
     for slower in (1.0, 1.1):
         said = "simulated" if slower == 1 else f"simulated, host {slower - 1:.0%} slower"
-        for name, repeated in found.items():
+        for name, repeated in repeated_of(folder).items():
             again = [searched_again(one, slower_host(slower)) for one in repeated]
             rows.append((f"{name}, {said}", *map(number, again)))
     return markdown(("queries/s", *(f"repeat {at + 1}" for at in range(len(gains)))), rows)
 
 
+def held(folder: Path) -> dict[str, list[float]]:
+    """The load that each repeat of the defaults and of the best held, queries/s, by block."""
+    return {name: [one.metrics["max_qps"] for one in repeated] for name, repeated in repeated_of(folder).items()}
+
+
 def repeated_of(folder: Path) -> dict[str, list[Result]]:
-    """The repeats of the defaults and of the best, by block."""
     names = (BASELINE, "trial-0")
     return {name: [read(file) for file in sorted(folder.glob(f"verify/{name}-*.json"))] for name in names}
-
-
-def verdict(folder: Path) -> str:
-    return str(json.loads((folder / "verify.json").read_text())["line"])
 
 
 def searched_again(measured: Result, device: Device) -> float:
@@ -272,16 +273,16 @@ def headline() -> str:
         defaults = study(ONE / H200 / f"interactive-{name}")[BASELINE]
         return f"{highest(name) / defaults.metrics['max_qps'] - 1:+.0%}"
 
-    means = [row["mean"] for row in json.loads((VERIFIED / "verify.json").read_text())["rows"]]
-    fp8 = [read(OPEN / f"verify/{name}-1.json").metrics["max_qps"] for name in ("trial-0", BASELINE)]
+    defaults, best = map(mean, held(VERIFIED).values())
+    plain, fp8 = (loads[0] for loads in held(OPEN).values())
     guess, random, grid = map(gain, ARMS)
     closed, quantised = (measured(f"offline-{rules}")[0][-1].metrics["tokens_per_s"] for rules in ("closed", "open"))
-    said = verdict(VERIFIED).partition(";")[0]
+    said = summary.verified(VERIFIED).partition(";")[0]
     return (
-        f"**Within MLPerf's Interactive limits an H100 serves {means[1]:.1f} queries/s with the configuration that a "
-        f"simulation of it proposed, and {means[0]:.1f} with vLLM's defaults, both in bf16: “{said}.” The study, on an "
+        f"**Within MLPerf's Interactive limits an H100 serves {best:.1f} queries/s with the configuration that a "
+        f"simulation of it proposed, and {defaults:.1f} with vLLM's defaults, both in bf16: “{said}.” The study, on an "
         f"H200, had said {guess}; in the same engine time random search found {random}, vLLM's grid {grid}. fp8 "
-        f"weights and KV cache hold {fp8[0]:.1f} on an H100 where the defaults hold {fp8[1]:.1f} (once each), and "
+        f"weights and KV cache hold {fp8:.1f} on an H100 where the defaults hold {plain:.1f} (once each), and "
         f"{highest('open'):.1f} on an H200. What brings it are long steps as CUDA graphs: without them an "
         f"earlier guess was no better than the defaults when it was repeated. Offline, fp8 makes {quantised:,.0f} "
         f"tokens/s of an H100 and the defaults {closed:,.0f}.**"
