@@ -1,1 +1,6 @@
 """Finds the best vLLM server configuration for a model and a workload."""
+
+from pathlib import Path
+
+# Lets `python -m autotune.verify` run autotune/commands/verify.py, as `autotune verify` does.
+__path__.append(str(Path(__file__).parent / "commands"))

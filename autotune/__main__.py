@@ -1,9 +1,10 @@
-"""The command: `python -m autotune` runs one trial, `python -m autotune -m` a study."""
+"""The command line: `autotune` runs one trial, `autotune -m` a study, `autotune plan …` a module of `commands`."""
 
 import logging
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 import hydra
@@ -11,10 +12,16 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from autotune import interrupt, schema, summary, tracking, trial
-from autotune.compose import CONF, errors_in_one_line, register, without_sweep
+from autotune import commands, sweep
+from autotune.config import schema
+from autotune.config.command_line import CONF, errors_in_one_line, register, without_sweep
+from autotune.config.overrides import typed
 from autotune.errors import TrackingError
-from autotune.result import Result
+from autotune.measure import trial
+from autotune.measure.prepare import prepare
+from autotune.measure.result import Result
+from autotune.results import summary, tracking
+from autotune.system import interrupt
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +37,7 @@ def job(composed: DictConfig) -> float | list[float]:
 
 def single(composed: DictConfig) -> float | list[float]:
     config, overrides, folder = inputs(composed)
-    trial.prepare(config)
+    prepare(config)
     tracking.check(config.tracking)
     with ThreadPoolExecutor(1) as pool:  # MLflow takes seconds to import; vLLM takes longer to start
         tracker = pool.submit(tracking.Tracker, config.tracking, None, folder)
@@ -46,7 +53,7 @@ def single(composed: DictConfig) -> float | list[float]:
 def inputs(composed: DictConfig) -> tuple[schema.Config, list[str], Path]:
     """The typed configuration, the overrides that made it, and the trial's folder."""
     context = HydraConfig.get()
-    return schema.typed(composed), list(context.overrides.task), Path(context.runtime.output_dir)
+    return typed(composed), list(context.overrides.task), Path(context.runtime.output_dir)
 
 
 def values(result: Result) -> float | list[float]:
@@ -54,9 +61,14 @@ def values(result: Result) -> float | list[float]:
 
 
 def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in commands.NAMES:
+        name = sys.argv.pop(1)
+        import_module(f"autotune.commands.{name}").main()
+        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are, and leave as one line
     interrupt.install()
     register()
+    sweep.register()
     with errors_in_one_line():
         sys.argv[1:] = without_sweep(sys.argv[1:])
         job()

@@ -27,10 +27,10 @@ import numpy as np
 import psutil
 from null_server import MODEL
 
+from autotune.data.models import build_shape
+from autotune.data.samples import Samples
 from autotune.live import loadgen_log
 from autotune.live.backend import read_requests
-from autotune.models import build_shape
-from autotune.samples import Samples
 
 ROOT = Path(__file__).parent.parent
 CACHE = Path(os.environ.get("AUTOTUNE_CACHE", Path.home() / ".cache" / "autotune")) / "benchmarks"

@@ -15,12 +15,12 @@ from typing import Any
 
 import optuna
 
-from autotune.compose import command_line
+from autotune.config.command_line import compose
 from autotune.errors import StartError
 from autotune.live.backend import LiveBackend
 from autotune.live.server import serve
-from autotune.space import flags, parse
-from autotune.trial import Prepared, prepare
+from autotune.measure.prepare import Prepared, prepare
+from autotune.search.space import flags, parse
 
 
 def points(prepared: Prepared, space: Any, count: int, seed: int) -> list[tuple[dict[str, Any], str]]:
@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    config, params, _ = command_line(["model=tiny", "space=all", "+engine.args.enforce_eager=true"])
+    config, params, _ = compose(["model=tiny", "space=all", "+engine.args.enforce_eager=true"])
     prepared = prepare(config)
     space, _ = parse(params, [], config.conditions, config.only_if)
     drawn = points(prepared, space, options.points, options.seed)

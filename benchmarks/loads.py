@@ -10,10 +10,11 @@ import argparse
 import time
 from pathlib import Path
 
-from autotune import trial
-from autotune.compose import command_line, errors_in_one_line
-from autotune.redact import redact
-from autotune.result import Result
+from autotune.config.command_line import compose, errors_in_one_line
+from autotune.config.redact import redact
+from autotune.measure import trial
+from autotune.measure.prepare import prepare, prepare_samples
+from autotune.measure.result import Result
 
 
 def main() -> None:
@@ -22,15 +23,15 @@ def main() -> None:
     parser.add_argument("--load", action="append", required=True, help="Hydra overrides of the scenario, by spaces")
     arguments, overrides = parser.parse_known_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    common, _, _ = command_line([*overrides, *arguments.load[0].split()])
-    prepared = trial.prepare(common)
-    samples = trial.prepare_samples(common, prepared)
+    common, _, _ = compose([*overrides, *arguments.load[0].split()])
+    prepared = prepare(common)
+    samples = prepare_samples(common, prepared)
     flags = prepared.args | prepared.backend.dry_run(prepared.model, prepared.args).resolved
-    with prepared.backend.start(prepared.model, prepared.args, samples, arguments.folder) as engine:
+    with prepared.backend.start(prepared.model, prepared.args, samples, arguments.folder, None) as engine:
         for number, load in enumerate(arguments.load):
             folder = arguments.folder / str(number)
             folder.mkdir(exist_ok=True)
-            config, _, _ = command_line([*overrides, *load.split()])
+            config, _, _ = compose([*overrides, *load.split()])
             result = Result(started_at=time.time(), overrides=redact([*overrides, *load.split()]))
             result.args, result.config = redact(prepared.args), trial.names(config)
             result.facts = {"dataset_checksum": samples.checksum}

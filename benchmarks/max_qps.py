@@ -16,11 +16,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from autotune import runs, trial
-from autotune.backend import Engine
-from autotune.compose import command_line, errors_in_one_line
-from autotune.result import Result
-from autotune.schema import Config, Stop
+from autotune.config.command_line import compose, errors_in_one_line
+from autotune.config.schema import Config, Stop
+from autotune.measure import runs, trial
+from autotune.measure.backend import Engine
+from autotune.measure.prepare import prepare, prepare_samples
+from autotune.measure.result import Result
 
 FROM = 0.9
 AGREE = 0.1  # how far two searches may lie apart, as a share of the lower one
@@ -32,13 +33,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="searches, with seeds 1, 2, …")
     parser.add_argument("--scan", action=argparse.BooleanOptionalAction, default=True)
     arguments, overrides = parser.parse_known_args()
-    config, _, _ = command_line(["objective=max_qps", *overrides])
-    prepared = trial.prepare(config)
-    samples = trial.prepare_samples(config, prepared)
+    config, _, _ = compose(["objective=max_qps", *overrides])
+    prepared = prepare(config)
+    samples = prepare_samples(config, prepared)
     flags = prepared.args | prepared.backend.dry_run(prepared.model, prepared.args).resolved
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    with prepared.backend.start(prepared.model, prepared.args, samples, folder) as engine:
+    with prepared.backend.start(prepared.model, prepared.args, samples, folder, None) as engine:
         found, seconds = [], []
         for seed in range(1, arguments.seeds + 1):
             below = folder / f"search-{seed}"

@@ -35,14 +35,14 @@ import torch
 from matplotlib.figure import Figure
 from optuna.trial import TrialState
 
-from autotune import compose
-from autotune.compose import command_line, errors_in_one_line
-from autotune.schema import Config, with_fields
+from autotune.config.command_line import CONF, compose, errors_in_one_line
+from autotune.config.overrides import with_fields
+from autotune.config.schema import Config
+from autotune.search import prior, tell
+from autotune.search.samplers import Grid, make_sampler
+from autotune.search.simulate import Estimate, Simulation, estimate, simulation
+from autotune.search.space import Space, parse
 from autotune.sim.backend import PUBLISH_S, published
-from autotune.space import Space, parse
-from autotune.sweep import prior, tell
-from autotune.sweep.estimate import Estimate, Simulation, estimate, simulation
-from autotune.sweep.samplers import Grid, make_sampler
 from autotune.sweep.study import REFUSALS_IN_A_ROW
 
 SAMPLERS = ("tpe", "gp", "nsga2", "cmaes", "qmc", "random")  # botorch takes as long as all of these, several times
@@ -137,7 +137,7 @@ def key(space: Space, params: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def workload(name: str, words: str) -> Workload:
-    config, params, sweeps = command_line(["backend=sim", "prior=sim", "space=none", *words.split()])
+    config, params, sweeps = compose(["backend=sim", "prior=sim", "space=none", *words.split()])
     assert config.objective.directions == ["maximize"]
     space, _ = parse(params, sweeps, config.conditions, config.only_if)
     simulated = simulation(config, config.backend)
@@ -175,7 +175,7 @@ def expected_best(load: Workload, sigma: float, seed: int) -> list[dict[str, Any
 
 @cache
 def sampler_config(name: str, seed: int) -> Any:
-    with hydra.initialize_config_dir(str(compose.CONF)):
+    with hydra.initialize_config_dir(str(CONF)):
         composed = hydra.compose("config", [f"sampler={name}", f"seed={seed}"], return_hydra_config=True)
     return composed.hydra.sweeper.sampler
 
@@ -230,7 +230,7 @@ def pruned_after(trial: optuna.Trial, published: Sequence[float]) -> float | Non
 
 
 def make_pruner(override: str) -> optuna.pruners.BasePruner:
-    with hydra.initialize_config_dir(str(compose.CONF)):
+    with hydra.initialize_config_dir(str(CONF)):
         config = hydra.compose("config", [override]).pruner
     made: optuna.pruners.BasePruner = hydra.utils.instantiate(config, _execution_whitelist_=("optuna.*",))
     return made

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autotune import progress
-from autotune.backend import DryRunOutcome, Measurement, RequestTiming
-from autotune.leases import lease_for, leased
-from autotune.models import Model
-from autotune.samples import Samples
-from autotune.schema import ScenarioConfig, SimConfig
+from autotune.config.schema import ScenarioConfig, SimConfig
+from autotune.data.models import Model
+from autotune.data.samples import Samples
+from autotune.measure import progress
+from autotune.measure.backend import DryRunOutcome, Measurement, RequestTiming
+from autotune.system.leases import Lease
 
 SIGMA = 0.8
 
@@ -38,11 +38,12 @@ class Sleeper:
         return DryRunOutcome("", {})
 
     @contextmanager
-    def start(self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path) -> Iterator["Asleep"]:
+    def start(
+        self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, lease: Lease | None
+    ) -> Iterator["Asleep"]:
         seqs = int(args.get("max_num_seqs") or 1)
-        with lease_for(self.config.gpus, args) as lease:
-            sleep_s = self.config.pace * math.exp(random.Random(seqs).gauss(0, SIGMA))
-            yield Asleep(sleep_s, 1000 - abs(seqs - 700), folder, leased(lease))
+        sleep_s = self.config.pace * math.exp(random.Random(seqs).gauss(0, SIGMA))
+        yield Asleep(sleep_s, 1000 - abs(seqs - 700), folder)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,6 @@ class Asleep:
     sleep_s: float
     tokens: int
     folder: Path
-    facts: dict[str, str]
     start: dict[str, float] = field(default_factory=dict)
     command: list[str] = field(default_factory=lambda: ["sleep"])
     estimated: bool = False
@@ -62,6 +62,6 @@ class Asleep:
         while (left_s := began + self.sleep_s - time.time()) > 0:
             progress.check(self.folder)
             time.sleep(min(0.05, left_s))
-        facts = {"slept": f"{began} {time.time()}", **self.facts}
+        facts = {"slept": f"{began} {time.time()}"}
         request = RequestTiming(0, 0.0, 0.5, 1.0, self.tokens)
         return Measurement([request], 0, 1, "VALID", [], {}, {"run": self.sleep_s}, facts=facts)

@@ -8,7 +8,7 @@ import psutil
 import pytest
 from tokenizers import Tokenizer
 
-from autotune.models import Model, build_shape
+from autotune.data.models import Model, build_shape
 from tests.slurm_cluster import Slurm, missing_programs, slurm_cluster
 
 # Each of the many processes that tests start would compile all of Hydra and MLflow again where this is set.

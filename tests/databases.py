@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from autotune.process import GuardedProcess
+from autotune.system.process import GuardedProcess
 from tests.slurm_cluster import free_ports, program, wait_for
 
 PASSWORD = "p4ss-word"  # of the user tuner

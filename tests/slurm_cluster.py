@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sqlalchemy import make_url
 
-from autotune.process import GuardedProcess
+from autotune.system.process import GuardedProcess
 
 GPUS = 4
 PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol", "slurmdbd"]

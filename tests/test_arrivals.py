@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from autotune.arrivals import issues
-from autotune.schema import Kind, ScenarioConfig
+from autotune.config.schema import Kind, ScenarioConfig
+from autotune.measure.arrivals import issues
 
 # Answers each query at once and writes down when LoadGen issued which sample.
 NULL_SUT = """
 import json, sys, time, dataclasses
 import mlperf_loadgen as lg
 from autotune.live.loadgen import Sut, settings, start_test
-from autotune.live.run import Run
+from autotune.live.messages import Run
 from pathlib import Path
 run, samples, folder = Run(**json.loads(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
 seen = []

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from autotune.arrivals import server_times
 from autotune.live import audit
-from autotune.live.run import Run
+from autotune.live.messages import Run
+from autotune.measure.arrivals import server_times
 
 FINE = {"client_cpu": 0.3, "client_lag_p99_ms": 1.0, "client_lateness_p99_ms": 2.0, "client_ttft_added_mean_ms": 3.0}
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from autotune.compose import command_line
-from autotune.space import contains, parse
+from autotune.config.command_line import compose
+from autotune.search.space import contains, parse
 from benchmarks.h100 import tables
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +18,7 @@ def test_every_table_of_a_page_is_what_the_data_says(page: Path):
 
 
 def test_a_study_that_names_no_space_can_find_what_was_verified():
-    config, params, sweeps = command_line(["model=llama8b"])
+    config, params, sweeps = compose(["model=llama8b"])
     found, _ = parse(params, sweeps, config.conditions, config.only_if)
     best = tables.repeated_of(tables.VERIFIED)["trial-0"][0].params
     assert best and all(contains(found.parameters[name], value) for name, value in best.items())

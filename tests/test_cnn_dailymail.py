@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from pyarrow import parquet
 from tokenizers import Tokenizer, processors
 
-from autotune import cnn_dailymail, samples
+from autotune.config.schema import DatasetConfig
+from autotune.data import cnn_dailymail, samples
+from autotune.data.models import Model
 from autotune.errors import InputError
-from autotune.models import Model
-from autotune.schema import DatasetConfig
 
 ARTICLES = [f"(CNN) Article {i} with {{braces}},\u2028\x85 a line break and 東京." for i in range(5)]
 HIGHLIGHTS = [f"Highlight {i} ." for i in range(5)]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from autotune.compose import command_line
-from autotune.objective import offered_load
+from autotune.config.command_line import compose
+from autotune.measure.objective import offered_load
 from tests.studies import SEQS, autotune, trials
 
 TOKENS = "engine.args.max_num_batched_tokens"
@@ -24,7 +24,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "autotune.compare", *words]
+    command = [sys.executable, "-m", "autotune.commands.compare", *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
 
 
@@ -101,5 +101,5 @@ def test_warm_start_from_nothing_is_one_line(first: Path, tmp_path: Path, change
     ],
 )
 def test_offered_load_is_said_as_it_was(words: list[str], load: str):
-    config = command_line(["model=llama8b", *words])[0]
+    config = compose(["model=llama8b", *words])[0]
     assert offered_load(config.objective, config.scenario) == load

@@ -7,20 +7,22 @@ import hydra
 import pytest
 from hydra.utils import get_method
 
-from autotune import compose, schema
+from autotune.config import command_line, schema
 from tests.conftest import Autotune
 
-OPTIONS = sorted((path.parent.name, path.stem) for path in compose.CONF.glob("*/*.yaml") if path.parent.name != "hydra")
+OPTIONS = sorted(
+    (path.parent.name, path.stem) for path in command_line.CONF.glob("*/*.yaml") if path.parent.name != "hydra"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    compose.register()
+    command_line.register()
 
 
 def composed(*overrides: str) -> schema.Config:
-    with hydra.initialize_config_dir(str(compose.CONF)):
-        return schema.typed(hydra.compose("config", overrides=list(overrides), return_hydra_config=True))
+    with hydra.initialize_config_dir(str(command_line.CONF)):
+        return overrides.typed(hydra.compose("config", overrides=list(overrides), return_hydra_config=True))
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -44,7 +46,7 @@ def test_any_vllm_flag_is_a_field():
 
 
 def test_spaces_combine():
-    _, params, _ = compose.command_line(["model=tiny", "space=[memory,quantization]"])
+    _, params, _ = command_line.command_line(["model=tiny", "space=[memory,quantization]"])
     assert {"engine.args.block_size", "engine.args.kv_cache_dtype"} <= set(params)
 
 
@@ -105,13 +107,13 @@ def test_bad_input_is_one_line(autotune: Autotune, tmp_path: Path, arguments: li
 @pytest.mark.parametrize("shows", [["--cfg", "job"], ["-c", "hydra"], ["--info"], ["--help"]])
 def test_what_only_shows_leaves_out_the_sweep(shows: list[str], capsys: pytest.CaptureFixture[str]):
     words = ["-m", "model=tiny", "engine.args.block_size=choice(16,32)", *shows]
-    assert compose.without_sweep(words) == ["model=tiny", *shows]
+    assert command_line.without_sweep(words) == ["model=tiny", *shows]
     assert "without what is swept: engine.args.block_size=choice(16,32)" in capsys.readouterr().err
 
 
 def test_study_keeps_its_sweep():
     words = ["-m", "model=tiny", "engine.args.block_size=choice(16,32)"]
-    assert compose.without_sweep(words) == words
+    assert command_line.without_sweep(words) == words
 
 
 def test_composed_trial_of_a_study_is_shown(autotune: Autotune):

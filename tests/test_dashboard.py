@@ -6,7 +6,7 @@ import pytest
 from optuna_dashboard import wsgi
 from werkzeug.test import Client
 
-from autotune.result import Result
+from autotune.measure.result import Result
 from tests.studies import SEQS, autotune
 
 

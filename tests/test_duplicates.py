@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from optuna.trial import FrozenTrial
 
-from autotune.result import Result
+from autotune.measure.result import Result
 from tests.studies import SEQS, autotune, trials
 
 pytestmark = pytest.mark.slow  # whole studies

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autotune import early_stopping
-from autotune.early_stopping import Watch
-from autotune.schema import Stop
+from autotune.config.schema import Stop
+from autotune.measure import early_stopping
+from autotune.measure.early_stopping import Watch
 
 RECORDED = Path(__file__).parent / "recorded"
 

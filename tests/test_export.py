@@ -17,11 +17,13 @@ from check_jsonschema.builtin_schemas import get_builtin_schema
 from jsonschema import validate
 from omegaconf import OmegaConf
 
-from autotune import export, studies, vllm_args
-from autotune.compose import command_line
+from autotune.commands import export
+from autotune.commands.export import Export, Format, deployment
+from autotune.config import vllm_flags
+from autotune.config.command_line import compose
 from autotune.errors import InputError
-from autotune.export import Export, Format, deployment
-from autotune.result import Result
+from autotune.measure.result import Result
+from autotune.results import study as studies
 from tests.conftest import Autotune
 
 WORDS = [
@@ -35,7 +37,7 @@ ENV = {"VLLM_ATTENTION_BACKEND": "FLASH INFER", "VLLM_CPU_KVCACHE_SPACE": "1", "
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
     """Two trials and a baseline on GPUs, of which trial-1 is best."""
-    config, _, _ = command_line(["study=s", "model.path=meta-llama/L", "model.revision=abc"])
+    config, _, _ = compose(["study=s", "model.path=meta-llama/L", "model.revision=abc"])
     config.backend["env"] = ENV
     for name, value in (("baseline", 10.0), ("trial-0", 9.0), ("trial-1", 12.0)):
         folder = tmp_path / "s" / name
@@ -67,7 +69,7 @@ def as_vllm_reads(config: dict[str, Any]) -> list[tuple[str, list[str]]]:
     for name, value in config.items():
         values = [] if value is True else value if isinstance(value, list) else [value]
         words += [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in values)]
-    return vllm_args.groups(words)
+    return vllm_flags.groups(words)
 
 
 LISTEN = [("host", ["127.0.0.1"]), ("port", ["8000"])]
@@ -78,13 +80,13 @@ def test_command_is_the_measured_one_and_says_where_it_listens(study: Path):
     words = shlex.split(line)
     assert words[:3] == ["env", "VLLM_ATTENTION_BACKEND=FLASH INFER", "vllm"]
     assert words[3:5] == ["serve", "meta-llama/L"]
-    assert vllm_args.groups(words[5:]) == [*vllm_args.groups(["--revision", "abc", *WORDS]), *LISTEN]
+    assert vllm_flags.groups(words[5:]) == [*vllm_flags.groups(["--revision", "abc", *WORDS]), *LISTEN]
 
 
 def test_vllm_config_says_the_same_as_the_command(study: Path):
     (config,) = loaded(exported(study, Format.vllm))
     assert config.pop("model") == "meta-llama/L"
-    assert as_vllm_reads(config) == [*vllm_args.groups(["--revision", "abc", *WORDS]), *LISTEN]
+    assert as_vllm_reads(config) == [*vllm_flags.groups(["--revision", "abc", *WORDS]), *LISTEN]
 
 
 def test_compose_file_is_valid_and_serves_the_same(study: Path):
@@ -185,7 +187,7 @@ def test_front_has_to_be_chosen_from(study: Path):
     ],
 )
 def test_wrong_words_are_one_line(tmp_path: Path, arguments: list[str], words: str):
-    command = [sys.executable, "-m", "autotune.export", *arguments]
+    command = [sys.executable, "-m", "autotune.commands.export", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
@@ -219,7 +221,7 @@ def free_port() -> int:
 
 def assert_serves(command: list[str], port: int, folder: Path) -> None:
     """`command` starts a healthy server on `port` that runs with max_num_seqs=8, without prefix caching."""
-    from autotune.process import GuardedProcess
+    from autotune.system.process import GuardedProcess
 
     log = folder / "vllm.log"
     with GuardedProcess(command, log, {}, stop_timeout_s=10) as process:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from autotune.config.schema import LiveConfig
 from autotune.errors import InputError
 from autotune.live.backend import LiveBackend
-from autotune.live.flags import MANAGED, Flag, Probe, Vllm, installed, probe
-from autotune.schema import LiveConfig
+from autotune.live.installed_vllm import MANAGED, Flag, Probe, Vllm, installed, probe
 
 
 def flag(choices: list[Any] | None = None, negatable: bool = False, takes_value: bool = True) -> Flag:

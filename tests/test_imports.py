@@ -1,4 +1,4 @@
-"""Each outside library has one home, and imports point down (CONTRIBUTING.md)."""
+"""Rooms lie on floors and imports point down; each outside library has one home."""
 
 import ast
 from pathlib import Path
@@ -7,32 +7,40 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "autotune"
 FILES = sorted(PACKAGE.rglob("*.py"))
+# The top floor first. Rooms of one floor know nothing of each other.
+FLOORS = [
+    {"__main__"},
+    {"commands"},
+    {"sweep"},
+    {"search"},
+    {"results", "live", "sim"},
+    {"measure"},
+    {"data"},
+    {"config", "system"},
+    {"errors", "text"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 HOMES = {
-    "mlflow": {"tracking.py"},
-    "plotly": {"figures.py", "report.py"},
-    "optuna": {
-        "space.py",
-        "summary.py",
-        "report.py",
-        "figures.py",
-        "plan.py",
-        "sweep/samplers.py",
-        "sweep/pruners.py",
-        "sweep/study.py",
-        "sweep/storage.py",
-        "sweep/display.py",
-        "sweep/estimate.py",
-        "sweep/prior.py",
-        "sweep/tell.py",
-    },
-    "mlperf_loadgen": {"live/loadgen.py"},
-    "vllm": {"live/probe.py"},
-    "sqlalchemy": {"sweep/storage.py", "tracking.py"},
-    "submitit": {"sweep/launchers.py"},
+    "mlflow": {"results"},
+    "plotly": {"results"},
+    "optuna": {"commands", "results", "search", "sweep"},
+    "mlperf_loadgen": {"live"},
+    "vllm": {"live"},
+    "sqlalchemy": {"results", "sweep"},
+    "submitit": {"sweep"},
 }
 
 
+def room(file: Path) -> str:
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def module(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
 def imported(file: Path) -> set[str]:
+    """Every module that `file` imports, at its top or within a function."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -42,24 +50,34 @@ def imported(file: Path) -> set[str]:
     return found
 
 
+def test_every_room_has_a_floor():
+    assert {room(file) for file in FILES} - {"__init__"} == set(FLOOR)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_down(file: Path):
+    if room(file) == "__init__":
+        return
+    used = {name.split(".")[1] for name in imported(file) if name.startswith("autotune.")}
+    for other in used & FLOOR.keys() - {room(file)}:
+        assert FLOOR[room(file)] < FLOOR[other], f"{room(file)} imports {other}"
+
+
+def test_no_two_files_import_each_other():
+    modules = {
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__") for file in FILES
+    }
+    below = {}
+    for file in FILES:
+        name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        below[name] = imported(file) & modules - {name, name.rpartition(".")[0]}
+    while leaves := {name for name, used in below.items() if not used & below.keys()}:
+        below = {name: used for name, used in below.items() if name not in leaves}
+    assert not below, f"a circle among {sorted(below)}"
+
+
 @pytest.mark.parametrize(("library", "homes"), HOMES.items())
 def test_library_is_imported_only_at_home(library: str, homes: set[str]):
-    users = {
-        str(file.relative_to(PACKAGE))
-        for file in FILES
-        if any(name == library or name.startswith(f"{library}.") for name in imported(file))
-    }
+    names = {file: imported(file) for file in FILES}
+    users = {room(file) for file, used in names.items() if any(f"{name}.".startswith(f"{library}.") for name in used)}
     assert users == homes
-
-
-@pytest.mark.parametrize("backends", [("live", "sim"), ("sim", "live")])
-def test_backends_know_nothing_of_each_other(backends: tuple[str, str]):
-    one, other = backends
-    for file in (PACKAGE / one).glob("*.py"):
-        assert not any(name.startswith(f"autotune.{other}") for name in imported(file)), file
-
-
-@pytest.mark.parametrize("file", sorted((PACKAGE / "live").glob("*.py")), ids=lambda file: file.name)
-def test_live_knows_nothing_of_what_is_above_it(file: Path):
-    above = {"autotune.sweep", "autotune.trial", "autotune.report", "autotune.tracking", "autotune.compose"}
-    assert not above & imported(file)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from autotune.compose import command_line
+from autotune.config.command_line import compose
+from autotune.config.schema import ClusterConfig
 from autotune.errors import InputError
-from autotune.sweep.launchers import Cluster, Queue, gpus_of
-from autotune.sweep.worker import Trial
+from autotune.measure.prepare import gpu_count
+from autotune.sweep.cluster import Cluster, Queue
 
-PARAMETERS = {"timeout_min": 1}
+CONFIG = ClusterConfig(n_jobs=2, canary=True, poll_s=1.0, parameters={"timeout_min": 1})
 
 
 def program(folder: Path, name: str, script: str) -> None:
@@ -24,7 +25,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     for name, script in {"sbatch": "", "srun": "", "sinfo": "echo a; echo b"}.items():
         program(tmp_path, name, script)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    return Cluster(None, "slurm", 2, False, True, 1.0, PARAMETERS)
+    return Cluster(CONFIG, None)
 
 
 def excluded(cluster: Cluster, folder: Path) -> str | None:
@@ -51,7 +52,7 @@ def test_parameter_that_submitit_does_not_know_is_named(cluster: Cluster, tmp_pa
 
 def test_gpus_are_the_clusters_to_give():
     with pytest.raises(InputError, match="leave gpus=null"):
-        Cluster([0], "slurm", 2, False, True, 1.0, PARAMETERS)
+        Cluster(CONFIG, [0])
 
 
 def test_job_is_queued_until_squeue_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -67,5 +68,5 @@ def test_job_is_queued_until_squeue_answers(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_job_gets_the_gpus_of_a_flag_that_is_written_with_hyphens(tmp_path: Path):
-    config, _, _ = command_line(["model=llama8b", "backend=sim", "engine.args.tensor-parallel-size=4"])
-    assert gpus_of(Trial(config, [], tmp_path)) == 4
+    config, _, _ = compose(["model=llama8b", "backend=sim", "engine.args.tensor-parallel-size=4"])
+    assert gpu_count(config) == 4

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from autotune import leases
 from autotune.errors import InputError
+from autotune.system import leases
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from autotune import leases
+from autotune.system import leases
 leases.FOLDER = Path(sys.argv[1])
 with leases.lease([0, 1], int(sys.argv[2])) as held:
     print(*held.gpus, flush=True)

@@ -20,15 +20,16 @@ from mlflow import MlflowClient
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
-from autotune import compose, progress
+from autotune.config import command_line
+from autotune.config.schema import Config, Kind, ScenarioConfig
 from autotune.errors import MeasureError, StartError
 from autotune.live.backend import LiveBackend, LiveEngine
 from autotune.live.server import serve
-from autotune.result import Result
-from autotune.schema import Config, Kind, ScenarioConfig
+from autotune.measure import progress
+from autotune.measure.prepare import Prepared, prepare, prepare_samples
+from autotune.measure.result import Result
 from autotune.sweep.launchers import LocalProcesses
 from autotune.sweep.worker import Trial
-from autotune.trial import Prepared, prepare, prepare_samples
 from tests.conftest import Autotune, processes_in
 
 pytestmark = pytest.mark.slow
@@ -38,7 +39,7 @@ TINY = ["model=tiny", "dataset=cnn_small", "engine.args.enforce_eager=true"]
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return compose.command_line([*TINY, "backend.stop_timeout_s=5"])[0]
+    return command_line.command_line([*TINY, "backend.stop_timeout_s=5"])[0]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def scenario(kind: Kind, **settings: float) -> ScenarioConfig:
 @pytest.fixture(scope="module")
 def engine(config: Config, prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveEngine]:
     samples, folder = prepare_samples(config, prepared), tmp_path_factory.mktemp("server")
-    with backend(prepared).start(prepared.model, prepared.args, samples, folder) as running:
+    with backend(prepared).start(prepared.model, prepared.args, samples, folder, None) as running:
         yield running
     assert gone_within(5, lambda: not vllm_processes(running.server.model))
 
@@ -105,7 +106,7 @@ def test_run_that_can_pass_no_more_is_stopped_and_the_next_one_finds_an_idle_ser
 
 def test_vllm_killed_in_mid_run_ends_the_trial_and_leaves_nothing(config: Config, prepared: Prepared, tmp_path: Path):
     samples = prepare_samples(config, prepared)
-    with backend(prepared).start(prepared.model, prepared.args, samples, tmp_path) as running:
+    with backend(prepared).start(prepared.model, prepared.args, samples, tmp_path, None) as running:
         server = running.server
         children = [p.pid for p in psutil.Process(server.process.session).children(recursive=True)]
         killer = subprocess.Popen(["sh", "-c", f"sleep 4; kill -9 {vllm_processes(server.model)[-1].pid}"])

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from autotune.load_search import search
-from autotune.schema import LoadSearch
+from autotune.config.schema import LoadSearch
+from autotune.measure.max_qps import search
 
 TRUE_QPS = 30.0
 FULL_S = 60.0

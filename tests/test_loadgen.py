@@ -15,10 +15,10 @@ import numpy as np
 import psutil
 import pytest
 
-from autotune import metrics
+from autotune.data.samples import Samples
 from autotune.live import loadgen_log
 from autotune.live.backend import read_requests
-from autotune.samples import Samples
+from autotune.measure import metrics
 
 TOKENS = 4
 OK, REFUSED, CUT, SLOW, SILENT, RESET, COLD = 5, 1, 2, 3, 4, 6, 8  # first token of a prompt, and what its request meets

@@ -1,10 +1,10 @@
 import pytest
 
-from autotune import metrics, objective
-from autotune.backend import RequestTiming
+from autotune.config.redact import redact
+from autotune.config.schema import Kind, ObjectiveConfig, ScenarioConfig
 from autotune.errors import InputError
-from autotune.redact import redact
-from autotune.schema import Kind, ObjectiveConfig, ScenarioConfig
+from autotune.measure import metrics, objective
+from autotune.measure.backend import RequestTiming
 
 
 def test_tpot_excludes_first_token():

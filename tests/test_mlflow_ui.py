@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from playwright.sync_api import Page, expect
 
-from autotune.process import GuardedProcess
+from autotune.system.process import GuardedProcess
 from tests.browser import WAIT_MS, browser_page, picture
 from tests.studies import SEQS, SIMULATED, environment
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from autotune.config.schema import ModelConfig
+from autotune.data.models import build_shape, locate
 from autotune.errors import InputError
-from autotune.models import build_shape, locate
-from autotune.schema import ModelConfig
 
 
 def test_every_token_of_a_built_model_decodes(tmp_path: Path):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from autotune import plan
-from autotune.compose import command_line
-from autotune.space import parse
+from autotune.commands import plan
+from autotune.config.command_line import compose
+from autotune.search.space import parse
 
 SEQS, MEMORY = "engine.args.max_num_seqs", "engine.args.gpu_memory_utilization"
 
@@ -13,7 +13,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     monkeypatch.setattr(plan, "DRAWS", 20)
     monkeypatch.setattr(plan, "SEARCHED", 20)
     common = ["model=llama8b", "prior=sim", "space=none", "scenario.min_queries=200"]
-    config, params, sweeps = command_line([*common, *arguments])
+    config, params, sweeps = compose([*common, *arguments])
     return plan.words(plan.make(config, parse(params, sweeps, config.conditions, config.only_if)[0]))
 
 

@@ -5,15 +5,15 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from autotune.compose import command_line
-from autotune.schema import FITTED, HOST
-from autotune.space import parse
-from autotune.sweep import prior
-from autotune.sweep.prior import _complementary, perturbed
+from autotune.config.command_line import compose
+from autotune.config.schema import FITTED, HOST
+from autotune.search import prior
+from autotune.search.prior import _complementary, perturbed
+from autotune.search.space import parse
 
 
 def test_perturbed_device_differs_in_what_is_fitted_and_in_nothing_else():
-    device = command_line(["model=llama8b", "prior=sim"])[0].prior.backend["device"]
+    device = compose(["model=llama8b", "prior=sim"])[0].prior.backend["device"]
     one, other = perturbed(device, 0.2, 0.5, 0), perturbed(device, 0.2, 0.5, 1)
     for name, value in device.items():
         assert (len({value, one[name], other[name]}) == 3) == (name in FITTED)
@@ -21,7 +21,7 @@ def test_perturbed_device_differs_in_what_is_fitted_and_in_nothing_else():
 
 
 def test_hosts_constants_are_off_together():
-    device = command_line(["model=llama8b", "prior=sim"])[0].prior.backend["device"]
+    device = compose(["model=llama8b", "prior=sim"])[0].prior.backend["device"]
     slower = perturbed(device, 0, 0.5, 0)
     factors = [slower[name] / device[name] for name in HOST]
     assert factors[0] != 1 and factors == pytest.approx([factors[0]] * len(HOST))
@@ -38,7 +38,7 @@ def test_choice_is_the_best_on_average_then_what_it_lacks():
 
 
 def test_choice_is_spread_from_bold_to_safe_where_the_load_is_swept():
-    config, params, sweeps = command_line(
+    config, params, sweeps = compose(
         [
             *("model=llama8b", "backend=sim", "prior=sim", "space=none", "scenario=interactive", "objective=goodput"),
             *("scenario.min_duration_s=15", "prior.trials=40", "prior.devices=4", "scenario.qps=range(16,40,step=2)"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from autotune.process import ForkServer, GuardedProcess
+from autotune.system.process import ForkServer, GuardedProcess
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 # Starts a grandchild in a session of its own, writes both pids, then does what its second argument says.
@@ -23,7 +23,7 @@ time.sleep(float(sys.argv[2]))
 PARENT = """
 import sys, time
 from pathlib import Path
-from autotune.process import ForkServer, GuardedProcess
+from autotune.system.process import ForkServer, GuardedProcess
 with GuardedProcess(sys.argv[2:], Path(sys.argv[1]), {}, 1.0):
     time.sleep(60)
 """
@@ -111,13 +111,13 @@ def test_sigkill_of_the_parent_leaves_nothing(tmp_path: Path):
 # Each fork runs the Python that it was sent.
 FORKS = """
 import sys
-from autotune.process import serve
+from autotune.system.process import serve
 exec(serve(int(sys.argv[1]), float(sys.argv[2])))
 """
 PARENT_OF_FORKS = """
 import sys, time
 from pathlib import Path
-from autotune.process import ForkServer
+from autotune.system.process import ForkServer
 server = ForkServer([sys.executable, "-c", sys.argv[2]], Path(sys.argv[1]), 1.0)
 fork = server.fork(sys.argv[3].encode())
 time.sleep(60)

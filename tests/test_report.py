@@ -12,9 +12,17 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState, create_trial
 from playwright.sync_api import expect
 
-from autotune import report
-from autotune.result import LoadRun, Result
-from autotune.schema import Config, DatasetConfig, Kind, ModelConfig, ObjectiveConfig, ScenarioConfig, TrackingConfig
+from autotune.config.schema import (
+    Config,
+    DatasetConfig,
+    Kind,
+    ModelConfig,
+    ObjectiveConfig,
+    ScenarioConfig,
+    TrackingConfig,
+)
+from autotune.measure.result import LoadRun, Result
+from autotune.results import report
 from tests.browser import browser_page
 
 SPACE = {

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from autotune.result import Result
+from autotune.measure.result import Result
 
 
 def test_result_loads_as_it_was_saved(tmp_path: Path):

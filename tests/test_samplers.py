@@ -8,23 +8,24 @@ import optuna
 import pytest
 from optuna.samplers._tpe import _truncnorm
 
-from autotune import compose, objective, schema
+from autotune.config import command_line, schema
 from autotune.errors import InputError
-from autotune.space import parse
-from autotune.sweep import samplers
+from autotune.measure import objective
+from autotune.search import samplers
+from autotune.search.space import parse
 
-SAMPLERS = sorted(path.stem for path in (compose.CONF / "sampler").glob("*.yaml"))
+SAMPLERS = sorted(path.stem for path in (command_line.CONF / "sampler").glob("*.yaml"))
 SPACE, _ = parse({}, ["x.a=range(1,5,step=1)", "x.b=range(0.1,0.5,step=0.1)", "x.c=choice(x,y)"], {}, {})
 NUMERIC, _ = parse({}, ["x.a=range(1,5,step=1)", "x.b=range(0.1,0.5,step=0.1)"], {}, {})
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    compose.register()
+    command_line.register()
 
 
 def sampler(name: str, seed: int = 3) -> optuna.samplers.BaseSampler:
-    with hydra.initialize_config_dir(str(compose.CONF)):
+    with hydra.initialize_config_dir(str(command_line.CONF)):
         overrides = ["model=tiny", f"sampler={name}", f"seed={seed}"]
         composed = hydra.compose("config", overrides=overrides, return_hydra_config=True)
         return samplers.make_sampler(composed.hydra.sweeper.sampler, NUMERIC if name == "cmaes" else SPACE)

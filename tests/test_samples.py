@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from autotune.config.schema import DatasetConfig, Output
+from autotune.data.models import Model, build_shape
+from autotune.data.samples import Samples, prepare
 from autotune.errors import InputError
-from autotune.models import Model, build_shape
-from autotune.samples import Samples, prepare
-from autotune.schema import DatasetConfig, Output
 
 
 def load(tmp_path: Path, model: Model, records: str | list[Any], **settings: Any) -> Samples:

@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from autotune.config.schema import LiveConfig
+from autotune.data.models import Model
 from autotune.errors import MeasureError, StartError
-from autotune.live.flags import Vllm
+from autotune.live.installed_vllm import Vllm
 from autotune.live.server import serve
-from autotune.models import Model
-from autotune.schema import LiveConfig
 
 ENDS = "import sys; print('ValueError: no memory'); sys.exit(3)"
 HANGS = "import time; print('loading', flush=True); time.sleep(60)"

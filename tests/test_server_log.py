@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from autotune.live.server import reason
+from autotune.live.vllm_log import reason
 
 STAMP = "ERROR 11-24 08:20:27 [core.py:1510]"
 

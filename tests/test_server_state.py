@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from autotune import server_state
 from autotune.live import metrics_page
-from autotune.server_state import State
+from autotune.measure import bottleneck
+from autotune.measure.bottleneck import State
 
 FLAGS = {"max_num_seqs": 64, "max_num_batched_tokens": 2048}
 IDLE = State(0, 10, 0, 0.2, 0, 0, 0, 0, 0, 0)
@@ -56,12 +56,12 @@ def test_server_that_does_not_answer_has_no_state():
     ids=["idle", "mostly idle", "kv full", "preempted", "seats", "budget", "queue", "not seen"],
 )
 def test_what_bound_a_server(states: list[State], bound: str):
-    assert server_state.bound(states, FLAGS) == bound
+    assert bottleneck.bound(states, FLAGS) == bound
 
 
 def test_each_replica_has_its_own_seats():
     full = [replace(state, running=64) for state in BUSY]
-    assert server_state.bound(full, FLAGS | {"data_parallel_size": 2}) == "queue"
+    assert bottleneck.bound(full, FLAGS | {"data_parallel_size": 2}) == "queue"
 
 
 def test_figures_are_of_the_run_alone():
@@ -69,13 +69,13 @@ def test_figures_are_of_the_run_alone():
         State(0, 2, 0, 0.1, 5, 100, 1000, 10, 50, 1000),
         State(2, 4, 1, 0.3, 6, 150, 2000, 30, 150, 3000),
     ]
-    found = server_state.figures(states)
+    found = bottleneck.figures(states)
     assert found["preemptions"] == 1 and found["kv_use_max"] == 0.3 and found["running_mean"] == 3
     assert found["prefix_hit_share"] == 0.05
     assert found["step_ms"] == pytest.approx(20) and found["tokens_per_step"] == 20
 
 
 def test_series_is_written_with_its_names(tmp_path: Path):
-    server_state.write(BUSY, tmp_path)
+    bottleneck.write(BUSY, tmp_path)
     lines = (tmp_path / "server.csv").read_text().splitlines()
     assert lines[0].startswith("time_s,running,waiting,kv_use") and len(lines) == 1 + len(BUSY)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from autotune.data.synthetic import HEAD, news
 from autotune.errors import InputError
-from autotune.synthetic import HEAD, news
 
 DATASETS = Path(__file__).parents[1] / "datasets"
 FIELDS = {

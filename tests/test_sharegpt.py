@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from autotune import samples, sharegpt
+from autotune.config.schema import DatasetConfig
+from autotune.data import samples, sharegpt
+from autotune.data.models import Model
 from autotune.errors import InputError
-from autotune.models import Model
-from autotune.schema import DatasetConfig
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}{% endfor %}"

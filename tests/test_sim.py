@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from autotune import trial
-from autotune.compose import command_line
+from autotune.config.command_line import compose
+from autotune.config.schema import HOST
 from autotune.errors import StartError
-from autotune.schema import HOST
+from autotune.measure.prepare import prepare, prepare_samples
+from autotune.search.simulate import Estimate, estimate, simulation
 from autotune.sim import calibrate
 from autotune.sim.backend import SimBackend
-from autotune.sweep.estimate import Estimate, estimate, simulation
 
 ROOT = Path(__file__).parent.parent
 MEASURED, H100 = ROOT / "datasets/calibration/h100", ROOT / "benchmarks/h100/data/one-gpu"
@@ -21,7 +21,7 @@ MEASURED, H100 = ROOT / "datasets/calibration/h100", ROOT / "benchmarks/h100/dat
 
 def simulated(*arguments: str) -> Estimate:
     """A trial of Llama-3.1-8B on a simulated H100."""
-    config, _, _ = command_line(["model=llama8b", "backend=sim", *arguments])
+    config, _, _ = compose(["model=llama8b", "backend=sim", *arguments])
     return estimate(simulation(config, config.backend), {})
 
 
@@ -116,8 +116,8 @@ def kv_tokens(found: Estimate) -> int:
     from autotune.sim.cost import Cost, Shape
     from autotune.sim.flags import resolve, serving
 
-    config, _, _ = command_line(["model=llama8b", "backend=sim"])
-    prepared = trial.prepare(config)
+    config, _, _ = compose(["model=llama8b", "backend=sim"])
+    prepared = prepare(config)
     assert isinstance(prepared.backend, SimBackend)
     device, shape = prepared.backend.config.device, Shape.of(prepared.model.config)
     return Cost(device, shape, serving(resolve(found.result.args, device, shape))).kv_tokens()
@@ -152,12 +152,12 @@ def test_model_that_is_no_dense_decoder_is_said_so(tmp_path: Path):
 
 
 def test_start_error_is_raised_to_the_trial():
-    config, _, _ = command_line(["model=llama8b", "backend=sim", "engine.args.gpu_memory_utilization=0.1"])
-    prepared = trial.prepare(config)
-    samples = trial.prepare_samples(config, prepared)
+    config, _, _ = compose(["model=llama8b", "backend=sim", "engine.args.gpu_memory_utilization=0.1"])
+    prepared = prepare(config)
+    samples = prepare_samples(config, prepared)
     with (
         pytest.raises(StartError) as raised,
-        prepared.backend.start(prepared.model, prepared.args, samples, Path()),
+        prepared.backend.start(prepared.model, prepared.args, samples, Path(), None),
     ):
         pass
     assert raised.value.after_s > 30  # what the failed start takes of the budget

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autotune.models import build_shape
+from autotune.data.models import build_shape
 from autotune.sim.kv_cache import Holder, KvCache, prefix_keys
 from autotune.sim.scheduler import Batch, Limits, Request, Scheduler
 

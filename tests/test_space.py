@@ -2,7 +2,7 @@ import optuna
 import pytest
 
 from autotune.errors import InputError
-from autotune.space import Space, describe, parse
+from autotune.search.space import Space, describe, parse
 
 
 def space(*arguments: str, conditions: dict[str, str] | None = None, only_if: dict[str, str] | None = None) -> Space:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from autotune.live import start_log
+from autotune.live import vllm_log
 
 LOG = """\
 Triton is installed
@@ -23,7 +23,7 @@ READY = datetime(2026, 11, 24, 10, 17, 11)
 def test_a_start_is_split_where_vllm_says_what_it_has_done(tmp_path: Path):
     log = tmp_path / "vllm.log"
     log.write_text(LOG)
-    assert start_log.parts(log, READY, start_s=91.5) == {
+    assert vllm_log.parts(log, READY, start_s=91.5) == {
         **{"import": 13.5, "engine": 15, "weights": 3, "compile": 26},
         **{"profile": 3, "graphs": 8, "warmup": 21, "serve": 2},
     }
@@ -32,7 +32,7 @@ def test_a_start_is_split_where_vllm_says_what_it_has_done(tmp_path: Path):
 def test_what_a_start_leaves_out_counts_to_what_follows(tmp_path: Path):
     log = tmp_path / "vllm.log"
     log.write_text("\n".join(line for line in LOG.splitlines() if "compile" not in line and "Graph" not in line))
-    parts = start_log.parts(log, READY, start_s=91.5)
+    parts = vllm_log.parts(log, READY, start_s=91.5)
     assert (parts["profile"], parts["warmup"]) == (29, 29) and not {"compile", "graphs"} & set(parts)
     assert sum(parts.values()) == pytest.approx(91.5)
 
@@ -40,4 +40,4 @@ def test_what_a_start_leaves_out_counts_to_what_follows(tmp_path: Path):
 def test_a_log_of_another_kind_leaves_the_start_whole(tmp_path: Path):
     log = tmp_path / "vllm.log"
     log.write_text("something else\n")
-    assert start_log.parts(log, READY, start_s=30.0) == {"serve": 30.0}
+    assert vllm_log.parts(log, READY, start_s=30.0) == {"serve": 30.0}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from autotune.result import Result
+from autotune.measure.result import Result
 from tests.studies import SEQS, autotune, command, trials
 
 MEMORY, TOKENS = "engine.args.gpu_memory_utilization", "engine.args.max_num_batched_tokens"

@@ -8,9 +8,9 @@ import pytest
 from optuna.distributions import IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from autotune import summary
-from autotune.result import Result
-from autotune.schema import Config, Kind, ModelConfig, ObjectiveConfig, ScenarioConfig, TrackingConfig
+from autotune.config.schema import Config, Kind, ModelConfig, ObjectiveConfig, ScenarioConfig, TrackingConfig
+from autotune.measure.result import Result
+from autotune.results import summary
 
 MAXIMIZE = ObjectiveConfig("throughput", ["tokens_per_s"], ["maximize"])
 MINIMIZE = ObjectiveConfig("latency", ["ttft_p99_ms"], ["minimize"])

@@ -5,7 +5,7 @@ from statistics import mean, median
 import pytest
 from tokenizers import Tokenizer
 
-from autotune.synthetic import news
+from autotune.data.synthetic import news
 
 FIELDS = {
     "count": 400,

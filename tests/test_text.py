@@ -3,7 +3,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from autotune.schema import Config
+from autotune.config.schema import Config
 from autotune.text import one_line, shorten
 
 

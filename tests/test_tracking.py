@@ -11,12 +11,13 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
 
-from autotune import series, tracking
+from autotune.config.schema import Config, DatasetConfig, ModelConfig, TrackingConfig
 from autotune.errors import TrackingError
 from autotune.live import gpu
 from autotune.live.gpu import GpuState
-from autotune.result import LoadRun, Result
-from autotune.schema import Config, DatasetConfig, ModelConfig, TrackingConfig
+from autotune.measure import series
+from autotune.measure.result import LoadRun, Result
+from autotune.results import tracking
 from tests.slurm_cluster import wait_for
 
 
@@ -238,7 +239,7 @@ def test_only_what_is_missing_is_logged_later(uri: str, trial: Path, monkeypatch
     late = trial.with_name("trial-1")
     late.mkdir()
     Result.load(trial).save(late)
-    command = ["autotune.tracking", str(trial.parent), "--uri", uri, "--experiment", "e"]
+    command = ["autotune.results.tracking", str(trial.parent), "--uri", uri, "--experiment", "e"]
     monkeypatch.setattr(sys, "argv", command)
     for _ in range(2):
         tracking.main()
@@ -262,7 +263,7 @@ def test_port_that_is_no_number_is_one_line():
 
 
 def test_folder_without_a_trial_is_said_to_hold_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "argv", ["autotune.tracking", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["autotune.results.tracking", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"no result.json below it"):
         tracking.main()
 
@@ -270,7 +271,7 @@ def test_folder_without_a_trial_is_said_to_hold_none(tmp_path: Path, monkeypatch
 @pytest.mark.slow
 def test_study_is_logged_later_by_hand(tmp_path: Path, trial: Path):
     uri = f"sqlite:///{tmp_path}/later.db"
-    command = [sys.executable, "-m", "autotune.tracking", str(trial.parent), "--uri", uri]
+    command = [sys.executable, "-m", "autotune.results.tracking", str(trial.parent), "--uri", uri]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert "1 trials of" in done.stdout, done.stderr
     assert len(MlflowClient(uri).search_runs(["1"])) == 2

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from autotune import interrupt, studies, verify
+from autotune.commands import verify
+from autotune.commands.verify import Verdict, Verify
+from autotune.config.schema import ObjectiveConfig
 from autotune.errors import InputError
-from autotune.paired import difference
-from autotune.result import Result
-from autotune.schema import ObjectiveConfig
-from autotune.studies import FinishedStudy
+from autotune.measure.paired import difference
+from autotune.measure.result import Result
+from autotune.results import study as studies
+from autotune.results.study import FinishedStudy
 from autotune.sweep.launchers import Inline, Job
 from autotune.sweep.worker import Trial
-from autotune.verify import Verdict, Verify
+from autotune.system import interrupt
 from tests.studies import SEQS, autotune, environment
 
 # Student's own data: extra hours of sleep with two drugs (Biometrika 6, 1908); t = 4.0621, p = 0.002833 (R's t.test).
@@ -146,7 +148,7 @@ def test_limits_that_the_defaults_never_hold_make_a_winner_of_what_does():
 
 
 def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "autotune.verify", "study=s", *words]
+    return [sys.executable, "-m", "autotune.commands.verify", "study=s", *words]
 
 
 def run(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":

@@ -5,11 +5,11 @@ from itertools import islice
 
 import numpy as np
 
-from autotune.arrivals import server_times
-from autotune.facts import hardware
+from autotune.config.schema import Kind, LiveConfig
 from autotune.live.client import Report
-from autotune.live.run import Run
-from autotune.schema import Kind, LiveConfig
+from autotune.live.messages import Run
+from autotune.measure.arrivals import server_times
+from autotune.system.host import hardware
 
 TTFT_SHARE = 0.05  # of MLPerf's limits: 22 to 300 ms
 

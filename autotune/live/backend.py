@@ -13,24 +13,25 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from autotune import progress, vllm_args
-from autotune.arrivals import issues
-from autotune.backend import DryRunOutcome, Measurement, RequestTiming
-from autotune.early_stopping import watched
+from autotune.config import vllm_flags
+from autotune.config.redact import redact
+from autotune.config.schema import Kind, LiveConfig, ScenarioConfig, Stop
+from autotune.data.models import Model
+from autotune.data.samples import Samples
 from autotune.errors import MeasureError
-from autotune.facts import hardware
-from autotune.leases import Lease, lease_for, leased
-from autotune.live import audit, flags, gpu, loadgen_log, metrics_page
-from autotune.live.dry_run import dry_run
+from autotune.live import audit, gpu, installed_vllm, loadgen_log, metrics_page
 from autotune.live.gpu import Gpus, GpuState
-from autotune.live.run import ClientReport, Run
+from autotune.live.messages import ClientReport, Run
 from autotune.live.server import Server, serve
-from autotune.models import Model
-from autotune.process import GuardedProcess
-from autotune.redact import redact
-from autotune.samples import Samples
-from autotune.schema import Kind, LiveConfig, ScenarioConfig, Stop
-from autotune.server_state import State
+from autotune.measure import progress
+from autotune.measure.arrivals import issues
+from autotune.measure.backend import DryRunOutcome, Measurement, RequestTiming
+from autotune.measure.bottleneck import State
+from autotune.measure.early_stopping import watched
+from autotune.system.files import write_whole
+from autotune.system.host import hardware
+from autotune.system.leases import Lease
+from autotune.system.process import GuardedProcess
 
 log = logging.getLogger(__name__)
 
@@ -48,27 +49,29 @@ class LiveBackend:
         self.config = config
         self._cache_dir = cache_dir
         self._env = tuple(sorted(config.env.items()))
-        self.vllm = flags.installed(config.python or sys.executable, self._env, cache_dir)
+        self.vllm = installed_vllm.installed(config.python or sys.executable, self._env, cache_dir)
 
     def check(self, args: Mapping[str, Any]) -> None:
         self.vllm.check(args)
 
     def prepare_dry_runs(self) -> None:
-        flags.probe(self.vllm.python, self._env)  # imports vLLM
+        installed_vllm.probe(self.vllm.python, self._env)  # imports vLLM
 
     def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
-        return dry_run(self.vllm, self._env, model.folder, args, self._cache_dir)
+        return installed_vllm.dry_run(self.vllm, self._env, model.folder, args, self._cache_dir)
 
     @contextmanager
-    def start(self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path) -> Iterator["LiveEngine"]:
+    def start(
+        self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, lease: Lease | None
+    ) -> Iterator["LiveEngine"]:
         log.info("starting vLLM for %s; its log: %s", model.path, folder / "vllm.log")
         progress.phase(folder, "start")
-        with lease_for(self.config.gpus, args) as lease, LoadGen(samples, folder) as loadgen:
+        with LoadGen(samples, folder) as loadgen:
             gpus = gpus_of(lease, args)
             if others := gpus.others():
                 log.warning("not alone on %s: what is measured depends on what they do", others)
             with serve(self.config, self.vllm, model, args, folder, lease) as server:
-                facts = self._facts() | leased(lease) | ({"gpu_shared_with": others} if others else {})
+                facts = self._facts() | ({"gpu_shared_with": others} if others else {})
                 yield LiveEngine(
                     server=server,
                     samples=samples,
@@ -92,7 +95,7 @@ class LiveBackend:
 
 
 def gpus_of(lease: Lease | None, args: Mapping[str, Any]) -> Gpus:
-    count = vllm_args.gpus(args)
+    count = vllm_flags.gpus(args)
     return Gpus(count, ",".join(map(str, lease.gpus))) if lease else Gpus(count)
 
 
@@ -106,9 +109,7 @@ class LoadGen(GuardedProcess):
         super().__init__(command, folder / "loadgen.log", {}, stop_timeout_s=1.0)
 
     def begin(self, run: Run) -> None:
-        draft = self.folder / ".run.json"
-        draft.write_text(json.dumps(asdict(run), indent=1))
-        draft.rename(self.folder / "run.json")
+        write_whole(self.folder / "run.json", json.dumps(asdict(run), indent=1))
 
     def last_words(self) -> str:
         lines = (self.folder / "loadgen.log").read_text(errors="replace").strip().splitlines()

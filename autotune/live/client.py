@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import uvloop
 
+from autotune.data.samples import Samples
 from autotune.errors import MeasureError
 from autotune.live.stream import Client, Stream, completion
-from autotune.process import fork
-from autotune.samples import Samples
+from autotune.system.process import fork
 
 ISSUE = struct.Struct("<II")  # a request's number, its sample
 NOTICE = struct.Struct("<BIIddd")  # its kind; number, amount, sent, first, last

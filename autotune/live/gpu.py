@@ -8,7 +8,8 @@ from typing import Any
 
 import pynvml
 
-from autotune import rows, series
+from autotune.measure import series
+from autotune.system.files import write_rows
 
 # nvml.h, nvmlClocksEventReasons: slowed down by heat or by hardware's protection, and by the power limit, which a GPU
 # that works hard reaches when nothing is wrong.
@@ -74,7 +75,7 @@ def figures(states: Sequence[GpuState]) -> dict[str, float]:
 
 
 def write(states: Sequence[GpuState], folder: Path) -> None:
-    rows.write(folder / series.GPU, GpuState, states)
+    write_rows(folder / series.GPU, GpuState, states)
 
 
 def _handle(name: str) -> Any:

@@ -27,16 +27,17 @@ from pathlib import Path
 import mlperf_loadgen as lg
 import numpy as np
 
-from autotune import progress, rows
-from autotune.backend import RequestTiming
-from autotune.early_stopping import Watch
+from autotune.config.schema import Kind, Limit, Stop
+from autotune.data.samples import Samples
 from autotune.errors import MeasureError
 from autotune.live import audit, loadgen_log, metrics_page
 from autotune.live.client import Clients, Notice, Notices, bodies, requests
-from autotune.live.run import ClientReport, Run
-from autotune.metrics import within
-from autotune.samples import Samples
-from autotune.schema import Kind, Limit, Stop
+from autotune.live.messages import ClientReport, Run
+from autotune.measure import progress
+from autotune.measure.backend import RequestTiming
+from autotune.measure.early_stopping import Watch
+from autotune.measure.metrics import within
+from autotune.system.files import write_rows
 
 NO_LIMIT_MS = 3_600_000.0
 POLL_S = 0.02
@@ -155,7 +156,7 @@ def measure(run: Run, bodies: Sequence[bytes]) -> None:
     else:
         test.result()
     run_s, own_cpu_s = time.perf_counter() - warm, time.process_time() - warm_cpu
-    rows.write(folder / "requests.csv", RequestTiming, sut.completed)
+    write_rows(folder / "requests.csv", RequestTiming, sut.completed)
     reports = list(clients.reports.values())
     sent = list(sut.sent)  # LoadGen's thread may still add to both, to this one last
     figures = audit.figures(reports, own_cpu_s, run_s, audit.lateness(run, sut.issued[: len(sent)], sent))

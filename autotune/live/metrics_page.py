@@ -5,7 +5,7 @@ import urllib.error
 import urllib.request
 from collections import defaultdict
 
-from autotune.server_state import State
+from autotune.measure.bottleneck import State
 
 TIMEOUT_S = 2.0
 LINE = re.compile(r"^vllm:(\w+?)(?:\{.*\})? (\S+)$", re.MULTILINE)

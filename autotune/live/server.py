@@ -1,7 +1,6 @@
 """One `vllm serve` process: started, proven to be ours and healthy, stopped with all it started."""
 
 import json
-import re
 import secrets
 import socket
 import sys
@@ -16,15 +15,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from autotune import progress
+from autotune.config.redact import redact
+from autotune.config.schema import LiveConfig
+from autotune.data.models import Model
 from autotune.errors import MeasureError, StartError
-from autotune.leases import Lease
-from autotune.live import start_log
-from autotune.live.flags import Vllm
-from autotune.models import Model
-from autotune.process import GuardedProcess
-from autotune.redact import redact
-from autotune.schema import LiveConfig
+from autotune.live import vllm_log
+from autotune.live.installed_vllm import Vllm
+from autotune.measure import progress
+from autotune.system.leases import Lease
+from autotune.system.process import GuardedProcess
 
 HOST = "127.0.0.1"
 POLL_S = 0.1
@@ -51,7 +50,7 @@ class Server:
         """Raise MeasureError if the server has ended."""
         code = self.process.exit_code()
         if code is not None:
-            raise MeasureError(f"vLLM ended while it was measured ({_ending(code)}): {reason(self.log)}")
+            raise MeasureError(f"vLLM ended while it was measured ({_ending(code)}): {vllm_log.reason(self.log)}")
 
 
 @contextmanager
@@ -91,7 +90,7 @@ def serve(
         url = f"http://{HOST}:{port}"
         _await_healthy(url, name, process, log, config.start_timeout_s)
         taken_s = time.monotonic() - started
-        yield Server(url, name, process, log, start_log.parts(log, datetime.now(), taken_s))
+        yield Server(url, name, process, log, vllm_log.parts(log, datetime.now(), taken_s))
 
 
 def _await_healthy(url: str, name: str, process: GuardedProcess, log: Path, timeout_s: float) -> None:
@@ -100,11 +99,11 @@ def _await_healthy(url: str, name: str, process: GuardedProcess, log: Path, time
         code = process.wait(POLL_S)
         progress.check(log.parent)
         if code is not None:
-            raise StartError(f"vLLM did not start ({_ending(code)}): {reason(log)}")
+            raise StartError(f"vLLM did not start ({_ending(code)}): {vllm_log.reason(log)}")
         if time.monotonic() > deadline:
             raise StartError(
                 f"vLLM was not healthy after {timeout_s:.0f} s (backend.start_timeout_s); last line of {log}: "
-                f"{_last_line(log)}"
+                f"{vllm_log.last_line(log)}"
             )
     served = json.loads(_get(f"{url}/v1/models") or '{"data": []}')["data"]
     if name not in [model["id"] for model in served] or process.exit_code() is not None:
@@ -135,30 +134,3 @@ def _answers(port: int) -> bool:
 
 def _ending(code: int) -> str:
     return f"signal {code - 128}" if code > 128 else f"exit code {code}"
-
-
-# (EngineCore pid=1) ERROR 11-24 08:20:25 [core.py:1] …
-PREFIX = re.compile(r"^\([\w-]+ pid=\d+\) (?:[A-Z]+ [\d-]+ [\d:]+ \[[^]]+\] ?)?")
-ERROR_LINE = re.compile(r"(?:^|\s|\.)(\w*(?:Error|Exception|error)): (.+)$")
-# What follows from an error that the log already holds.
-ECHOES = ("initialization failed", "cancelled", "EngineDeadError")
-
-
-def reason(log: Path) -> str:
-    """The root cause in vLLM's log: its last error that is not the echo of another, in one line."""
-    lines = [PREFIX.sub("", line.rstrip()) for line in log.read_text(errors="replace").splitlines()]
-    for number in range(len(lines) - 1, -1, -1):
-        found = ERROR_LINE.search(lines[number])
-        if not found or any(echo in lines[number] for echo in ECHOES):
-            continue
-        kind, text = found.groups()
-        if kind == "ValidationError" and number + 2 < len(lines):  # pydantic says what on the next lines
-            text = lines[number + 1].strip() + " " + lines[number + 2].strip()
-            text = re.sub(r"\s*\[type=.*", "", text).strip()
-        return f"{kind}: {text}"[:240]
-    return f"no error in {log}; its last line: {_last_line(log)}"
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "(empty)"

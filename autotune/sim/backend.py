@@ -8,23 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autotune import progress, vllm_args
-from autotune.arrivals import issues
-from autotune.backend import DryRunOutcome, Measurement, RequestTiming
-from autotune.early_stopping import watched
+from autotune.config import vllm_flags
+from autotune.config.redact import redact
+from autotune.config.schema import Kind, ScenarioConfig, SimConfig
+from autotune.data.models import Model
+from autotune.data.samples import Samples
 from autotune.errors import StartError
-from autotune.leases import lease_for, leased
-from autotune.metrics import within
-from autotune.models import Model
-from autotune.redact import redact
-from autotune.samples import Samples
-from autotune.schema import Kind, ScenarioConfig, SimConfig
-from autotune.server_state import State
+from autotune.measure import progress
+from autotune.measure.arrivals import issues
+from autotune.measure.backend import DryRunOutcome, Measurement, RequestTiming
+from autotune.measure.bottleneck import State
+from autotune.measure.early_stopping import watched
+from autotune.measure.metrics import within
 from autotune.sim.cost import GIB, Cost, Shape
 from autotune.sim.engine import serve
 from autotune.sim.flags import HARMLESS, MODELLED, refusal, resolve, serving
 from autotune.sim.kv_cache import KvCache, prefix_keys
 from autotune.sim.scheduler import Limits, Request, Scheduler
+from autotune.system.leases import Lease
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,9 @@ class SimBackend:
         return DryRunOutcome(refusal(flags, self.config.device, shape), flags)
 
     @contextmanager
-    def start(self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path) -> Iterator["SimEngine"]:
+    def start(
+        self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, lease: Lease | None
+    ) -> Iterator["SimEngine"]:
         outcome = self.dry_run(model, args)
         if outcome.refusal:
             raise StartError(outcome.refusal)
@@ -61,12 +64,11 @@ class SimBackend:
         if missing := out_of_memory(flags, cost):
             raise StartError(missing, cost.start_s)
         revision = ["--revision", model.revision] if model.revision else []
-        command = ["vllm", "serve", model.path, *revision, *vllm_args.command_line(redact(args))]
-        with lease_for(self.config.gpus, flags) as lease:
-            facts = {"simulated": self.config.device.name, **leased(lease)}
-            if self.config.pace:
-                pass_time(cost.start_s, self.config.pace, "start", folder)
-            yield SimEngine(flags, cost, samples, cost.start(), command, facts, self.config.pace, folder)
+        command = ["vllm", "serve", model.path, *revision, *vllm_flags.command_line(redact(args))]
+        facts = {"simulated": self.config.device.name}
+        if self.config.pace:
+            pass_time(cost.start_s, self.config.pace, "start", folder)
+        yield SimEngine(flags, cost, samples, cost.start(), command, facts, self.config.pace, folder)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Fit a device's constants to measured trials:
 
-    python -m autotune.sim.calibrate RESULT.json|FOLDER … [--out FILE] [--check] [backend/device=h100]
+    autotune calibrate RESULT.json|FOLDER … [--out FILE] [--check] [backend/device=h100]
 
 A folder stands for every result.json-like file below it. Each trial is simulated as it was configured; the constants
 change until rates and latencies agree. Prints the device's YAML with the error that is left, or writes it to FILE.
@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from scipy.optimize import least_squares
 
-from autotune import runs, trial
-from autotune.compose import command_line, errors_in_one_line
+from autotune.config.command_line import compose, errors_in_one_line
+from autotune.config.schema import FITTED, HOST, Device, Kind, ScenarioConfig
+from autotune.data.samples import Samples
 from autotune.errors import AutotuneError, InputError
-from autotune.metrics import from_requests
-from autotune.result import Result
-from autotune.samples import Samples
-from autotune.schema import FITTED, HOST, Device, Kind, ScenarioConfig
+from autotune.measure import runs
+from autotune.measure.metrics import from_requests
+from autotune.measure.prepare import prepare, prepare_samples
+from autotune.measure.result import Result
 from autotune.sim.backend import SimBackend, simulate
 from autotune.sim.cost import Cost, Shape
 from autotune.sim.flags import resolve, serving
@@ -89,7 +90,7 @@ class Case:
         return flags, Cost(device, self.shape, serving(flags))
 
 
-def main() -> None:
+def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, help="write the device's YAML here")
@@ -114,8 +115,8 @@ def main() -> None:
 
 
 def start_device(overrides: Sequence[str]) -> Device:
-    config, _, _ = command_line(["model=tiny", "backend=sim", *overrides])
-    backend = trial.prepare(config).backend
+    config, _, _ = compose(["model=tiny", "backend=sim", *overrides])
+    backend = prepare(config).backend
     assert isinstance(backend, SimBackend)
     return backend.config.device
 
@@ -138,9 +139,9 @@ def read(file: Path, name: str) -> list[Case]:
         return []
     result = Result.of(body)
     try:
-        config, _, _ = command_line([*kept(result.overrides), "backend=sim"])
-        prepared = trial.prepare(config)
-        samples = trial.prepare_samples(config, prepared)
+        config, _, _ = compose([*kept(result.overrides), "backend=sim"])
+        prepared = prepare(config)
+        samples = prepare_samples(config, prepared)
     except AutotuneError as error:
         print(f"{file} left out: {error}", file=sys.stderr)
         return []
@@ -221,6 +222,10 @@ def as_yaml(device: Device, cases: Sequence[Case]) -> str:
     return "\n".join(lines) + "\n" + OmegaConf.to_yaml(OmegaConf.create(body))
 
 
-if __name__ == "__main__":
+def main() -> None:
     with errors_in_one_line():
-        main()
+        run()
+
+
+if __name__ == "__main__":
+    main()

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from autotune.config.schema import Device
 from autotune.errors import InputError
-from autotune.schema import Device
 from autotune.sim.scheduler import Batch
 
 GIB = 1 << 30

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 
-from autotune.server_state import State
+from autotune.measure.bottleneck import State
 from autotune.sim.cost import Cost
 from autotune.sim.scheduler import Batch, Request, Scheduler
 

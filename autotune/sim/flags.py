@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from autotune import vllm_args
-from autotune.schema import Device
+from autotune.config import vllm_flags
+from autotune.config.schema import Device
 from autotune.sim.cost import Serving, Shape
 
 # Flags that the simulator models, with vLLM's defaults; None: it depends on the device, the model or other flags.
@@ -59,8 +59,8 @@ def refusal(flags: Mapping[str, Any], device: Device, shape: Shape) -> str:
         return f"without chunked prefill max_num_batched_tokens ({tokens}) must be at least max_model_len ({longest})"
     if shape.heads % flags["tensor_parallel_size"]:
         return f"{shape.heads} attention heads can't be split by tensor_parallel_size {flags['tensor_parallel_size']}"
-    if vllm_args.gpus(flags) > device.gpus:
-        return f"tensor × pipeline × data parallel size {vllm_args.gpus(flags)}, and {device.name} has {device.gpus}"
+    if vllm_flags.gpus(flags) > device.gpus:
+        return f"tensor × pipeline × data parallel size {vllm_flags.gpus(flags)}, and {device.name} has {device.gpus}"
     if flags["pipeline_parallel_size"] > 1:
         return "the simulator has no pipeline parallelism"
     if flags["block_size"] % device.block_size:

@@ -12,8 +12,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from autotune import summary
-from autotune.schema import ObjectiveConfig
+from autotune.config.schema import ObjectiveConfig
+from autotune.results import summary
 from autotune.text import shorten
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from autotune.config.redact import redact
 from autotune.errors import InputError
-from autotune.redact import redact
 
 JOURNAL = "journal://"
 DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql"}  # the extras' ones, for a URL that names none

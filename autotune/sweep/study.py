@@ -22,20 +22,25 @@ from omegaconf import DictConfig
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from autotune import interrupt, progress, studies, summary, tracking
+from autotune.config.overrides import typed, with_values
+from autotune.config.schema import Config, Duplicates
 from autotune.errors import InputError, StartError, TrackingError
-from autotune.logs import log_to
-from autotune.result import Result
-from autotune.schema import Config, Duplicates, typed, with_values
-from autotune.space import DEFAULT, FLAG, Space, check_flags, contains, flags, parse
-from autotune.sweep import prior, storage, tell, warm_start
+from autotune.measure import progress
+from autotune.measure.prepare import Prepared, prepare, prepare_samples
+from autotune.measure.result import Result, is_complete
+from autotune.results import study as studies
+from autotune.results import summary, tracking
+from autotune.search import prior, tell, warm_start
+from autotune.search.pruners import make_pruner, watched
+from autotune.search.samplers import Grid, make_sampler
+from autotune.search.space import DEFAULT, FLAG, Space, check_flags, contains, flags, parse
+from autotune.sweep import storage
 from autotune.sweep.display import Display
-from autotune.sweep.launchers import Job, Launcher, completed, make_launcher
-from autotune.sweep.pruners import make_pruner, watched
-from autotune.sweep.samplers import Grid, make_sampler
+from autotune.sweep.launchers import Job, Launcher, make_launcher
 from autotune.sweep.worker import Trial
+from autotune.system import interrupt
+from autotune.system.files import log_to
 from autotune.text import shorten
-from autotune.trial import Prepared, prepare, prepare_samples
 
 log = logging.getLogger(__name__)
 
@@ -155,10 +160,10 @@ class Study:
         self._prepared = prepared
         self._launcher = launcher
         self._folder = folder
-        defaults = prepared.backend.dry_run(prepared.model, prepared.args)
+        defaults = prepared.dry_run()
         if defaults.refusal:
             log.warning("vLLM refuses the configuration before anything is swept: %s", defaults.refusal)
-        self._known = prepared.args | defaults.resolved
+        self._known = defaults.resolved
         self._defaults = {name: self._known.get(name.removeprefix(FLAG)) for name in space.parameters}
         self._n_trials = config.n_trials
         if isinstance(study.sampler, Grid):
@@ -194,7 +199,7 @@ class Study:
     def _write_report(self) -> None:
         """The report as a page; whatever goes wrong with it is no reason for a study to fail."""
         try:
-            from autotune import report  # plotly takes a second to import
+            from autotune.results import report  # plotly takes a second to import
 
             log.info("Report: %s", report.write(self._config, self._study, self._folder))
         except Exception as error:
@@ -287,12 +292,9 @@ class Study:
         """
         if broken := self._space.violated(params, self._known):
             return broken, ""
-        prepared = self._prepared
-        args = prepared.args | flags(params)
-        outcome = prepared.backend.dry_run(prepared.model, args)
-        given = {name: value for name, value in args.items() if value is not None}
+        outcome = self._prepared.dry_run(flags(params))
         others = {name: value for name, value in params.items() if not name.startswith(FLAG)}
-        return outcome.refusal, json.dumps([given | outcome.resolved, others], sort_keys=True, default=str)
+        return outcome.refusal, json.dumps([outcome.resolved, others], sort_keys=True, default=str)
 
     def _note_measured(self, name: str, params: Mapping[str, Any]) -> None:
         if self._config.duplicates is Duplicates.lookup:
@@ -456,7 +458,7 @@ class Study:
             elif trial.state is TrialState.RUNNING:
                 self._take_up(trial)
         missing = self._config.baseline and summary.BASELINE not in self._study.user_attrs
-        if completed(self._folder / summary.BASELINE):
+        if is_complete(self._folder / summary.BASELINE):
             self._note_measured(summary.BASELINE, {})
         self._wants_baseline = missing and not self._take_up(None)
         results = (Result.load(path.parent) for path in self._folder.glob("*/result.json"))
@@ -472,7 +474,7 @@ class Study:
         name = f"trial-{frozen.number}" if frozen else summary.BASELINE
         folder = self._folder / name
         job = self._launcher.attach(folder)
-        if job or completed(folder):
+        if job or is_complete(folder):
             trial = optuna.Trial(self._study, frozen._trial_id) if frozen else None
             asked = Asked(name, dict(frozen.params) if frozen else {}, trial)
             self._count += trial is not None

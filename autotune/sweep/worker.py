@@ -13,12 +13,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from autotune import interrupt, trial
+from autotune.config.schema import Config
 from autotune.errors import AutotuneError
-from autotune.facts import git_revision
-from autotune.logs import log_to
-from autotune.process import serve
-from autotune.schema import Config
+from autotune.measure import trial
+from autotune.system import interrupt
+from autotune.system.files import log_to
+from autotune.system.host import git_revision
+from autotune.system.process import serve
 from autotune.text import one_line
 
 LOG = "trial.log"  # what the process prints

@@ -15,15 +15,15 @@ from statistics import mean
 import yaml
 from scipy.stats import kendalltau
 
-from autotune import summary
-from autotune.compose import command_line
-from autotune.paired import difference
-from autotune.result import Result
-from autotune.schema import HOST, Device
+from autotune.commands.verify import change
+from autotune.config.command_line import compose
+from autotune.config.schema import HOST, Device
+from autotune.measure.paired import difference
+from autotune.measure.result import Result
+from autotune.results import summary
+from autotune.results.study import BASELINE
+from autotune.search.simulate import estimate, simulation
 from autotune.sim import calibrate
-from autotune.studies import BASELINE
-from autotune.sweep.estimate import estimate, simulation
-from autotune.verify import change
 
 HERE = Path(__file__).parent
 ONE, TWO = HERE / "data/one-gpu", HERE / "data/two-gpus"
@@ -254,7 +254,7 @@ def repeated_of(folder: Path) -> dict[str, list[Result]]:
 
 def searched_again(measured: Result, device: Device) -> float:
     """The highest load, queries/s, that the simulation of a measured search finds on `device`."""
-    config, _, _ = command_line([*calibrate.kept(measured.overrides), "backend=sim"])
+    config, _, _ = compose([*calibrate.kept(measured.overrides), "backend=sim"])
     config.backend["device"] = device
     return estimate(simulation(config, config.backend), {}).result.metrics["max_qps"]
 
@@ -304,7 +304,7 @@ def predicted() -> str:
     }
     found: dict[str, list[str]] = {name: [] for name in servers}
     for slower in (1.0, 1.05, 1.1, 1.15):
-        config, _, _ = command_line(words)
+        config, _, _ = compose(words)
         config.backend["device"] = slower_host(slower)
         server = simulation(config, config.backend)
         for name, values in servers.items():

@@ -1,0 +1,31 @@
+"""A study as one HTML page that needs no network: writes multirun/NAME/report.html, as a study does at its end.
+
+autotune report study=NAME
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from autotune.config.command_line import errors_in_one_line, options
+from autotune.results import report
+from autotune.results.study import load
+
+
+@dataclass
+class Report:
+    study: str = MISSING
+
+
+def main() -> None:
+    with errors_in_one_line():
+        chosen = options(Report, sys.argv[1:], __doc__)
+        began = time.monotonic()
+        path = report.write(load(chosen.study))
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, written in {time.monotonic() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    main()

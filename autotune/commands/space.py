@@ -1,0 +1,34 @@
+"""A search space beside vLLM's defaults:
+
+autotune space model=smollm2 space=[scheduler,memory]
+"""
+
+import sys
+
+from autotune.config.command_line import compose, errors_in_one_line
+from autotune.measure.prepare import prepare
+from autotune.search.space import FLAG, check_flags, describe, parse
+from autotune.text import aligned
+
+
+def main() -> None:
+    with errors_in_one_line():
+        config, params, sweeps = compose(sys.argv[1:])
+        space, _ = parse(params, sweeps, config.conditions, config.only_if)
+        prepared = prepare(config)
+        check_flags(space, prepared.backend)
+        outcome = prepared.dry_run()
+    rows = [("parameter", "values", "vLLM's default")]
+    for name, distribution in space.parameters.items():
+        default = outcome.resolved.get(name.rpartition(".")[2], "set by vLLM") if name.startswith(FLAG) else ""
+        condition = f"  only if {space.only_if[name]}" if name in space.only_if else ""
+        rows.append((name, describe(distribution) + condition, str(default)))
+    print("\n".join(aligned(rows, left=True)))
+    for name, expression in space.conditions.items():
+        print(f"condition {name}: {expression}")
+    if outcome.refusal:
+        print(f"vLLM refuses this configuration before anything is swept: {outcome.refusal}")
+
+
+if __name__ == "__main__":
+    main()

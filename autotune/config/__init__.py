@@ -1,0 +1,1 @@
+"""Configuration: the schema, the command line, vLLM's flags, what is secret."""

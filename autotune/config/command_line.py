@@ -1,0 +1,102 @@
+"""Hydra's side of every command: the schema and plugins made known, a command line turned into a Config."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from autotune.config import overrides, schema, sweeper
+from autotune.errors import AutotuneError, InputError
+from autotune.text import one_line
+
+CONF = Path(__file__).parents[2] / "conf"
+SHOW = {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help"}  # Hydra's flags that run nothing
+STARTED = time.localtime()
+Options = TypeVar("Options")
+
+
+def register() -> None:
+    """Make resolvers, schema and sweeper known to Hydra; a second call changes nothing."""
+    if OmegaConf.has_resolver("model_name"):
+        return
+    OmegaConf.register_resolver("model_name", lambda path: Path(path or "model").name.lower())
+    # Hydra's ${now:…} moves on between a study's name and its trials' names.
+    OmegaConf.register_resolver("started", lambda pattern: time.strftime(pattern, STARTED))
+    schema.register()
+    sweeper.register()
+
+
+def compose(arguments: Sequence[str]) -> tuple[schema.Config, dict[str, Any], list[str]]:
+    """The Config that `arguments` compose, the parameters of its space as written, and the arguments that sweep."""
+    register()
+    arguments = list(arguments)
+    if "--config-dir" in arguments:  # as Hydra's own command line takes it
+        at = arguments.index("--config-dir")
+        folder = Path(arguments[at + 1]).resolve()
+        arguments[at : at + 2] = [f"hydra.searchpath=[file://{folder}]"]
+    parsed = OverridesParser.create().parse_overrides(arguments)
+    sweeps = [str(override.input_line) for override in parsed if override.is_sweep_override()]
+    with hydra.initialize_config_dir(str(CONF)):
+        fixed = [argument for argument in arguments if argument not in sweeps]
+        composed = hydra.compose("config", overrides=fixed, return_hydra_config=True)
+        return overrides.typed(composed), dict(composed.hydra.sweeper.params or {}), sweeps
+
+
+def without_sweep(words: Sequence[str]) -> list[str]:
+    """A command line that shows something (`--cfg job`) without `-m` and what it sweeps: Hydra shows single trials."""
+    if not any(word.partition("=")[0] in SHOW for word in words):
+        return list(words)
+    kept, swept = [], []
+    for word in words:
+        is_override = "=" in word and not word.startswith("-")
+        if is_override and OverridesParser.create().parse_override(word).is_sweep_override():
+            swept.append(word)
+        elif word not in ("-m", "--multirun"):
+            kept.append(word)
+    if swept:
+        print(f"# one trial, without what is swept: {' '.join(swept)}", file=sys.stderr)
+    return kept
+
+
+def options(kind: type[Options], words: Sequence[str], usage: str | None) -> Options:
+    """The dataclass `kind` from words `key=value`; `usage` is printed where they ask for help.
+
+    Raises InputError for a word, a key or a value that `kind` does not take, and for a key that is missing.
+    """
+    if {"--help", "-h"} & set(words):
+        print(usage)
+        sys.exit()
+    if wrong := [word for word in words if "=" not in word]:
+        raise InputError(f"{wrong[0]}: write key=value, or --help")
+    made = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(list(words)))
+    if missing := OmegaConf.missing_keys(made):
+        raise InputError(f"{min(missing)}= is missing; see --help")
+    found = OmegaConf.to_object(made)
+    assert isinstance(found, kind)
+    return found
+
+
+def write_out(text: str, output: str | None) -> None:
+    """To the file `output`, or to standard output."""
+    if output is None:
+        print(text, end="")
+    else:
+        Path(output).write_text(text)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (AutotuneError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"autotune: {one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,28 @@
+"""Hydra's configuration of the sweeper; `autotune.sweep` implements it."""
+
+from dataclasses import dataclass
+
+from hydra.core.config_store import ConfigStore
+from hydra_plugins.hydra_optuna_sweeper.config import OptunaSweeperConf, SamplerConfig
+
+
+@dataclass
+class StudySweeperConf(OptunaSweeperConf):  # type: ignore[misc]
+    _target_: str = "autotune.sweep.StudySweeper"
+
+
+@dataclass
+class BoTorchSamplerConf(SamplerConfig):  # type: ignore[misc]
+    """https://optuna-integration.readthedocs.io/en/stable/reference/generated/optuna_integration.BoTorchSampler.html"""
+
+    _target_: str = "optuna_integration.BoTorchSampler"
+    seed: int | None = None
+    n_startup_trials: int = 10
+    consider_running_trials: bool = True
+
+
+def register() -> None:
+    """Make the sweeper's configuration and the samplers that hydra-optuna-sweeper lacks known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(group="hydra/sweeper", name="autotune", node=StudySweeperConf)
+    store.store(group="hydra/sweeper/sampler", name="botorch", node=BoTorchSamplerConf)

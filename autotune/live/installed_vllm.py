@@ -1,0 +1,174 @@
+"""The vLLM that will run: its flags, what it makes of a configuration, its command line. It is asked without a GPU."""
+
+import atexit
+import difflib
+import functools
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autotune.config import vllm_flags
+from autotune.errors import InputError
+from autotune.measure.backend import DryRunOutcome
+from autotune.system.files import write_whole
+
+# Set by autotune for each trial; not the user's.
+MANAGED = {
+    "model": "model.path",
+    "host": "nothing (servers listen on 127.0.0.1)",
+    "port": "backend.port",
+    "served_model_name": "nothing (it identifies the trial's server)",
+    "api_key": "nothing (servers listen on 127.0.0.1)",
+    "hf_token": "the environment variable HF_TOKEN (vLLM logs its flags)",
+    "revision": "model.revision",
+    "tokenizer_revision": "model.revision",
+    "uds": "nothing (servers listen on 127.0.0.1)",
+}
+
+PROBE = Path(__file__).with_name("probe.py")
+# Python would compile all of vLLM again at each import where its environment forbids to keep the result.
+ENV = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+
+
+@dataclass(frozen=True)
+class Flag:
+    default: Any
+    choices: list[Any] | None
+    negatable: bool  # has a --no-… form
+    takes_value: bool
+
+
+@dataclass(frozen=True)
+class Vllm:
+    """The installed vLLM: versions and the flags of `vllm serve`, by name with underscores."""
+
+    python: str
+    version: str
+    torch: str
+    serve: list[str]  # `<python> *serve <model>` starts it
+    flags: dict[str, Flag]
+
+    def check(self, args: Mapping[str, Any]) -> None:
+        """Raise InputError for a flag this vLLM does not have, or a choice that a flag does not accept."""
+        for written, value in args.items():
+            name = written.replace("-", "_")
+            where = f"engine.args.{written}"
+            if name in MANAGED:
+                raise InputError(f"{where}: set by autotune itself; write {MANAGED[name]} instead")
+            if name not in self.flags:
+                close = difflib.get_close_matches(name, self.flags, n=3, cutoff=0.6)
+                hint = f"did you mean {', '.join(close)}?" if close else "see `vllm serve --help=all`"
+                raise InputError(f"{where}: vLLM {self.version} has no such flag; {hint}")
+            choices = self.flags[name].choices
+            for item in value if isinstance(value, list) else [value]:
+                if choices and item is not None and str(item) not in map(str, choices):
+                    accepted = ", ".join(map(str, choices))
+                    raise InputError(f"{where}={item}: vLLM {self.version} accepts {accepted}")
+
+    def command_line(self, args: Mapping[str, Any]) -> list[str]:
+        """`args` as vLLM's command line; false is left out for a flag that has no --no-… form."""
+
+        def is_switch(name: str) -> bool:
+            return name in self.flags and not self.flags[name].takes_value
+
+        def can_be_said(name: str, value: Any) -> bool:
+            return value is not False or not is_switch(name) or self.flags[name].negatable
+
+        said = {name: value for name, value in args.items() if can_be_said(name.replace("-", "_"), value)}
+        return vllm_flags.command_line(said, is_switch)
+
+
+class Probe:
+    """An interpreter that has vLLM imported and answers questions about it; see probe.py."""
+
+    def __init__(self, python: str, env: Mapping[str, str]) -> None:
+        self.python = python
+        # It reads until its input ends, and so ends with this process, however that dies.
+        self._process = subprocess.Popen(
+            [python, str(PROBE), "answer"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**ENV, **env},
+            start_new_session=True,
+        )
+        atexit.register(self._process.kill)
+
+    def ask(self, question: str | list[str]) -> dict[str, Any]:
+        """The answer to `flags`, or to a dry run of a command line. Raises InputError if there is none."""
+        assert self._process.stdin and self._process.stdout
+        answer = ""
+        with suppress(BrokenPipeError):  # it has ended
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        if not answer:
+            self._process.kill()
+            self._process.wait()
+            raise InputError(f"vLLM does not answer; see `echo '\"flags\"' | {self.python} {PROBE} answer`")
+        body: dict[str, Any] = json.loads(answer)
+        return body
+
+
+@functools.cache
+def probe(python: str, env: tuple[tuple[str, str], ...]) -> Probe:
+    """The open interpreter for `python` and `env`: vLLM takes seconds to import, so there is one per process."""
+    return Probe(python, dict(env))
+
+
+@functools.cache
+def installed(python: str, env: tuple[tuple[str, str], ...], cache_dir: Path) -> Vllm:
+    """What `python`'s vLLM is; takes seconds once per version, then comes from the cache.
+
+    Raises InputError if there is none.
+    """
+    versions = _versions(python)
+    key = hashlib.sha256(json.dumps([python, versions, PROBE.read_text()]).encode()).hexdigest()[:16]
+    cached = cache_dir / "vllm" / f"{key}.json"
+    if cached.exists():
+        body = json.loads(cached.read_text())
+    else:
+        body = probe(python, env).ask("flags") | versions
+        write_whole(cached, json.dumps(body, indent=1))
+    return Vllm(
+        python=python,
+        version=body["vllm"],
+        torch=body["torch"],
+        serve=body["serve"],
+        flags={name: Flag(**flag) for name, flag in body["flags"].items()},
+    )
+
+
+def dry_run(
+    vllm: Vllm, env: tuple[tuple[str, str], ...], model: Path, args: Mapping[str, Any], cache_dir: Path
+) -> DryRunOutcome:
+    """What `vllm` makes of the flags `args` for the model in folder `model`; answers are cached on disk."""
+    words = ["--model", str(model), *vllm.command_line(args)]
+    parts = [vllm.python, vllm.version, PROBE.read_text(), (model / "config.json").read_text(), *map(str, env), *words]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    cached = cache_dir / "vllm" / "dry-run" / f"{key}.json"
+    if cached.exists():
+        return DryRunOutcome(**json.loads(cached.read_text()))
+    answer = probe(vllm.python, env).ask(words)
+    write_whole(cached, json.dumps(answer))
+    return DryRunOutcome(**answer)
+
+
+def _versions(python: str) -> dict[str, Any]:
+    command: Sequence[str] = [python, str(PROBE), "versions"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENV)
+    except OSError as error:
+        raise InputError(f"backend.python={python}: {error.strerror}") from None
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise InputError(f"no usable vLLM for {python} ({reason}); run `make setup`, or set backend.python")
+    body: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return body

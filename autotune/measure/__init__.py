@@ -1,0 +1,1 @@
+"""One trial: what is prepared, run, scored and kept, on any backend."""

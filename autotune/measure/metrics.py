@@ -1,0 +1,62 @@
+"""Figures from per-request timings."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.special import stdtrit
+
+from autotune.measure import early_stopping
+from autotune.measure.backend import RequestTiming
+
+Limits = tuple[float | None, float | None]  # on TTFT and TPOT, s; None where there is none
+PERCENTILES = (50, 90, 95, 97, 99, 99.9)
+
+
+def summary(name: str, seconds: Sequence[float]) -> dict[str, float]:
+    """Mean and percentiles of `seconds` in ms, as `<name>_mean_ms`, `<name>_p99_ms`, …"""
+    values = np.asarray(seconds) * 1e3
+    found = {f"{name}_mean_ms": float(values.mean())}
+    # The smallest value that at least p % of the requests do not exceed, as LoadGen takes it.
+    for percentile, value in zip(PERCENTILES, np.percentile(values, PERCENTILES, method="higher"), strict=True):
+        found[f"{name}_p{percentile:g}_ms"] = float(value)
+    return found
+
+
+def within(request: RequestTiming, limits: Limits) -> bool:
+    """Whether `request` holds both limits."""
+    ttft, tpot = limits
+    return (ttft is None or request.ttft <= ttft) and (tpot is None or request.tpot <= tpot)
+
+
+def from_requests(requests: Sequence[RequestTiming], limits: Limits, total: int | None = None) -> dict[str, float]:
+    """Latencies and rates as the client saw them; `limits` decide goodput.
+
+    Rates are over the time from the first issue to the last token. `<name>_p99_upper_ms` is what p99 is below with 99 %
+    confidence, by which LoadGen's test of a run of `total` queries goes; it takes 459.
+    """
+    duration = max(r.last_token for r in requests) - min(r.issued for r in requests)
+    ttft, tpot = [r.ttft for r in requests], [r.tpot for r in requests]
+    found = {
+        "duration_s": duration,
+        "requests": len(requests),
+        "output_tokens": sum(r.output_tokens for r in requests),
+        "tokens_per_s": sum(r.output_tokens for r in requests) / duration,
+        "samples_per_s": len(requests) / duration,
+        "goodput_per_s": sum(within(r, limits) for r in requests) / duration,
+        **summary("ttft", ttft),
+        **summary("tpot", tpot),
+        **summary("latency", [r.latency for r in requests]),
+    }
+    for name, latencies in (("ttft", ttft), ("tpot", tpot)):
+        if (upper := early_stopping.upper_bound(latencies, total or len(requests))) is not None:
+            found[f"{name}_p99_upper_ms"] = upper * 1e3
+    return found
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, list[float] | None]:
+    """The mean of repeated measurements and its 95 % confidence interval (Student's t); None for a single one."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None
+    half = float(stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / len(values) ** 0.5)
+    return mean, [mean - half, mean + half]

@@ -1,0 +1,78 @@
+"""What a trial needs before it takes a GPU: the model, the backend, vLLM's flags, the samples."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+
+from autotune.config import vllm_flags
+from autotune.config.overrides import typed_target
+from autotune.config.schema import Config
+from autotune.data import models, samples
+from autotune.data.models import Model
+from autotune.data.samples import Samples
+from autotune.measure import objective, runs
+from autotune.measure.backend import Backend, DryRunOutcome
+
+# What `_target_` in conf/ may name.
+WHITELIST = ("autotune.*",)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is served, before it takes a GPU: it exists and its flags are known."""
+
+    model: Model
+    backend: Backend
+    args: dict[str, Any]  # vLLM's flags, as configured
+
+    def dry_run(self, changes: Mapping[str, Any] | None = None) -> DryRunOutcome:
+        """vLLM's answer to these flags with `changes`; `resolved` has every flag that is given or known."""
+        args = self.args | dict(changes or {})
+        outcome = self.backend.dry_run(self.model, args)
+        given = {name: value for name, value in args.items() if value is not None}
+        return replace(outcome, resolved=given | outcome.resolved)
+
+
+def prepare(config: Config) -> Prepared:
+    """Check the model and vLLM's flags. Raises InputError."""
+    cache = Path(config.cache_dir)
+    backend_class, settings = typed_target(config.backend, "backend")
+    backend: Backend = backend_class(settings, cache)
+    args = configured_flags(config)
+    objective.check(config.objective)
+    runs.check(config)
+    backend.check(args)
+    shape = None if backend.needs_weights else _partial(config.model.shape)
+    return Prepared(models.locate(config.model, cache, _partial(config.model.build), shape), backend, args)
+
+
+def configured_flags(config: Config) -> dict[str, Any]:
+    """vLLM's flags as `config` has them, by name with underscores."""
+    written = (config.scenario.args, config.model.args, config.engine.args)  # the last wins
+    return {flag.replace("-", "_"): value for args in written for flag, value in args.items()}
+
+
+def gpu_count(config: Config) -> int:
+    """GPUs that a trial of `config` takes."""
+    return vllm_flags.gpus(configured_flags(config))
+
+
+def prepare_samples(config: Config, prepared: Prepared) -> Samples:
+    """The data set as the model sees it. Raises InputError."""
+    loaded = samples.prepare(config.dataset, prepared.model, Path(config.cache_dir), _partial(config.dataset.records))
+    longest = prepared.args.get("max_model_len") or prepared.model.config.get("max_position_embeddings")
+    if isinstance(longest, int):
+        loaded.check_fits(longest)
+    return loaded
+
+
+def _partial(node: Any) -> Callable[..., Any] | None:
+    if node is None:
+        return None
+    made = instantiate({**node, "_partial_": True}, _convert_="all", _execution_whitelist_=WHITELIST)
+    assert isinstance(made, partial)
+    return made

@@ -1,0 +1,56 @@
+"""What a trial showed over time: from the files in its folder to points of metrics."""
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from autotune.measure import progress
+
+SYSTEM = "system.jsonl"  # a line for each sample that MLflow's monitor took of the machine, with its `time`
+SERVER, GPU = "server.csv", "gpu.csv"  # columns as in vLLM's /metrics and in nvidia-smi, `time_s` since the run began
+MOST = 300  # points that are kept of a metric
+
+
+@dataclass(frozen=True)
+class Point:
+    metric: str  # run/tokens_per_s, server/running, gpu/power_w, system/cpu_utilization_percentage
+    value: float
+    time: float  # seconds since the epoch
+    second: int  # since the run began; before it while the server starts
+
+
+def read(folder: Path, started_at: float) -> list[Point]:
+    """At most MOST points of each metric; the run began at `started_at` where nothing says when it did."""
+    entries = progress.Reader(folder).new()
+    began = next((entry["time"] for entry in entries if entry.get("phase") == "run"), started_at)
+    by_metric = defaultdict(list)
+    for time, name, value in _values(folder, entries, began):
+        by_metric[name].append(Point(name, value, time, round(time - began)))
+    return [point for points in by_metric.values() for point in points[:: -(-len(points) // MOST)]]
+
+
+def _values(folder: Path, entries: list[dict[str, object]], began: float) -> Iterator[tuple[float, str, float]]:
+    for entry in entries:
+        values = entry.get("values", {})
+        assert isinstance(values, dict) and isinstance(entry["time"], float)
+        for name, value in values.items():
+            yield entry["time"], f"run/{name}", value
+    for file, group in ((SERVER, "server"), (GPU, "gpu")):
+        if (folder / file).exists():
+            with (folder / file).open(newline="") as rows:
+                for row in csv.DictReader(rows):
+                    time = began + float(row.pop("time_s"))
+                    yield from ((time, f"{group}/{name}", number(value)) for name, value in row.items() if value)
+    if (folder / SYSTEM).exists():
+        for line in (folder / SYSTEM).read_text().splitlines():
+            sample = json.loads(line)
+            time = sample.pop("time")
+            yield from ((time, f"system/{name}", value) for name, value in sample.items())
+
+
+def number(text: str) -> float:
+    """What write_rows made of a number or a truth value."""
+    return float(text) if text not in ("True", "False") else float(text == "True")

@@ -1,0 +1,112 @@
+"""One trial: prepare, measure, score, leave a result.json."""
+
+import logging
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from autotune.config import vllm_flags
+from autotune.config.redact import redact
+from autotune.config.schema import Config
+from autotune.measure import objective, runs, series
+from autotune.measure.backend import Engine
+from autotune.measure.prepare import gpu_count, prepare, prepare_samples
+from autotune.measure.result import Result
+from autotune.measure.runs import Run
+from autotune.system.host import git_revision, recorded
+from autotune.system.leases import lease_for, leased
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, overrides: list[str], folder: Path) -> Result:
+    """Measure `config`; result.json and all logs go to `folder`.
+
+    Raises the AutotuneError that ended the trial, after it was written down.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    result = Result(started_at=time.time(), overrides=redact(overrides))
+    result.config = names(config)
+    (folder / "config.yaml").write_text(as_yaml(config))
+    try:
+        _measure(config, result, folder)
+        result.state = "complete"
+    except BaseException as error:
+        result.reason = f"{type(error).__name__}: {redact(str(error))}".rstrip(": ")
+        raise
+    finally:
+        result.ended_at = time.time()
+        elapsed = result.ended_at - result.started_at
+        if not result.estimated:
+            result.phases["other"] = elapsed - sum(result.phases.values())
+        result.save(folder)
+    return result
+
+
+def as_yaml(config: Config) -> str:
+    """`config` as a trial leaves it in config.yaml, secrets hidden."""
+    return OmegaConf.to_yaml(redact(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)))
+
+
+def names(config: Config) -> dict[str, str]:
+    """What was chosen of each group."""
+    return {
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "scenario": config.scenario.name,
+        "objective": config.objective.name,
+    }
+
+
+def _measure(config: Config, result: Result, folder: Path) -> None:
+    prepared = prepare(config)
+    result.args = redact(prepared.args)
+    loaded = prepare_samples(config, prepared)
+    result.facts = {
+        "dataset_checksum": loaded.checksum,
+        "dataset_samples": str(len(loaded)),
+        "autotune": git_revision(),
+    }
+    # Beside the start: vLLM's answer, where a study has not asked already, takes an import of it, too.
+    with ThreadPoolExecutor(1) as beside:
+        answer = beside.submit(prepared.dry_run)
+        with (
+            lease_for(config.gpus, gpu_count(config)) as lease,
+            prepared.backend.start(prepared.model, prepared.args, loaded, folder, lease) as engine,
+        ):
+            result.facts |= leased(lease)
+            every_s = config.tracking.system_metrics_s if config.tracking.enabled and not engine.estimated else 0.0
+            with recorded(folder / series.SYSTEM, every_s):
+                measure(config, engine, answer.result().resolved, folder, result)
+            stopping = time.monotonic()
+    if not result.estimated:
+        result.phases["stop"] = time.monotonic() - stopping
+
+
+def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> Run:
+    """Make the runs that `config` asks for on `engine`, and fill `result`; `flags` are vLLM's, resolved.
+
+    Returns the run that `result` tells of.
+    """
+    result.estimated, result.command = engine.estimated, engine.command
+    result.start = engine.start
+    result.phases["start"] = sum(engine.start.values())
+    if objective.searches(config.objective):
+        run = runs.highest_load(config, engine, flags, folder, result)
+    elif config.scenario.repeats > 1:
+        run = runs.repeated(config, engine, flags, folder, result)
+    else:
+        run = runs.one(config.scenario, engine, flags, folder, result)
+    result.metrics, result.bound = run.metrics, run.bound
+    for name in ("tokens_per_s", "max_qps"):
+        if name in run.metrics:
+            result.metrics[f"{name}_per_gpu"] = run.metrics[name] / vllm_flags.gpus(flags)
+    result.verdict, result.reasons = run.measured.verdict, run.measured.reasons
+    result.facts |= run.measured.facts
+    result.values = objective.values(config.objective, result.metrics)
+    result.constraints = run.constraints
+    return run

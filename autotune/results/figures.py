@@ -1,0 +1,372 @@
+"""The report's figures: Optuna's own, and those of serving that Optuna doesn't know.
+
+Each raises NotDrawnError where a study has nothing to draw, with the reason for the reader.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import optuna
+import plotly.graph_objects as go
+import plotly.io
+from optuna import visualization
+from optuna.distributions import BaseDistribution
+from optuna.importance import BaseImportanceEvaluator, FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from autotune.config.schema import ScenarioConfig
+from autotune.measure.result import Result
+from autotune.results import summary
+
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW = (
+    *("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442"),
+)
+GREY = "#767676"
+TEMPLATE = go.layout.Template(plotly.io.templates["plotly_white"])
+TEMPLATE.layout.update(
+    colorway=[BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW],
+    font={"family": "system-ui, sans-serif", "size": 12, "color": "#1a1a1a"},
+    margin={"l": 8, "r": 8, "t": 30, "b": 8},
+    hoverlabel={"align": "left", "font": {"size": 11}},
+    legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+    title={"text": ""},
+    xaxis={"automargin": True},
+    yaxis={"automargin": True},
+)
+PHASES = {"start": SKY, "warmup": YELLOW, "run": BLUE, "stop": PURPLE, "other": GREY}
+LEAST = 4  # trials that importance is computed of
+FOREST = 200  # trials that fANOVA's forest is grown of: its time goes with them
+CONTOUR = 80  # trials that a contour is drawn of: its size goes with their square
+LINES = 200  # trials that are drawn as lines through all parameters
+GPU = {"gpu_utilization": "GPU busy", "gpu_j_per_token": "J/token"}  # of a trial, by metric
+CURVES = 5  # trials whose load curves are drawn, besides the baseline
+
+
+class NotDrawnError(Exception):
+    """Why there is no figure, in a line."""
+
+
+def measured(
+    study: optuna.Study, results: Mapping[str, Result], metrics: Sequence[str], directions: Sequence[str]
+) -> optuna.Study:
+    """`study` with `metrics` as its values, as measured (a sampler may have been told others), and short names.
+
+    Trials keep their numbers; what a trial serves is among its user attributes, which Optuna's figures show.
+    """
+    with_short_names = optuna.create_study(directions=list(directions))  # type: ignore[arg-type]
+    with_short_names.add_trials(
+        [_measured(trial, results.get(summary.folder_of(trial)), metrics) for trial in study.get_trials(deepcopy=False)]
+    )
+    return with_short_names
+
+
+def _measured(trial: FrozenTrial, result: Result | None, metrics: Sequence[str]) -> FrozenTrial:
+    figures = result.metrics if result else trial.user_attrs.get("metrics", {})
+    complete = trial.state is TrialState.COMPLETE and all(metric in figures for metric in metrics)
+    about: dict[str, Any] = {"trial": summary.folder_of(trial)}
+    if result:
+        swept = {key.removeprefix("engine.args.") for key in trial.params}
+        about |= {"bound": result.bound} if result.bound else {}
+        about |= {"other flags": {key: value for key, value in result.args.items() if key not in swept}}
+    return create_trial(
+        state=TrialState.COMPLETE if complete else TrialState.FAIL,
+        values=[figures[metric] for metric in metrics] if complete else None,
+        params=_short(trial.params),
+        distributions=_short(trial.distributions),
+        constraints=trial.constraints if complete else None,
+        user_attrs=about,
+    )
+
+
+def _short(by_key: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix("engine.args."): value for key, value in by_key.items()}
+
+
+def history(study: optuna.Study, metric: str, baseline: Result | None) -> go.Figure:
+    """Each trial's value and the best so far, with the baseline."""
+    _complete(study, 1)
+    figure = visualization.plot_optimization_history(study, target_name=label(metric))
+    figure.update_xaxes(title_text="trial")
+    figure.update_traces(name="best so far", selector={"name": "Best Value"})
+    if baseline and metric in baseline.metrics:
+        text = f"baseline {baseline.metrics[metric]:,.4g}"
+        figure.add_hline(
+            baseline.metrics[metric],
+            line={"dash": "dash", "color": VERMILLION},
+            annotation={"text": text, "font": {"color": VERMILLION}, "bgcolor": "rgba(255,255,255,.8)"},
+            annotation_position="bottom left",
+        )
+    return finished(figure)
+
+
+def importances(study: optuna.Study) -> dict[str, dict[str, float]]:
+    """Shares by parameter, the most important first, by what they say of it. Raises NotDrawnError.
+
+    fANOVA: share of the variance over all trials. PED-ANOVA: what tells the best 10 % from the others.
+    """
+    trials = _complete(study, LEAST)
+    if len({trial.values[0] for trial in trials}) == 1:
+        raise NotDrawnError("every trial measured the same value: no parameter mattered")
+    varied = [name for name, distribution in _distributions(trials).items() if not distribution.single()]
+    if not varied:
+        raise NotDrawnError("no parameter was varied")
+    some = optuna.create_study(direction=study.direction)
+    some.add_trials(spread(trials, FOREST))
+    everywhere = [name for name in varied if all(name in trial.params for trial in trials)]
+    found = {}
+    if everywhere:
+        found["fANOVA"] = _importance(some, FanovaImportanceEvaluator(seed=0), everywhere)
+    found["PED-ANOVA"] = _importance(study, PedAnovaImportanceEvaluator(), varied)
+    return found
+
+
+def _importance(study: optuna.Study, evaluator: BaseImportanceEvaluator, params: list[str]) -> dict[str, float]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of too few trials
+        found: dict[str, float] = optuna.importance.get_param_importances(study, evaluator=evaluator, params=params)
+    return found
+
+
+def importance(name: str, shares: Mapping[str, float]) -> go.Figure:
+    """Shares of one evaluator as bars."""
+    rows = list(shares.items())[::-1]
+    texts = [f"{share:.0%}" for _, share in rows]
+    bar = go.Bar(x=[share for _, share in rows], y=[key for key, _ in rows], text=texts, orientation="h")
+    figure = go.Figure(bar)
+    figure.update_xaxes(tickformat=".0%", rangemode="tozero", title_text=name)
+    return finished(figure, height=90 + 26 * len(rows))
+
+
+def slice_of(study: optuna.Study, param: str, metric: str) -> go.Figure:
+    """The metric over one parameter."""
+    figure = visualization.plot_slice(study, params=[param], target_name=label(metric))
+    for trace in figure.data:
+        if trace.marker.colorbar.title.text:  # the feasible ones, coloured by number
+            trace.marker.update(colorbar={"title": "trial", "thickness": 8, "x": 1.0}, colorscale="Cividis")
+    return finished(figure, height=300)
+
+
+def contour(study: optuna.Study, params: Sequence[str], metric: str) -> go.Figure:
+    """The metric over two parameters; black dots held the limits, grey ones did not."""
+    trials = [trial for trial in _complete(study, LEAST) if all(param in trial.params for param in params)]
+    for param in params:
+        if len({trial.params[param] for trial in trials}) < 2:
+            raise NotDrawnError(f"{param} had one value only")
+    some = optuna.create_study(direction=study.direction)
+    some.add_trials(spread(trials, CONTOUR))
+    figure = visualization.plot_contour(some, params=list(params), target_name=label(metric))
+    figure.update_traces(colorscale="Cividis", reversescale=False, selector={"type": "contour"})
+    figure.update_traces(colorbar={"thickness": 10}, selector={"type": "contour"})
+    figure.update_traces(marker={"size": 5, "line": {"width": 1, "color": "white"}}, selector={"type": "scatter"})
+    return finished(figure, height=360)
+
+
+def parallel(study: optuna.Study, metrics: Sequence[str]) -> go.Figure:
+    """A line for each trial through its parameters; dotted where it broke a limit."""
+    trials = _complete(study, 2)
+    params = sorted(_distributions(trials))
+    if not params:
+        raise NotDrawnError("no parameter was varied")
+    some = optuna.create_study(directions=study.directions)
+    some.add_trials(spread(trials, LINES))
+    if len(metrics) == 1:
+        figure = visualization.plot_parallel_coordinate(some, target_name=label(metrics[0]))
+    else:
+        figure = visualization.plot_parallel_coordinate(some)
+    figure.update_xaxes(ticktext=[*map(label, metrics), *params], tickangle=-15)  # which Optuna cuts short
+    for annotation in figure.layout.annotations:
+        annotation.text = _plain(annotation.text)
+    return finished(figure, height=440, margin={"l": 50, "r": 20, "t": 40, "b": 8})
+
+
+def _plain(number: str) -> str:
+    """2.78e+03 as 2,780."""
+    try:
+        return f"{float(number):,.0f}" if "e+" in number else number
+    except ValueError:
+        return number
+
+
+def front(study: optuna.Study, metrics: Sequence[str], limits: Mapping[str, float]) -> go.Figure:
+    """What no other trial beats in every metric of `study`, beside the trials that one does; limits as lines."""
+    trials = _complete(study, 2)
+    if len(metrics) not in (2, 3):
+        raise NotDrawnError(f"a front is drawn of two or three objectives, not of {len(metrics)}")
+    figure = visualization.plot_pareto_front(study, target_names=[label(metric) for metric in metrics])
+    figure.update_traces(marker={"showscale": False, "colorscale": None})
+    for trace in figure.data:
+        best = "Best" in (trace.hovertemplate or "")
+        outside = "Infeasible" in (trace.hovertemplate or "")
+        trace.name = "on the front" if best else "over a limit" if outside else "beaten by another"
+        trace.marker.color = VERMILLION if best else "#BBBBBB" if outside else BLUE
+        trace.marker.update(symbol="diamond" if best else "x" if outside else "circle", size=10 if best else 6)
+        trace.showlegend = bool(trace.x)
+    for axis, metric in zip("xy", metrics, strict=False):
+        shown = [trial.values[metrics.index(metric)] for trial in trials]
+        if metric in limits and len(metrics) == 2 and limits[metric] < 2 * max(shown):
+            _limit(figure, axis, limits[metric])
+    return finished(figure, height=440)
+
+
+def load_curve(results: Mapping[str, Result], metric: str, limit: float | None) -> go.Figure:
+    """A latency over the offered load, a line for each trial of several runs; hollow where LoadGen said INVALID."""
+    figure = go.Figure()
+    for name, result in results.items():
+        runs = sorted((run for run in result.runs if metric in run.metrics), key=lambda run: run.qps)
+        figure.add_scatter(
+            x=[run.qps for run in runs],
+            y=[run.metrics[metric] for run in runs],
+            name=name,
+            mode="lines+markers",
+            marker={"symbol": ["circle" if run.verdict == "VALID" else "circle-open" for run in runs], "size": 8},
+            line={"dash": "dash"} if name == summary.BASELINE else {},
+            hovertext=[f"{name}: {run.verdict} {'; '.join(run.reasons)}<br>{changes(result)}" for run in runs],
+            hovertemplate="%{x:.4g} QPS: %{y:,.4g} ms<br>%{hovertext}<extra></extra>",
+        )
+    return _loads(figure, metric, limit)
+
+
+def load_points(results: Mapping[str, Result], metric: str, limit: float | None) -> go.Figure:
+    """The same of a study that swept the load: a point for each trial."""
+    figure = go.Figure()
+    for verdict, symbol, colour in (("VALID", "circle", BLUE), ("INVALID", "circle-open", VERMILLION)):
+        some = {name: one for name, one in results.items() if (one.verdict == "VALID") == (verdict == "VALID")}
+        figure.add_scatter(
+            x=[result.params["scenario.qps"] for result in some.values()],
+            y=[result.metrics[metric] for result in some.values()],
+            name=verdict,
+            mode="markers",
+            marker={"symbol": symbol, "color": colour},
+            hovertext=[f"{name}<br>{changes(result)}" for name, result in some.items()],
+            hovertemplate="%{x:.4g} QPS: %{y:,.4g} ms<br>%{hovertext}<extra></extra>",
+        )
+    return _loads(figure, metric, limit)
+
+
+def _loads(figure: go.Figure, metric: str, limit: float | None) -> go.Figure:
+    figure.update_xaxes(title_text="offered load, queries/s")
+    figure.update_yaxes(title_text=label(metric), rangemode="tozero")
+    if limit is not None:
+        _limit(figure, "y", limit)
+    return finished(figure)
+
+
+def _limit(figure: go.Figure, axis: str, value: float) -> None:
+    line = {"dash": "dot", "color": VERMILLION}
+    annotation = {"text": f"limit {value:g} ms", "font": {"color": VERMILLION}}
+    if axis == "y":
+        figure.add_hline(value, line=line, annotation=annotation, annotation_position="top left")
+    else:
+        figure.add_vline(value, line=line, annotation=annotation, annotation_position="top left")
+
+
+def bounds(results: Mapping[str, Result], metric: str) -> go.Figure:
+    """What bound each trial, and what it reached."""
+    bound = {name: result for name, result in results.items() if result.bound and metric in result.metrics}
+    if not bound:
+        raise NotDrawnError("no trial says what bound it")
+    counts = Counter(result.bound for result in bound.values())
+    figure = go.Figure()
+    for kind, count in counts.most_common():
+        some = {name: result for name, result in bound.items() if result.bound == kind}
+        figure.add_box(
+            x=[result.metrics[metric] for result in some.values()],
+            name=f"{kind} ({count})",
+            orientation="h",
+            boxpoints="all",
+            pointpos=0,
+            fillcolor="rgba(0,0,0,0)",
+            line={"color": "rgba(0,0,0,0)"},
+            marker={"color": BLUE, "opacity": 0.6},
+            hovertext=[f"{name}<br>{changes(result)}" for name, result in some.items()],
+            hovertemplate="%{x:,.4g}<br>%{hovertext}<extra></extra>",
+            hoveron="points",
+            showlegend=False,
+        )
+    figure.update_xaxes(title_text=label(metric))
+    figure.update_yaxes(autorange="reversed")
+    return finished(figure, height=110 + 45 * len(counts))
+
+
+def phases(results: Mapping[str, Result]) -> go.Figure:
+    """Seconds of each trial by phase, in the order in which they began."""
+    timed = {name: result for name, result in results.items() if result.phases}
+    if not timed:
+        raise NotDrawnError("no trial got as far as to take time")
+    figure = go.Figure()
+    for phase, colour in PHASES.items():
+        seconds = [max(0.0, result.phases.get(phase, 0.0)) for result in timed.values()]
+        if any(seconds):
+            figure.add_bar(x=list(timed), y=seconds, name=phase, marker={"color": colour, "line": {"width": 0}})
+    figure.update_layout(barmode="stack", bargap=0.1, legend={"traceorder": "normal"})
+    figure.update_xaxes(type="category", nticks=12)
+    figure.update_yaxes(title_text="seconds")
+    return finished(figure)
+
+
+def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The first three names against each other."""
+    few = names[:3]
+    return [(one, other) for at, one in enumerate(few) for other in few[at + 1 :]]
+
+
+def spread(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:
+    """At most `count` trials, evenly over the range of their values."""
+    ordered = sorted(trials, key=lambda trial: trial.values[0])
+    if len(ordered) <= count:
+        return ordered
+    return [ordered[round(at * (len(ordered) - 1) / (count - 1))] for at in range(count)]
+
+
+def drawn(draw: Callable[[], go.Figure]) -> go.Figure | str:
+    """The figure, or why there is none; whatever Optuna or plotly can't do with a study is no reason to fail."""
+    try:
+        return draw()
+    except NotDrawnError as why:
+        return str(why)
+    except Exception as error:
+        return f"could not be drawn: {type(error).__name__}: {error}"
+
+
+def finished(figure: go.Figure, height: int = 360, **layout: Any) -> go.Figure:
+    """In the report's own style, as wide as its place is."""
+    figure.update_layout(template=TEMPLATE, title=None, width=None, height=height, **layout)
+    if not layout:
+        figure.update_layout(margin=TEMPLATE.layout.margin)
+    return figure
+
+
+def label(metric: str) -> str:
+    """A metric's heading, with its unit."""
+    named = summary.HEADINGS | GPU
+    return named.get(metric, metric.replace("_ms", " ms").replace("_per_s", "/s").replace("_", " "))
+
+
+def changes(result: Result) -> str:
+    """The parameters of a trial, one a line, for hover."""
+    return "<br>".join(f"{key}={value}" for key, value in _short(result.params).items()) or "vLLM's defaults"
+
+
+def latency_limits(scenario: ScenarioConfig) -> dict[str, float]:
+    """Limits by the metric that they are of, ms."""
+    limits = {"ttft_p99_ms": scenario.ttft_ms, "tpot_p99_ms": scenario.tpot_ms}
+    return {metric: limit for metric, limit in limits.items() if limit is not None}
+
+
+def _distributions(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]:
+    return {name: distribution for trial in trials for name, distribution in trial.distributions.items()}
+
+
+def _complete(study: optuna.Study, least: int) -> list[FrozenTrial]:
+    """Its trials that completed. Raises NotDrawnError if there are fewer than `least`."""
+    trials = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    if len(trials) < least:
+        raise NotDrawnError(
+            f"needs {least} trials that completed, and there {'is' if len(trials) == 1 else 'are'} {len(trials)}"
+        )
+    return trials

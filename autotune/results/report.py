@@ -1,0 +1,441 @@
+"""A study as one HTML page without network access:
+
+    python -m autotune.report study=NAME
+
+writes multirun/NAME/report.html. A study does it by itself at its end.
+"""
+
+import base64
+import functools
+import gzip
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jinja2
+import optuna
+import plotly.graph_objects as go
+from optuna.trial import FrozenTrial, TrialState
+from plotly.offline import get_plotlyjs
+
+from autotune.config.schema import Config
+from autotune.measure.objective import offered_load
+from autotune.measure.result import Result
+from autotune.results import figures, summary
+from autotune.results.figures import drawn, label
+from autotune.results.summary import BASELINE, HEADINGS, LOST, folder_of, outcome
+from autotune.text import shorten
+
+PAGE = "report.html"
+SLICES = 8  # parameters that are drawn one by one, the most important first
+# What `bound` says kept a trial from more.
+BOUNDS = {
+    "kv": "the KV cache was full",
+    "sequences": "max_num_seqs sequences were running",
+    "tokens": "each step was full of tokens",
+    "queue": "requests waited",
+    "arrival": "the server kept up: more load was not offered",
+    "client": "the load generator",
+    "ttft": "a higher load breaks the limit on TTFT",
+    "tpot": "a higher load breaks the limit on TPOT",
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    figure: str  # plotly's JSON
+    height: int
+    narrow: bool  # readable at the width of a phone; else it scrolls
+
+
+@dataclass
+class Section:
+    title: str
+    text: str = ""
+    small: bool = False  # plots that are read side by side
+    plots: list[Plot] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # why what should be here is not
+
+    def add(self, draw: Callable[[], go.Figure], narrow: bool = True) -> None:
+        made = drawn(draw)
+        if isinstance(made, str):
+            self.missing += [made] if made not in self.missing else []
+        else:
+            body = made.to_json().replace("<", "\\u003c")  # it stands within a script element
+            self.plots.append(Plot(body, made.layout.height, narrow))
+
+
+@dataclass(frozen=True)
+class Studied:
+    """A study and all that its trials left."""
+
+    config: Config  # of a trial that changed as little as possible
+    study: optuna.Study
+    folder: Path
+    results: dict[str, Result]  # by folder, the baseline first
+    best: str | None  # of them, what is to be served
+
+    @property
+    def baseline(self) -> Result | None:
+        found = self.results.get(BASELINE)
+        return found if found and found.complete else None
+
+    @property
+    def complete(self) -> dict[str, Result]:
+        return {name: result for name, result in self.results.items() if result.complete}
+
+    def measured(self, metrics: Sequence[str], directions: Sequence[str]) -> optuna.Study:
+        return figures.measured(self.study, self.results, metrics, directions)
+
+
+def read(config: Config, study: optuna.Study, folder: Path) -> Studied:
+    found = {name: Result.find(folder / name) for name in [BASELINE, *map(folder_of, study.get_trials(deepcopy=False))]}
+    results = {name: result for name, result in found.items() if result}
+    return Studied(config, study, folder, results, summary.winner(study, folder))
+
+
+def write(config: Config, study: optuna.Study, folder: Path) -> Path:
+    """report.html in `folder`."""
+    path = folder / PAGE
+    path.write_text(page(read(config, study, folder)))
+    return path
+
+
+def page(studied: Studied) -> str:
+    """The page itself."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters |= {"figure": _figure, "metric": label, "shorten": shorten}
+    return templates.get_template("report.html.j2").render(
+        studied=studied,
+        config=studied.config,
+        headline=headline(studied),
+        cards=cards(studied),
+        sections=sections(studied),
+        failures=failures(studied),
+        table=table(studied),
+        facts=facts(studied),
+        words=summary.words(studied.study, studied.folder, studied.config),
+        estimated=any(result.estimated for result in studied.results.values()),
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        plotly=plotly_js(),
+    )
+
+
+@functools.cache
+def plotly_js() -> str:
+    """plotly.js compressed, in base64: 2.0 MB instead of 4.8."""
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9)).decode()
+
+
+def headline(studied: Studied) -> dict[str, Any]:
+    """What is to be served, and how it compares."""
+    result = studied.results.get(studied.best or "")
+    if not result:
+        return {"words": "No trial is feasible.", "command": [], "changes": []}
+    metric, baseline = studied.config.objective.metrics[0], studied.baseline
+    words = f"{_figure(result.values[0])} {label(metric)}{interval(result, metric)}"
+    front = [studied.results[name] for name in summary.front(studied.study) if name in studied.results]
+    if len(studied.config.objective.metrics) > 1 and front:
+        values = [(name, [one.metrics[name] for one in front]) for name in studied.config.objective.metrics]
+        spans = [f"{label(name)} {_figure(min(some))} to {_figure(max(some))}" for name, some in values]
+        words = f"{len(front)} trials on the Pareto front: {', '.join(spans)}"
+    elif studied.best == BASELINE:
+        tried = summary.best(studied.study)
+        words += f": vLLM's defaults{'; no trial beat them' if tried else ', the only feasible configuration'}"
+    elif baseline and baseline.feasible and baseline.values[0]:
+        change = result.values[0] / baseline.values[0] - 1
+        against = f"{_figure(baseline.values[0])}{interval(baseline, metric)}"
+        words = f"{change:+.1%}: {words}, against {against} with vLLM's defaults"
+    else:
+        words += "; no usable baseline to compare with"
+    known = baseline.defaults if baseline else {}
+    return {
+        "words": words,
+        "name": studied.best,
+        "command": by_flag(result.command),
+        "changes": [(key.removeprefix("engine.args."), value, known.get(key)) for key, value in result.params.items()],
+        "defaults": bool(known),
+        "invalid": "; ".join(result.reasons) if result.verdict == "INVALID" else "",
+        "once": not result.intervals and len(result.runs) < 2,
+        "several": len(studied.config.objective.metrics) > 1,
+        "edge": summary.edge(result, studied.config),
+        "verified": summary.verified(studied.folder),
+    }
+
+
+def by_flag(command: Sequence[str]) -> list[str]:
+    """A command in the pieces that lines are best broken between, as a shell takes them."""
+    pieces: list[list[str]] = [[]]
+    for word in command:
+        if word.startswith("--"):
+            pieces.append([])
+        pieces[-1].append(word)
+    return [shlex.join(piece) for piece in pieces]
+
+
+def interval(result: Result, metric: str) -> str:
+    """` (83.1 to 84.0)`: 95 % confidence, where it is known."""
+    if metric not in result.intervals:
+        return ""
+    low, high = result.intervals[metric]
+    return f" ({_figure(low)} to {_figure(high)})"
+
+
+def cards(studied: Studied) -> list[tuple[str, str, str]]:
+    """Figures at a glance: name, figure, what it is next to."""
+    result, baseline, found = studied.results.get(studied.best or ""), studied.baseline, []
+    wanted = list(dict.fromkeys([*studied.config.objective.metrics, *HEADINGS]))
+    for metric in wanted if result else []:
+        assert result
+        if metric in result.metrics:
+            beside = baseline.metrics.get(metric) if baseline and baseline is not result else None
+            limit = figures.latency_limits(studied.config.scenario).get(metric)
+            words = [f"baseline {_figure(beside)}"] if beside is not None else []
+            words += [f"limit {limit:g}"] if limit is not None else []
+            found.append((label(metric), _figure(result.metrics[metric]), ", ".join(words)))
+    return found
+
+
+def sections(studied: Studied) -> list[Section]:
+    objective, limits = studied.config.objective, figures.latency_limits(studied.config.scenario)
+    directions = zip(objective.metrics, objective.directions, strict=True)
+    alone = {metric: studied.measured([metric], [direction]) for metric, direction in directions}
+    importance, ranked = importances(alone)
+    return [
+        history(alone, studied.baseline),
+        importance,
+        slices(alone, ranked),
+        contours(alone, ranked),
+        parallel(studied),
+        front(studied, limits),
+        load(studied, limits),
+        bounds(studied),
+        phases(studied),
+    ]
+
+
+def history(alone: Mapping[str, optuna.Study], baseline: Result | None) -> Section:
+    """`alone` has the study as it is in each of the objective's metrics, here and below."""
+    section = Section("Optimisation history", "Grey trials broke a limit. The line is the best so far.")
+    for metric, study in alone.items():
+        section.add(partial(figures.history, study, metric, baseline))
+    return section
+
+
+def importances(alone: Mapping[str, optuna.Study]) -> tuple[Section, dict[str, list[str]]]:
+    """The section, and the parameters by metric, the most important first."""
+    section = Section(
+        "Parameter importance",
+        "fANOVA: how much of the variation over all trials a parameter explains. PED-ANOVA: how much it tells the best "
+        "tenth of the trials from the others. Both say little after a few trials.",
+    )
+    several, ranked = len(alone) > 1, {}
+    for metric, study in alone.items():
+        try:
+            shares = figures.importances(study)
+        except Exception as why:
+            shares = {}
+            section.missing.append(f"{label(metric)}: {why}" if several else str(why))
+        for name, found in shares.items():
+            section.add(partial(figures.importance, f"{name} of {label(metric)}" if several else name, found))
+        ranked[metric] = list(shares.popitem()[1]) if shares else _parameters(study)
+    return section, ranked
+
+
+def slices(alone: Mapping[str, optuna.Study], ranked: Mapping[str, Sequence[str]]) -> Section:
+    section = Section("One parameter at a time", "Darker dots came first; grey ones broke a limit.", small=True)
+    for metric, study in alone.items():
+        for param in ranked[metric][:SLICES]:
+            section.add(partial(figures.slice_of, study, param, metric))
+        if not ranked[metric]:
+            section.missing = ["no parameter was varied in a trial that completed"]
+    return section
+
+
+def contours(alone: Mapping[str, optuna.Study], ranked: Mapping[str, Sequence[str]]) -> Section:
+    metric, study = next(iter(alone.items()))
+    text = f"{label(metric)} over the parameters that matter most; grey dots broke a limit."
+    section = Section("Two at a time", text, small=True)
+    for pair in figures.pairs(ranked[metric]):
+        section.add(partial(figures.contour, study, pair, metric))
+    if not section.plots and not section.missing:
+        section.missing = ["needs two parameters"]
+    return section
+
+
+def parallel(studied: Studied) -> Section:
+    objective = studied.config.objective
+    section = Section("All at once", "Each line is a trial, dotted where it broke a limit.")
+    whole = studied.measured(objective.metrics, objective.directions)
+    section.add(partial(figures.parallel, whole, objective.metrics), narrow=False)
+    return section
+
+
+def front(studied: Studied, limits: Mapping[str, float]) -> Section:
+    objective = studied.config.objective
+    several = len(objective.metrics) > 1
+    metrics, directions = (objective.metrics, objective.directions) if several else trade_off(studied.config)
+    section = Section(
+        "Pareto front" if several else "Throughput against latency", "Hover to see the whole configuration."
+    )
+    section.add(lambda: figures.front(studied.measured(metrics, directions), metrics, limits))
+    return section
+
+
+def load(studied: Studied, limits: Mapping[str, float]) -> Section:
+    """Latency over the offered load, of the best trials that ran at several loads, or of a study that swept it."""
+    section = Section("Latency over load", "Hollow marks: LoadGen said INVALID.")
+    sign = 1 if studied.config.objective.directions[0] == "maximize" else -1
+    trials = sorted(studied.complete.items(), key=lambda item: (not item[1].feasible, -sign * item[1].values[0]))
+    several = {name: result for name, result in trials if len({run.qps for run in result.runs}) > 1}
+    swept = {name: result for name, result in trials if "scenario.qps" in result.params}
+    if several:
+        some = {name: result for name, result in several.items() if name != BASELINE}
+        some = dict(list(some.items())[: figures.CURVES])
+        shown = {BASELINE: several[BASELINE], **some} if BASELINE in several else some
+        for metric in ("ttft_p99_ms", "tpot_p99_ms"):
+            section.add(partial(figures.load_curve, shown, metric, limits.get(metric)))
+    elif swept:
+        for metric in ("ttft_p99_ms", "tpot_p99_ms"):
+            section.add(partial(figures.load_points, swept, metric, limits.get(metric)))
+    else:
+        section.missing = ["every trial ran at one load (space=load sweeps it)"]
+    return section
+
+
+def trade_off(config: Config) -> tuple[list[str], list[str]]:
+    """What the objective of a study with one is paid with: metrics and directions."""
+    metric, direction = config.objective.metrics[0], config.objective.directions[0]
+    if metric.endswith("_ms"):
+        return [metric, "tokens_per_s"], [direction, "maximize"]
+    limited = list(figures.latency_limits(config.scenario))
+    return [metric, limited[-1] if limited else "latency_p99_ms"], [direction, "minimize"]
+
+
+def bounds(studied: Studied) -> Section:
+    seen = {result.bound for result in studied.results.values() if result.bound}
+    kinds = [f"{kind}: {BOUNDS.get(kind, kind)}." for kind in sorted(seen)]
+    section = Section("What bound each trial", " ".join(["What kept it from more.", *kinds]))
+    section.add(partial(figures.bounds, studied.complete, studied.config.objective.metrics[0]))
+    return section
+
+
+def phases(studied: Studied) -> Section:
+    total: dict[str, float] = dict.fromkeys(figures.PHASES, 0.0)
+    for result in studied.results.values():
+        for phase, seconds in result.phases.items():
+            total[phase] = total.get(phase, 0.0) + max(0.0, seconds)
+    whole = sum(total.values())
+    shares = [f"{phase} {seconds / whole:.0%}" for phase, seconds in total.items() if seconds > 0]
+    text = f"{_duration(whole)} in all: {', '.join(shares)}.{starts(studied)}" if whole else ""
+    section = Section("Where the time went", text)
+    section.add(partial(figures.phases, studied.results))
+    return section
+
+
+def starts(studied: Studied) -> str:
+    """What a start consists of, in a sentence."""
+    known = [result.start for result in studied.results.values() if len(result.start) > 1]
+    parts = {part: median(start.get(part, 0.0) for start in known) for part in dict.fromkeys(chain(*known))}
+    said = [f"{part} {seconds:.0f} s" for part, seconds in parts.items() if seconds >= 0.5]
+    return f" A start, by the median of each part: {', '.join(said)}." if said else ""
+
+
+def failures(studied: Studied) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Why trials failed or were refused, the most frequent first, with the trials; numbers make no other reason."""
+    kinds: dict[str, tuple[str, list[tuple[str, str]]]] = {}
+    baseline = studied.results.get(BASELINE)
+    found = [(BASELINE, baseline.reason, "vLLM's defaults")] if baseline and not baseline.complete else []
+    for trial in studied.study.get_trials(deepcopy=False):
+        if (why := _why_not(trial)) and LOST not in trial.user_attrs:
+            found.append((folder_of(trial), why, shorten(trial.params)))
+    for name, why, params in found:
+        kind = "".join(letter for letter in why if not letter.isdigit())
+        kinds.setdefault(kind, (why, []))[1].append((name, params))
+    return sorted(kinds.values(), key=lambda item: -len(item[1]))
+
+
+def _why_not(trial: FrozenTrial) -> str:
+    if "refused" in trial.user_attrs:
+        return f"refused: {trial.user_attrs['refused']}"
+    pruned = "ended early by the pruner" if trial.state is TrialState.PRUNED else ""
+    return str(trial.user_attrs.get("reason", pruned))
+
+
+def table(studied: Studied) -> dict[str, Any]:
+    """Every trial that completed, the best first; with the GPU's figures where there was one."""
+    objective = studied.config.objective
+    sign = 1 if objective.directions[0] == "maximize" else -1
+    params = list(dict.fromkeys(key for result in studied.complete.values() for key in result.params))
+    measured = {metric for result in studied.complete.values() for metric in result.metrics}
+    metrics = list(dict.fromkeys([*objective.metrics, *HEADINGS, *(name for name in figures.GPU if name in measured)]))
+    order = sorted(studied.complete.items(), key=lambda item: (not item[1].feasible, -sign * item[1].values[0]))
+    rows = [
+        {
+            "name": name,
+            "result": result,
+            "metrics": [result.metrics.get(metric) for metric in metrics],
+            "params": [result.params.get(key, result.defaults.get(key)) for key in params],
+            "seconds": result.engine_s,
+            "outcome": outcome(result, objective.metrics),
+        }
+        for name, result in order
+    ]
+    return {"rows": rows, "metrics": metrics, "params": [key.removeprefix("engine.args.") for key in params]}
+
+
+def facts(studied: Studied) -> list[tuple[str, str]]:
+    """Hardware and versions of all trials, and what was measured."""
+    config = studied.config
+    started = [result.started_at for result in studied.results.values() if result.started_at]
+    ended = [result.ended_at for result in studied.results.values() if result.ended_at]
+    limits = figures.latency_limits(config.scenario)
+    offered = offered_load(config.objective, config.scenario)
+    named: dict[str, dict[str, None]] = {}
+    for result in studied.results.values():
+        for key, value in result.facts.items():
+            named.setdefault(key, {})[value] = None
+    objectives = zip(config.objective.directions, config.objective.metrics, strict=True)
+    found = [
+        ("model", config.model.name),
+        ("data set", config.dataset.name),
+        ("scenario", f"{config.scenario.name} ({config.scenario.kind.value}){offered and f', {offered}'}"),
+        ("limits", ", ".join(f"{label(metric)} {limit:g}" for metric, limit in limits.items()) or "none"),
+        ("objective", ", ".join(map(" ".join, objectives))),
+    ]
+    if started and ended:
+        first, last = (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)) for at in (min(started), max(ended)))
+        found.append(("ran", f"{first} to {last}"))
+    versions = [(key.replace("_", " "), ", ".join(values)) for key, values in named.items() if any(values)]
+    return found + versions
+
+
+def _parameters(study: optuna.Study) -> list[str]:
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    return list(dict.fromkeys(name for trial in complete for name in trial.params))
+
+
+def _figure(value: Any) -> str:
+    """A number with four digits that count; anything else as it is."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

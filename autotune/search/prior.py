@@ -1,0 +1,126 @@
+"""The first trials of a study: what a simulation of it finds best, instead of random points."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from autotune.config.schema import FITTED, HOST, Config
+from autotune.measure import objective
+from autotune.measure.result import Result
+from autotune.search.simulate import Estimate, estimate, search_best, simulation
+from autotune.search.space import Space
+
+Found = TypeVar("Found", Estimate, Result)
+APART = 0.1  # of a parameter's range, in which two configurations differ to be distinct
+CANDIDATES = 30  # distinct configurations that are simulated on other devices
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the simulation says of a configuration."""
+
+    params: dict[str, Any]
+    values: list[float]
+    feasible: bool
+
+
+def best(config: Config, space: Space) -> list[Expected]:
+    """The `prior.keep` configurations, of `prior.trials` simulated ones, of which one is most likely to be good.
+
+    The best of a simulated study are simulated again on devices whose constants are off. Each one that is taken is the
+    one that adds most to the best score of those taken before, on average over the devices: where the device is not
+    known well, the choice is spread from bold to safe.
+    """
+    settings = config.prior
+    simulated = simulation(config, settings.backend)
+    sign = objective.sign(config.objective)
+    ranked = sorted(
+        (found for found in search_best(simulated, space, settings.trials) if found.result.complete),
+        key=lambda estimate: (estimate.result.feasible, -_over(estimate), sign * estimate.result.values[0]),
+        reverse=True,
+    )
+    candidates = distinct(ranked, space, CANDIDATES)
+    device, sigmas = settings.backend["device"], (settings.sigma, settings.host_sigma)
+    devices = [perturbed(device, *sigmas, seed) for seed in range(settings.devices)]
+    others = [simulation(config, {**settings.backend, "device": device}) for device in devices]
+    found = [candidates, *([estimate(other, one.params) for one in candidates] for other in others)]
+    scores = np.array([_scores(on_device, sign) for on_device in found])
+    chosen = [candidates[number] for number in _complementary(scores, settings.keep)]
+    return [Expected(one.params, one.result.values, one.result.feasible) for one in chosen]
+
+
+def perturbed(device: Mapping[str, Any], sigma: float, host_sigma: float, seed: int) -> dict[str, Any]:
+    """`device`, each fitted constant off by a lognormal factor of its own, and the host's by one that they share."""
+    random = np.random.default_rng(seed)
+    factors = dict(zip(FITTED, random.lognormal(0, sigma, len(FITTED)), strict=True))
+    slower = random.lognormal(0, host_sigma)
+    for name in HOST:
+        factors[name] *= slower
+    return {
+        name: value * float(factors[name]) if name in factors and value is not None else value
+        for name, value in device.items()
+    }
+
+
+def _scores(estimates: Sequence[Estimate], sign: int) -> list[float]:
+    """How good each is on one device: 1 for the best, above 0 for what is feasible, 0 for the rest."""
+    values = [sign * found.result.values[0] if found.result.feasible else None for found in estimates]
+    feasible = [value for value in values if value is not None]
+    if not feasible:
+        return [0.0] * len(values)
+    worst, spread = min(feasible), max(feasible) - min(feasible)
+    return [0.0 if value is None else 0.1 + 0.9 * ((value - worst) / spread if spread else 1.0) for value in values]
+
+
+def _complementary(scores: NDArray[np.float64], count: int) -> list[int]:
+    """`count` columns of `scores` (devices × candidates), each the one that raises the mean of the rows' maxima most.
+
+    Of equals, and once nothing raises it any more, the first.
+    """
+    chosen: list[int] = []
+    reached = np.zeros(len(scores))
+    while len(chosen) < min(count, scores.shape[1]):
+        gains = np.maximum(scores, reached[:, None]).mean(axis=0)
+        gains[chosen] = -1.0
+        chosen.append(int(gains.argmax()))
+        reached = np.maximum(reached, scores[:, chosen[-1]])
+    return chosen
+
+
+def _over(estimate: Estimate) -> float:
+    return sum(max(0.0, value) for value in estimate.result.constraints.values())
+
+
+def distinct(ranked: Iterable[Found], space: Space, count: int) -> list[Found]:
+    """The first `count` of which none is nearly the same as an earlier one."""
+    kept: list[Found] = []
+    for one in ranked:
+        if all(_apart(one.params, other.params, space.parameters) for other in kept):
+            kept.append(one)
+        if len(kept) == count:
+            break
+    return kept
+
+
+def _apart(one: Mapping[str, Any], other: Mapping[str, Any], parameters: Mapping[str, BaseDistribution]) -> bool:
+    if one.keys() != other.keys():
+        return True
+    return any(_distance(one[name], other[name], parameters[name]) >= APART for name in one)
+
+
+def _distance(one: Any, other: Any, distribution: BaseDistribution) -> float:
+    """How far two values lie apart, as a share of the range; 1 for two choices."""
+    if isinstance(distribution, CategoricalDistribution):
+        return float(one != other)
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    low, high = distribution.low, distribution.high
+    if low == high:
+        return 0.0
+    if distribution.log:
+        return float(abs(math.log(one / other)) / math.log(high / low))
+    return float(abs(one - other) / (high - low))

@@ -1,0 +1,53 @@
+"""The pruner that `pruner=` names, and what it watches."""
+
+import optuna
+from hydra.utils import instantiate
+
+from autotune.config.schema import Config, ObjectiveConfig
+from autotune.errors import InputError
+from autotune.measure import progress
+from autotune.text import one_line
+
+
+class BehindBest(optuna.pruners.BasePruner):
+    """Ends a search for the highest load that can hardly be the best any more.
+
+    A trial reports the loads that broke a limit. A load that breaks one bounds the trial from above, as far as a short
+    run can tell: the trial ends once such a load is less than `1 - margin` of what the best trial is certified for.
+    """
+
+    def __init__(self, margin: float) -> None:
+        if not 0 <= margin < 1:
+            raise InputError(f"pruner.margin={margin:g}: write a share of the best load, such as 0.1")
+        self._margin = margin
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        ended = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
+        best = max((one.values[0] for one in ended), default=0.0)
+        return min(trial.intermediate_values.values()) < (1 - self._margin) * best
+
+
+def make_pruner(config: Config) -> optuna.pruners.BasePruner:
+    """The pruner of the `pruner` group. Raises InputError if it can't be made, or can't watch the objective."""
+    allowed = ("optuna.*", "autotune.search.pruners.*")
+    try:
+        pruner: optuna.pruners.BasePruner = instantiate(config.pruner, _execution_whitelist_=allowed)
+    except ValueError as error:
+        raise InputError(f"pruner: {one_line(error)}") from None
+    wanted = config.objective.metrics
+    if isinstance(pruner, BehindBest):
+        if wanted != ["max_qps"]:
+            raise InputError(f"pruner=behind: needs objective=max_qps, and objective.metrics is {wanted}")
+    elif not isinstance(pruner, optuna.pruners.NopPruner) and (len(wanted) > 1 or wanted[0] not in progress.METRICS):
+        raise InputError(
+            f"pruner: needs one objective among {', '.join(progress.METRICS)}, "
+            f"and objective.metrics is {wanted}; write pruner={'behind' if wanted == ['max_qps'] else 'none'}"
+        )
+    return pruner
+
+
+def watched(pruner: optuna.pruners.BasePruner, config: ObjectiveConfig) -> str | None:
+    """What `pruner` is told of a trial that runs, as the trial publishes it; None for no pruner."""
+    if isinstance(pruner, optuna.pruners.NopPruner):
+        return None
+    return progress.FAILING if isinstance(pruner, BehindBest) else config.metrics[0]

@@ -1,0 +1,144 @@
+"""The search space: parameters and their distributions, and what must hold between them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import optuna
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl, create_optuna_distribution_from_override
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from simpleeval import InvalidExpression, simple_eval
+
+from autotune.errors import InputError
+
+FLAG = "engine.args."
+# A choice that leaves the flag to vLLM; Hydra's choice() takes no null.
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Space:
+    parameters: dict[str, BaseDistribution]  # by configuration key, in the order they are suggested
+    conditions: dict[str, str] = field(default_factory=dict)  # must hold for a trial to be run, by name
+    only_if: dict[str, str] = field(default_factory=dict)  # parameter → when it is suggested at all
+
+    def suggest(self, trial: optuna.Trial, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Values for one trial; a parameter whose `only_if` does not hold is left to vLLM's default.
+
+        `known` holds the values of flags that are not swept, by flag.
+        """
+        chosen: dict[str, Any] = {}
+        for name, distribution in self.parameters.items():
+            if name not in self.only_if or _holds(self.only_if[name], known, chosen):
+                chosen[name] = trial._suggest(name, distribution)
+        return chosen
+
+    def violated(self, chosen: Mapping[str, Any], known: Mapping[str, Any]) -> str:
+        """The first condition that `chosen` breaks, as a reason; empty if all hold."""
+        for name, expression in self.conditions.items():
+            if not _holds(expression, known, chosen):
+                return f"conditions.{name}: not {expression}"
+        return ""
+
+    @cached_property
+    def grid(self) -> dict[str, list[Any]]:
+        """Every value of every parameter. Raises InputError for one without steps."""
+        found = {}
+        for name, distribution in self.parameters.items():
+            try:
+                found[name] = list(OptunaSweeperImpl._to_grid_sampler_choices(distribution))
+            except ValueError:
+                raise InputError(
+                    f"sampler=grid: {name} has no steps; write {name}=range(low,high,step=…) or choice(…)"
+                ) from None
+        return found
+
+    @property
+    def grid_size(self) -> int:
+        return prod(len(values) for values in self.grid.values())
+
+
+def parse(
+    space: Mapping[str, Any], arguments: Sequence[str], conditions: Mapping[str, str], only_if: Mapping[str, str]
+) -> tuple[Space, list[str]]:
+    """The space of a `space` group's parameters and a command line's `arguments`, and the overrides that stay fixed.
+
+    A fixed value on the command line takes its parameter out of the space. Raises InputError.
+    """
+    parameters: dict[str, BaseDistribution] = {}
+    fixed: dict[str, str] = {}
+    written = [f"{name}={value}" for name, value in space.items()] + list(arguments)
+    for override in OverridesParser.create().parse_overrides(written):
+        name = override.get_key_element()
+        assert override.input_line is not None
+        if not override.is_sweep_override():
+            fixed[name] = override.input_line
+            parameters.pop(name, None)
+            continue
+        if "." not in name:
+            raise InputError(
+                f"{override.input_line}: a study sweeps fields, not groups; start one study for each {name}"
+            )
+        try:
+            parameters[name] = create_optuna_distribution_from_override(override)
+        except (AssertionError, ValueError, NotImplementedError) as error:
+            raise InputError(f"{override.input_line}: {error}") from None
+        fixed.pop(name, None)
+    if not parameters:
+        raise InputError(
+            "nothing to tune: choose space=scheduler, or sweep a flag: 'engine.args.block_size=choice(16,32)'"
+        )
+    return Space(parameters, dict(conditions), dict(only_if)), list(fixed.values())
+
+
+def flags(params: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's flags among `params`, by name; null where the choice is vLLM's default."""
+    return {
+        name.removeprefix(FLAG).replace("-", "_"): None if value == DEFAULT else value
+        for name, value in params.items()
+        if name.startswith(FLAG)
+    }
+
+
+def _short(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _holds(expression: str, known: Mapping[str, Any], chosen: Mapping[str, Any]) -> bool:
+    """Whether `expression` is true; a flag whose value nobody knows is None, and a comparison with it holds."""
+    names = {**known, **{_short(name): value for name, value in chosen.items()}}
+    try:
+        return bool(simple_eval(expression, names=lambda node: names.get(node.id)))
+    except TypeError:  # None ≤ 4
+        return True
+    except (InvalidExpression, SyntaxError) as error:
+        raise InputError(f"condition {expression!r}: {error}") from None
+
+
+def contains(distribution: optuna.distributions.BaseDistribution, value: Any) -> bool:
+    """Whether `distribution` could suggest `value`."""
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and distribution._contains(distribution.to_internal_repr(value))
+
+
+def describe(distribution: BaseDistribution) -> str:
+    """`16…1024, log`; `2048 | 4096`."""
+    if isinstance(distribution, CategoricalDistribution):
+        return " | ".join(str(choice) for choice in distribution.choices)
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    step = f", step {distribution.step:g}" if distribution.step not in (None, 1) else ""
+    return f"{distribution.low:g}…{distribution.high:g}{', log' if distribution.log else step}"
+
+
+def check_flags(space: Space, backend: Any) -> None:
+    """Raise InputError for a parameter that the installed vLLM does not know, or a choice that it does not accept."""
+    for name, distribution in space.parameters.items():
+        if name.startswith(FLAG):
+            choices = distribution.choices if isinstance(distribution, CategoricalDistribution) else ()
+            values = [choice for choice in choices if choice != DEFAULT]
+            backend.check({name.removeprefix(FLAG): values})

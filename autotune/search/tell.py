@@ -1,0 +1,28 @@
+"""What Optuna is told of a trial, in a study as in a simulated one."""
+
+import warnings
+
+import optuna
+from optuna.trial import TrialState
+
+from autotune.config.schema import ObjectiveConfig
+from autotune.measure import objective
+from autotune.measure.result import Result
+
+
+def measured(study: optuna.Study, trial: optuna.Trial, config: ObjectiveConfig, result: Result) -> None:
+    """Values and constraints of a trial that completed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a process that was killed may have got as far as this
+        for name, value in result.constraints.items():
+            trial.set_constraint(name, value)
+    study.tell(trial, objective.told(study.sampler, config, result))
+
+
+def impossible(study: optuna.Study, trial: optuna.Trial, broken: str) -> None:
+    """A combination that can't run, which breaks the constraint of this name.
+
+    Samplers never see a failed trial, and would ask for it again; one that is pruned teaches them.
+    """
+    trial.set_constraint(broken, 1.0)
+    study.tell(trial, state=TrialState.PRUNED)

@@ -1,0 +1,209 @@
+"""Trials as jobs of a cluster, through submitit: `launcher=slurm`."""
+
+import json
+import logging
+import math
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from autotune.config.schema import ClusterConfig
+from autotune.errors import InputError
+from autotune.measure import progress
+from autotune.measure.prepare import gpu_count
+from autotune.measure.result import is_complete
+from autotune.sweep import worker
+from autotune.sweep.launchers import Job, Launcher
+from autotune.sweep.worker import Trial
+from autotune.text import one_line
+
+log = logging.getLogger(__name__)
+
+JOB = "job.json"  # in a trial's folder: the cluster's id of its job
+LOGS = ".submitit"  # in a study's folder: what submitit writes
+# SLURM's states of a job that never runs again.
+ENDED = {
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"),
+    *("PREEMPTED", "REVOKED"),
+}
+
+
+class Cluster(Launcher):
+    """Trials as jobs of a cluster, through submitit: SLURM, or whatever it has an executor for.
+
+    A job outlives this process; a study that is run again finds it by the id in its folder's job.json.
+    """
+
+    Config = ClusterConfig
+
+    def __init__(self, config: ClusterConfig, gpus: Any) -> None:
+        if gpus is not None:
+            raise InputError(f"gpus={gpus}: on a cluster it is the cluster that gives out GPUs; leave gpus=null")
+        if config.cluster == "slurm" and not shutil.which("sbatch"):
+            raise InputError("launcher=slurm: no sbatch here; start the study on a node that can submit jobs")
+        self.n_jobs = config.n_jobs
+        self._cluster = config.cluster
+        self._array = config.array
+        self._canary = config.canary
+        self._parameters = {name: value for name, value in config.parameters.items() if value is not None}
+        self._excluded: list[str] = []
+        self._queue = Queue(config.poll_s)
+
+    def submit(self, trials: Sequence[Trial]) -> list[Job]:
+        alike: dict[tuple[int, str], list[Trial]] = {}
+        for trial in trials:
+            alike.setdefault((gpu_count(trial.config), trial.node), []).append(trial)
+        jobs: dict[Path, Job] = {}
+        for (gpus, node), group in alike.items():
+            executor = self._executor(group[0].folder.parent, gpus, node)
+            try:
+                with executor.batch() if self._array and len(group) > 1 else nullcontext():
+                    submitted = [executor.submit(worker.run_job, trial) for trial in group]
+                ids = [job.job_id for job in submitted]
+            except submitit.core.utils.FailedJobError as error:
+                raise InputError(f"launcher: the cluster refuses the job: {one_line(error)}") from None
+            for trial, job, job_id in zip(group, submitted, ids, strict=True):
+                (trial.folder / JOB).write_text(json.dumps({"id": job_id}))
+                jobs[trial.folder] = self._job(trial.folder, job)
+        return [jobs[trial.folder] for trial in trials]
+
+    def nodes(self) -> list[str]:
+        return self._usable() if self._canary else []
+
+    def _usable(self) -> list[str]:
+        if self._cluster != "slurm":
+            return []
+        partition = self._parameters.get("slurm_partition")
+        command = ["sinfo", "--Node", "--noheader", "--format=%N", *([f"--partition={partition}"] if partition else [])]
+        found = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        return [node for node in dict.fromkeys(found) if node not in self._excluded]
+
+    def set_aside(self, node: str) -> None:
+        if any(other != node for other in self._usable()):
+            log.warning("%s gets no more trials", node)
+            self._excluded.append(node)
+
+    def attach(self, folder: Path) -> Job | None:
+        if self._cluster != "slurm" or not (folder / JOB).exists():
+            return None
+        job_id = json.loads((folder / JOB).read_text())["id"]
+        job = self._job(folder, submitit.SlurmJob(folder.parent / LOGS, job_id))
+        return None if job.done() else job
+
+    def _job(self, folder: Path, job: Any) -> "SlurmJob | ClusterJob":
+        return SlurmJob(folder, job, self._queue) if self._cluster == "slurm" else ClusterJob(folder, job)
+
+    def _executor(self, folder: Path, gpus: int, node: str) -> Any:
+        logs = folder / LOGS
+        logs.mkdir(parents=True, exist_ok=True, mode=0o700)  # submitit pickles the trials there, secrets included
+        executor = submitit.AutoExecutor(logs, cluster=self._cluster)
+        parameters = {"gpus_per_node": gpus, **self._parameters}
+        if node:
+            parameters["slurm_nodelist"] = node
+        elif self._excluded:
+            parameters["slurm_exclude"] = ",".join(self._excluded)
+        try:
+            executor.update_parameters(**parameters)
+        except (NameError, ValueError) as error:
+            raise InputError(f"launcher.parameters: {one_line(error)}") from None
+        return executor
+
+
+class ClusterJob:
+    """A job that submitit itself knows the state of."""
+
+    def __init__(self, folder: Path, job: Any) -> None:
+        self.folder = folder
+        self.job = job
+
+    @property
+    def node(self) -> str:
+        return ""
+
+    def done(self) -> bool:
+        return bool(self.job.done())
+
+    def wait(self, timeout_s: float) -> None:
+        time.sleep(timeout_s)
+
+    def cancel(self) -> None:
+        progress.stop(self.folder)
+        self.job.cancel(check=False)
+
+    def reason(self) -> str:
+        return f"job {self.job.job_id} ended without a result; its log: {self.job.paths.stderr}"
+
+
+class SlurmJob(ClusterJob):
+    """A job whose end is told by its result, or else by SLURM's queue: that works without accounting, too."""
+
+    def __init__(self, folder: Path, job: Any, queue: "Queue") -> None:
+        super().__init__(folder, job)
+        self._queue = queue
+        queue.submitted(job.job_id)
+
+    def done(self) -> bool:
+        # A failed result may be that of a preempted run, and the job is about to start again.
+        return is_complete(self.folder) or not self._queue.has(self.job.job_id)
+
+    @property
+    def node(self) -> str:
+        return self._queue.node(self.job.job_id)
+
+    def cancel(self) -> None:
+        subprocess.run(["scancel", self.job.job_id], capture_output=True)
+
+    def reason(self) -> str:
+        show = ["scontrol", "show", "job", "-o", self.job.job_id]
+        words = subprocess.run(show, capture_output=True, text=True).stdout.split()
+        facts = dict(word.split("=", 1) for word in words if "=" in word)
+        state = facts.get("JobState", "gone from SLURM's records")
+        return f"SLURM job {self.job.job_id}: {state}; its log: {self.job.paths.stderr}"
+
+
+class Queue:
+    """What SLURM says of the jobs that are watched, asked at most every `poll_s` seconds for all of them."""
+
+    def __init__(self, poll_s: float) -> None:
+        self._poll_s = poll_s
+        self._asked = -math.inf
+        self._new: set[str] = set()  # submitted since squeue last answered
+        self._queued: set[str] = set()
+        self._nodes: dict[str, str] = {}
+
+    def submitted(self, job_id: str) -> None:
+        """It is queued until squeue answers, which it is asked to at the next question."""
+        self._new.add(job_id)
+        self._asked = -math.inf
+
+    def has(self, job_id: str) -> bool:
+        self._ask()
+        return job_id in self._queued or job_id in self._new
+
+    def node(self, job_id: str) -> str:
+        return self._nodes.get(job_id, "")
+
+    def _ask(self) -> None:
+        if time.monotonic() - self._asked < self._poll_s:
+            return
+        self._asked = time.monotonic()
+        # %F_%K names one job of an array; -r writes each on its own line.
+        command = ["squeue", "--noheader", "--me", "-r", "-t", "all", "-o", "%A %F_%K %T %N"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            log.warning("squeue failed, asked again in %g s: %s", self._poll_s, done.stderr.strip())
+            return
+        self._queued, self._new = set(), set()
+        for line in done.stdout.splitlines():
+            job_id, in_array, state, *node = line.split()
+            names = {job_id, in_array}
+            if node:
+                self._nodes.update(dict.fromkeys(names, node[0]))
+            if state not in ENDED:
+                self._queued |= names

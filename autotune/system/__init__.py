@@ -1,0 +1,1 @@
+"""Processes, signals, GPUs, files and the machine."""

@@ -1,0 +1,44 @@
+"""Files that are written whole, tables as CSV, and where log lines go besides the terminal."""
+
+import csv
+import dataclasses
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Row = TypeVar("Row", bound="DataclassInstance")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `path` so that a reader sees the old text or the new one, never a part; its folder is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text)
+    draft.rename(path)
+
+
+def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
+    """Write dataclasses of `kind` as CSV: a header of the fields' names, then a line each."""
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow([field.name for field in dataclasses.fields(kind)])
+        table.writerows(dataclasses.astuple(row) for row in rows)
+
+
+@contextmanager
+def log_to(path: Path, pattern: str = "%(message)s") -> Iterator[None]:
+    """Copy everything that is logged within the block to `path`."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter(pattern))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

@@ -1,0 +1,89 @@
+"""The machine a trial runs on: hardware, driver and revision, and what it does meanwhile."""
+
+import functools
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+MB = 1e6
+
+
+@functools.cache
+def hardware() -> dict[str, str]:
+    """`gpu`, `gpus` and `driver` where there is an NVIDIA GPU, else `cpu`; always `node`."""
+    facts = {"node": platform.node(), "cpu": _cpu()}
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True)
+        if done.returncode == 0 and done.stdout.strip():
+            lines = done.stdout.strip().splitlines()
+            name, driver = (part.strip() for part in lines[0].split(","))
+            facts |= {"gpu": name, "gpus": str(len(lines)), "driver": driver}
+    return facts
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return f"{model[1] if model else platform.machine()} × {os.cpu_count()}"
+
+
+@functools.cache
+def git_revision() -> str:
+    """Revision of autotune itself, with `+changes` where the working tree has some; empty outside git."""
+    here = Path(__file__).parent
+    if not shutil.which("git"):
+        return ""
+    done = subprocess.run(
+        ["git", "-C", here, "describe", "--always", "--dirty=+changes"], capture_output=True, text=True
+    )
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+@contextmanager
+def recorded(path: Path, every_s: float) -> Iterator[None]:
+    """Write a line of JSON, `time` and `load`, to `path` every `every_s` seconds of the block; 0 writes none."""
+    if not every_s:
+        yield
+        return
+    ended = threading.Event()
+
+    def record() -> None:
+        before = psutil.net_io_counters()
+        psutil.cpu_percent()  # the first call has nothing to compare with
+        with path.open("w", buffering=1) as file:
+            while not ended.wait(every_s):
+                file.write(json.dumps({"time": time.time(), **load(before)}) + "\n")
+
+    thread = threading.Thread(target=record, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def load(before: psutil._ntuples.snetio) -> dict[str, float]:
+    """What this machine does now, under MLflow's names of system metrics; traffic since `before`."""
+    memory, disk, network = psutil.virtual_memory(), psutil.disk_usage("/"), psutil.net_io_counters()
+    return {
+        "cpu_utilization_percentage": psutil.cpu_percent(),
+        "system_memory_usage_megabytes": memory.used / MB,
+        "system_memory_usage_percentage": memory.percent,
+        "disk_usage_percentage": disk.percent,
+        "disk_usage_megabytes": disk.used / MB,
+        "disk_available_megabytes": disk.free / MB,
+        "network_receive_megabytes": (network.bytes_recv - before.bytes_recv) / MB,
+        "network_transmit_megabytes": (network.bytes_sent - before.bytes_sent) / MB,
+    }

@@ -1,0 +1,96 @@
+"""GPUs for one trial at a time: a lock on a file for each, freed by the kernel when its holders are gone."""
+
+import fcntl
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from autotune.errors import InputError
+
+FOLDER = Path(os.environ.get("AUTOTUNE_LEASES", "/tmp/autotune-leases"))  # one for all users of this machine
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Lease:
+    gpus: tuple[int, ...]
+    files: tuple[int, ...]  # descriptors; a process that inherits them holds the lease, too
+
+
+def devices(gpus: Any) -> list[int]:
+    """The GPU indices that `gpus` (a list or `all`) names. Raises InputError."""
+    if gpus != "all":
+        if not isinstance(gpus, list) or not gpus or not all(type(gpu) is int and gpu >= 0 for gpu in gpus):
+            raise InputError(f"gpus={gpus}: write a list of indices, gpus=[0,1], or gpus=all")
+        if len(set(gpus)) < len(gpus):
+            raise InputError(f"gpus={gpus}: names a GPU twice; write each index once")
+        return list(gpus)
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        if not all(index.strip().isdigit() for index in visible.split(",")):
+            raise InputError(f"gpus=all: CUDA_VISIBLE_DEVICES={visible} holds no indices; write gpus=[0,1]")
+        return [int(index) for index in visible.split(",")]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        listed = ""
+    found = list(range(listed.count("GPU ")))
+    if not found:
+        raise InputError("gpus=all: nvidia-smi lists no GPU here; write gpus=[0,1], or gpus=null for none")
+    return found
+
+
+@contextmanager
+def lease(gpus: Sequence[int], count: int) -> Iterator[Lease]:
+    """`count` of `gpus`, for as long as the block lasts; waits until that many are free.
+
+    Waiting is first come, first served, so that a trial of many GPUs is not overtaken for ever by small ones.
+    Raises InputError if there are not that many.
+    """
+    if count > len(gpus):
+        raise InputError(f"this trial needs {count} GPUs (tensor × pipeline × data parallel), gpus has {len(gpus)}")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with suppress(PermissionError):  # another user made it, and opened it to all
+        FOLDER.chmod(0o1777)
+    with ExitStack() as held:
+        with _open("queue") as queue:
+            fcntl.flock(queue, fcntl.LOCK_EX)
+            taken: dict[int, BinaryIO] = {}
+            while len(taken) < count:
+                for gpu in gpus:
+                    if gpu not in taken and len(taken) < count:
+                        file = _open(f"gpu-{gpu}")
+                        try:
+                            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                            taken[gpu] = held.enter_context(file)
+                        except BlockingIOError:
+                            file.close()
+                if len(taken) < count:
+                    time.sleep(POLL_S)
+        yield Lease(tuple(taken), tuple(file.fileno() for file in taken.values()))
+
+
+@contextmanager
+def lease_for(gpus: Any, count: int) -> Iterator[Lease | None]:
+    """`count` of the GPUs that `gpus` names (a list or `all`); null leases none. Raises InputError."""
+    if gpus is None:
+        yield None
+        return
+    with lease(devices(gpus), count) as held:
+        yield held
+
+
+def leased(lease: Lease | None) -> dict[str, str]:
+    """The fact `leased_gpus` of a trial that leased some."""
+    return {"leased_gpus": ",".join(map(str, lease.gpus))} if lease else {}
+
+
+def _open(name: str) -> BinaryIO:
+    descriptor = os.open(FOLDER / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    with suppress(PermissionError):
+        os.fchmod(descriptor, 0o666)
+    return os.fdopen(descriptor, "r+b")

@@ -1,0 +1,195 @@
+"""Processes that can't outlive the trial that started them."""
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from autotune.system.guard import PR_SET_PDEATHSIG, guard, libc
+
+GUARD = Path(__file__).with_name("guard.py")
+
+
+class GuardedProcess:
+    """`command` in its own session, under guard.py, with its output in `log`.
+
+    `keep` are descriptors (a lease's locks) that stay open until the last of them has ended.
+    Leaving the `with` block ends it and everything it started; so does the death of this process.
+    """
+
+    def __init__(
+        self, command: Sequence[str], log: Path, env: Mapping[str, str], stop_timeout_s: float, keep: Sequence[int] = ()
+    ) -> None:
+        self.stop_timeout_s = stop_timeout_s
+        with log.open("wb") as output:
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(GUARD), str(stop_timeout_s), *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **env},
+                start_new_session=True,
+                pass_fds=keep,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def session(self) -> int:
+        """Session id that the command and its children share, unless they leave it."""
+        return self._guard.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs; 128 + n after signal n."""
+        return self._guard.poll()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Exit code, or None if it still runs after `timeout_s`."""
+        try:
+            return self._guard.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def stop(self) -> None:
+        assert self._guard.stdin
+        self._guard.stdin.close()
+        # The guard needs a moment after its own SIGKILL; longer than that and it is stuck itself.
+        if self.wait(self.stop_timeout_s + 5) is None:
+            os.killpg(self._guard.pid, 9)
+            self._guard.wait()
+
+
+def fork(work: Callable[[socket.socket], None], close: Sequence[socket.socket] = ()) -> socket.socket:
+    """Start a copy of this process that runs `work` on one end of a socket, then ends; returns the other end.
+
+    It dies with the thread that makes it. `close` is what it must not keep open: the sockets of earlier copies.
+    """
+    parent = os.getpid()
+    ours, theirs = socket.socketpair()
+    if os.fork():
+        theirs.close()
+        return ours
+    code = 1
+    try:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for sock in (ours, *close):
+            sock.close()
+        if os.getppid() == parent:
+            work(theirs)
+            code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class ForkServer:
+    """A guarded process that has done its imports, and then forks itself for each request: see `serve`."""
+
+    def __init__(self, command: Sequence[str], log: Path, stop_timeout_s: float) -> None:
+        """`command` gets the descriptor for `serve` and `stop_timeout_s` as its last words."""
+        self.log = log
+        self._stop_timeout_s = stop_timeout_s
+        self._requests, theirs = socket.socketpair()
+        with theirs:
+            words = [*command, str(theirs.fileno()), str(stop_timeout_s)]
+            # It ends after the last of its forks, which has stop_timeout_s.
+            self._process = GuardedProcess(words, log, {}, stop_timeout_s + 10, keep=[theirs.fileno()])
+
+    def runs(self) -> bool:
+        return self._process.exit_code() is None
+
+    def fork(self, request: bytes) -> "Forked":
+        """A process in which `serve` returns `request`."""
+        content = os.memfd_create("request")  # no file, as it may hold secrets
+        os.write(content, request)
+        os.lseek(content, 0, os.SEEK_SET)
+        alive, keep = os.pipe()
+        code, told = os.pipe()
+        try:
+            socket.send_fds(self._requests, [b"1"], [content, alive, told])
+        except BrokenPipeError:
+            pass  # it has ended, and so has what it forked: `code` will say so
+        finally:
+            for descriptor in (content, alive, told):
+                os.close(descriptor)
+        return Forked(keep, code, self._stop_timeout_s)
+
+
+class Forked:
+    """A process that a ForkServer made; it ends with this one."""
+
+    def __init__(self, keep: int, code: int, stop_timeout_s: float) -> None:
+        self._keep = os.fdopen(keep, "wb")  # as long as it is open, the process may run
+        self._code = os.fdopen(code, "rb")  # ends with the process's guard, which writes the exit code first
+        self._stop_timeout_s = stop_timeout_s
+        self._ended: int | None = None
+
+    def exit_code(self) -> int | None:
+        """None while it runs; 128 + n after signal n."""
+        return self.wait(0)
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Exit code, or None if it still runs after `timeout_s`."""
+        if self._ended is None and select.select([self._code], [], [], timeout_s)[0]:
+            self._ended = int(self._code.read() or 128 + signal.SIGKILL)
+            self._code.close()
+            self._keep.close()
+        return self._ended
+
+    def stop(self) -> None:
+        """End it and everything it started."""
+        self._keep.close()
+        self.wait(self._stop_timeout_s + 5)  # then its guard has long killed it, or is stuck itself
+
+
+def serve(descriptor: int, stop_timeout_s: float) -> bytes:
+    """In a ForkServer's process: returns each request in a fork of its own, in its own session and under a guard.
+
+    The process that calls this never returns, and must have no thread of its own (numpy's are stopped by a fork).
+    """
+    requests = socket.socket(fileno=descriptor)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaves no zombies
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the forks end first
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(requests, 1, 3)
+        if not message:
+            break
+        if os.fork() == 0:
+            requests.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, before)
+            content, alive, told = descriptors
+            return _guarded(content, alive, told, stop_timeout_s)
+        for received in descriptors:
+            os.close(received)
+    with suppress(ChildProcessError):
+        os.wait()  # for all of them, as SIGCHLD is ignored
+    sys.exit()
+
+
+def _guarded(content: int, alive: int, told: int, stop_timeout_s: float) -> bytes:
+    os.setsid()
+    code = guard(stop_timeout_s, alive)
+    if code is not None:
+        os.write(told, str(code).encode())
+        os._exit(code)
+    os.close(told)
+    with os.fdopen(content, "rb") as file:
+        return file.read()
