@@ -8,6 +8,7 @@ import pytest
 from hydra.utils import get_method
 
 from autotune.config import command_line, schema
+from autotune.config.overrides import typed
 from tests.conftest import Autotune
 
 OPTIONS = sorted(
@@ -22,7 +23,7 @@ def registered():
 
 def composed(*overrides: str) -> schema.Config:
     with hydra.initialize_config_dir(str(command_line.CONF)):
-        return overrides.typed(hydra.compose("config", overrides=list(overrides), return_hydra_config=True))
+        return typed(hydra.compose("config", overrides=list(overrides), return_hydra_config=True))
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -46,7 +47,7 @@ def test_any_vllm_flag_is_a_field():
 
 
 def test_spaces_combine():
-    _, params, _ = command_line.command_line(["model=tiny", "space=[memory,quantization]"])
+    _, params, _ = command_line.compose(["model=tiny", "space=[memory,quantization]"])
     assert {"engine.args.block_size", "engine.args.kv_cache_dtype"} <= set(params)
 
 
