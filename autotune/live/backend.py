@@ -26,7 +26,7 @@ from autotune.live.server import Server, serve
 from autotune.measure import progress
 from autotune.measure.arrivals import issues
 from autotune.measure.backend import DryRunOutcome, Measurement, RequestTiming
-from autotune.measure.bottleneck import State
+from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
 from autotune.system.files import write_whole
 from autotune.system.host import hardware
@@ -35,7 +35,7 @@ from autotune.system.process import GuardedProcess
 
 log = logging.getLogger(__name__)
 
-S = TypeVar("S", State, GpuState)
+S = TypeVar("S", ServerState, GpuState)
 
 POLL_S = 0.1
 IDLE_S = 60.0  # most that requests of a run that was stopped may go on for
@@ -178,7 +178,7 @@ class LiveEngine:
             self._check(deadline, f"vLLM still had requests of the last run after {IDLE_S:.0f} s")
             time.sleep(POLL_S)
 
-    def _watch(self, loadgen: LoadGen, run: Run) -> tuple[list[State], list[GpuState]]:
+    def _watch(self, loadgen: LoadGen, run: Run) -> tuple[list[ServerState], list[GpuState]]:
         """Let LoadGen make `run`, and look at the server and its GPUs meanwhile, on time.perf_counter's clock.
 
         Raises MeasureError if the server ends, LoadGen does, or it takes longer than run_timeout_s.
@@ -186,7 +186,7 @@ class LiveEngine:
         loadgen.begin(run)
         if run.folder == str(self.folder):
             progress.phase(self.folder, "run")
-        states: list[State] = []
+        states: list[ServerState] = []
         gpu_states: list[GpuState] = []
         deadline = time.monotonic() + self.config.run_timeout_s
         code, next_look = None, 0.0
@@ -212,7 +212,7 @@ class LiveEngine:
             raise MeasureError(too_late)
 
     def _measured(
-        self, run: Run, scenario: ScenarioConfig, states: list[State], gpu_states: list[GpuState]
+        self, run: Run, scenario: ScenarioConfig, states: list[ServerState], gpu_states: list[GpuState]
     ) -> Measurement:
         """What the run's files show. Raises MeasureError if no request was answered."""
         folder = Path(run.folder)

@@ -5,7 +5,7 @@ import urllib.error
 import urllib.request
 from collections import defaultdict
 
-from autotune.measure.bottleneck import State
+from autotune.measure.bottleneck import ServerState
 
 TIMEOUT_S = 2.0
 LINE = re.compile(r"^vllm:(\w+?)(?:\{.*\})? (\S+)$", re.MULTILINE)
@@ -29,7 +29,7 @@ def values(page: str) -> defaultdict[str, list[float]]:
     return found
 
 
-def state(url: str, time_s: float) -> State | None:
+def state(url: str, time_s: float) -> ServerState | None:
     """The server's state, at `time_s` on the caller's clock; None if it does not answer in time.
 
     Of several engines it is the sum, for the KV cache the most.
@@ -37,7 +37,7 @@ def state(url: str, time_s: float) -> State | None:
     if (page := read(url)) is None:
         return None
     found = values(page)
-    return State(
+    return ServerState(
         time_s=time_s,
         running=sum(found["num_requests_running"]),
         waiting=sum(found["num_requests_waiting"]),

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from autotune.config.schema import ScenarioConfig
 from autotune.data.models import Model
 from autotune.data.samples import Samples
-from autotune.measure.bottleneck import State
+from autotune.measure.bottleneck import ServerState
 from autotune.system.leases import Lease
 
 
@@ -48,7 +48,7 @@ class Measurement:
     reasons: list[str]  # why it is not VALID
     loadgen: dict[str, float]  # LoadGen's own figures, named as in result.json
     phases: dict[str, float]  # seconds by phase: warmup, run
-    server: list[State] = field(default_factory=list)  # through the run
+    server: list[ServerState] = field(default_factory=list)  # through the run
     figures: dict[str, float] = field(default_factory=dict)  # what else was measured, named as in result.json
     facts: dict[str, str] = field(default_factory=dict)  # versions and hardware
 

@@ -1,4 +1,4 @@
-"""What a server says of itself while it is measured, and what that shows to be in the way of more."""
+"""vLLM's state during a run, and its bottleneck."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from typing import Any
 from autotune.measure import series
 from autotune.system.files import write_rows
 
-MOST = 0.5  # share of the moments that makes a rule hold
-KV_FULL = 0.9  # of the KV cache: vLLM keeps a watermark free, and the next request may need more than is left
-BUDGET_SPENT = 0.8  # of max_num_batched_tokens: the last chunk of a prompt seldom fills a step
+MOST = 0.5  # a rule holds if it does at this share of the observations
+KV_FULL = 0.9  # share of the KV cache: the next request may need more blocks than are left above the watermark
+BUDGET_SPENT = 0.8  # share of max_num_batched_tokens: a prompt's last chunk seldom fills a step
 
 
 @dataclass(frozen=True, slots=True)
-class State:
-    """A server at one moment; tokens, steps, preemptions and hits count up from its start."""
+class ServerState:
+    """One observation of a server. Tokens, steps, preemptions and hits are totals since it started."""
 
     time_s: float  # since the run began
     running: float  # requests
@@ -26,42 +26,45 @@ class State:
     prompt_tokens: float
     generation_tokens: float
     steps: float
-    step_tokens: float  # of all steps
+    step_tokens: float  # tokens computed in all steps
 
 
-def write(states: Sequence[State], folder: Path) -> None:
-    write_rows(folder / series.SERVER, State, states)
+def write(states: Sequence[ServerState], folder: Path) -> None:
+    """Write `states` to server.csv in `folder`, a row each."""
+    write_rows(folder / series.SERVER, ServerState, states)
 
 
-def figures(states: Sequence[State]) -> dict[str, float]:
-    """The run in a few numbers; empty if it was too short to be seen twice."""
+def figures(states: Sequence[ServerState]) -> dict[str, float]:
+    """The run's figures, named as in result.json; none if it was observed fewer than twice."""
     if len(states) < 2:
         return {}
     first, last = states[0], states[-1]
-    found = {
+    values = {
         "running_mean": sum(state.running for state in states) / len(states),
         "waiting_mean": sum(state.waiting for state in states) / len(states),
         "kv_use_max": max(state.kv_use for state in states),
         "preemptions": last.preemptions - first.preemptions,
     }
     if (prompt := last.prompt_tokens - first.prompt_tokens) > 0:
-        found["prefix_hit_share"] = (last.prefix_hits - first.prefix_hits) / prompt
+        values["prefix_hit_share"] = (last.prefix_hits - first.prefix_hits) / prompt
     if (steps := last.steps - first.steps) > 0:
-        found["step_ms"] = (last.time_s - first.time_s) / steps * 1e3
-        found["tokens_per_step"] = (last.step_tokens - first.step_tokens) / steps
-    return found
+        values["step_ms"] = (last.time_s - first.time_s) / steps * 1e3
+        values["tokens_per_step"] = (last.step_tokens - first.step_tokens) / steps
+    return values
 
 
-def bound(states: Sequence[State], flags: Mapping[str, Any]) -> str:
-    """What kept the server from more, by the first of these rules that holds; empty if it was not seen.
+def bottleneck(states: Sequence[ServerState], flags: Mapping[str, Any]) -> str:
+    """Name what kept the server from a higher throughput; empty if it was observed fewer than twice.
 
-    `flags` are vLLM's, resolved. A rule holds if it does in half of the moments in which requests wait.
+    `flags` are vLLM's, resolved. The first of these rules that holds names it:
 
-    arrival    in most moments nothing waits: the load is all there is to do
-    kv         the KV cache is full, or running requests had to give up theirs
+    arrival    at most observations no request waits: the server does all the work there is
+    kv         the KV cache is full, or requests were preempted
     sequences  max_num_seqs requests run
-    tokens     steps are as large as max_num_batched_tokens lets them be
-    queue      requests wait with room in all of these: behind prompts in progress, or for the scheduler itself
+    tokens     steps hold nearly max_num_batched_tokens tokens
+    queue      requests wait though none of these is reached: behind prompts in progress, or for the scheduler itself
+
+    `kv` and `sequences` must hold at half of the observations at which requests wait, `tokens` on their average.
     """
     if len(states) < 2:
         return ""
@@ -83,5 +86,5 @@ def bound(states: Sequence[State], flags: Mapping[str, Any]) -> str:
 
 
 def _most(answers: Iterable[bool]) -> bool:
-    listed = list(answers)
-    return sum(listed) >= MOST * len(listed)
+    counted = list(answers)
+    return sum(counted) >= MOST * len(counted)

@@ -21,7 +21,7 @@ class Run:
     measured: Measurement
     metrics: dict[str, float]
     constraints: dict[str, float]
-    bound: str  # what kept the server from more: bottleneck.bound, or the limit that a higher load breaks
+    bound: str  # what kept the server from more: bottleneck.bottleneck, or the limit that a higher load breaks
 
     def summary(self, folder: Path, role: str, qps: float) -> LoadRun:
         measured = self.measured
@@ -44,7 +44,7 @@ def one(scenario: ScenarioConfig, engine: Engine, flags: Mapping[str, Any], fold
     elif scenario.kind is Kind.SingleStream:
         bound = "arrival"
     else:
-        bound = bottleneck.bound(measured.server, flags)
+        bound = bottleneck.bottleneck(measured.server, flags)
     broken = objective.constraints(scenario, found, measured.failed)
     if bound == CLIENT:  # LoadGen's INVALID alone does not keep a trial from being the best
         broken[CLIENT] = 1.0

@@ -17,7 +17,7 @@ from autotune.errors import StartError
 from autotune.measure import progress
 from autotune.measure.arrivals import issues
 from autotune.measure.backend import DryRunOutcome, Measurement, RequestTiming
-from autotune.measure.bottleneck import State
+from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
 from autotune.measure.metrics import within
 from autotune.sim.cost import GIB, Cost, Shape
@@ -106,7 +106,7 @@ class SimEngine:
 
 def simulate(
     flags: Mapping[str, Any], cost: Cost, scenario: ScenarioConfig, samples: Samples
-) -> tuple[list[RequestTiming], list[State]]:
+) -> tuple[list[RequestTiming], list[ServerState]]:
     """LoadGen's `scenario` against the server that resolved `flags` describe: its requests, and its states over time.
 
     Of several replicas (data parallelism) the states are the first one's.

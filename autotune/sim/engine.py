@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 
-from autotune.measure.bottleneck import State
+from autotune.measure.bottleneck import ServerState
 from autotune.sim.cost import Cost
 from autotune.sim.scheduler import Batch, Request, Scheduler
 
@@ -14,7 +14,7 @@ class Observer:
     """Notes a scheduler's state every OBSERVE_S seconds."""
 
     def __init__(self, scheduler: Scheduler) -> None:
-        self.states: list[State] = []
+        self.states: list[ServerState] = []
         self.steps = 0
         self._scheduler = scheduler
         self._preempted = self._tokens = self._generated = 0
@@ -30,7 +30,7 @@ class Observer:
             self._next_s = now + OBSERVE_S
             scheduler, cache = self._scheduler, self._scheduler.cache
             self.states.append(
-                State(
+                ServerState(
                     time_s=now,
                     running=len(scheduler.running),
                     waiting=len(scheduler.waiting),

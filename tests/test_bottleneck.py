@@ -1,4 +1,4 @@
-"""What vLLM's /metrics show, and the rules that name what bound a server."""
+"""The rules that name a server's bottleneck, and what they read of vLLM's /metrics."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,10 +7,10 @@ import pytest
 
 from autotune.live import metrics_page
 from autotune.measure import bottleneck
-from autotune.measure.bottleneck import State
+from autotune.measure.bottleneck import ServerState
 
 FLAGS = {"max_num_seqs": 64, "max_num_batched_tokens": 2048}
-IDLE = State(0, 10, 0, 0.2, 0, 0, 0, 0, 0, 0)
+IDLE = ServerState(0, 10, 0, 0.2, 0, 0, 0, 0, 0, 0)
 # Each moment is ten steps of 500 tokens after the last.
 BUSY = [replace(IDLE, time_s=i, waiting=5, steps=10 * i, step_tokens=5000 * i) for i in range(10)]
 
@@ -34,7 +34,7 @@ vllm:iteration_tokens_total_sum{engine="0",model_name="m"} 190.0
 
 def test_page_is_read_over_all_engines(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(metrics_page, "read", lambda url: PAGE)
-    assert metrics_page.state("", 1.5) == State(1.5, 7, 1, 0.5, 2, 16, 150, 40, 20, 190)
+    assert metrics_page.state("", 1.5) == ServerState(1.5, 7, 1, 0.5, 2, 16, 150, 40, 20, 190)
 
 
 def test_server_that_does_not_answer_has_no_state():
@@ -55,19 +55,19 @@ def test_server_that_does_not_answer_has_no_state():
     ],
     ids=["idle", "mostly idle", "kv full", "preempted", "seats", "budget", "queue", "not seen"],
 )
-def test_what_bound_a_server(states: list[State], bound: str):
-    assert bottleneck.bound(states, FLAGS) == bound
+def test_bottleneck_is_named(states: list[ServerState], bound: str):
+    assert bottleneck.bottleneck(states, FLAGS) == bound
 
 
 def test_each_replica_has_its_own_seats():
     full = [replace(state, running=64) for state in BUSY]
-    assert bottleneck.bound(full, FLAGS | {"data_parallel_size": 2}) == "queue"
+    assert bottleneck.bottleneck(full, FLAGS | {"data_parallel_size": 2}) == "queue"
 
 
 def test_figures_are_of_the_run_alone():
     states = [
-        State(0, 2, 0, 0.1, 5, 100, 1000, 10, 50, 1000),
-        State(2, 4, 1, 0.3, 6, 150, 2000, 30, 150, 3000),
+        ServerState(0, 2, 0, 0.1, 5, 100, 1000, 10, 50, 1000),
+        ServerState(2, 4, 1, 0.3, 6, 150, 2000, 30, 150, 3000),
     ]
     found = bottleneck.figures(states)
     assert found["preemptions"] == 1 and found["kv_use_max"] == 0.3 and found["running_mean"] == 3
