@@ -38,10 +38,12 @@ from optuna.trial import TrialState
 from autotune.config.command_line import CONF, compose, errors_in_one_line
 from autotune.config.overrides import with_fields
 from autotune.config.schema import Config
-from autotune.search import prior, tell
+from autotune.measure.result import Result, State
+from autotune.search import prior
 from autotune.search.samplers import Grid, make_sampler
-from autotune.search.simulate import Estimate, Simulation, estimate, simulation
+from autotune.search.simulate import Simulation, estimate, simulation
 from autotune.search.space import Space, parse
+from autotune.search.tell import tell_infeasible, tell_measured
 from autotune.sim.backend import PUBLISH_S, published
 from autotune.sweep.study import REFUSALS_IN_A_ROW
 
@@ -79,7 +81,7 @@ class Workload:
     name: str
     simulated: Simulation
     space: Space
-    points: dict[tuple[Any, ...], Estimate]  # of the whole grid, by `key`
+    points: dict[tuple[Any, ...], Result]  # of the whole grid, by `key`
     published: dict[tuple[Any, ...], list[float]]  # the objective every PUBLISH_S of a run, of those that run
 
     @property
@@ -87,19 +89,19 @@ class Workload:
         return self.simulated.config
 
     @property
-    def best(self) -> Estimate:
-        return max((e for e in self.points.values() if e.result.feasible), key=lambda e: e.result.values[0])
+    def best(self) -> Result:
+        return max((e for e in self.points.values() if e.feasible), key=lambda e: e.values[0])
 
     @property
     def grid_s(self) -> float:
         return sum(found.engine_s for found in self.points.values())
 
-    def regret(self, found: Estimate) -> float:
+    def regret(self, found: Result) -> float:
         """Share below the best; 1 if it is no answer."""
-        return 1 - found.result.values[0] / self.best.result.values[0] if found.result.feasible else 1.0
+        return 1 - found.values[0] / self.best.values[0] if found.feasible else 1.0
 
     @property
-    def good(self) -> list[Estimate]:
+    def good(self) -> list[Result]:
         return [found for found in self.points.values() if self.regret(found) <= GOOD]
 
     def expected_s(self) -> float:
@@ -145,7 +147,9 @@ def workload(name: str, words: str) -> Workload:
     for params in grid(space, simulated):
         point, seen = key(space, params), []
         broken = space.violated(params, simulated.known)
-        points[point] = Estimate(params, refused=broken) if broken else estimate(simulated, params, seen.append)
+        points[point] = (
+            Result(State.refused, broken, params=params) if broken else estimate(simulated, params, seen.append)
+        )
         if seen:
             load = with_fields(config, {name: value for name, value in params.items() if "scenario" in name}).scenario
             times = np.arange(PUBLISH_S, seen[0].measured.phases["run"], PUBLISH_S)
@@ -196,24 +200,24 @@ def run(load: Workload, arm: str, number: int, first: Sequence[dict[str, Any]], 
         trial = study.ask()
         point = key(load.space, load.space.suggest(trial, load.simulated.known))
         found = load.points[point]
-        if found.refused:
+        if found.state is State.refused:
             refusals += 1
-            tell.impossible(study, trial, "refused")
+            tell_infeasible(study, trial, "refused")
             continue
         refusals = 0
         pruned_s = None
-        if found.failed:
-            tell.impossible(study, trial, "starts")
+        if found.state is State.failed:
+            tell_infeasible(study, trial, "starts")
         elif (pruned_s := pruned_after(trial, load.published[point])) is not None:
             study.tell(trial, state=TrialState.PRUNED)
         else:
-            tell.measured(study, trial, load.config.objective, found.result)
-        taken_s += found.engine_s if pruned_s is None else found.result.phases["start"] + pruned_s
+            tell_measured(study, trial, load.config.objective, found)
+        taken_s += found.engine_s if pruned_s is None else found.phases["start"] + pruned_s
         if pruned_s is None:
             least = min(least, load.regret(found))
         done.engine_s.append(taken_s)
         done.regret.append(least)
-        done.failed.append(bool(found.failed))
+        done.failed.append(found.state is State.failed)
         done.repeated.append(point in asked)
         done.pruned.append(pruned_s is not None)
         asked.add(point)
@@ -344,13 +348,13 @@ def summary(load: Workload) -> dict[str, Any]:
     points = load.points.values()
     return {
         "points": len(points),
-        "refused": sum(bool(point.refused) for point in points),
-        "failed": sum(bool(point.failed) for point in points),
-        "feasible": sum(point.result.feasible for point in points),
+        "refused": sum(point.state is State.refused for point in points),
+        "failed": sum(point.state is State.failed for point in points),
+        "feasible": sum(point.feasible for point in points),
         "good": len(load.good),
-        "best": load.best.result.values[0],
+        "best": load.best.values[0],
         "best_params": load.best.params,
-        "values": [point.result.values[0] for point in points if point.result.feasible],
+        "values": [point.values[0] for point in points if point.feasible],
         "grid_s": load.grid_s,
         "expected_s": load.expected_s(),
     }
@@ -373,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, overrides in WORKLOADS.items():
         load = workload(name, overrides)
         loads.append(load)
-        failed = sum(bool(point.failed) for point in load.points.values())
+        failed = sum(point.state is State.failed for point in load.points.values())
         print(
             f"{name}: {len(load.points)} points, of which {failed} run out of memory and {len(load.good)} are within "
             f"{GOOD:.0%} of the best; the grid takes {load.grid_s / 3600:.1f} h",

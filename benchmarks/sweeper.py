@@ -28,7 +28,7 @@ import psutil
 from optuna.trial import TrialState
 
 from autotune.sweep.launchers import Inline, Job
-from autotune.sweep.worker import Trial, run
+from autotune.sweep.worker import TrialSpec, run
 
 ROOT = Path(__file__).parent.parent
 KEY = "engine.args.max_num_seqs"
@@ -69,7 +69,7 @@ class Instant(Inline):
 
     ended: Clock | None = None
 
-    def submit(self, trials: Sequence[Trial]) -> list[Job]:
+    def submit(self, trials: Sequence[TrialSpec]) -> list[Job]:
         for trial in trials:
             if self.ended:
                 now = Clock.now()

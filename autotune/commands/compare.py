@@ -1,6 +1,6 @@
 """Studies side by side: another model, GPU, vLLM or sampler.
 
-    python -m autotune.compare llama8b-h100 llama8b-h200
+    autotune compare llama8b-h100 llama8b-h200
 
 names two or more studies below multirun/, or their folders. format=json prints the same for programs, output=<file>
 writes it.
@@ -15,11 +15,11 @@ from typing import Any
 
 from autotune.config.command_line import errors_in_one_line, options, write_out
 from autotune.config.schema import Config
+from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
-from autotune.measure import objective
-from autotune.results import study as studies
-from autotune.results.study import FinishedStudy
-from autotune.search.space import FLAG
+from autotune.measure.objective import offered_load
+from autotune.measure.result import State
+from autotune.results.study import Study, load
 from autotune.text import aligned
 
 NOTHING = "–"
@@ -58,13 +58,11 @@ class Column:
     params: dict[str, Any]  # of the best
 
 
-def column(study: FinishedStudy) -> Column:
-    config = study.base
-    swept = {name: result for name, result in study.results.items() if name != studies.BASELINE}
-    facts = next((result.facts for result in study.results.values() if result.complete), {})
-    name = study.ranked[0] if study.ranked else None
-    best, baseline = study.results[name].values[0] if name else None, study.baseline
-    theirs = baseline.values[0] if baseline and baseline.feasible else None
+def column(study: Study) -> Column:
+    config, best = study.config, study.best
+    states = [result.state for result in study.swept.values()]
+    facts = next((result.facts for result in study.complete.values()), {})
+    baseline = study.baseline if study.baseline and study.baseline.feasible else None
     pairs = zip(study.objective.metrics, study.objective.directions, strict=True)
     return Column(
         study=study.name,
@@ -75,30 +73,30 @@ def column(study: FinishedStudy) -> Column:
         device=f"{facts['simulated']}, simulated" if "simulated" in facts else facts.get("gpu", facts.get("cpu", "")),
         vllm=facts.get("vllm", ""),
         sampler=config.sampler,
-        trials=sum(result.complete for result in swept.values()),
-        failed=sum(not result.complete for result in swept.values()),
-        baseline=theirs,
-        best=best,
-        best_trial=name,
-        gain=objective.sign(study.objective) * (best / theirs - 1) if best is not None and theirs else None,
-        engine_s_to_best=_engine_s(study, name) if name else None,
-        params=study.results[name].params if name else {},
+        trials=states.count(State.complete),
+        failed=states.count(State.failed),
+        baseline=baseline.values[0] if baseline else None,
+        best=study.results[best].values[0] if best else None,
+        best_trial=best,
+        gain=study.gain(best) if best and baseline else None,
+        engine_s_to_best=_engine_s(study, best) if best else None,
+        params=study.results[best].params if best else {},
     )
 
 
 def _scenario(config: Config) -> str:
     scenario = config.scenario
     limits = [f"{name.upper()} {value:g} ms" for name in ("ttft", "tpot") if (value := getattr(scenario, f"{name}_ms"))]
-    return ", ".join(filter(None, [scenario.name, objective.offered_load(config.objective, scenario), *limits]))
+    return ", ".join(filter(None, [scenario.name, offered_load(config.objective, scenario), *limits]))
 
 
-def _engine_s(study: FinishedStudy, until: str) -> float:
+def _engine_s(study: Study, until: str) -> float:
     """Seconds of start and run of everything that ended before `until` did, and of it."""
     last = study.results[until].ended_at
     return sum(result.engine_s for result in study.results.values() if result.ended_at <= last)
 
 
-def words(columns: Sequence[Column]) -> str:
+def render(columns: Sequence[Column]) -> str:
     """The studies beside each other, what is not the same marked with ≠."""
     lines = [["", "", *(one.study for one in columns)]]
 
@@ -147,10 +145,10 @@ def main() -> None:
         names = [word for word in sys.argv[1:] if "=" not in word and not word.startswith("-")]
         chosen = options(Compare, [word for word in sys.argv[1:] if word not in names], __doc__)
         if len(names) < 2:
-            raise InputError("name two studies or more: python -m autotune.compare A B")
-        columns = [column(studies.load(name)) for name in names]
+            raise InputError("name two studies or more: autotune compare A B")
+        columns = [column(load(name)) for name in names]
         as_json = json.dumps([asdict(one) for one in columns], indent=1) + "\n"
-        write_out(as_json if chosen.format is Format.json else words(columns), chosen.output)
+        write_out(as_json if chosen.format is Format.json else render(columns), chosen.output)
 
 
 if __name__ == "__main__":

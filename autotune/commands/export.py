@@ -1,6 +1,6 @@
 """The configuration of a trial, ready to deploy:
 
-    python -m autotune.export study=demo format=kubernetes output=vllm.yaml
+    autotune export study=demo format=kubernetes output=vllm.yaml
 
 study   its name below multirun/, or a folder; a single trial's, too
 trial   baseline, trial-7, …; without it the best one
@@ -38,8 +38,7 @@ from autotune.config.schema import Config
 from autotune.errors import InputError
 from autotune.measure.prepare import prepare
 from autotune.measure.result import Result
-from autotune.results import study as studies
-from autotune.results.study import FinishedStudy
+from autotune.results.study import Study, load
 from autotune.text import shorten
 
 SECRET = "vllm-secrets"  # the Kubernetes secret that holds the variables which are hidden here
@@ -89,9 +88,9 @@ class Deployment:
         return self.model if self.model.startswith("/") else None
 
 
-def deployment(study: FinishedStudy, trial: str, image: str | None = None) -> Deployment:
+def deployment(study: Study, trial: str, image: str | None = None) -> Deployment:
     """What `trial` served. Raises InputError if it can't be said."""
-    result, config = study.results[trial], study.config(trial)
+    result, config = study.results[trial], study.config_of(trial)
     model, words = result.command[2], result.command[3:]
     if Path(model).expanduser().exists():
         model = str(Path(model).expanduser().resolve())
@@ -323,10 +322,10 @@ def _yaml(notes: list[str], *documents: Mapping[str, Any]) -> str:
 
 def text(options: Export) -> str:
     """What `options` ask for. Raises InputError."""
-    study = studies.load(options.study)
+    study = load(options.study)
     trial = study.chosen(options.trial)
     if options.format is Format.diff:
-        return diff(study.config(trial), study.results[trial])
+        return diff(study.config_of(trial), study.results[trial])
     what = deployment(study, trial, options.image)
     write = {Format.command: command, Format.vllm: vllm, Format.compose: compose, Format.kubernetes: kubernetes}
     in_container = options.format in (Format.compose, Format.kubernetes)

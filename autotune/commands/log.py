@@ -22,16 +22,17 @@ def main() -> None:
     parser.add_argument("--uri", default="sqlite:///multirun/mlflow.db", help="MLflow tracking URI")
     parser.add_argument("--experiment", default="autotune", help="MLflow experiment")
     options = parser.parse_args()
-    trials = sorted(path.parent for path in options.folder.glob("**/result.json"))
+    found = {path.parent: Result.load(path.parent) for path in sorted(options.folder.glob("**/result.json"))}
+    trials = {folder: result for folder, result in found.items() if result.ran}
     if not trials:
         sys.exit(f"{options.folder}: no result.json below it")
-    single = trials == [options.folder]
+    single = list(trials) == [options.folder]
     try:
         config = TrackingConfig(uri=options.uri, experiment=options.experiment)
         check(config)
         tracker = Tracker(config, None if single else options.folder.name, options.folder)
-        for folder in trials:
-            tracker.log_trial(folder, folder.name, Result.load(folder))
+        for folder, result in trials.items():
+            tracker.log_trial(folder, folder.name, result)
         tracker.summarise(options.folder)
         tracker.end("FINISHED")
     except TrackingError as error:

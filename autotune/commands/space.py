@@ -6,8 +6,9 @@ autotune space model=smollm2 space=[scheduler,memory]
 import sys
 
 from autotune.config.command_line import compose, errors_in_one_line
+from autotune.config.vllm_flags import FLAG
 from autotune.measure.prepare import prepare
-from autotune.search.space import FLAG, check_flags, describe, parse
+from autotune.search.space import check_flags, describe, parse
 from autotune.text import aligned
 
 

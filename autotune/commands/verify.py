@@ -1,6 +1,6 @@
 """Whether the best configurations of a study are better than vLLM's defaults, by measuring them again:
 
-    python -m autotune.verify study=demo k=3 n=5
+    autotune verify study=demo k=3 n=5
 
 study       its name below multirun/, or its folder
 k           how many of its best configurations are compared with the baseline
@@ -36,12 +36,11 @@ from autotune.measure import progress, trial
 from autotune.measure.paired import Difference, difference
 from autotune.measure.prepare import gpu_count
 from autotune.measure.result import Result
-from autotune.results import study as studies
 from autotune.results import summary, tracking
-from autotune.results.study import BASELINE, FinishedStudy
+from autotune.results.study import BASELINE, Study, load
 from autotune.sweep import storage
 from autotune.sweep.launchers import Job, Launcher, make_launcher
-from autotune.sweep.worker import Trial
+from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
 from autotune.system.leases import devices
 from autotune.text import aligned, shorten
@@ -70,7 +69,7 @@ class Repeat:
 
     name: str  # of the study's trial
     block: int  # from 1
-    trial: Trial
+    trial: TrialSpec
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Verdict:
     rows: list[Row]  # the baseline first
 
 
-def repeats(study: FinishedStudy, wanted: Verify, overrides: Sequence[str]) -> list[Repeat]:
+def repeats(study: Study, wanted: Verify, overrides: Sequence[str]) -> list[Repeat]:
     """Every run in the order it is started: block by block, within one in random order.
 
     All configurations of a block see the same load: its number is added to scenario.seed, so that none sees the
@@ -107,7 +106,7 @@ def repeats(study: FinishedStudy, wanted: Verify, overrides: Sequence[str]) -> l
     A search for the highest load begins where the study's ended. Raises InputError.
     """
     names = [BASELINE, *chosen(study, wanted)]
-    configs = {name: study.config(name, overrides) for name in names}
+    configs = {name: study.config_of(name, overrides) for name in names}
     first = configs[names[1]]
     check_secrets(first, study)
     groups = gpu_groups(first.gpus, max(map(gpu_count, configs.values())))
@@ -121,7 +120,7 @@ def repeats(study: FinishedStudy, wanted: Verify, overrides: Sequence[str]) -> l
             changed["scenario.search.start_qps"] = highest
             written.append(f"scenario.search.start_qps={highest}")
         config = with_fields(configs[name], changed)
-        return Repeat(name, block, Trial(config, written, study.folder / FOLDER / f"{name}-{block}"))
+        return Repeat(name, block, TrialSpec(config, written, study.folder / FOLDER / f"{name}-{block}"))
 
     found = []
     for at in range(1, wanted.n + 1, len(groups)):
@@ -138,7 +137,7 @@ def gpu_groups(gpus: Any, size: int) -> list[Any]:
     return [there[at : at + size] for at in range(0, len(there) - size + 1, size)] or [gpus]
 
 
-def chosen(study: FinishedStudy, wanted: Verify) -> list[str]:
+def chosen(study: Study, wanted: Verify) -> list[str]:
     """The trials that are compared with the baseline. Raises InputError."""
     if not (study.baseline and study.baseline.complete):
         why = study.baseline.reason if study.baseline else "baseline=false"
@@ -153,7 +152,7 @@ def chosen(study: FinishedStudy, wanted: Verify) -> list[str]:
     return ranked[: wanted.k]
 
 
-def _metric(study: FinishedStudy, wanted: Verify) -> int:
+def _metric(study: Study, wanted: Verify) -> int:
     """Index of the metric among the objective's. Raises InputError."""
     metrics = study.objective.metrics
     if wanted.metric not in (None, *metrics):
@@ -161,7 +160,7 @@ def _metric(study: FinishedStudy, wanted: Verify) -> int:
     return metrics.index(wanted.metric) if wanted.metric else 0
 
 
-def check_secrets(config: Config, study: FinishedStudy) -> None:
+def check_secrets(config: Config, study: Study) -> None:
     """Raise InputError for a value that the study's folder hides and the command line does not give."""
 
     def hidden(node: Any, key: str) -> list[str]:
@@ -221,7 +220,7 @@ def start(batch: Sequence[Repeat], launcher: Launcher) -> list[tuple[Repeat, Job
     return [*jobs, *zip(fresh, launcher.submit([one.trial for one in fresh]) if fresh else [], strict=True)]
 
 
-def judge(study: FinishedStudy, wanted: Verify, results: dict[tuple[str, int], Result]) -> Verdict:
+def judge(study: Study, wanted: Verify, results: dict[tuple[str, int], Result]) -> Verdict:
     """What the repeats say; the study's own values take no part. `results` by name and block.
 
     Raises MeasureError if the baseline completed in fewer than two blocks.
@@ -252,7 +251,7 @@ def judge(study: FinishedStudy, wanted: Verify, results: dict[tuple[str, int], R
     )
 
 
-def _row(study: FinishedStudy, name: str, index: int, found: Sequence[Result]) -> Row:
+def _row(study: Study, name: str, index: int, found: Sequence[Result]) -> Row:
     values = [result.values[index] if result.complete else None for result in found]
     measured = [value for value in values if value is not None]
     return Row(
@@ -281,7 +280,7 @@ def _least_gain(found: Difference, sign: int) -> float:
     return min(sign * found.low, sign * found.high)
 
 
-def _line(study: FinishedStudy, index: int, wanted: Verify, rows: dict[str, Row], winner: str | None) -> str:
+def _line(study: Study, index: int, wanted: Verify, rows: dict[str, Row], winner: str | None) -> str:
     baseline, others = rows[BASELINE], [row for row in rows.values() if row.name != BASELINE]
     together = f"{wanted.confidence:.0%} confidence{f' for all {len(others)} together' if len(others) > 1 else ''}"
     if winner is None:
@@ -325,7 +324,7 @@ def table(verdict: Verdict) -> str:
     return "\n".join(parts) + "\n"
 
 
-def verify(study: FinishedStudy, wanted: Verify, overrides: Sequence[str]) -> Verdict:
+def verify(study: Study, wanted: Verify, overrides: Sequence[str]) -> Verdict:
     """Run what is missing, judge it all, leave verify.json and verify.txt in the study's folder."""
     found = repeats(study, wanted, overrides)
     config, folder = found[0].trial.config, study.folder
@@ -352,7 +351,7 @@ def verify(study: FinishedStudy, wanted: Verify, overrides: Sequence[str]) -> Ve
             except TrackingError as error:
                 log.warning("%s", error)
 
-        everywhere = study.config(chosen(study, wanted)[0], overrides)  # a repeat's own gpus are those of its block
+        everywhere = study.config_of(chosen(study, wanted)[0], overrides)  # a repeat's own gpus are those of its block
         try:
             run(found, make_launcher(everywhere), ended)
         except (KeyboardInterrupt, SystemExit):
@@ -373,9 +372,9 @@ def main() -> None:
     with errors_in_one_line():
         wanted = options(Verify, words, __doc__)
         overrides = [word for word in sys.argv[1:] if word not in words]
-        verdict = verify(studies.load(wanted.study), wanted, overrides)
-        print(f"\n{table(verdict)}\nEvery repeat: {studies.load(wanted.study).folder / FOLDER}/")
-        print(f"Into the report: python -m autotune.report study={wanted.study}")
+        verdict = verify(load(wanted.study), wanted, overrides)
+        print(f"\n{table(verdict)}\nEvery repeat: {load(wanted.study).folder / FOLDER}/")
+        print(f"Into the report: autotune report study={wanted.study}")
     sys.exit(0 if verdict.winner else NO_BETTER)
 
 

@@ -38,6 +38,13 @@ class Duplicates(Enum):
     measure = "measure"  # it runs again: for a sampler that is to see the noise
 
 
+class BudgetOf(Enum):
+    """What a study's budget counts."""
+
+    engine = "engine"  # start and run of all trials
+    wall = "wall"  # the time since the study was started
+
+
 @dataclass
 class Limit:
     """Latency limits at p99; null leaves one out."""
@@ -264,7 +271,7 @@ class Config:
     n_trials: int = 20  # trials of a study, the baseline not counted
     baseline: bool = True  # run vLLM's defaults first
     budget: str | None = None  # 30m, 2h: then nothing new begins, and what runs may end; null is no limit
-    budget_of: str = "engine"  # what the budget is of: engine (start and run of all trials) or wall time
+    budget_of: BudgetOf = BudgetOf.engine
     max_failures: int = 10  # trials that fail in a row end the study
     duplicates: Duplicates = Duplicates.lookup  # a configuration asked for again: lookup or measure
     resume: bool = False  # insist that the study exists; one that does goes on in any case

@@ -7,6 +7,7 @@ libstdc++, whose shuffle and distributions are written out here. All three of it
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,8 @@ def server_times(qps: float, seed: int) -> Iterator[float]:
 
 def _draws(seed: int) -> Draw:
     generator = np.random.MT19937()
-    generator._legacy_seeding(seed)  # as std::mt19937 seeds itself; the public way hashes the seed first
+    seeded: Any = np.random.RandomState(seed).get_state(legacy=False)  # as std::mt19937 seeds itself
+    generator.state = seeded
 
     def words() -> Iterator[int]:
         while True:

@@ -39,23 +39,28 @@ def values(objective: ObjectiveConfig, metrics: Mapping[str, float]) -> list[flo
     return [metrics[name] for name in objective.metrics]
 
 
-def penalised(objective: ObjectiveConfig, found: Sequence[float], broken: Mapping[str, float]) -> list[float]:
-    """`found` made worse by the sum of what is over a limit, for a sampler without constraints (CMA-ES).
+def penalised(objective: ObjectiveConfig, values: Sequence[float], broken: Mapping[str, float]) -> list[float]:
+    """`values` made worse by the sum of what is over a limit, for a sampler without constraints (CMA-ES).
 
     A throughput is divided by 1 + that sum, a latency multiplied with it.
     """
     factor = 1 + sum(max(0.0, over) for over in broken.values())
-    pairs = zip(found, objective.directions, strict=True)
+    pairs = zip(values, objective.directions, strict=True)
     return [value / factor if direction == "maximize" else value * factor for value, direction in pairs]
 
 
-def sign(objective: ObjectiveConfig) -> int:
-    """1 where more of the first metric is better, else -1."""
-    return 1 if objective.directions[0] == "maximize" else -1
+def sign(objective: ObjectiveConfig, metric: int = 0) -> int:
+    """1 where more of the objective's metric with this index is better, else -1."""
+    return 1 if objective.directions[metric] == "maximize" else -1
 
 
-def told(sampler: object, objective: ObjectiveConfig, result: Result) -> list[float]:
-    """What `sampler` is told of `result`: its values, penalised if it can't take constraints."""
+def gain(objective: ObjectiveConfig, value: float, baseline: float, metric: int = 0) -> float | None:
+    """The share of `baseline` by which `value` is better than it; None if that is 0."""
+    return sign(objective, metric) * (value / baseline - 1) if baseline else None
+
+
+def values_for_sampler(sampler: object, objective: ObjectiveConfig, result: Result) -> list[float]:
+    """The values of `result`, penalised if `sampler` takes no constraints."""
     if type(sampler).__name__ == "CmaEsSampler":
         return penalised(objective, result.values, result.constraints)
     return result.values

@@ -1,14 +1,27 @@
-"""result.json: all that a trial leaves behind for the sweep, for MLflow and for the report."""
+"""result.json: all that a trial leaves behind for the study, for MLflow and for the report."""
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from autotune.system.files import write_whole
 
 FILE = "result.json"
+# Version 0.1 wrote `failed` for a trial that was stopped, with one of these exceptions as its reason.
+STOPPED = ("StoppedError", "KeyboardInterrupt", "SystemExit")
+
+
+class State(StrEnum):
+    """How a trial ended."""
+
+    complete = "complete"
+    failed = "failed"
+    refused = "refused"  # a condition of the space or vLLM's own check forbids it; it took no GPU
+    pruned = "pruned"  # the pruner ended it
+    interrupted = "interrupted"  # it ended with the study, which queues it again; counts for nothing
 
 
 @dataclass
@@ -26,8 +39,8 @@ class LoadRun:
 
 @dataclass
 class Result:
-    state: str = "failed"  # complete or failed
-    reason: str = ""  # why it failed
+    state: State = State.failed
+    reason: str = ""  # why it did not complete
     values: list[float] = field(default_factory=list)  # of objective.metrics
     constraints: dict[str, float] = field(default_factory=dict)  # feasible while all are at most 0
     verdict: str = ""  # LoadGen's: VALID or INVALID
@@ -48,10 +61,17 @@ class Result:
     started_at: float = 0.0  # seconds since the epoch
     ended_at: float = 0.0
     estimated: bool = False  # simulated, not measured
+    duplicate_of: str = ""  # the trial that measured this configuration before, whose result this is
+    expected: dict[str, Any] = field(default_factory=dict)  # `values` and `feasible`, as a simulation said before
 
     @property
     def complete(self) -> bool:
-        return self.state == "complete"
+        return self.state is State.complete
+
+    @property
+    def ran(self) -> bool:
+        """Whether it is a trial of the study that was run, to whatever end."""
+        return self.state in (State.complete, State.failed, State.pruned)
 
     @property
     def feasible(self) -> bool:
@@ -83,8 +103,15 @@ class Result:
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> "Result":
-        """What result.json holds."""
-        return cls(**{**body, "runs": [LoadRun(**run) for run in body.get("runs", [])]})
+        """The result that a result.json of this version or an earlier one holds."""
+        known = {field.name for field in fields(cls)}
+        result = cls(**{name: value for name, value in body.items() if name in known})
+        result.state = State(result.state)
+        if result.state is State.failed and result.reason.startswith(STOPPED):
+            result.state = State.interrupted
+        result.duplicate_of = result.duplicate_of or result.facts.get("duplicate_of", "")
+        result.runs = [LoadRun(**run) for run in body.get("runs", [])]
+        return result
 
 
 def is_complete(folder: Path) -> bool:

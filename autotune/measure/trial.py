@@ -12,10 +12,11 @@ from omegaconf import OmegaConf
 from autotune.config import vllm_flags
 from autotune.config.redact import redact
 from autotune.config.schema import Config
+from autotune.errors import StoppedError
 from autotune.measure import objective, runs, series
 from autotune.measure.backend import Engine
 from autotune.measure.prepare import gpu_count, prepare, prepare_samples
-from autotune.measure.result import Result
+from autotune.measure.result import Result, State
 from autotune.measure.runs import Run
 from autotune.system.host import git_revision, recorded
 from autotune.system.leases import lease_for, leased
@@ -34,8 +35,10 @@ def run(config: Config, overrides: list[str], folder: Path) -> Result:
     (folder / "config.yaml").write_text(as_yaml(config))
     try:
         _measure(config, result, folder)
-        result.state = "complete"
+        result.state = State.complete
     except BaseException as error:
+        if isinstance(error, (StoppedError, KeyboardInterrupt, SystemExit)):
+            result.state = State.interrupted
         result.reason = f"{type(error).__name__}: {redact(str(error))}".rstrip(": ")
         raise
     finally:

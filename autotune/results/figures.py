@@ -3,6 +3,7 @@
 Each raises NotDrawnError where a study has nothing to draw, with the reason for the reader.
 """
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +13,21 @@ import optuna
 import plotly.graph_objects as go
 import plotly.io
 from optuna import visualization
-from optuna.distributions import BaseDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    json_to_distribution,
+)
 from optuna.importance import BaseImportanceEvaluator, FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autotune.config.schema import ScenarioConfig
+from autotune.config.vllm_flags import FLAG
 from autotune.measure.result import Result
 from autotune.results import summary
+from autotune.results.study import BASELINE, SPACE, TRIAL, Study
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
@@ -51,40 +60,63 @@ class NotDrawnError(Exception):
     """Why there is no figure, in a line."""
 
 
-def measured(
-    study: optuna.Study, results: Mapping[str, Result], metrics: Sequence[str], directions: Sequence[str]
-) -> optuna.Study:
-    """`study` with `metrics` as its values, as measured (a sampler may have been told others), and short names.
+def optuna_study(study: Study, metrics: Sequence[str], directions: Sequence[str]) -> optuna.Study:
+    """The trials of `study` as Optuna's figures want them, with `metrics` as their values and short names.
 
-    Trials keep their numbers; what a trial serves is among its user attributes, which Optuna's figures show.
+    Trials keep their numbers; what a trial serves is among its user attributes, which the figures show.
     """
-    with_short_names = optuna.create_study(directions=list(directions))  # type: ignore[arg-type]
-    with_short_names.add_trials(
-        [_measured(trial, results.get(summary.folder_of(trial)), metrics) for trial in study.get_trials(deepcopy=False)]
-    )
-    return with_short_names
+    made = optuna.create_study(directions=list(directions))  # type: ignore[arg-type]
+    known = distributions(study)
+    numbers = [int(name.removeprefix(TRIAL)) for name in study.results if name.startswith(TRIAL)]
+    for name in (f"{TRIAL}{number}" for number in range(max(numbers, default=-1) + 1)):
+        result = study.results.get(name, Result())
+        made.add_trial(_optuna_trial(name, result, known, metrics))
+    return made
 
 
-def _measured(trial: FrozenTrial, result: Result | None, metrics: Sequence[str]) -> FrozenTrial:
-    figures = result.metrics if result else trial.user_attrs.get("metrics", {})
-    complete = trial.state is TrialState.COMPLETE and all(metric in figures for metric in metrics)
-    about: dict[str, Any] = {"trial": summary.folder_of(trial)}
-    if result:
-        swept = {key.removeprefix("engine.args.") for key in trial.params}
-        about |= {"bound": result.bound} if result.bound else {}
-        about |= {"other flags": {key: value for key, value in result.args.items() if key not in swept}}
+def _optuna_trial(
+    name: str, result: Result, known: Mapping[str, BaseDistribution], metrics: Sequence[str]
+) -> FrozenTrial:
+    complete = result.complete and all(metric in result.metrics for metric in metrics)
+    args = {flag: value for flag, value in result.args.items() if f"{FLAG}{flag}" not in result.params}
     return create_trial(
         state=TrialState.COMPLETE if complete else TrialState.FAIL,
-        values=[figures[metric] for metric in metrics] if complete else None,
-        params=_short(trial.params),
-        distributions=_short(trial.distributions),
-        constraints=trial.constraints if complete else None,
-        user_attrs=about,
+        values=[result.metrics[metric] for metric in metrics] if complete else None,
+        params=_short(result.params),
+        distributions=_short({key: known[key] for key in result.params}),
+        constraints=result.constraints if complete else None,
+        user_attrs={"trial": name, "other flags": args} | ({"bound": result.bound} if result.bound else {}),
     )
+
+
+def distributions(study: Study) -> dict[str, BaseDistribution]:
+    """The space that `study` was drawn from, as its folder has it, widened to every value that a trial had."""
+    file = study.folder / SPACE
+    written = json.loads(file.read_text()) if file.exists() else {}  # version 0.1 left none
+    seen: dict[str, list[Any]] = {}
+    for result in study.results.values():
+        for key, value in result.params.items():
+            seen.setdefault(key, []).append(value)
+    return {
+        key: _widened(json_to_distribution(json.dumps(written[key])) if key in written else None, values)
+        for key, values in seen.items()
+    }
+
+
+def _widened(distribution: BaseDistribution | None, values: Sequence[Any]) -> BaseDistribution:
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if len(numbers) < len(values) or isinstance(distribution, CategoricalDistribution):
+        choices = distribution.choices if isinstance(distribution, CategoricalDistribution) else ()
+        return CategoricalDistribution(list(dict.fromkeys([*choices, *values])))
+    if isinstance(distribution, (IntDistribution, FloatDistribution)):
+        numbers += [distribution.low, distribution.high]
+    low, high, log = min(numbers), max(numbers), bool(getattr(distribution, "log", False))
+    whole = isinstance(low, int) and isinstance(high, int) and not isinstance(distribution, FloatDistribution)
+    return IntDistribution(int(low), int(high), log=log) if whole else FloatDistribution(low, high, log=log)
 
 
 def _short(by_key: Mapping[str, Any]) -> dict[str, Any]:
-    return {key.removeprefix("engine.args."): value for key, value in by_key.items()}
+    return {key.removeprefix(FLAG): value for key, value in by_key.items()}
 
 
 def history(study: optuna.Study, metric: str, baseline: Result | None) -> go.Figure:
@@ -224,7 +256,7 @@ def load_curve(results: Mapping[str, Result], metric: str, limit: float | None) 
             name=name,
             mode="lines+markers",
             marker={"symbol": ["circle" if run.verdict == "VALID" else "circle-open" for run in runs], "size": 8},
-            line={"dash": "dash"} if name == summary.BASELINE else {},
+            line={"dash": "dash"} if name == BASELINE else {},
             hovertext=[f"{name}: {run.verdict} {'; '.join(run.reasons)}<br>{changes(result)}" for run in runs],
             hovertemplate="%{x:.4g} QPS: %{y:,.4g} ms<br>%{hovertext}<extra></extra>",
         )

@@ -1,9 +1,4 @@
-"""A study as one HTML page without network access:
-
-    python -m autotune.report study=NAME
-
-writes multirun/NAME/report.html. A study does it by itself at its end.
-"""
+"""A study as one HTML page that needs no network: report.html in its folder."""
 
 import base64
 import functools
@@ -21,15 +16,18 @@ from typing import Any
 import jinja2
 import optuna
 import plotly.graph_objects as go
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from plotly.offline import get_plotlyjs
 
 from autotune.config.schema import Config
-from autotune.measure.objective import offered_load
-from autotune.measure.result import Result
+from autotune.config.vllm_flags import FLAG
+from autotune.measure.objective import offered_load, sign
+from autotune.measure.result import Result, State
 from autotune.results import figures, summary
 from autotune.results.figures import drawn, label
-from autotune.results.summary import BASELINE, HEADINGS, LOST, folder_of, outcome
+from autotune.results.study import BASELINE, Study
+from autotune.results.summary import HEADINGS, outcome
+from autotune.system.files import write_whole
 from autotune.text import shorten
 
 PAGE = "report.html"
@@ -71,59 +69,30 @@ class Section:
             self.plots.append(Plot(body, made.layout.height, narrow))
 
 
-@dataclass(frozen=True)
-class Studied:
-    """A study and all that its trials left."""
-
-    config: Config  # of a trial that changed as little as possible
-    study: optuna.Study
-    folder: Path
-    results: dict[str, Result]  # by folder, the baseline first
-    best: str | None  # of them, what is to be served
-
-    @property
-    def baseline(self) -> Result | None:
-        found = self.results.get(BASELINE)
-        return found if found and found.complete else None
-
-    @property
-    def complete(self) -> dict[str, Result]:
-        return {name: result for name, result in self.results.items() if result.complete}
-
-    def measured(self, metrics: Sequence[str], directions: Sequence[str]) -> optuna.Study:
-        return figures.measured(self.study, self.results, metrics, directions)
-
-
-def read(config: Config, study: optuna.Study, folder: Path) -> Studied:
-    found = {name: Result.find(folder / name) for name in [BASELINE, *map(folder_of, study.get_trials(deepcopy=False))]}
-    results = {name: result for name, result in found.items() if result}
-    return Studied(config, study, folder, results, summary.winner(study, folder))
-
-
-def write(config: Config, study: optuna.Study, folder: Path) -> Path:
-    """report.html in `folder`."""
-    path = folder / PAGE
-    path.write_text(page(read(config, study, folder)))
+def write(study: Study) -> Path:
+    """Write report.html into the study's folder."""
+    path = study.folder / PAGE
+    write_whole(path, page(study))
     return path
 
 
-def page(studied: Studied) -> str:
+def page(study: Study) -> str:
     """The page itself."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters |= {"figure": _figure, "metric": label, "shorten": shorten}
     return templates.get_template("report.html.j2").render(
-        studied=studied,
-        config=studied.config,
-        headline=headline(studied),
-        cards=cards(studied),
-        sections=sections(studied),
-        failures=failures(studied),
-        table=table(studied),
-        facts=facts(studied),
-        words=summary.words(studied.study, studied.folder, studied.config),
-        estimated=any(result.estimated for result in studied.results.values()),
+        study=study,
+        config=study.config,
+        headline=headline(study),
+        cards=cards(study),
+        sections=sections(study),
+        failures=failures(study),
+        table=table(study),
+        facts=facts(study),
+        words=summary.render(study),
+        estimated=any(result.estimated for result in study.results.values()),
         written=time.strftime("%Y-%m-%d %H:%M"),
         plotly=plotly_js(),
     )
@@ -135,40 +104,44 @@ def plotly_js() -> str:
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9)).decode()
 
 
-def headline(studied: Studied) -> dict[str, Any]:
+def headline(study: Study) -> dict[str, Any]:
     """What is to be served, and how it compares."""
-    result = studied.results.get(studied.best or "")
-    if not result:
+    served = study.served
+    if served is None:
         return {"words": "No trial is feasible.", "command": [], "changes": []}
-    metric, baseline = studied.config.objective.metrics[0], studied.baseline
-    words = f"{_figure(result.values[0])} {label(metric)}{interval(result, metric)}"
-    front = [studied.results[name] for name in summary.front(studied.study) if name in studied.results]
-    if len(studied.config.objective.metrics) > 1 and front:
-        values = [(name, [one.metrics[name] for one in front]) for name in studied.config.objective.metrics]
-        spans = [f"{label(name)} {_figure(min(some))} to {_figure(max(some))}" for name, some in values]
-        words = f"{len(front)} trials on the Pareto front: {', '.join(spans)}"
-    elif studied.best == BASELINE:
-        tried = summary.best(studied.study)
-        words += f": vLLM's defaults{'; no trial beat them' if tried else ', the only feasible configuration'}"
-    elif baseline and baseline.feasible and baseline.values[0]:
-        change = result.values[0] / baseline.values[0] - 1
-        against = f"{_figure(baseline.values[0])}{interval(baseline, metric)}"
-        words = f"{change:+.1%}: {words}, against {against} with vLLM's defaults"
-    else:
-        words += "; no usable baseline to compare with"
+    result, baseline = study.results[served], study.baseline
     known = baseline.defaults if baseline else {}
     return {
-        "words": words,
-        "name": studied.best,
+        "words": _comparison(study, served),
+        "name": served,
         "command": by_flag(result.command),
-        "changes": [(key.removeprefix("engine.args."), value, known.get(key)) for key, value in result.params.items()],
+        "changes": [(key.removeprefix(FLAG), value, known.get(key)) for key, value in result.params.items()],
         "defaults": bool(known),
         "invalid": "; ".join(result.reasons) if result.verdict == "INVALID" else "",
         "once": not result.intervals and len(result.runs) < 2,
-        "several": len(studied.config.objective.metrics) > 1,
-        "edge": summary.edge(result, studied.config),
-        "verified": summary.verified(studied.folder),
+        "several": len(study.objective.metrics) > 1,
+        "edge": summary.edge(result, study.config),
+        "verified": summary.verified(study.folder),
     }
+
+
+def _comparison(study: Study, served: str) -> str:
+    """The value of what is served beside the baseline's, or the span of the Pareto front."""
+    result, baseline, metric = study.results[served], study.baseline, study.objective.metrics[0]
+    if len(study.objective.metrics) > 1 and study.front:
+        front = [study.results[name] for name in study.front]
+        values = [(name, [one.metrics[name] for one in front]) for name in study.objective.metrics]
+        spans = [f"{label(name)} {_figure(min(some))} to {_figure(max(some))}" for name, some in values]
+        return f"{len(front)} trials on the Pareto front: {', '.join(spans)}"
+    value = f"{_figure(result.values[0])} {label(metric)}{interval(result, metric)}"
+    if served == BASELINE:
+        return (
+            f"{value}: vLLM's defaults{'; no trial beat them' if study.best else ', the only feasible configuration'}"
+        )
+    if not (baseline and baseline.feasible and baseline.values[0]):
+        return f"{value}; no usable baseline to compare with"
+    against = f"{_figure(baseline.values[0])}{interval(baseline, metric)}"
+    return f"{summary.change(study, served)}: {value}, against {against} with vLLM's defaults"
 
 
 def by_flag(command: Sequence[str]) -> list[str]:
@@ -189,36 +162,36 @@ def interval(result: Result, metric: str) -> str:
     return f" ({_figure(low)} to {_figure(high)})"
 
 
-def cards(studied: Studied) -> list[tuple[str, str, str]]:
+def cards(study: Study) -> list[tuple[str, str, str]]:
     """Figures at a glance: name, figure, what it is next to."""
-    result, baseline, found = studied.results.get(studied.best or ""), studied.baseline, []
-    wanted = list(dict.fromkeys([*studied.config.objective.metrics, *HEADINGS]))
+    result, baseline, found = study.results.get(study.served or ""), study.baseline, []
+    wanted = list(dict.fromkeys([*study.config.objective.metrics, *HEADINGS]))
     for metric in wanted if result else []:
         assert result
         if metric in result.metrics:
             beside = baseline.metrics.get(metric) if baseline and baseline is not result else None
-            limit = figures.latency_limits(studied.config.scenario).get(metric)
+            limit = figures.latency_limits(study.config.scenario).get(metric)
             words = [f"baseline {_figure(beside)}"] if beside is not None else []
             words += [f"limit {limit:g}"] if limit is not None else []
             found.append((label(metric), _figure(result.metrics[metric]), ", ".join(words)))
     return found
 
 
-def sections(studied: Studied) -> list[Section]:
-    objective, limits = studied.config.objective, figures.latency_limits(studied.config.scenario)
+def sections(study: Study) -> list[Section]:
+    objective, limits = study.config.objective, figures.latency_limits(study.config.scenario)
     directions = zip(objective.metrics, objective.directions, strict=True)
-    alone = {metric: studied.measured([metric], [direction]) for metric, direction in directions}
+    alone = {metric: figures.optuna_study(study, [metric], [direction]) for metric, direction in directions}
     importance, ranked = importances(alone)
     return [
-        history(alone, studied.baseline),
+        history(alone, study.baseline),
         importance,
         slices(alone, ranked),
         contours(alone, ranked),
-        parallel(studied),
-        front(studied, limits),
-        load(studied, limits),
-        bounds(studied),
-        phases(studied),
+        parallel(study),
+        front(study, limits),
+        load(study, limits),
+        bounds(study),
+        phases(study),
     ]
 
 
@@ -271,30 +244,29 @@ def contours(alone: Mapping[str, optuna.Study], ranked: Mapping[str, Sequence[st
     return section
 
 
-def parallel(studied: Studied) -> Section:
-    objective = studied.config.objective
+def parallel(study: Study) -> Section:
+    objective = study.config.objective
     section = Section("All at once", "Each line is a trial, dotted where it broke a limit.")
-    whole = studied.measured(objective.metrics, objective.directions)
+    whole = figures.optuna_study(study, objective.metrics, objective.directions)
     section.add(partial(figures.parallel, whole, objective.metrics), narrow=False)
     return section
 
 
-def front(studied: Studied, limits: Mapping[str, float]) -> Section:
-    objective = studied.config.objective
+def front(study: Study, limits: Mapping[str, float]) -> Section:
+    objective = study.config.objective
     several = len(objective.metrics) > 1
-    metrics, directions = (objective.metrics, objective.directions) if several else trade_off(studied.config)
+    metrics, directions = (objective.metrics, objective.directions) if several else trade_off(study.config)
     section = Section(
         "Pareto front" if several else "Throughput against latency", "Hover to see the whole configuration."
     )
-    section.add(lambda: figures.front(studied.measured(metrics, directions), metrics, limits))
+    section.add(lambda: figures.front(figures.optuna_study(study, metrics, directions), metrics, limits))
     return section
 
 
-def load(studied: Studied, limits: Mapping[str, float]) -> Section:
+def load(study: Study, limits: Mapping[str, float]) -> Section:
     """Latency over the offered load, of the best trials that ran at several loads, or of a study that swept it."""
     section = Section("Latency over load", "Hollow marks: LoadGen said INVALID.")
-    sign = 1 if studied.config.objective.directions[0] == "maximize" else -1
-    trials = sorted(studied.complete.items(), key=lambda item: (not item[1].feasible, -sign * item[1].values[0]))
+    trials = by_value(study)
     several = {name: result for name, result in trials if len({run.qps for run in result.runs}) > 1}
     swept = {name: result for name, result in trials if "scenario.qps" in result.params}
     if several:
@@ -311,6 +283,12 @@ def load(studied: Studied, limits: Mapping[str, float]) -> Section:
     return section
 
 
+def by_value(study: Study) -> list[tuple[str, Result]]:
+    """The trials that completed, the feasible ones first, each kind from the best value to the worst."""
+    more = sign(study.objective)
+    return sorted(study.complete.items(), key=lambda item: (not item[1].feasible, -more * item[1].values[0]))
+
+
 def trade_off(config: Config) -> tuple[list[str], list[str]]:
     """What the objective of a study with one is paid with: metrics and directions."""
     metric, direction = config.objective.metrics[0], config.objective.directions[0]
@@ -320,64 +298,54 @@ def trade_off(config: Config) -> tuple[list[str], list[str]]:
     return [metric, limited[-1] if limited else "latency_p99_ms"], [direction, "minimize"]
 
 
-def bounds(studied: Studied) -> Section:
-    seen = {result.bound for result in studied.results.values() if result.bound}
+def bounds(study: Study) -> Section:
+    seen = {result.bound for result in study.results.values() if result.bound}
     kinds = [f"{kind}: {BOUNDS.get(kind, kind)}." for kind in sorted(seen)]
     section = Section("What bound each trial", " ".join(["What kept it from more.", *kinds]))
-    section.add(partial(figures.bounds, studied.complete, studied.config.objective.metrics[0]))
+    section.add(partial(figures.bounds, study.complete, study.config.objective.metrics[0]))
     return section
 
 
-def phases(studied: Studied) -> Section:
+def phases(study: Study) -> Section:
     total: dict[str, float] = dict.fromkeys(figures.PHASES, 0.0)
-    for result in studied.results.values():
+    for result in study.results.values():
         for phase, seconds in result.phases.items():
             total[phase] = total.get(phase, 0.0) + max(0.0, seconds)
     whole = sum(total.values())
     shares = [f"{phase} {seconds / whole:.0%}" for phase, seconds in total.items() if seconds > 0]
-    text = f"{_duration(whole)} in all: {', '.join(shares)}.{starts(studied)}" if whole else ""
+    text = f"{_duration(whole)} in all: {', '.join(shares)}.{starts(study)}" if whole else ""
     section = Section("Where the time went", text)
-    section.add(partial(figures.phases, studied.results))
+    section.add(partial(figures.phases, study.results))
     return section
 
 
-def starts(studied: Studied) -> str:
+def starts(study: Study) -> str:
     """What a start consists of, in a sentence."""
-    known = [result.start for result in studied.results.values() if len(result.start) > 1]
+    known = [result.start for result in study.results.values() if len(result.start) > 1]
     parts = {part: median(start.get(part, 0.0) for start in known) for part in dict.fromkeys(chain(*known))}
     said = [f"{part} {seconds:.0f} s" for part, seconds in parts.items() if seconds >= 0.5]
     return f" A start, by the median of each part: {', '.join(said)}." if said else ""
 
 
-def failures(studied: Studied) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Why trials failed or were refused, the most frequent first, with the trials; numbers make no other reason."""
+def failures(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Why trials did not complete, the most frequent reason first, with the trials; numbers make no other reason."""
     kinds: dict[str, tuple[str, list[tuple[str, str]]]] = {}
-    baseline = studied.results.get(BASELINE)
-    found = [(BASELINE, baseline.reason, "vLLM's defaults")] if baseline and not baseline.complete else []
-    for trial in studied.study.get_trials(deepcopy=False):
-        if (why := _why_not(trial)) and LOST not in trial.user_attrs:
-            found.append((folder_of(trial), why, shorten(trial.params)))
-    for name, why, params in found:
+    for name, result in study.results.items():
+        if result.complete or result.state is State.interrupted:
+            continue
+        why = f"refused: {result.reason}" if result.state is State.refused else result.reason
+        params = "vLLM's defaults" if name == BASELINE else shorten(result.params)
         kind = "".join(letter for letter in why if not letter.isdigit())
         kinds.setdefault(kind, (why, []))[1].append((name, params))
     return sorted(kinds.values(), key=lambda item: -len(item[1]))
 
 
-def _why_not(trial: FrozenTrial) -> str:
-    if "refused" in trial.user_attrs:
-        return f"refused: {trial.user_attrs['refused']}"
-    pruned = "ended early by the pruner" if trial.state is TrialState.PRUNED else ""
-    return str(trial.user_attrs.get("reason", pruned))
-
-
-def table(studied: Studied) -> dict[str, Any]:
+def table(study: Study) -> dict[str, Any]:
     """Every trial that completed, the best first; with the GPU's figures where there was one."""
-    objective = studied.config.objective
-    sign = 1 if objective.directions[0] == "maximize" else -1
-    params = list(dict.fromkeys(key for result in studied.complete.values() for key in result.params))
-    measured = {metric for result in studied.complete.values() for metric in result.metrics}
+    objective = study.config.objective
+    params = list(dict.fromkeys(key for result in study.complete.values() for key in result.params))
+    measured = {metric for result in study.complete.values() for metric in result.metrics}
     metrics = list(dict.fromkeys([*objective.metrics, *HEADINGS, *(name for name in figures.GPU if name in measured)]))
-    order = sorted(studied.complete.items(), key=lambda item: (not item[1].feasible, -sign * item[1].values[0]))
     rows = [
         {
             "name": name,
@@ -387,20 +355,20 @@ def table(studied: Studied) -> dict[str, Any]:
             "seconds": result.engine_s,
             "outcome": outcome(result, objective.metrics),
         }
-        for name, result in order
+        for name, result in by_value(study)
     ]
-    return {"rows": rows, "metrics": metrics, "params": [key.removeprefix("engine.args.") for key in params]}
+    return {"rows": rows, "metrics": metrics, "params": [key.removeprefix(FLAG) for key in params]}
 
 
-def facts(studied: Studied) -> list[tuple[str, str]]:
+def facts(study: Study) -> list[tuple[str, str]]:
     """Hardware and versions of all trials, and what was measured."""
-    config = studied.config
-    started = [result.started_at for result in studied.results.values() if result.started_at]
-    ended = [result.ended_at for result in studied.results.values() if result.ended_at]
+    config = study.config
+    started = [result.started_at for result in study.results.values() if result.started_at]
+    ended = [result.ended_at for result in study.results.values() if result.ended_at]
     limits = figures.latency_limits(config.scenario)
     offered = offered_load(config.objective, config.scenario)
     named: dict[str, dict[str, None]] = {}
-    for result in studied.results.values():
+    for result in study.results.values():
         for key, value in result.facts.items():
             named.setdefault(key, {})[value] = None
     objectives = zip(config.objective.directions, config.objective.metrics, strict=True)

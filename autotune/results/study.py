@@ -1,94 +1,137 @@
-"""A study that has run, as its folder has it: the configuration of each trial, and what it measured."""
+"""A study, read from its folder: the result of each trial, the best of them, what it gains."""
 
 import difflib
-import re
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from autotune.config.overrides import read
 from autotune.config.schema import Config, ObjectiveConfig
 from autotune.errors import InputError
-from autotune.measure.result import Result
+from autotune.measure import objective
+from autotune.measure.result import Result, State
 
 MULTIRUN = Path("multirun")
 BASELINE = "baseline"
+TRIAL = "trial-"  # then its number, in Optuna's study too
+CANARY = "canary-"  # then the node's name
+SPACE = "space.json"  # in a study's folder: Optuna's distribution of each parameter, by configuration key
 
 
 @dataclass(frozen=True)
-class FinishedStudy:
+class Study:
+    """The trials of a study that have ended."""
+
     folder: Path
-    results: dict[str, Result]  # by the trial's folder, the baseline first; whatever has no result is left out
+    config: Config  # what its trials share
+    results: dict[str, Result]  # by the trial's folder: the baseline, then trials by number
+    canaries: dict[str, Result] = field(default_factory=dict)  # short baselines, by node
 
     @property
     def name(self) -> str:
         return self.folder.resolve().name
 
     @property
+    def objective(self) -> ObjectiveConfig:
+        return self.config.objective
+
+    @property
     def baseline(self) -> Result | None:
+        """vLLM's defaults, whether they completed or not."""
         return self.results.get(BASELINE)
 
     @cached_property
-    def base(self) -> Config:
-        """What its trials share: the baseline's configuration, or another's. Raises InputError."""
-        left = [name for name in self.results if self._config_of(name).exists()]
-        return self.config((left or list(self.results))[0])
+    def swept(self) -> dict[str, Result]:
+        """The trials whose parameters a sampler chose, without those that were interrupted."""
+        return {
+            name: result
+            for name, result in self.results.items()
+            if name != BASELINE and result.state is not State.interrupted
+        }
 
     @cached_property
-    def objective(self) -> ObjectiveConfig:
-        return self.base.objective
+    def complete(self) -> dict[str, Result]:
+        return {name: result for name, result in self.results.items() if result.complete}
 
-    def config(self, trial: str, overrides: Sequence[str] = ()) -> Config:
-        """What `trial` ran with, secrets hidden, changed by `overrides` (backend.env.HF_TOKEN=…). Raises InputError."""
-        return read(self._config_of(trial), overrides)
-
-    def _config_of(self, trial: str) -> Path:
-        return (self.folder if trial == self.name else self.folder / trial) / "config.yaml"
-
-    @property
+    @cached_property
     def ranked(self) -> list[str]:
-        """The feasible trials but the baseline, the best in the first objective first; equal ones once."""
+        """The feasible trials but the baseline, the best in the first objective first; equal parameters once."""
         return self.ranked_by(0)
 
     def ranked_by(self, metric: int) -> list[str]:
         """The same by the metric with this index among the objective's."""
-        sign = -1 if self.objective.directions[metric] == "maximize" else 1
-        feasible = [name for name, result in self.results.items() if result.feasible and name != BASELINE]
-        found: list[str] = []
-        for name in sorted(feasible, key=lambda name: sign * self.results[name].values[metric]):
-            if all(self.results[name].params != self.results[other].params for other in found):
-                found.append(name)
-        return found
+        feasible = [name for name, result in self.swept.items() if result.feasible]
+        sign = objective.sign(self.objective, metric)
+        ordered = sorted(feasible, key=lambda name: -sign * self.results[name].values[metric])
+        unique: dict[str, str] = {}
+        for name in ordered:
+            unique.setdefault(json.dumps(self.results[name].params, sort_keys=True), name)
+        return list(unique.values())
+
+    @property
+    def best(self) -> str | None:
+        """The best feasible trial but the baseline; of several objectives, the best in the first."""
+        return self.ranked[0] if self.ranked else None
+
+    @property
+    def served(self) -> str | None:
+        """The configuration to serve: the best trial, or the baseline if none beats it; None if none is feasible."""
+        baseline = self.baseline
+        if not (baseline and baseline.feasible):
+            return self.best
+        sign, best = objective.sign(self.objective), self.results.get(self.best or "")
+        return self.best if best and sign * (best.values[0] - baseline.values[0]) > 0 else BASELINE
+
+    def gain(self, name: str, metric: int = 0) -> float | None:
+        """The share by which `name` is better than the baseline; None without one that completed, or if that is 0."""
+        if not (self.baseline and self.baseline.complete and self.results[name].complete):
+            return None
+        values = self.results[name].values[metric], self.baseline.values[metric]
+        return objective.gain(self.objective, *values, metric)
 
     @cached_property
     def front(self) -> list[str]:
         """Those of `ranked` that no other beats in every objective."""
-        signs = [1 if direction == "maximize" else -1 for direction in self.objective.directions]
+        signs = [objective.sign(self.objective, metric) for metric in range(len(self.objective.metrics))]
+        points = {
+            name: [sign * value for sign, value in zip(signs, self.results[name].values, strict=True)]
+            for name in self.ranked
+        }
 
-        def better(one: str, other: str) -> bool:
-            pairs = zip(signs, self.results[one].values, self.results[other].values, strict=True)
-            gains = [sign * (mine - theirs) for sign, mine, theirs in pairs]
-            return min(gains) >= 0 and max(gains) > 0
+        def beaten(point: Sequence[float]) -> bool:
+            return any(
+                other != point and all(theirs >= mine for theirs, mine in zip(other, point, strict=True))
+                for other in points.values()
+            )
 
-        return [name for name in self.ranked if not any(better(other, name) for other in self.ranked)]
+        return [name for name, point in points.items() if not beaten(point)]
+
+    def config_of(self, trial: str, overrides: Sequence[str] = ()) -> Config:
+        """The configuration of `trial`, secrets hidden, changed by `overrides` (backend.env.HF_TOKEN=…).
+
+        Raises InputError.
+        """
+        return read(_config_file(self.folder, trial), overrides)
 
     def chosen(self, trial: str | None) -> str:
         """`trial`, or the best one. Raises InputError if there is no such trial, or no best one."""
         if trial is not None:
             if trial not in self.results:
-                raise InputError(f"trial={trial}: {self.name} has no such trial; it has {', '.join(self.results)}")
+                raise InputError(f"trial={trial}: {self.name} has no such trial; it has {', '.join(self.complete)}")
             if not self.results[trial].complete:
-                raise InputError(f"trial={trial}: it failed ({self.results[trial].reason}); choose another")
+                state, reason = self.results[trial].state, self.results[trial].reason
+                raise InputError(f"trial={trial}: it is {state} ({reason}); choose another")
             return trial
-        if not self.ranked:
+        if not self.best:
             raise InputError(f"study={self.name}: no trial is feasible; name one: trial=baseline, trial=trial-3, …")
         if len(self.front) > 1 and len(self.objective.metrics) > 1:
             raise InputError(f"study={self.name} has a Pareto front; choose from it: trial={' | '.join(self.front)}")
-        return self.ranked[0]
+        return self.best
 
 
-def load(name: str, key: str = "study") -> FinishedStudy:
+def load(name: str, key: str = "study") -> Study:
     """The study of this name below multirun/, or in the folder of this path; a single trial is one, too.
 
     Raises InputError, which says `key`, if there is none, or nothing has ended in it.
@@ -99,17 +142,28 @@ def load(name: str, key: str = "study") -> FinishedStudy:
         close = difflib.get_close_matches(name, known, n=3) or known[-3:]
         hint = f"; there {'is' if len(close) == 1 else 'are'} {', '.join(close)}" if close else ""
         raise InputError(f"{key}={name}: no such folder below {MULTIRUN}/{hint}")
-    paths = sorted(folder.glob("*/result.json"), key=lambda path: _place(path.parent.name))
-    results = {path.parent.name: Result.load(path.parent) for path in paths}
-    results = {trial: result for trial, result in results.items() if _place(trial)[0] < 2}
-    if single := Result.find(folder):
-        results = {folder.resolve().name: single}
+    single = Result.find(folder)
+    results = {folder.resolve().name: single} if single else results_in(folder)
     if not results:
         raise InputError(f"{key}={name}: no trial has ended in {folder}")
-    return FinishedStudy(folder, results)
+    left = [trial for trial in results if _config_file(folder, trial).exists()]
+    return Study(folder, read(_config_file(folder, (left or list(results))[0])), results, canaries_in(folder))
 
 
-def _place(trial: str) -> tuple[int, int]:
-    """Order among a study's folders: the baseline, trials by number, others (canaries)."""
-    number = re.fullmatch(r"trial-(\d+)", trial)
-    return (0, 0) if trial == BASELINE else (1, int(number[1])) if number else (2, 0)
+def results_in(folder: Path) -> dict[str, Result]:
+    """The results of a study's trials, by folder: the baseline, then trials by number."""
+    trials = [path.parent for path in folder.glob(f"{TRIAL}*/result.json")]
+    numbered = [path for path in trials if path.name.removeprefix(TRIAL).isdigit()]
+    paths = [folder / BASELINE, *sorted(numbered, key=lambda path: int(path.name.removeprefix(TRIAL)))]
+    found = {path.name: Result.find(path) for path in paths}
+    return {name: result for name, result in found.items() if result}
+
+
+def canaries_in(folder: Path) -> dict[str, Result]:
+    """The short baselines of a study, by node."""
+    paths = [path.parent for path in sorted(folder.glob(f"{CANARY}*/result.json"))]
+    return {path.name.removeprefix(CANARY): Result.load(path) for path in paths}
+
+
+def _config_file(folder: Path, trial: str) -> Path:
+    return (folder if trial == folder.resolve().name else folder / trial) / "config.yaml"

@@ -6,25 +6,19 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
-import optuna
-from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
-
 from autotune.config.redact import redact
 from autotune.config.schema import Config
-from autotune.measure.result import Result
-from autotune.results.study import BASELINE as BASELINE
+from autotune.measure import objective
+from autotune.measure.result import Result, State
+from autotune.results.study import BASELINE, Study
+from autotune.system.files import write_whole
 from autotune.text import aligned, shorten
 
-LOST = "lost"  # of a trial whose sweeping process ended, with whatever ran it
-CANARIES = "canaries"  # a study's: by node, what a short baseline measured there; null where it failed
 SLOW = 0.1  # share of the median node's value that a slow one is worse by
-DUPLICATE = "duplicate_of"  # of a trial that vLLM would have run as an earlier one: that one's name
-EXPECTED = "expected"  # what a simulation said of a trial
 SURPRISE = 0.15  # share of the expected value by which a measured one contradicts it
 EDGE = 0.1  # share of a TPOT limit within which the TPOT of a full server lies on it
 FILE = "summary.json"  # in a study's folder: what it comes to, in figures
-VERDICT = "verify.json"  # there: what autotune.commands.verify found
+VERDICT = "verify.json"  # there: what `autotune verify` found
 # What a table shows of a trial: metric, heading, digits.
 COLUMNS = [
     ("tokens_per_s", "tokens/s", 1),
@@ -57,82 +51,64 @@ def single(result: Result, config: Config, folder: Path) -> str:
     return "\n".join([*lines, seconds, "", f"  {result.shell_command}", "", f"Everything measured: {folder}/"])
 
 
-def best(study: optuna.Study) -> FrozenTrial | None:
-    """The best feasible trial but the baseline; of several objectives, the best in the first."""
-    complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state is TrialState.COMPLETE]
-    feasible = [trial for trial in complete if all(value <= 0 for value in trial.constraints.values())]
-    swept = [trial for trial in feasible if BASELINE not in trial.user_attrs]
-    return max(swept, key=lambda trial: _sign(study) * trial.values[0], default=None)
-
-
-def front(study: optuna.Study) -> list[str]:
-    """Names of the feasible trials that no other beats in every objective, the best in the first at the top."""
-    trials = sorted(study.best_trials, key=lambda trial: -_sign(study) * trial.values[0])
-    return [folder_of(trial) for trial in trials]
-
-
-def winner(study: optuna.Study, folder: Path) -> str | None:
-    """Folder of what is to be served: the best trial, or the baseline if none beat it; None if nothing is feasible."""
-    trial, baseline = best(study), Result.find(folder / BASELINE)
-    if baseline and baseline.feasible and (trial is None or _wins(study, baseline.values[0], trial.values[0])):
-        return BASELINE
-    return folder_of(trial) if trial else None
-
-
-def headline(study: optuna.Study, folder: Path, config: Config) -> dict[str, float]:
+def headline(study: Study) -> dict[str, float]:
     """The study in a few figures, for MLflow's parent run."""
-    trials = [trial for trial in study.trials if LOST not in trial.user_attrs and trial.state is not TrialState.WAITING]
-    figures = {"trials": float(len(trials)), "failed_trials": float(sum(map(_failed, trials)))}
-    metric = config.objective.metrics[0]
-    trial, baseline = best(study), Result.find(folder / BASELINE)
+    states = [result.state for result in study.swept.values() if not result.duplicate_of]
+    figures = {
+        "trials": float(len(states) - states.count(State.refused)),
+        "failed_trials": float(states.count(State.failed)),
+    }
+    metric, baseline, best = study.objective.metrics[0], study.baseline, study.best
     if baseline and baseline.complete:
         figures[f"baseline_{metric}"] = baseline.values[0]
-    if trial:
-        figures[f"best_{metric}"] = trial.values[0]
-        if baseline and baseline.complete and baseline.values[0]:
-            figures["gain_percent"] = _sign(study) * (trial.values[0] / baseline.values[0] - 1) * 100
+    if best:
+        figures[f"best_{metric}"] = study.results[best].values[0]
+        if (gain := study.gain(best)) is not None:
+            figures["gain_percent"] = gain * 100
     return figures
 
 
-def write(study: optuna.Study, folder: Path, config: Config) -> str:
-    """Leave summary.txt and summary.json in `folder`; returns the words."""
-    text = words(study, folder, config)
-    (folder / "summary.txt").write_text(text)
-    body = {"study": config.study, "best": winner(study, folder), "figures": headline(study, folder, config)}
-    (folder / FILE).write_text(json.dumps(body, indent=1))
+def write(study: Study) -> str:
+    """Leave summary.txt, summary.json and, with several objectives, pareto.json in its folder; returns the text."""
+    text = render(study)
+    write_whole(study.folder / "summary.txt", text)
+    body = {"study": study.config.study, "best": study.served, "figures": headline(study)}
+    write_whole(study.folder / FILE, json.dumps(body, indent=1))
+    if len(study.objective.metrics) > 1 and study.front:
+        rows = {name: study.results[name] for name in study.front}
+        front = [
+            {"name": name, "params": row.params, "values": row.values, "command": row.shell_command}
+            for name, row in rows.items()
+        ]
+        write_whole(study.folder / "pareto.json", json.dumps(front, indent=1))
     return text
 
 
-def words(study: optuna.Study, folder: Path, config: Config) -> str:
-    """Best against baseline (or the Pareto front), the command that serves it, where things lie.
-
-    Of several objectives, the front is also written to `folder`/pareto.json.
-    """
-    parts = [_counts(study, config)]
-    baseline, trial = Result.find(folder / BASELINE), best(study)
-    names = front(study) if len(study.directions) > 1 else [folder_of(trial)] if trial else []
-    rows = {BASELINE: baseline} | {name: Result.find(folder / name) for name in names}
-    parts += _table({name: row for name, row in rows.items() if row and row.complete}, config)
+def render(study: Study) -> str:
+    """Best against baseline (or the Pareto front), the command that serves it, where things lie."""
+    config, baseline, best = study.config, study.baseline, study.best
+    several = len(study.objective.metrics) > 1
+    names = study.front if several else [best] if best else []
+    rows = {name: study.results[name] for name in [BASELINE, *names] if name in study.complete}
+    parts = [_counts(study), *_table(rows, config)]
     if baseline and not baseline.complete:
         parts.append(f"{BASELINE} failed: {baseline.reason}")
     elif baseline and not baseline.feasible:
         parts.append(f"{BASELINE} is infeasible: {outcome(baseline, config.objective.metrics)}")
-    if trial is None:
+    if best is None:
         parts += _why_none(study)
-    elif len(study.directions) > 1:
-        parts += _pareto({name: row for name, row in rows.items() if row and name in names}, folder)
+    elif several:
+        parts += _pareto(study)
     else:
-        result = rows[folder_of(trial)]
-        assert result is not None
-        parts += _verdict(study, trial, result, baseline)
-        warning = edge(rows[winner(study, folder) or folder_of(trial)], config)
+        parts += _verdict(study, best)
+        warning = edge(study.results[study.served or best], config)
         parts += ["", warning] if warning else []
     parts += _surprises(study) + _nodes(study)
-    if said := verified(folder):
-        parts += ["", f"Verified: {said}"]
-    if any(row and row.estimated for row in rows.values()):
+    if verdict := verified(study.folder):
+        parts += ["", f"Verified: {verdict}"]
+    if any(row.estimated for row in rows.values()):
         parts += ["", "These are estimates of a simulation (backend=sim), not measurements."]
-    parts += ["", f"Everything measured: {folder}/"]
+    parts += ["", f"Everything measured: {study.folder}/"]
     if config.tracking.enabled:
         uri = redact(config.tracking.uri)
         where = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
@@ -140,38 +116,41 @@ def words(study: optuna.Study, folder: Path, config: Config) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _counts(study: optuna.Study, config: Config) -> str:
-    asked = [trial for trial in study.trials if trial.state is not TrialState.WAITING]
-    trials = [trial for trial in asked if not {BASELINE, LOST} & trial.user_attrs.keys()]
-    refused = sum("refused" in trial.user_attrs for trial in trials)
-    failed = sum(map(_failed, trials))
-    again = sum(DUPLICATE in trial.user_attrs for trial in trials)
+def _counts(study: Study) -> str:
+    looked_up = sum(bool(result.duplicate_of) for result in study.swept.values())
+    states = [result.state for result in study.swept.values() if not result.duplicate_of]
+    refused, pruned = states.count(State.refused), states.count(State.pruned)
     more = f", {refused} combinations refused before they took a GPU" if refused else ""
-    more += f", {again} asked for again and looked up" if again else ""
-    pruned = [trial for trial in trials if trial.state is TrialState.PRUNED]
-    ended = sum(not {"refused", "reason"} & trial.user_attrs.keys() for trial in pruned)
-    more += f", {ended} ended early by the pruner" if ended else ""
-    return f"Study {config.study}: {len(trials) - refused - again} trials, {failed} failed{more}\n"
+    more += f", {looked_up} asked for again and looked up" if looked_up else ""
+    more += f", {pruned} ended early by the pruner" if pruned else ""
+    failed = states.count(State.failed)
+    return f"Study {study.config.study}: {len(states) - refused} trials, {failed} failed{more}\n"
 
 
-def _why_none(study: optuna.Study) -> list[str]:
-    reasons = sorted({f"  {trial.user_attrs['reason']}" for trial in study.trials if "reason" in trial.user_attrs})
+def _why_none(study: Study) -> list[str]:
+    reasons = sorted({f"  {result.reason}" for result in study.swept.values() if result.state is State.failed})
     parts = ["", *(["Why trials failed:", *reasons] if reasons else [])]
-    if any(trial.state is TrialState.COMPLETE for trial in study.trials):
+    if any(result.complete for result in study.swept.values()):
         parts += ["No trial is feasible: loosen the limits, lower the load or widen the space."]
     return parts
 
 
-def _verdict(study: optuna.Study, trial: FrozenTrial, result: Result, baseline: Result | None) -> list[str]:
-    changed, command = shorten(trial.params), ["", f"  {result.shell_command}"]
+def _verdict(study: Study, best: str) -> list[str]:
+    result, baseline = study.results[best], study.baseline
+    changed, command = shorten(result.params), ["", f"  {result.shell_command}"]
     if not (baseline and baseline.feasible):
         return ["", f"Best: {changed} (no usable baseline to compare with)", *command]
-    change = f"{result.values[0] / baseline.values[0] - 1:+.1%}" if baseline.values[0] else f"{result.values[0]:g}"
-    gain = f"{change} against vLLM's defaults, measured once each"
-    if not _wins(study, baseline.values[0], result.values[0]):
+    gain = f"{change(study, best)} against vLLM's defaults, measured once each"
+    if study.served == best:
         return ["", f"Best: {changed} ({gain})", *command]
     worse = f"No trial beat vLLM's defaults. The best was {changed} ({gain}). Serve the defaults:"
     return ["", worse, "", f"  {baseline.shell_command}"]
+
+
+def change(study: Study, name: str) -> str:
+    """How the first objective's metric changes from the baseline to `name`: `+7.8%`; its value if that is 0."""
+    gain = study.gain(name)
+    return f"{study.results[name].values[0]:g}" if gain is None else f"{objective.sign(study.objective) * gain:+.1%}"
 
 
 def edge(served: Result | None, config: Config) -> str:
@@ -191,57 +170,57 @@ def verified(folder: Path) -> str:
     return str(json.loads(file.read_text())["line"]) if file.exists() else ""
 
 
-def _surprises(study: optuna.Study) -> list[str]:
+def _surprises(study: Study) -> list[str]:
     """Where a measurement contradicts the simulation that a study's first trials came from."""
-    found, checked = [], 0
-    for trial in study.trials:
-        expected = trial.user_attrs.get(EXPECTED)
-        if expected is None or LOST in trial.user_attrs or not (_failed(trial) or trial.state is TrialState.COMPLETE):
-            continue
-        checked += 1
-        if _failed(trial):
-            found.append(f"  {folder_of(trial)}: expected to run, and failed: {trial.user_attrs['reason']}")
-            continue
-        off = trial.values[0] / expected["values"][0] - 1 if expected["values"][0] else 0.0
-        feasible = all(value <= 0 for value in trial.constraints.values())
-        if abs(off) > SURPRISE or feasible != expected["feasible"]:
-            words = {True: "feasible", False: "infeasible"}
-            found.append(
-                f"  {folder_of(trial)}: expected {expected['values'][0]:.4g} ({words[expected['feasible']]}), "
-                f"measured {trial.values[0]:.4g} ({words[feasible]})"
-            )
+    checked = {
+        name: result
+        for name, result in study.swept.items()
+        if result.expected and result.state in (State.complete, State.failed)
+    }
+    wrong = [line for name, result in checked.items() if (line := _surprise(name, result))]
     if not checked:
         return []
-    if not found:
-        return ["", f"The simulation was right about all {checked} trials that it chose (within {SURPRISE:.0%})."]
-    return ["", f"The simulation was wrong about {len(found)} of the {checked} trials that it chose:", *found]
+    if not wrong:
+        return ["", f"The simulation was right about all {len(checked)} trials that it chose (within {SURPRISE:.0%})."]
+    return ["", f"The simulation was wrong about {len(wrong)} of the {len(checked)} trials that it chose:", *wrong]
 
 
-def _nodes(study: optuna.Study) -> list[str]:
+def _surprise(name: str, result: Result) -> str:
+    """The line about a trial that a simulation was wrong about; empty if it was right."""
+    expected, feasible = result.expected["values"][0], result.expected["feasible"]
+    if not result.complete:
+        return f"  {name}: expected to run, and failed: {result.reason}"
+    off = result.values[0] / expected - 1 if expected else 0.0
+    if abs(off) <= SURPRISE and feasible == result.feasible:
+        return ""
+    words = {True: "feasible", False: "infeasible"}
+    return (
+        f"  {name}: expected {expected:.4g} ({words[feasible]}), "
+        f"measured {result.values[0]:.4g} ({words[result.feasible]})"
+    )
+
+
+def _nodes(study: Study) -> list[str]:
     """What each node's canary showed, where there were some."""
-    canaries = study.user_attrs.get(CANARIES, {})
-    measured = [value for value in canaries.values() if value is not None]
-    if not canaries:
+    values = {node: result.values[0] if result.complete else None for node, result in study.canaries.items()}
+    measured = [value for value in values.values() if value is not None]
+    if not values:
         return []
     middle = statistics.median(measured) if measured else 0.0
     lines = ["", "Nodes, by a short baseline on each:"]
-    for node, value in sorted(canaries.items()):
+    for node, value in sorted(values.items()):
         if value is None:
             lines.append(f"  {node}: failed")
         else:
-            slow = "  slow" if _sign(study) * (middle - value) > SLOW * middle else ""
+            slow = "  slow" if objective.sign(study.objective) * (middle - value) > SLOW * middle else ""
             lines.append(f"  {node}: {value:.4g}{slow}")
     return lines
 
 
-def _pareto(rows: Mapping[str, Result], folder: Path) -> list[str]:
-    body = [
-        {"name": name, "params": row.params, "values": row.values, "command": row.shell_command}
-        for name, row in rows.items()
-    ]
-    (folder / "pareto.json").write_text(json.dumps(body, indent=1))
+def _pareto(study: Study) -> list[str]:
     parts = ["", "Pareto front: for each of these, no other is better in every objective (pareto.json)"]
-    for name, row in rows.items():
+    for name in study.front:
+        row = study.results[name]
         parts += [f"  {name}: {shorten(row.params)}", f"    {row.shell_command}"]
     return parts
 
@@ -257,22 +236,3 @@ def _table(rows: Mapping[str, Result], config: Config) -> list[str]:
         for name, row in rows.items()
     ]
     return aligned([head, *body])
-
-
-def _failed(trial: FrozenTrial) -> bool:
-    return "reason" in trial.user_attrs
-
-
-def folder_of(trial: FrozenTrial) -> str:
-    """The trial's folder."""
-    return BASELINE if BASELINE in trial.user_attrs else f"trial-{trial.number}"
-
-
-def _sign(study: optuna.Study) -> int:
-    """1 where more of the first objective is better, else -1."""
-    return 1 if study.directions[0] is StudyDirection.MAXIMIZE else -1
-
-
-def _wins(study: optuna.Study, baseline: float, value: float) -> bool:
-    """Whether the baseline's first value is as good as this one, or better."""
-    return _sign(study) * (baseline - value) >= 0

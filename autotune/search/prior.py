@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,24 +11,14 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from autotune.config.schema import FITTED, HOST, Config
 from autotune.measure import objective
 from autotune.measure.result import Result
-from autotune.search.simulate import Estimate, estimate, search_best, simulation
+from autotune.search.simulate import estimate, search_best, simulation
 from autotune.search.space import Space
 
-Found = TypeVar("Found", Estimate, Result)
 APART = 0.1  # of a parameter's range, in which two configurations differ to be distinct
 CANDIDATES = 30  # distinct configurations that are simulated on other devices
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the simulation says of a configuration."""
-
-    params: dict[str, Any]
-    values: list[float]
-    feasible: bool
-
-
-def best(config: Config, space: Space) -> list[Expected]:
+def best(config: Config, space: Space) -> list[Result]:
     """The `prior.keep` configurations, of `prior.trials` simulated ones, of which one is most likely to be good.
 
     The best of a simulated study are simulated again on devices whose constants are off. Each one that is taken is the
@@ -40,8 +29,8 @@ def best(config: Config, space: Space) -> list[Expected]:
     simulated = simulation(config, settings.backend)
     sign = objective.sign(config.objective)
     ranked = sorted(
-        (found for found in search_best(simulated, space, settings.trials) if found.result.complete),
-        key=lambda estimate: (estimate.result.feasible, -_over(estimate), sign * estimate.result.values[0]),
+        (found for found in search_best(simulated, space, settings.trials) if found.complete),
+        key=lambda found: (found.feasible, -_over(found), sign * found.values[0]),
         reverse=True,
     )
     candidates = distinct(ranked, space, CANDIDATES)
@@ -50,8 +39,7 @@ def best(config: Config, space: Space) -> list[Expected]:
     others = [simulation(config, {**settings.backend, "device": device}) for device in devices]
     found = [candidates, *([estimate(other, one.params) for one in candidates] for other in others)]
     scores = np.array([_scores(on_device, sign) for on_device in found])
-    chosen = [candidates[number] for number in _complementary(scores, settings.keep)]
-    return [Expected(one.params, one.result.values, one.result.feasible) for one in chosen]
+    return [candidates[number] for number in _complementary(scores, settings.keep)]
 
 
 def perturbed(device: Mapping[str, Any], sigma: float, host_sigma: float, seed: int) -> dict[str, Any]:
@@ -67,9 +55,9 @@ def perturbed(device: Mapping[str, Any], sigma: float, host_sigma: float, seed: 
     }
 
 
-def _scores(estimates: Sequence[Estimate], sign: int) -> list[float]:
+def _scores(results: Sequence[Result], sign: int) -> list[float]:
     """How good each is on one device: 1 for the best, above 0 for what is feasible, 0 for the rest."""
-    values = [sign * found.result.values[0] if found.result.feasible else None for found in estimates]
+    values = [sign * found.values[0] if found.feasible else None for found in results]
     feasible = [value for value in values if value is not None]
     if not feasible:
         return [0.0] * len(values)
@@ -92,13 +80,13 @@ def _complementary(scores: NDArray[np.float64], count: int) -> list[int]:
     return chosen
 
 
-def _over(estimate: Estimate) -> float:
-    return sum(max(0.0, value) for value in estimate.result.constraints.values())
+def _over(result: Result) -> float:
+    return sum(max(0.0, value) for value in result.constraints.values())
 
 
-def distinct(ranked: Iterable[Found], space: Space, count: int) -> list[Found]:
+def distinct(ranked: Iterable[Result], space: Space, count: int) -> list[Result]:
     """The first `count` of which none is nearly the same as an earlier one."""
-    kept: list[Found] = []
+    kept: list[Result] = []
     for one in ranked:
         if all(_apart(one.params, other.params, space.parameters) for other in kept):
             kept.append(one)

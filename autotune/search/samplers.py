@@ -7,25 +7,12 @@ import optuna
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from optuna.samplers import GridSampler, TPESampler
-from optuna.samplers._tpe import _truncnorm
-from optuna.trial import FrozenTrial
-from scipy.special import log_ndtr
+from optuna.samplers import TPESampler
 
 from autotune.errors import InputError
+from autotune.search.optuna_private import Grid, use_compiled_log_ndtr
 from autotune.search.space import Space
 from autotune.text import one_line
-
-
-class Grid(GridSampler):
-    """Optuna's grid, which otherwise stops a study that it did not start."""
-
-    def after_trial(self, *_: Any) -> None:
-        pass
-
-    def point(self, trial: FrozenTrial) -> dict[str, Any]:
-        """What `trial` was to run, also if it ended before it was told."""
-        return dict(zip(self._param_names, self._all_grids[trial.system_attrs["grid_id"]], strict=True))
 
 
 def make_sampler(config: Any, space: Space, begun: int = 0) -> optuna.samplers.BaseSampler:
@@ -45,7 +32,7 @@ def make_sampler(config: Any, space: Space, begun: int = 0) -> optuna.samplers.B
     except ValueError as error:
         raise InputError(f"hydra.sweeper.sampler: {one_line(error)}") from None
     if isinstance(made, TPESampler):
-        _truncnorm._log_ndtr = log_ndtr  # the same function, compiled: Optuna's is Python
+        use_compiled_log_ndtr()
     if type(made).__name__ in ("GPSampler", "BoTorchSampler"):
         import torch  # takes seconds
 

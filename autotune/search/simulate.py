@@ -1,41 +1,25 @@
 """What a simulation expects of trials, in milliseconds each: for `autotune.commands.plan` and for `prior=sim`."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import optuna
 
-from autotune.config import vllm_flags
 from autotune.config.overrides import with_fields
 from autotune.config.schema import Config
+from autotune.config.vllm_flags import FLAG
 from autotune.data.samples import Samples
 from autotune.errors import StartError
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
-from autotune.measure.result import Result
+from autotune.measure.result import Result, State
 from autotune.measure.runs import Run
 from autotune.measure.trial import measure
-from autotune.search import tell
-from autotune.search.space import FLAG, Space, flags
+from autotune.search.space import Space, flags
+from autotune.search.tell import tell_infeasible, tell_measured
 from autotune.system import interrupt
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """One simulated trial."""
-
-    params: dict[str, Any]
-    refused: str = ""  # why it can't be run
-    failed: str = ""  # why vLLM would not start
-    result: Result = field(default_factory=Result)
-    gpus: int = 1
-
-    @property
-    def engine_s(self) -> float:
-        """Seconds of start and run."""
-        return self.result.engine_s
 
 
 @dataclass(frozen=True)
@@ -58,20 +42,19 @@ def simulation(config: Config, backend: dict[str, Any]) -> Simulation:
 
 def estimate(
     simulation: Simulation, params: Mapping[str, Any], observe: Callable[[Run], None] = lambda _: None
-) -> Estimate:
-    """The trial that has these parameters, by configuration key; without any it is the baseline.
+) -> Result:
+    """The result of a trial with these parameters, by configuration key; without any it is the baseline's.
 
-    `observe` is given the run that its result tells of.
+    `observe` is given the run that it tells of.
     """
     interrupt.check()
     prepared = simulation.prepared
     fields = {key: value for key, value in params.items() if not key.startswith(FLAG)}
     config, args = with_fields(simulation.config, fields), prepared.args | flags(params)
-    gpus = vllm_flags.gpus(args)
+    result = Result(args=args, params=dict(params), estimated=True)
     outcome = prepared.dry_run(flags(params))
     if outcome.refusal:
-        return Estimate(dict(params), refused=outcome.refusal, gpus=gpus)
-    result = Result(args=args)
+        return replace(result, state=State.refused, reason=outcome.refusal)
     try:
         with (
             TemporaryDirectory(prefix="autotune-") as folder,
@@ -79,35 +62,33 @@ def estimate(
         ):
             observe(measure(config, engine, outcome.resolved, Path(folder), result))
     except StartError as error:
-        result.phases["start"] = error.after_s
-        return Estimate(dict(params), failed=str(error), result=result, gpus=gpus)
-    result.state = "complete"
-    return Estimate(dict(params), result=result, gpus=gpus)
+        return replace(result, reason=str(error), phases={"start": error.after_s})
+    result.state = State.complete
+    return result
 
 
-def search(
-    simulation: Simulation, space: Space, sampler: optuna.samplers.BaseSampler, count: int
-) -> Iterator[Estimate]:
-    """`count` trials that `sampler` asks for, refused and failed ones among them, told as a study tells them."""
+def search(simulation: Simulation, space: Space, sampler: optuna.samplers.BaseSampler, count: int) -> Iterator[Result]:
+    """Yield `count` trials that `sampler` asks for, refused and failed ones among them, told as a study tells them."""
     config = simulation.config.objective
     study = optuna.create_study(sampler=sampler, directions=list(config.directions))  # type: ignore[arg-type]
-    known: dict[str, Estimate] = {}  # samplers repeat themselves
+    known: dict[str, Result] = {}  # samplers repeat themselves
     for _ in range(count):
         trial = study.ask()
         params = space.suggest(trial, simulation.known)
         point = str(sorted(params.items()))
         if point not in known:
             broken = space.violated(params, simulation.known)
-            known[point] = Estimate(params, refused=broken) if broken else estimate(simulation, params)
-        found = known[point]
-        if found.refused or found.failed:
-            tell.impossible(study, trial, "refused" if found.refused else "starts")
+            refused = Result(State.refused, broken, params=params, estimated=True)
+            known[point] = refused if broken else estimate(simulation, params)
+        result = known[point]
+        if result.complete:
+            tell_measured(study, trial, config, result)
         else:
-            tell.measured(study, trial, config, found.result)
-        yield found
+            tell_infeasible(study, trial, "refused" if result.state is State.refused else "starts")
+        yield result
 
 
-def search_best(simulation: Simulation, space: Space, count: int) -> list[Estimate]:
-    """`count` trials of a simulated study: a quarter at random, then TPE's."""
+def search_best(simulation: Simulation, space: Space, count: int) -> list[Result]:
+    """Simulate a study of `count` trials: a quarter at random, then TPE's."""
     sampler = optuna.samplers.TPESampler(seed=simulation.config.seed, n_startup_trials=count // 4)
     return list(search(simulation, space, sampler, count))

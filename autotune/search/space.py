@@ -8,13 +8,13 @@ from typing import Any
 
 import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl, create_optuna_distribution_from_override
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from simpleeval import InvalidExpression, simple_eval
 
+from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
+from autotune.search.hydra_private import distribution_of
 
-FLAG = "engine.args."
 # A choice that leaves the flag to vLLM; Hydra's choice() takes no null.
 DEFAULT = "default"
 
@@ -33,7 +33,7 @@ class Space:
         chosen: dict[str, Any] = {}
         for name, distribution in self.parameters.items():
             if name not in self.only_if or _holds(self.only_if[name], known, chosen):
-                chosen[name] = trial._suggest(name, distribution)
+                chosen[name] = _suggest(trial, name, distribution)
         return chosen
 
     def violated(self, chosen: Mapping[str, Any], known: Mapping[str, Any]) -> str:
@@ -46,15 +46,7 @@ class Space:
     @cached_property
     def grid(self) -> dict[str, list[Any]]:
         """Every value of every parameter. Raises InputError for one without steps."""
-        found = {}
-        for name, distribution in self.parameters.items():
-            try:
-                found[name] = list(OptunaSweeperImpl._to_grid_sampler_choices(distribution))
-            except ValueError:
-                raise InputError(
-                    f"sampler=grid: {name} has no steps; write {name}=range(low,high,step=…) or choice(…)"
-                ) from None
-        return found
+        return {name: _grid_values(name, distribution) for name, distribution in self.parameters.items()}
 
     @property
     def grid_size(self) -> int:
@@ -83,7 +75,7 @@ def parse(
                 f"{override.input_line}: a study sweeps fields, not groups; start one study for each {name}"
             )
         try:
-            parameters[name] = create_optuna_distribution_from_override(override)
+            parameters[name] = distribution_of(override)
         except (AssertionError, ValueError, NotImplementedError) as error:
             raise InputError(f"{override.input_line}: {error}") from None
         fixed.pop(name, None)
@@ -118,12 +110,35 @@ def _holds(expression: str, known: Mapping[str, Any], chosen: Mapping[str, Any])
         raise InputError(f"condition {expression!r}: {error}") from None
 
 
-def contains(distribution: optuna.distributions.BaseDistribution, value: Any) -> bool:
+def _suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    suggest: Any = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
+    return suggest(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+
+
+def _grid_values(name: str, distribution: BaseDistribution) -> list[Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    if distribution.step is None:
+        raise InputError(f"sampler=grid: {name} has no steps; write {name}=range(low,high,step=…) or choice(…)")
+    if isinstance(distribution, IntDistribution):
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
+    count = round((distribution.high - distribution.low) / distribution.step)
+    return [float(f"{distribution.low + number * distribution.step:.12g}") for number in range(count + 1)]
+
+
+def contains(distribution: BaseDistribution, value: Any) -> bool:
     """Whether `distribution` could suggest `value`."""
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and distribution._contains(distribution.to_internal_repr(value))
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    steps = (value - distribution.low) / distribution.step if distribution.step else 0.0
+    return distribution.low <= value <= distribution.high and abs(steps - round(steps)) < 1e-8
 
 
 def describe(distribution: BaseDistribution) -> str:

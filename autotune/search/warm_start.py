@@ -4,7 +4,7 @@ import logging
 
 from autotune.errors import InputError
 from autotune.measure.result import Result
-from autotune.results import study as studies
+from autotune.results.study import load
 from autotune.search.prior import distinct
 from autotune.search.space import Space, contains, describe
 
@@ -16,7 +16,7 @@ def best(name: str, space: Space, count: int) -> list[Result]:
 
     What does not fit is logged in one line. Raises InputError if there is no such study, or nothing of it fits.
     """
-    study = studies.load(name, "warm_start")
+    study = load(name, "warm_start")
     left_out: dict[str, None] = {}
     fitting: list[Result] = []
     for trial in study.ranked:

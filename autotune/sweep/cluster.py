@@ -20,7 +20,7 @@ from autotune.measure.prepare import gpu_count
 from autotune.measure.result import is_complete
 from autotune.sweep import worker
 from autotune.sweep.launchers import Job, Launcher
-from autotune.sweep.worker import Trial
+from autotune.sweep.worker import TrialSpec
 from autotune.text import one_line
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class Cluster(Launcher):
         self._excluded: list[str] = []
         self._queue = Queue(config.poll_s)
 
-    def submit(self, trials: Sequence[Trial]) -> list[Job]:
-        alike: dict[tuple[int, str], list[Trial]] = {}
+    def submit(self, trials: Sequence[TrialSpec]) -> list[Job]:
+        alike: dict[tuple[int, str], list[TrialSpec]] = {}
         for trial in trials:
             alike.setdefault((gpu_count(trial.config), trial.node), []).append(trial)
         jobs: dict[Path, Job] = {}

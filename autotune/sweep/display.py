@@ -1,11 +1,11 @@
-"""What a study shows while it runs: a live table in a terminal; elsewhere the log's plain lines are enough."""
+"""A live table of a study that runs, in a terminal; elsewhere the log's plain lines are enough."""
 
 import logging
 import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,11 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from autotune.config.schema import ObjectiveConfig
-from autotune.results import summary
+from autotune.results.study import Study
 from autotune.text import shorten
-
-if TYPE_CHECKING:
-    import optuna
 
 EVERY_S = 0.5
 
@@ -45,32 +42,31 @@ class Display:
             self._live.stop()
             _log_to(sys.stdout)
 
-    def show(self, running: Sequence[Any], study: "optuna.Study", asked: int) -> None:
-        """`running` as the study keeps them; `asked` of n_trials are in flight or ended."""
+    def show(self, running: Sequence[Any], study: Study, asked: int) -> None:
+        """`running` as the sweep keeps them, what has ended; `asked` of n_trials are in flight or ended."""
         if not self._live or time.monotonic() - self._shown < EVERY_S:
             return
         self._shown = time.monotonic()
         self._live.update(self._table(running, study, asked), refresh=True)
 
-    def _table(self, running: Sequence[Any], study: "optuna.Study", asked: int) -> Group:
-        ended = asked - sum(one.asked.trial is not None for one in running)  # the baseline is none of n_trials
+    def _table(self, running: Sequence[Any], study: Study, asked: int) -> Group:
+        ended = asked - sum(one.pending.trial is not None for one in running)  # the baseline is none of n_trials
         if self._ended_before is None:
             self._ended_before = ended
         elapsed_s = time.monotonic() - self._began
         done = ended - self._ended_before
         left = f"{elapsed_s / done * (self._n_trials - ended) / 60:.0f} min left" if done > 0 else ""
         rate = f"{done / elapsed_s * 3600:.3g} trials/h" if done > 0 else ""
-        best, baseline = summary.best(study), study.user_attrs.get(summary.BASELINE, {}).get("values")
-        metric = self._objective.metrics[0]
-        found = f"best {metric} {best.values[0]:.4g} (trial-{best.number})" if best else "nothing feasible yet"
-        against = f", baseline {baseline[0]:.4g}" if baseline else ""
-        words = [f"{ended} of {self._n_trials}", rate, left, found + against]
+        metric, best, baseline = self._objective.metrics[0], study.best, study.baseline
+        leader = f"best {metric} {study.results[best].values[0]:.4g} ({best})" if best else "nothing feasible yet"
+        against = f", baseline {baseline.values[0]:.4g}" if baseline and baseline.complete else ""
+        words = [f"{ended} of {self._n_trials}", rate, left, leader + against]
         table = Table(box=None)
         for heading in ("trial", "phase", "s", "node", "parameters"):
             table.add_column(heading, no_wrap=True)
         for one in running:
             age = f"{time.monotonic() - one.since:.0f}"
-            table.add_row(one.asked.name, one.phase, age, one.job.node, shorten(one.asked.params))
+            table.add_row(one.pending.name, one.phase, age, one.job.node, shorten(one.pending.params))
         return Group(Text("  ".join(word for word in words if word)), table)
 
 

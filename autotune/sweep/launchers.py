@@ -12,7 +12,7 @@ from autotune.config.overrides import typed_target
 from autotune.config.schema import Config, InlineConfig, LocalConfig
 from autotune.measure import progress
 from autotune.sweep import worker
-from autotune.sweep.worker import Trial
+from autotune.sweep.worker import TrialSpec
 from autotune.system.leases import devices
 from autotune.system.process import ForkServer
 
@@ -41,7 +41,7 @@ class Launcher:
 
     n_jobs: int  # trials at a time
 
-    def submit(self, trials: Sequence[Trial]) -> list[Job]:
+    def submit(self, trials: Sequence[TrialSpec]) -> list[Job]:
         raise NotImplementedError
 
     def nodes(self) -> list[str]:
@@ -72,7 +72,7 @@ class Inline(Launcher):
     def __init__(self, config: InlineConfig, gpus: Any) -> None:
         """`gpus` are leased by the trials themselves."""
 
-    def submit(self, trials: Sequence[Trial]) -> list[Job]:
+    def submit(self, trials: Sequence[TrialSpec]) -> list[Job]:
         return [Thread(trial) for trial in trials]
 
 
@@ -81,13 +81,13 @@ class Thread:
 
     node = ""
 
-    def __init__(self, trial: Trial) -> None:
+    def __init__(self, trial: TrialSpec) -> None:
         self._folder = trial.folder
         self._why = ""
         self._thread = threading.Thread(target=self._run, args=(trial,))
         self._thread.start()
 
-    def _run(self, trial: Trial) -> None:
+    def _run(self, trial: TrialSpec) -> None:
         self._why = worker.run(trial)
 
     def done(self) -> bool:
@@ -113,10 +113,10 @@ class LocalProcesses(Launcher):
         self.n_jobs = config.n_jobs or len(devices(gpus))
         self._server: ForkServer | None = None  # a process that has done the imports
 
-    def submit(self, trials: Sequence[Trial]) -> list[Job]:
+    def submit(self, trials: Sequence[TrialSpec]) -> list[Job]:
         return [LocalJob(trial, self._running_server(trial)) for trial in trials]
 
-    def _running_server(self, trial: Trial) -> ForkServer:
+    def _running_server(self, trial: TrialSpec) -> ForkServer:
         if self._server is None or not self._server.runs():
             backend = trial.config.backend["_target_"].rpartition(".")[0]
             command = [sys.executable, "-m", "autotune.sweep.worker", backend]
@@ -127,7 +127,7 @@ class LocalProcesses(Launcher):
 class LocalJob:
     node = ""
 
-    def __init__(self, trial: Trial, server: ForkServer) -> None:
+    def __init__(self, trial: TrialSpec, server: ForkServer) -> None:
         self._process = server.fork(pickle.dumps(trial))
         self._logs = (trial.folder / worker.LOG, server.log)
 

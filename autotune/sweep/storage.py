@@ -1,107 +1,29 @@
 """Where a study's trials are kept, and that one process at a time works on them."""
 
-import copy
 import fcntl
 import hashlib
 import os
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
 import sqlalchemy
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from autotune.config.redact import redact
 from autotune.errors import InputError
+from autotune.search.optuna_private import SingleWriterStorage
 
 JOURNAL = "journal://"
 DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql"}  # the extras' ones, for a URL that names none
 # One row with true for whoever gets the lock; the server frees it with the connection.
 LOCKS = {"postgresql": "SELECT pg_try_advisory_lock(:number)", "mysql": "SELECT GET_LOCK(:name, 0)"}
-
-
-class Sole(_CachedStorage):
-    """A database in which nobody else changes the study (see `lock`): each trial is read once, then known.
-
-    Optuna's own cache asks the database for what still runs, several times for each question to a sampler.
-    """
-
-    def __init__(self, backend: RDBStorage) -> None:
-        super().__init__(backend)
-        self._read: set[int] = set()  # studies
-
-    def _read_trials_from_remote_storage(self, study_id: int) -> None:
-        if study_id not in self._read:
-            super()._read_trials_from_remote_storage(study_id)
-            self._read.add(study_id)
-
-    def get_trial(self, trial_id: int) -> FrozenTrial:
-        study_id, number = self._trial_id_to_study_id_and_number[trial_id]
-        return self._studies[study_id].trials[number]
-
-    def set_trial_param(
-        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
-    ) -> None:
-        super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
-        self._note(trial_id, "params", param_name, distribution.to_external_repr(param_value_internal))
-        self._note(trial_id, "distributions", param_name, distribution)
-
-    def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        super().set_trial_intermediate_value(trial_id, step, intermediate_value)
-        self._note(trial_id, "intermediate_values", step, intermediate_value)
-
-    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        super().set_trial_user_attr(trial_id, key, value)
-        self._note(trial_id, "user_attrs", key, value)
-
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        super().set_trial_system_attr(trial_id, key, value)
-        self._note(trial_id, "system_attrs", key, value)
-
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        changed = super().set_trial_state_values(trial_id, state, values)
-        self._replace(trial_id, self._backend.get_trial(trial_id))
-        return changed
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All that is written in the block is written at once: one wait for the disk instead of a dozen."""
-        session = self._backend.scoped_session
-        with self._backend.engine.connect() as connection:
-            transaction = connection.begin()
-            session.remove()
-            session.configure(bind=connection, join_transaction_mode="rollback_only")
-            try:
-                yield
-            finally:
-                session.remove()
-                session.configure(bind=self._backend.engine, join_transaction_mode="conditional_savepoint")
-                if transaction.is_active:  # also where something else went wrong: what was noted is written
-                    transaction.commit()
-
-    def _note(self, trial_id: int, field: str, key: Any, value: Any) -> None:
-        """On a copy: whoever was handed the trial keeps it as it was."""
-        trial = copy.copy(self.get_trial(trial_id))
-        setattr(trial, field, {**getattr(trial, field), key: value})
-        self._replace(trial_id, trial)
-
-    def _replace(self, trial_id: int, trial: FrozenTrial) -> None:
-        study_id, number = self._trial_id_to_study_id_and_number[trial_id]
-        self._studies[study_id].trials[number] = trial
-
-
-def transaction(kept: Any) -> AbstractContextManager[None]:
-    """`Sole.transaction`, where `kept` is one."""
-    return kept.transaction() if isinstance(kept, Sole) else nullcontext()
 
 
 @contextmanager
@@ -128,7 +50,7 @@ def readable(url: str) -> Any:
         return RDBStorage(_with_driver(url).render_as_string(hide_password=False))
 
 
-def _database(url: str, study: str, held: ExitStack) -> Sole:
+def _database(url: str, study: str, held: ExitStack) -> SingleWriterStorage:
     with _errors(url):
         at = _with_driver(url)
         kind = at.get_backend_name()
@@ -138,7 +60,7 @@ def _database(url: str, study: str, held: ExitStack) -> Sole:
             held.enter_context(_lock_beside(Path(at.database), study))
         backend = RDBStorage(at.render_as_string(hide_password=False), {"pool_pre_ping": kind != "sqlite"})
         held.callback(backend.engine.dispose)
-        return Sole(backend)
+        return SingleWriterStorage(backend)
 
 
 def _with_driver(url: str) -> sqlalchemy.URL:

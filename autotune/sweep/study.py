@@ -1,7 +1,7 @@
-"""One study: ask Optuna for parameters, run the trials, tell Optuna what they measured.
+"""One study: ask for parameters, run the trials, tell Optuna what they measured.
 
-Trials never wait for each other: up to the launcher's n_jobs are in flight, each that ends is told at once and the
-next is asked. Only this process touches Optuna's storage; trials report through files in their folders.
+Trials never wait for each other: up to the launcher's n_jobs are in flight; as each ends, its result is told and the
+next one is asked. Trials report through files in their folders, so a job can outlive this process.
 """
 
 import json
@@ -9,9 +9,7 @@ import logging
 import re
 import sys
 import time
-import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,27 +17,30 @@ from typing import Any
 import optuna
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.config.overrides import typed, with_values
-from autotune.config.schema import Config, Duplicates
-from autotune.errors import InputError, StartError, TrackingError
+from autotune.config.schema import BudgetOf, Config, Duplicates
+from autotune.config.vllm_flags import FLAG
+from autotune.errors import InputError, TrackingError
 from autotune.measure import progress
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
-from autotune.measure.result import Result, is_complete
-from autotune.results import study as studies
+from autotune.measure.result import Result, State, is_complete
 from autotune.results import summary, tracking
-from autotune.search import prior, tell, warm_start
-from autotune.search.pruners import make_pruner, watched
-from autotune.search.samplers import Grid, make_sampler
-from autotune.search.space import DEFAULT, FLAG, Space, check_flags, contains, flags, parse
+from autotune.results.study import BASELINE, CANARY, SPACE, TRIAL, canaries_in, load, results_in
+from autotune.results.study import Study as FinishedStudy
+from autotune.search import prior, warm_start
+from autotune.search.pruners import make_pruner
+from autotune.search.samplers import make_sampler
+from autotune.search.space import DEFAULT, check_flags, flags, parse
 from autotune.sweep import storage
 from autotune.sweep.display import Display
 from autotune.sweep.launchers import Job, Launcher, make_launcher
-from autotune.sweep.worker import Trial
+from autotune.sweep.record import EXPECTED, Record
+from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
-from autotune.system.files import log_to
+from autotune.system.files import log_to, write_whole
 from autotune.text import shorten
 
 log = logging.getLogger(__name__)
@@ -48,13 +49,12 @@ POLL_S = 0.05
 REFUSALS_IN_A_ROW = 100  # then the space is at fault
 DUPLICATES_IN_A_ROW = 50  # then the sampler has nothing new
 NODE_FAILURES = 3  # in a row, then a node is set aside
-CANARY: dict[str, Any] = {"scenario.min_duration_s": 10.0, "scenario.min_queries": 32}  # enough to compare nodes by
-AGAIN = "again"  # of a trial that repeats a lost one: its number
+CANARY_RUN: dict[str, Any] = {"scenario.min_duration_s": 10.0, "scenario.min_queries": 32}  # enough to compare nodes by
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is to be run; the baseline and canaries have no Optuna trial."""
+class PendingTrial:
+    """A trial to be run, or in flight; the baseline and canaries are none of Optuna's."""
 
     name: str  # of its folder
     params: dict[str, Any]
@@ -66,7 +66,7 @@ class Asked:
 class Running:
     """A trial in flight."""
 
-    asked: Asked
+    pending: PendingTrial
     job: Job
     progress: progress.Reader
     phase: str = "queued"
@@ -82,94 +82,82 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     space, fixed = parse(sweeper["params"] or {}, arguments, job.conditions, job.only_if)
     composed = config_loader.load_sweep_config(job, fixed)
     config = typed(composed)
+    budget_s = seconds(config.budget) if config.budget else None
     prepared = prepare(config)
     prepare_samples(config, prepared)
     check_flags(space, prepared.backend)
-    launcher = make_launcher(config)
-    pruner = make_pruner(config)
+    launcher, pruner = make_launcher(config), make_pruner(config)
     tracking.check(config.tracking)
     folder = Path(job.hydra.sweep.dir)
     if config.resume and not folder.exists():
         raise InputError(f"resume=true: there is no study in {folder}; write study=<its name>")
     if config.warm_start and not folder.exists():
-        studies.load(config.warm_start, "warm_start")  # says now that it does not exist
+        load(config.warm_start, "warm_start")  # says now that it does not exist
     folder.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     with (
         storage.lock(folder / ".lock", str(folder)),
         log_to(folder / "autotune.log", "%(asctime)s %(message)s"),
-        storage.opened(sweeper["storage"] or f"sqlite:///{folder}/study.db", sweeper["study_name"]) as kept,
+        storage.opened(sweeper["storage"] or f"sqlite:///{folder}/study.db", sweeper["study_name"]) as opened,
     ):
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(
-            study_name=sweeper["study_name"],
-            storage=kept,
-            pruner=pruner,
-            directions=list(sweeper["direction"]),
-            load_if_exists=True,
-        )
-        study.sampler = make_sampler(sweeper["sampler"], space, len(study.trials))
-        check_continues(study, space, list(sweeper["direction"]), folder)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # experimental since Optuna 3.2
-            study.set_metric_names(config.objective.metrics)  # for whoever looks into the storage
+        record = Record(opened, sweeper["study_name"], space, config.objective)
+        record.check_continues()
+        check_folder(record, folder)
+        record.use(make_sampler(sweeper["sampler"], space, len(record.trials)), pruner)
+        written = {name: json.loads(distribution_to_json(one)) for name, one in space.parameters.items()}
+        write_whole(folder / SPACE, json.dumps(written, indent=1))
         # Each trial is composed from this study, and must not make up a name of its own.
         overrides = [*fixed, f"study={config.study}"]
-        Study(study, space, config, composed, overrides, prepared, launcher, folder).run()
-        completed_any = any(trial.state is TrialState.COMPLETE for trial in study.get_trials(deepcopy=False))
+        Sweep(record, config, composed, overrides, prepared, launcher, folder, budget_s).run()
+        completed_any = any(result.complete for result in results_in(folder).values())
     if not completed_any:
         sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
 
 
-def check_continues(study: optuna.Study, space: Space, directions: list[str], folder: Path) -> None:
-    """Raise InputError if `study` has trials that this space and objective can't go on from."""
-    other = "write another study=…, or what it was started with"
-    if [direction.name.lower() for direction in study.directions] != directions:
-        raise InputError(f"study={study.study_name} exists with another objective; {other}")
-    for trial in study.get_trials(deepcopy=False):
-        swept = trial.state is TrialState.COMPLETE and summary.BASELINE not in trial.user_attrs
-        if swept and not (folder / f"trial-{trial.number}" / "result.json").exists():
+def check_folder(record: Record, folder: Path) -> None:
+    """Raise InputError if the results of trials that the record has are not in `folder`."""
+    for trial in record.trials:
+        swept = trial.state is TrialState.COMPLETE and BASELINE not in trial.user_attrs
+        if swept and not (folder / f"{TRIAL}{trial.number}" / "result.json").exists():
             raise InputError(
-                f"study={study.study_name} exists in that storage, and the results of its trials are not in {folder}; "
+                f"study={folder.name} exists in that storage, and the results of its trials are not in {folder}; "
                 f"go on where it was started, or write another study=…"
             )
-        for name, distribution in trial.distributions.items():
-            wanted = space.parameters.get(name, distribution)
-            if isinstance(wanted, CategoricalDistribution) and wanted != distribution:
-                raise InputError(f"study={study.study_name} exists with other choices for {name}; {other}")
 
 
-class Study:
+class Sweep:
     """The trials of one study, from the first question to the summary."""
 
     def __init__(
         self,
-        study: optuna.Study,
-        space: Space,
+        record: Record,
         config: Config,
         composed: DictConfig,
         overrides: list[str],
         prepared: Prepared,
         launcher: Launcher,
         folder: Path,
+        budget_s: float | None,
     ) -> None:
-        self._study = study
-        self._space = space
+        self._record = record
         self._config = config
         self._composed = composed
         self._overrides = overrides
         self._prepared = prepared
         self._launcher = launcher
         self._folder = folder
+        self._budget_s = budget_s
         defaults = prepared.dry_run()
         if defaults.refusal:
             log.warning("vLLM refuses the configuration before anything is swept: %s", defaults.refusal)
         self._known = defaults.resolved
-        self._defaults = {name: self._known.get(name.removeprefix(FLAG)) for name in space.parameters}
+        self._defaults = {name: self._known.get(name.removeprefix(FLAG)) for name in record.space.parameters}
         self._n_trials = config.n_trials
-        if isinstance(study.sampler, Grid):
-            self._n_trials = space.grid_size
+        if record.is_grid:
+            self._n_trials = record.space.grid_size
             log.info("grid: %d points", self._n_trials)
         self._running: list[Running] = []
+        self._results: dict[str, Result] = {}  # of what has ended, by folder
         self._wants_baseline = False
         self._count = 0  # of n_trials, in flight or ended
         self._engine_s = 0.0  # start and run of the trials that ended
@@ -192,19 +180,20 @@ class Study:
                 raise
             finally:
                 self._abandon()
-                log.info("\n%s", summary.write(self._study, self._folder, config))
-                self._write_report()
+                study = FinishedStudy(self._folder, config, results_in(self._folder), canaries_in(self._folder))
+                log.info("\n%s", summary.write(study))
+                self._write_report(study)
                 self._tracker.summarise(self._folder)
 
-    def _write_report(self) -> None:
-        """The report as a page; whatever goes wrong with it is no reason for a study to fail."""
+    def _write_report(self, study: FinishedStudy) -> None:
+        """Write the page about the study; whatever goes wrong with it is no reason for a study to fail."""
         try:
             from autotune.results import report  # plotly takes a second to import
 
-            log.info("Report: %s", report.write(self._config, self._study, self._folder))
+            log.info("Report: %s", report.write(study))
         except Exception as error:
             log.warning(
-                "no report: %s: %s; python -m autotune.report study=%s writes it",
+                "no report: %s: %s; `autotune report study=%s` writes it",
                 type(error).__name__,
                 error,
                 self._config.study,
@@ -214,83 +203,91 @@ class Study:
         """Keep the launcher's n_jobs trials in flight until n_trials were run or the budget is spent."""
         self._start(self._canaries())
         while True:
-            if any(one.asked.node for one in self._running):  # nothing else runs before the nodes are known
+            if any(one.pending.node for one in self._running):  # nothing else runs before the nodes are known
                 self._end_some()
                 continue
-            asked: list[Asked] = []
-            while len(self._running) + len(asked) < self._launcher.n_jobs and (next_one := self._ask()):
-                asked.append(next_one)
-            self._start(asked)
+            pending: list[PendingTrial] = []
+            while len(self._running) + len(pending) < self._launcher.n_jobs and (next_one := self._ask()):
+                pending.append(next_one)
+            self._start(pending)
             if not self._running:
                 return
             self._end_some()
 
     def _end_some(self) -> None:
-        """Tell of the trials that have ended; wait a moment if none has."""
+        """Finish the trials that have ended; wait a moment if none has."""
         interrupt.check()
         ended = [one for one in self._running if one.job.done()]
         for one in ended:
             self._running.remove(one)
-            self._finish(one.asked, one.job.reason, one.job.node, one.pruned)
+            self._finish(one.pending, self._result_of(one), one.job.node)
         for one in self._running:
             self._watch(one)
-        self._display.show(self._running, self._study, self._count)
+        self._display.show(self._running, FinishedStudy(self._folder, self._config, self._results), self._count)
         if not ended:
             self._running[0].job.wait(POLL_S)
 
+    def _result_of(self, one: Running) -> Result:
+        """What a trial that has ended left in its folder, or why it left nothing."""
+        result = Result.find(self._folder / one.pending.name) or Result(reason=one.job.reason())
+        if one.pruned and not result.complete:
+            result.state, result.reason = State.pruned, "ended early by the pruner"
+        elif result.state is State.interrupted:  # by a time limit of the cluster, say, and not by the study
+            result.state = State.failed
+        return result
+
     # Asking
 
-    def _canaries(self) -> list[Asked]:
+    def _canaries(self) -> list[PendingTrial]:
         """A short baseline for each node that has not shown yet what it can."""
-        known = self._study.user_attrs.get(summary.CANARIES, {})
-        return [Asked(f"canary-{node}", {}, None, node) for node in self._launcher.nodes() if node not in known]
+        known = canaries_in(self._folder)
+        return [PendingTrial(f"{CANARY}{node}", {}, None, node) for node in self._launcher.nodes() if node not in known]
 
-    def _ask(self) -> Asked | None:
+    def _ask(self) -> PendingTrial | None:
         """The baseline, then what the sampler suggests and vLLM accepts; None if nothing more is to be run."""
         if self._wants_baseline:
             self._wants_baseline = False
             self._prepared.backend.prepare_dry_runs()  # while the baseline starts, not once it has ended
-            return Asked(summary.BASELINE, {}, None)
+            return PendingTrial(BASELINE, {}, None)
         refused = looked_up = 0  # in a row
         while not self._exhausted and self._count < self._n_trials and not self._spent():
-            with self._transaction():
-                trial = self._study.ask()
-                params = self._space.suggest(trial, self._known)
+            trial, params = self._record.ask(self._known)
+            pending = PendingTrial(f"{TRIAL}{trial.number}", params, trial)
             refusal, point = self._dry_run(params)
             interrupt.check()
             earlier = self._measured.get(point)
             if refusal:
-                self._refuse(trial, refusal)
+                self._refuse(pending, refusal)
                 refused += 1
                 if refused == REFUSALS_IN_A_ROW:
                     raise InputError(
                         f"{refused} combinations in a row can't be run; the last: {refusal}; narrow the space"
                     )
             elif earlier and (result := Result.find(self._folder / earlier)):
-                self._look_up(trial, params, earlier, result)
+                self._look_up(pending, earlier, result)
                 looked_up += 1
-                self._exhausted = looked_up == DUPLICATES_IN_A_ROW and not isinstance(self._study.sampler, Grid)
+                self._exhausted = looked_up == DUPLICATES_IN_A_ROW and not self._record.is_grid
                 if self._exhausted:
-                    log.info("the sampler asked %d times in a row for what is measured: nothing new begins", looked_up)
+                    log.info("stopping: %d proposals in a row were already measured", looked_up)
             else:
                 self._count += 1
-                log.info("trial-%d (%d of %d): %s", trial.number, self._count, self._n_trials, shorten(params))
-                return Asked(f"trial-{trial.number}", params, trial)
+                log.info("%s (%d of %d): %s", pending.name, self._count, self._n_trials, shorten(params))
+                return pending
         return None
 
     def _spent(self) -> bool:
         """Whether the budget is: then what runs may end, and nothing new begins."""
-        if self._config.budget is None:
+        if self._budget_s is None:
             return False
-        used_s = self._engine_s if self._config.budget_of == "engine" else time.monotonic() - self._began
-        return used_s >= seconds(self._config.budget)
+        engine = self._config.budget_of is BudgetOf.engine
+        return (self._engine_s if engine else time.monotonic() - self._began) >= self._budget_s
 
     def _dry_run(self, params: Mapping[str, Any]) -> tuple[str, str]:
         """Why this combination can't be run, by the space's own conditions or by vLLM, empty if it can; its point.
 
         Two combinations have the same point if vLLM would run the same configuration.
         """
-        if broken := self._space.violated(params, self._known):
+        if broken := self._record.space.violated(params, self._known):
             return broken, ""
         outcome = self._prepared.dry_run(flags(params))
         others = {name: value for name, value in params.items() if not name.startswith(FLAG)}
@@ -300,134 +297,95 @@ class Study:
         if self._config.duplicates is Duplicates.lookup:
             self._measured.setdefault(self._dry_run(params)[1], name)
 
-    def _look_up(self, trial: optuna.Trial, params: dict[str, Any], earlier: str, result: Result) -> None:
-        """Tell of `trial` what `earlier` measured; it takes no engine time, and is none of the study's n_trials."""
-        trial.set_user_attr(summary.DUPLICATE, earlier)
-        self._count += isinstance(self._study.sampler, Grid)  # which asks for each point once
-        asked = Asked(f"trial-{trial.number}", params, trial)
-        folder = self._folder / asked.name
-        folder.mkdir(parents=True, exist_ok=True)
+    def _look_up(self, pending: PendingTrial, earlier: str, result: Result) -> None:
+        """Tell Optuna what `earlier` measured; it takes no engine time, and is none of the study's n_trials."""
+        self._count += self._record.is_grid
         now = time.time()
-        facts = {**result.facts, summary.DUPLICATE: earlier}
-        replace(result, phases={}, runs=[], facts=facts, started_at=now, ended_at=now).save(folder)
-        log.info("%s is %s again: %s", asked.name, earlier, shorten(params))
-        self._finish(asked, lambda: "", "")
+        log.info("%s repeats %s: %s", pending.name, earlier, shorten(pending.params))
+        known = replace(result, phases={}, runs=[], duplicate_of=earlier, expected={}, started_at=now, ended_at=now)
+        known.facts = {**known.facts, "duplicate_of": earlier}
+        self._finish(pending, known)
 
-    def _refuse(self, trial: optuna.Trial, reason: str) -> None:
+    def _refuse(self, pending: PendingTrial, reason: str) -> None:
         """Record a combination that took no GPU: infeasible to the sampler, and none of the study's n_trials."""
-        with self._transaction():
-            trial.set_user_attr("refused", reason)
-            tell.impossible(self._study, trial, "refused")
-        self._count += isinstance(self._study.sampler, Grid)  # which asks for each point once
-        log.info("trial-%d refused: %s (%s)", trial.number, reason, shorten(trial.params))
+        self._count += self._record.is_grid
+        log.info("%s refused: %s (%s)", pending.name, reason, shorten(pending.params))
+        now = time.time()
+        result = Result(State.refused, reason, params=pending.params, started_at=now, ended_at=now)
+        assert pending.trial
+        self._record.tell(pending.trial, result)
+        result.save(self._folder / pending.name)
 
     # Running
 
-    def _start(self, asked: list[Asked]) -> None:
-        trials = []
-        for one in asked:
+    def _start(self, pending: list[PendingTrial]) -> None:
+        specs = []
+        for one in pending:
             changed = {name: None if value == DEFAULT else value for name, value in one.params.items()}
             if one.node:
-                changed = CANARY
+                changed = CANARY_RUN
             elif one.trial is None and self._config.baseline_gpu is not None:
                 changed = {"gpus": [self._config.baseline_gpu]}
             folder = self._folder / one.name
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "result.json").unlink(missing_ok=True)
             progress.begin(folder)
-            overrides = [*self._overrides, *(f"{key}={written(value)}" for key, value in changed.items())]
+            overrides = [*self._overrides, *(f"{key}={as_override(value)}" for key, value in changed.items())]
             config = with_values(self._composed, changed, self._config)
-            trials.append(Trial(config, overrides, folder, one.node))
-        if trials:
-            for one, job in zip(asked, self._launcher.submit(trials), strict=True):
+            specs.append(TrialSpec(config, overrides, folder, one.node))
+        if specs:
+            for one, job in zip(pending, self._launcher.submit(specs), strict=True):
                 self._running.append(Running(one, job, progress.Reader(self._folder / one.name)))
 
     def _watch(self, one: Running) -> None:
         """Note what a trial says of itself; stop it if the pruner has seen enough."""
-        name = watched(self._study.pruner, self._config.objective)
+        name = self._record.watched
         for entry in one.progress.new():
             one.phase = entry.get("phase", one.phase)
-            if one.asked.trial is None or one.pruned or name not in entry.get("values", {}):
+            if one.pending.trial is None or one.pruned or name not in entry.get("values", {}):
                 continue
-            one.asked.trial.report(entry["values"][name], entry["step"])
-            if one.asked.trial.should_prune():
+            if self._record.report(one.pending.trial, entry["values"][name], entry["step"]):
                 one.pruned = True
-                progress.stop(self._folder / one.asked.name)
-                log.info("%s: pruned at %s %.4g", one.asked.name, name, entry["values"][name])
+                progress.stop(self._folder / one.pending.name)
+                log.info("%s: pruned at %s %.4g", one.pending.name, name, entry["values"][name])
 
     # Telling
 
-    def _finish(self, asked: Asked, why: Callable[[], str], node: str, pruned: bool = False) -> None:
-        """Tell what became of a trial; `why` says it left no result."""
-        folder = self._folder / asked.name
-        result = Result.find(folder) or Result(reason=why())
-        result.params = asked.params
-        if asked.trial is None:
+    def _finish(self, pending: PendingTrial, result: Result, node: str = "") -> None:
+        """Keep the result of a trial that has ended, and tell Optuna and MLflow."""
+        folder = self._folder / pending.name
+        result.params = pending.params
+        if pending.trial is None:
             result.defaults = self._defaults
+        elif not result.duplicate_of:
+            result.expected = pending.trial.user_attrs.get(EXPECTED, {})
         result.save(folder)
+        self._results[pending.name] = result
         self._engine_s += result.engine_s
-        if not pruned:
+        if result.state is not State.pruned:
             estimated = " (estimated)" if result.estimated else ""
-            log.info("%s: %s%s", asked.name, summary.outcome(result, self._config.objective.metrics), estimated)
-        if asked.node:
-            known = self._study.user_attrs.get(summary.CANARIES, {})
-            value = result.values[0] if result.complete else None
-            self._study.set_user_attr(summary.CANARIES, {**known, asked.node: value})
-            if value is None:
-                log.warning("%s: its canary failed: %s", asked.node, result.reason)
-                self._launcher.set_aside(asked.node)
+            log.info("%s: %s%s", pending.name, summary.outcome(result, self._config.objective.metrics), estimated)
+        if pending.node:
+            if not result.complete:
+                log.warning("%s: its canary failed: %s", pending.node, result.reason)
+                self._launcher.set_aside(pending.node)
             return
-        duplicate = summary.DUPLICATE in result.facts
-        if result.complete and not duplicate:
-            self._note_measured(asked.name, asked.params)
-        with self._transaction():
-            if asked.trial is None:
-                self._record_baseline(result)
-            elif result.complete:
-                self._tell(asked.trial, result)
-            elif pruned:
-                self._study.tell(asked.trial, state=TrialState.PRUNED)
-            else:
-                self._fail(asked.trial, result.reason)
-        if not duplicate:
-            self._count_failures(result, pruned, result.facts.get("node", node))
+        if result.complete and not result.duplicate_of:
+            self._note_measured(pending.name, pending.params)
+        if pending.trial is None:
+            self._record.tell_baseline(result)
+        else:
+            self._record.tell(pending.trial, result)
+        if not result.duplicate_of:
+            self._count_failures(result, result.facts.get("node", node))
         try:
-            self._tracker.log_trial(folder, asked.name, result)
+            self._tracker.log_trial(folder, pending.name, result)
         except TrackingError as error:
             log.warning("%s", error)
 
-    def _transaction(self) -> AbstractContextManager[None]:
-        return storage.transaction(self._study._storage)
-
-    def _record_baseline(self, result: Result) -> None:
-        """Note the baseline; where vLLM's defaults lie within the space, the sampler learns from it, too."""
-        self._study.set_user_attr(summary.BASELINE, {"values": result.values, "reason": result.reason})
-        defaults = self._defaults
-        if result.complete and all(contains(d, defaults[name]) for name, d in self._space.parameters.items()):
-            self._study.add_trial(
-                optuna.trial.create_trial(
-                    params=defaults,
-                    distributions=self._space.parameters,
-                    values=result.values,
-                    user_attrs={summary.BASELINE: True, "metrics": result.metrics},
-                    constraints=result.constraints,
-                )
-            )
-
-    def _tell(self, trial: optuna.Trial, result: Result) -> None:
-        trial.set_user_attr("metrics", result.metrics)
-        tell.measured(self._study, trial, self._config.objective, result)
-
-    def _fail(self, trial: optuna.Trial, reason: str) -> None:
-        trial.set_user_attr("reason", reason)
-        if reason.startswith(StartError.__name__):
-            tell.impossible(self._study, trial, "starts")  # no accident: it would fail again
-        else:
-            self._study.tell(trial, state=TrialState.FAIL)
-
-    def _count_failures(self, result: Result, pruned: bool, node: str) -> None:
+    def _count_failures(self, result: Result, node: str) -> None:
         """Set aside a node on which nothing works. Raises InputError after max_failures trials in a row."""
-        if result.complete or pruned:
+        if result.state in (State.complete, State.pruned):
             self._failed.clear()
             self._failed_on.pop(node, None)
             return
@@ -443,27 +401,21 @@ class Study:
     # Going on after an earlier process
 
     def _resume(self) -> None:
-        """Tell what ended while nobody watched, take up what still runs, ask again for what was lost."""
-        for trial in self._study.get_trials(deepcopy=False):
-            no_cost = {"refused", summary.DUPLICATE} & trial.user_attrs.keys()
-            free = no_cost and not isinstance(self._study.sampler, Grid)
+        """Tell what ended while nobody watched, take up what still runs, ask again for what was interrupted."""
+        self._results = results_in(self._folder)
+        known_s = sum(result.engine_s for result in [*self._results.values(), *canaries_in(self._folder).values()])
+        fresh = not self._record.trials and not self._record.is_grid
+        for name, result in self._results.items():
+            if result.complete and not result.duplicate_of:
+                self._note_measured(name, result.params)
+        for trial in self._record.trials:
             if trial.state.is_finished():
-                if (
-                    trial.state is TrialState.COMPLETE
-                    and not {summary.DUPLICATE, summary.BASELINE} & trial.user_attrs.keys()
-                ):
-                    self._note_measured(f"trial-{trial.number}", trial.params)
-                gone = free or summary.LOST in trial.user_attrs or summary.BASELINE in trial.user_attrs
-                self._count += not gone
+                self._count += self._record.counts(trial)
             elif trial.state is TrialState.RUNNING:
                 self._take_up(trial)
-        missing = self._config.baseline and summary.BASELINE not in self._study.user_attrs
-        if is_complete(self._folder / summary.BASELINE):
-            self._note_measured(summary.BASELINE, {})
-        self._wants_baseline = missing and not self._take_up(None)
-        results = (Result.load(path.parent) for path in self._folder.glob("*/result.json"))
-        self._engine_s = sum(result.engine_s for result in results)
-        fresh = not self._study.trials and not isinstance(self._study.sampler, Grid)
+        if self._config.baseline and not self._record.has_baseline:
+            self._wants_baseline = not self._take_up(None)
+        self._engine_s = known_s  # what was told just now is part of it
         if self._config.warm_start and fresh:
             self._enqueue_warm_start(self._config.warm_start)
         if self._config.prior.backend and fresh:
@@ -471,72 +423,74 @@ class Study:
 
     def _take_up(self, frozen: FrozenTrial | None) -> bool:
         """Whether a trial (the baseline: None) that an earlier process left still runs, or has completed since."""
-        name = f"trial-{frozen.number}" if frozen else summary.BASELINE
-        folder = self._folder / name
-        job = self._launcher.attach(folder)
-        if job or is_complete(folder):
-            trial = optuna.Trial(self._study, frozen._trial_id) if frozen else None
-            asked = Asked(name, dict(frozen.params) if frozen else {}, trial)
-            self._count += trial is not None
-            if job:
-                log.info("%s still runs, and is watched again", name)
-                self._running.append(Running(asked, job, progress.Reader(folder)))
-            else:
-                self._finish(asked, lambda: "", "")
+        name = f"{TRIAL}{frozen.number}" if frozen else BASELINE
+        job = self._launcher.attach(self._folder / name)
+        if not job:
+            return self._settle(frozen)
+        log.info("%s still runs, and is watched again", name)
+        self._running.append(Running(self._pending(frozen), job, progress.Reader(self._folder / name)))
+        self._count += frozen is not None
+        return True
+
+    def _settle(self, frozen: FrozenTrial | None) -> bool:
+        """Tell what a trial that nothing runs any more has measured, or queue it again; whether it has completed."""
+        pending = self._pending(frozen)
+        if is_complete(self._folder / pending.name):
+            self._count += frozen is not None
+            self._finish(pending, Result.load(self._folder / pending.name))
             return True
         if frozen:
-            self._lose(frozen)
-            log.info("%s was lost with the process that ran it, and is asked again", name)
+            self._interrupted(pending, frozen.number)
         return False
 
-    def _lose(self, frozen: FrozenTrial) -> None:
-        """Ask again, once, for what `frozen` was to run, and fail it; it counts for nothing."""
-        sampler = self._study.sampler
-        params = {**frozen.system_attrs.get("fixed_params", {}), **frozen.params}  # enqueued ones are fixed first
-        if isinstance(sampler, Grid) and "grid_id" in frozen.system_attrs:
-            params = sampler.point(frozen)
-        if params and not any(other.user_attrs.get(AGAIN) == frozen.number for other in self._study.trials):
-            self._study.enqueue_trial(params, user_attrs={**frozen.user_attrs, AGAIN: frozen.number})
-        # Not through optuna.Trial, which would have the sampler choose anew.
-        kept = self._study._storage
-        kept.set_trial_user_attr(frozen._trial_id, summary.LOST, True)
-        kept.set_trial_user_attr(frozen._trial_id, "reason", "lost: the process that ran it ended")
-        self._study.tell(frozen.number, state=TrialState.FAIL)
+    def _pending(self, frozen: FrozenTrial | None) -> PendingTrial:
+        if frozen is None:
+            return PendingTrial(BASELINE, {}, None)
+        return PendingTrial(f"{TRIAL}{frozen.number}", dict(frozen.params), self._record.reopen(frozen.number))
+
+    def _interrupted(self, pending: PendingTrial, number: int) -> None:
+        """Mark a trial as interrupted, and queue its parameters again, once; it counts for nothing."""
+        folder = self._folder / pending.name
+        result = Result.find(folder) or Result(reason="the process that ran it ended")
+        result.state, result.params = State.interrupted, pending.params
+        result.save(folder)
+        self._record.queue_again(number)
+        log.info("%s was interrupted; queued again", pending.name)
 
     def _enqueue_warm_start(self, name: str) -> None:
         """Ask first for what another study found best."""
-        found = warm_start.best(name, self._space, self._config.prior.keep)
-        for one in found:
-            self._study.enqueue_trial(one.params, user_attrs={"warm_start": name})
-        log.info("warm_start: the first %d trials are the best of study %s", len(found), name)
+        best = warm_start.best(name, self._record.space, self._config.prior.keep)
+        for result in best:
+            self._record.enqueue(result.params, warm_start=name)
+        log.info("warm_start: the first %d trials are the best of study %s", len(best), name)
 
     def _enqueue_prior(self) -> None:
         """Ask first for what a simulation of this study found best."""
-        expected = prior.best(self._config, self._space)
-        for one in expected:
-            attributes = {summary.EXPECTED: {"values": one.values, "feasible": one.feasible}}
-            self._study.enqueue_trial(one.params, user_attrs=attributes)
+        candidates = prior.best(self._config, self._record.space)
+        for one in candidates:
+            self._record.enqueue(one.params, **{EXPECTED: {"values": one.values, "feasible": one.feasible}})
         simulated = self._config.prior.trials
-        log.info("prior: the first %d trials are the best of %d simulated ones", len(expected), simulated)
+        log.info("prior: the first %d trials are the best of %d simulated ones", len(candidates), simulated)
 
     def _abandon(self) -> None:
-        """End what still runs; on a cluster, too: a study that is stopped leaves no job behind."""
+        """End what still runs, on a cluster, too; keep what has completed meanwhile, queue the rest again."""
         for one in self._running:
             one.job.cancel()
         self._running.clear()
-        for trial in self._study.get_trials(states=[TrialState.RUNNING]):
-            self._lose(trial)
+        for trial in self._record.trials:
+            if trial.state is TrialState.RUNNING:
+                self._settle(trial)
 
 
-def seconds(text: str) -> float:
+def seconds(budget: str) -> float:
     """`90s`, `30m`, `2h`, `1.5d` in seconds. Raises InputError."""
-    found = re.fullmatch(r"([\d.]+)\s*([smhd])", text.strip())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", budget.strip())
     if not found:
-        raise InputError(f"budget={text}: write a duration such as 30m or 2h")
+        raise InputError(f"budget={budget}: write a duration such as 30m or 2h")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
-def written(value: Any) -> str:
+def as_override(value: Any) -> str:
     """A parameter's value as Hydra reads it."""
     if value is None:
         return "null"

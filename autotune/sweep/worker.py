@@ -3,7 +3,6 @@
 imports what trials need, MODULE with the backend among it, and forks for each trial that comes through the socket FD.
 """
 
-import atexit
 import gc
 import importlib
 import logging
@@ -26,7 +25,7 @@ LOG = "trial.log"  # what the process prints
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialSpec:
     """What a launcher runs; its result.json goes to `folder`, which exists."""
 
     config: Config
@@ -35,7 +34,7 @@ class Trial:
     node: str = ""  # where it has to run, on a cluster
 
 
-def run(one: Trial) -> str:
+def run(one: TrialSpec) -> str:
     """Run it; the reason in one line if it did not complete. Its log is `folder`/autotune.log."""
     with log_to(one.folder / "autotune.log"):
         try:
@@ -47,7 +46,7 @@ def run(one: Trial) -> str:
             return f"{type(error).__name__}: {one_line(error)}"
 
 
-def run_job(one: Trial) -> str:
+def run_job(one: TrialSpec) -> str:
     """`run` as the main function of a process."""
     interrupt.install()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -59,14 +58,14 @@ def main() -> None:
     importlib.import_module(module)
     git_revision()  # of what is loaded, and once for all
     gc.freeze()  # what is there need not be looked at, and so copied, in each fork
-    one: Trial = pickle.loads(serve(int(descriptor), float(stop_timeout_s)))
+    one: TrialSpec = pickle.loads(serve(int(descriptor), float(stop_timeout_s)))
     with (one.folder / LOG).open("wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     if reason := run_job(one):
         sys.exit(reason)
     # To take all modules down would cost a fork 0.2 s, in which its worker is idle.
-    atexit._run_exitfuncs()
+    logging.shutdown()
     sys.stdout.flush()
     os._exit(0)
 

@@ -1,0 +1,160 @@
+"""Optuna's record of a study: what was asked, what it was told, what it is to ask again.
+
+Only the sweeping process touches it. What a trial measured is in its folder; the record holds what samplers learn from.
+"""
+
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from autotune.config.schema import ObjectiveConfig
+from autotune.errors import InputError, StartError
+from autotune.measure.result import Result, State
+from autotune.results.study import BASELINE
+from autotune.search.optuna_private import Grid, SingleWriterStorage
+from autotune.search.pruners import watched
+from autotune.search.space import Space, contains
+from autotune.search.tell import tell_infeasible, tell_measured
+
+# User attributes of trials in Optuna's storage.
+LOST = "lost"  # interrupted, and queued again
+AGAIN = "again"  # of a trial that repeats a lost one: its number
+DUPLICATE = "duplicate_of"  # the trial that measured the same configuration before
+EXPECTED = "expected"  # what a simulation said of the trial
+
+
+class Record:
+    """The trials of one study, in Optuna's `storage`."""
+
+    def __init__(self, storage: Any, name: str, space: Space, objective: ObjectiveConfig) -> None:
+        """Open the study `name`, or make it."""
+        self.space = space
+        self.objective = objective
+        self._storage = storage
+        directions: Any = list(objective.directions)
+        self._study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # experimental since Optuna 3.2
+            self._study.set_metric_names(objective.metrics)  # for whoever looks into the storage
+
+    def use(self, sampler: optuna.samplers.BaseSampler, pruner: optuna.pruners.BasePruner) -> None:
+        self._study.sampler, self._study.pruner = sampler, pruner
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether the sampler asks for each point of the space once."""
+        return isinstance(self._study.sampler, Grid)
+
+    @property
+    def watched(self) -> str | None:
+        """What the pruner is told of a trial that runs, as the trial publishes it; None for no pruner."""
+        return watched(self._study.pruner, self.objective)
+
+    @property
+    def has_baseline(self) -> bool:
+        return BASELINE in self._study.user_attrs
+
+    def check_continues(self) -> None:
+        """Raise InputError if trials exist that this space and objective can't go on from."""
+        name, other = self._study.study_name, "write another study=…, or what it was started with"
+        if [direction.name.lower() for direction in self._study.directions] != list(self.objective.directions):
+            raise InputError(f"study={name} exists with another objective; {other}")
+        for trial in self.trials:
+            for parameter, distribution in trial.distributions.items():
+                wanted = self.space.parameters.get(parameter, distribution)
+                if isinstance(wanted, CategoricalDistribution) and wanted != distribution:
+                    raise InputError(f"study={name} exists with other choices for {parameter}; {other}")
+
+    # Asking
+
+    def ask(self, known: Mapping[str, Any]) -> tuple[optuna.Trial, dict[str, Any]]:
+        """The next trial and its parameters; `known` has the values of flags that are not swept."""
+        with self._transaction():
+            trial = self._study.ask()
+            return trial, self.space.suggest(trial, known)
+
+    def enqueue(self, params: Mapping[str, Any], **attributes: Any) -> None:
+        """Ask for `params` before the sampler is asked."""
+        self._study.enqueue_trial(dict(params), user_attrs=attributes)
+
+    def reopen(self, number: int) -> optuna.Trial:
+        """The trial that an earlier process began under this number."""
+        study_id = self._storage.get_study_id_from_name(self._study.study_name)
+        return optuna.Trial(self._study, self._storage.get_trial_id_from_study_id_trial_number(study_id, number))
+
+    def queue_again(self, number: int) -> None:
+        """Fail a trial that was interrupted, so that it counts for nothing, and ask for its parameters once more."""
+        frozen = self.trials[number]
+        params = {**frozen.system_attrs.get("fixed_params", {}), **frozen.params}  # enqueued ones are fixed first
+        if isinstance(self._study.sampler, Grid) and "grid_id" in frozen.system_attrs:
+            params = self._study.sampler.point(frozen)
+        if params and not any(other.user_attrs.get(AGAIN) == number for other in self.trials):
+            self.enqueue(params, **{**frozen.user_attrs, AGAIN: number})
+        study_id = self._storage.get_study_id_from_name(self._study.study_name)
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        # Not through optuna.Trial, which would have the sampler choose anew.
+        self._storage.set_trial_user_attr(trial_id, LOST, True)
+        self._storage.set_trial_user_attr(trial_id, "reason", "interrupted: the process that ran it ended")
+        self._study.tell(number, state=TrialState.FAIL)
+
+    # Telling
+
+    def report(self, trial: optuna.Trial, value: float, step: int) -> bool:
+        """Note what a running trial has published; whether the pruner wants it to end."""
+        trial.report(value, step)
+        return trial.should_prune()
+
+    def tell(self, trial: optuna.Trial, result: Result) -> None:
+        """Tell Optuna how `trial` ended."""
+        with self._transaction():
+            if result.duplicate_of:
+                trial.set_user_attr(DUPLICATE, result.duplicate_of)
+            if result.state is State.complete:
+                trial.set_user_attr("metrics", result.metrics)
+                tell_measured(self._study, trial, self.objective, result)
+            elif result.state is State.refused:
+                trial.set_user_attr("refused", result.reason)
+                tell_infeasible(self._study, trial, "refused")
+            elif result.state is State.pruned:
+                self._study.tell(trial, state=TrialState.PRUNED)
+            else:
+                trial.set_user_attr("reason", result.reason)
+                if result.reason.startswith(StartError.__name__):
+                    tell_infeasible(self._study, trial, "starts")  # no accident: it would fail again
+                else:
+                    self._study.tell(trial, state=TrialState.FAIL)
+
+    def tell_baseline(self, result: Result) -> None:
+        """Note the baseline; where vLLM's defaults lie within the space, the sampler learns from it, too."""
+        defaults = {name: result.defaults.get(name) for name in self.space.parameters}
+        within = all(contains(distribution, defaults[name]) for name, distribution in self.space.parameters.items())
+        with self._transaction():
+            self._study.set_user_attr(BASELINE, {"values": result.values, "reason": result.reason})
+            if result.complete and within:
+                self._study.add_trial(
+                    optuna.trial.create_trial(
+                        params=defaults,
+                        distributions=self.space.parameters,
+                        values=result.values,
+                        user_attrs={BASELINE: True, "metrics": result.metrics},
+                        constraints=result.constraints,
+                    )
+                )
+
+    def counts(self, trial: FrozenTrial) -> bool:
+        """Whether a trial that has ended is one of the study's n_trials."""
+        if {LOST, BASELINE} & trial.user_attrs.keys():
+            return False
+        return self.is_grid or not {"refused", DUPLICATE} & trial.user_attrs.keys()
+
+    def _transaction(self) -> AbstractContextManager[None]:
+        return self._storage.transaction() if isinstance(self._storage, SingleWriterStorage) else nullcontext()
