@@ -27,10 +27,12 @@ import numpy as np
 import psutil
 from null_server import MODEL
 
+from autotune.config.schema import Kind, ScenarioConfig, Stop
 from autotune.data.models import build_shape
 from autotune.data.samples import Samples
 from autotune.live import loadgen_log
 from autotune.live.backend import read_requests
+from autotune.live.messages import RunSpec
 
 ROOT = Path(__file__).parent.parent
 CACHE = Path(os.environ.get("AUTOTUNE_CACHE", Path.home() / ".cache" / "autotune")) / "benchmarks"
@@ -113,26 +115,15 @@ def cpu_s(process: psutil.Process) -> float:
     return total
 
 
-def ours(folder: Path, server: NullServer, requests: int, output_tokens: int, **run: Any) -> list[str]:
+def ours(folder: Path, server: NullServer, requests: int, output_tokens: int, **scenario: Any) -> list[str]:
     """The command that sends `requests` by LoadGen, one for each sample."""
     # Each prompt begins with its own number, by which the server's times are found.
     prompts = [np.arange(number, number + PROMPT, dtype=np.int32) for number in range(requests)]
     samples = Samples("s", "c", prompts, np.full(requests, output_tokens, np.int32), True, folder / "samples.npz")
     samples.save()
-    spec = {
-        **{
-            "folder": str(folder),
-            "url": server.url,
-            "model": MODEL,
-            "kind": "Offline",
-            "qps": 1.0,
-            "ttft_ms": None,
-            "tpot_ms": None,
-        },
-        **{"min_duration_s": 0, "max_duration_s": 0, "min_queries": requests, "max_queries": requests},
-        **{"warmup_requests": 0, "seed": 1, "request_timeout_s": 600, **run},
-    }
-    (folder / "run.json").write_text(json.dumps(spec))
+    common = {"name": "s", "kind": Kind.Offline, "min_duration_s": 0.0, "warmup_requests": 0, "stop": Stop.never}
+    asked = ScenarioConfig(**{**common, "min_queries": requests, "max_queries": requests, **scenario})
+    RunSpec(folder, server.url, MODEL, asked, 600.0, has_metrics=False).save(folder / "run.json")
     return [sys.executable, "-m", "autotune.live.loadgen", str(samples.path), str(folder)]
 
 
@@ -215,7 +206,7 @@ def latency(qps: float = 500.0, seconds: float = 20.0) -> bool:
         folder = Path(scratch)
         limits = {"ttft_ms": 500.0, "tpot_ms": 30.0}
         command = ours(
-            folder, server, queries, 4, kind="Server", qps=qps, min_duration_s=seconds, warmup_requests=16, **limits
+            folder, server, queries, 4, kind=Kind.Server, qps=qps, min_duration_s=seconds, warmup_requests=16, **limits
         )
         client(command, folder, lambda _: None)
         report = json.loads((folder / "client.json").read_text())

@@ -8,25 +8,26 @@ from pathlib import Path
 import pytest
 
 from autotune.config.schema import Kind, ScenarioConfig
+from autotune.live.messages import RunSpec
 from autotune.measure.arrivals import issues
 
 # Answers each query at once and writes down when LoadGen issued which sample.
 NULL_SUT = """
-import json, sys, time, dataclasses
+import json, sys, time
 import mlperf_loadgen as lg
-from autotune.live.loadgen import Sut, settings, start_test
-from autotune.live.messages import Run
+from autotune.live.loadgen import settings, start_test
+from autotune.live.messages import RunSpec
 from pathlib import Path
-run, samples, folder = Run(**json.loads(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
+scenario, samples, folder = RunSpec.load(Path(sys.argv[1])).scenario, int(sys.argv[2]), Path(sys.argv[3])
 seen = []
 class Null:
     def issue(self, queries):
         seen.extend((time.perf_counter(), query.index) for query in queries)
-        if run.kind != "Offline":
+        if scenario.kind.value != "Offline":
             lg.FirstTokenComplete([lg.QuerySampleResponse(query.id, 0, 0) for query in queries])
         lg.QuerySamplesComplete([lg.QuerySampleResponse(query.id, 0, 0, 2) for query in queries])
     def flush(self): pass
-start_test(Null(), settings(run), samples, folder)
+start_test(Null(), settings(scenario), samples, folder)
 print(json.dumps(seen))
 """
 
@@ -35,12 +36,9 @@ print(json.dumps(seen))
 @pytest.mark.parametrize("samples", [7, 64])
 def test_arrivals_are_those_of_loadgen(kind: Kind, samples: int, tmp_path: Path):
     scenario = ScenarioConfig(name="s", kind=kind, qps=100.0, min_duration_s=0.5, min_queries=40, seed=3)
-    run = {
-        **{"url": "", "model": "", "kind": kind.value, "ttft_ms": None, "tpot_ms": None, "request_timeout_s": 1.0},
-        **{"qps": 100.0, "min_duration_s": 0.5, "max_duration_s": 0.0, "min_queries": 40, "max_queries": 0},
-        **{"warmup_requests": 0, "seed": 3, "folder": str(tmp_path), "stop": "never", "over_share": None, "total": 0},
-    }
-    command = [sys.executable, "-c", NULL_SUT, json.dumps(run), str(samples), str(tmp_path)]
+    file = tmp_path / "run.json"
+    RunSpec(tmp_path, "", "", scenario, request_timeout_s=1.0).save(file)
+    command = [sys.executable, "-c", NULL_SUT, str(file), str(samples), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     seen = json.loads(done.stdout)
     expected = [issue for issue, _ in zip(issues(scenario, samples), seen, strict=False)]

@@ -1,11 +1,10 @@
-"""The rules that name a server's bottleneck, and what they read of vLLM's /metrics."""
+"""The rules that name a server's bottleneck, and the figures of its state."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from autotune.live import metrics_page
 from autotune.measure import bottleneck
 from autotune.measure.bottleneck import ServerState
 
@@ -13,32 +12,6 @@ FLAGS = {"max_num_seqs": 64, "max_num_batched_tokens": 2048}
 IDLE = ServerState(0, 10, 0, 0.2, 0, 0, 0, 0, 0, 0)
 # Each moment is ten steps of 500 tokens after the last.
 BUSY = [replace(IDLE, time_s=i, waiting=5, steps=10 * i, step_tokens=5000 * i) for i in range(10)]
-
-PAGE = """# HELP vllm:num_requests_running Number of requests in model execution batches.
-# TYPE vllm:num_requests_running gauge
-vllm:num_requests_running{engine="0",model_name="m"} 3.0
-vllm:num_requests_running{engine="1",model_name="m"} 4.0
-vllm:num_requests_waiting{engine="0",model_name="m"} 1.0
-vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
-vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.5
-vllm:num_preemptions_total{engine="0",model_name="m"} 2.0
-vllm:num_preemptions_created{engine="0",model_name="m"} 1.7e+09
-vllm:prefix_cache_hits_total{engine="0",model_name="m"} 16.0
-vllm:prompt_tokens_total{engine="0",model_name="m"} 1.5e+02
-vllm:generation_tokens_total{engine="0",model_name="m"} 40.0
-vllm:iteration_tokens_total_bucket{engine="0",le="1.0",model_name="m"} 1.0
-vllm:iteration_tokens_total_count{engine="0",model_name="m"} 20.0
-vllm:iteration_tokens_total_sum{engine="0",model_name="m"} 190.0
-"""
-
-
-def test_page_is_read_over_all_engines(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(metrics_page, "read", lambda url: PAGE)
-    assert metrics_page.state("", 1.5) == ServerState(1.5, 7, 1, 0.5, 2, 16, 150, 40, 20, 190)
-
-
-def test_server_that_does_not_answer_has_no_state():
-    assert metrics_page.state("http://127.0.0.1:9", 0.0) is None
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,14 @@ import pytest
 from autotune.config.schema import LiveConfig
 from autotune.errors import InputError
 from autotune.live.backend import LiveBackend
-from autotune.live.installed_vllm import MANAGED, Flag, Probe, Vllm, installed, probe
+from autotune.live.installed_vllm import MANAGED, Flag, InstalledVllm, Probe, find_vllm, open_probe
 
 
 def flag(choices: list[Any] | None = None, negatable: bool = False, takes_value: bool = True) -> Flag:
     return Flag(None, choices, negatable, takes_value)
 
 
-VLLM = Vllm(
+VLLM = InstalledVllm(
     python="python",
     version="1.0",
     torch="2.0",
@@ -75,14 +75,14 @@ def test_flag_that_autotune_sets_is_refused(name: str):
 
 def test_installed_vllm_is_read_once_and_then_cached():
     cache = Path.home() / ".cache/autotune"
-    found = installed(sys.executable, (), cache)
-    assert found is installed(sys.executable, (), cache)
-    assert found.flags["enable_prefix_caching"].negatable
-    assert "fp8" in (found.flags["kv_cache_dtype"].choices or [])
+    vllm = find_vllm(sys.executable, (), cache)
+    assert vllm is find_vllm(sys.executable, (), cache)
+    assert vllm.flags["enable_prefix_caching"].negatable
+    assert "fp8" in (vllm.flags["kv_cache_dtype"].choices or [])
 
 
 def test_interpreter_that_ended_is_said_not_to_answer():
-    ended = Probe("/bin/true", {})
+    ended = Probe("/bin/true")
     time.sleep(0.5)
     with pytest.raises(InputError, match="vLLM does not answer"):
         ended.ask("flags")
@@ -90,7 +90,7 @@ def test_interpreter_that_ended_is_said_not_to_answer():
 
 def test_interpreter_without_vllm_says_what_to_do(tmp_path: Path):
     with pytest.raises(InputError, match=r"no usable vLLM for /usr/bin/python3 \(vllm is not installed\); run `make"):
-        installed("/usr/bin/python3", (), tmp_path)
+        find_vllm("/usr/bin/python3", (), tmp_path)
 
 
 def test_interpreter_for_dry_runs_opens_without_waiting_for_its_import():
@@ -99,6 +99,6 @@ def test_interpreter_for_dry_runs_opens_without_waiting_for_its_import():
     began = time.monotonic()
     backend.prepare_dry_runs()
     assert time.monotonic() - began < 2
-    opened = probe.cache_info().misses
-    probe(backend.vllm.python, tuple(env.items()))
-    assert probe.cache_info().misses == opened
+    opened = open_probe.cache_info().misses
+    open_probe(backend.vllm.python, tuple(env.items()))
+    assert open_probe.cache_info().misses == opened

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,9 +16,11 @@ import numpy as np
 import psutil
 import pytest
 
+from autotune.config.schema import Kind, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.live import loadgen_log
 from autotune.live.backend import read_requests
+from autotune.live.messages import RunSpec
 from autotune.measure import metrics
 
 TOKENS = 4
@@ -90,34 +93,20 @@ def url() -> Iterator[str]:
 
 
 def start(
-    folder: Path, url: str, kind: str, firsts: list[int], lengths: list[int] | None = None, **settings: Any
+    folder: Path, url: str, kind: Kind, firsts: list[int], lengths: list[int] | None = None, **settings: Any
 ) -> "subprocess.Popen[str]":
-    """LoadGen over one sample for each of `firsts`, its prompt's first token."""
+    """LoadGen over a sample for each of `firsts`, its prompt's first token; `settings`: of a RunSpec or a scenario."""
     prompts = [np.array([first, 7], dtype=np.int32) for first in firsts]
     samples = folder / "samples.npz"
     output_tokens = np.array(lengths or [TOKENS] * len(firsts), dtype=np.int32)
     Samples("s", "c", prompts, output_tokens, settings.pop("ignore_eos", True), samples).save()
-    spec = {
-        "folder": str(folder),
-        "url": url,
-        "model": "m",
-        "kind": kind,
-        "qps": 200,
-        "ttft_ms": 2000,
-        "tpot_ms": 100,
-        "min_duration_s": 0,
-        "max_duration_s": 0,
-        "min_queries": 20,
-        "max_queries": 0,
-        "warmup_requests": 0,
-        "seed": 1,
-        "stop": "failed",
-        "over_share": None,
-        "total": 0,  # too few for the test of the limits: never stopped
-        "request_timeout_s": 10,
-        **settings,
-    }
-    (folder / "run.json").write_text(json.dumps(spec))
+    names = {field.name for field in fields(RunSpec)}
+    scenario = {name: value for name, value in settings.items() if name not in names}
+    spec = {"request_timeout_s": 10.0} | {name: value for name, value in settings.items() if name in names}
+    # Without a total no run is long enough for the test of its limits, and none is stopped.
+    common = {"qps": 200.0, "ttft_ms": 2000.0, "tpot_ms": 100.0, "min_duration_s": 0.0, "min_queries": 20}
+    asked = ScenarioConfig(**{"name": "s", "kind": kind, **common, "warmup_requests": 0, **scenario})
+    RunSpec(folder, url, "m", asked, **spec).save(folder / "run.json")
     command = [sys.executable, "-m", "autotune.live.loadgen", str(samples), str(folder)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -138,8 +127,8 @@ def clients_of(process: "subprocess.Popen[str]", folder: Path) -> list[psutil.Pr
     return psutil.Process(process.pid).children()
 
 
-@pytest.mark.parametrize("kind", ["Offline", "Server", "SingleStream"])
-def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: str):
+@pytest.mark.parametrize("kind", list(Kind))
+def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: Kind):
     enough = 64  # SingleStream's early stopping at p90 needs as many
     done = run(tmp_path, url, kind, [OK] * 30, min_queries=enough)
     assert done.returncode == 0, done.stderr
@@ -148,9 +137,10 @@ def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: str)
     assert all(r.output_tokens == TOKENS and r.issued <= r.first_token <= r.last_token for r in requests)
     log = loadgen_log.read(tmp_path / "mlperf_log_detail.txt")
     assert {"tokens_per_s", "samples_per_s"} <= log.figures.keys()
-    assert ("ttft_p99_ms" in log.figures) == (kind != "Offline")
-    assert log.verdict == ("INVALID" if kind == "Server" else "VALID")
-    assert log.reasons == (["early stopping: too few queries for p99, or too many over the limit"] * (kind == "Server"))
+    assert ("ttft_p99_ms" in log.figures) == (kind is not Kind.Offline)
+    assert log.verdict == ("INVALID" if kind is Kind.Server else "VALID")
+    too_few = ["early stopping: too few queries for p99, or too many over the limit"]
+    assert log.reasons == (too_few if kind is Kind.Server else [])
 
 
 @pytest.mark.parametrize(
@@ -164,7 +154,7 @@ def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: str)
     ids=["refused", "cut", "reset", "silent"],
 )
 def test_failed_requests_are_counted_and_the_run_ends(tmp_path: Path, url: str, first: int, words: str):
-    done = run(tmp_path, url, "Server", [OK, first], request_timeout_s=0.5)
+    done = run(tmp_path, url, Kind.Server, [OK, first], request_timeout_s=0.5)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "client.json").read_text())
     assert report["failed"] > 0 and len(report["errors"]) <= 5
@@ -173,12 +163,12 @@ def test_failed_requests_are_counted_and_the_run_ends(tmp_path: Path, url: str, 
 
 
 def test_failing_warmup_ends_the_run_in_one_line(tmp_path: Path, url: str):
-    done = run(tmp_path, url, "Offline", [REFUSED], warmup_requests=2)
+    done = run(tmp_path, url, Kind.Offline, [REFUSED], warmup_requests=2)
     assert done.returncode == 1 and done.stderr.startswith("vLLM answered 500") and done.stderr.count("\n") == 1
 
 
 def test_latencies_are_what_the_server_took(tmp_path: Path, url: str):
-    done = run(tmp_path, url, "SingleStream", [SLOW], lengths=[6], min_queries=3)
+    done = run(tmp_path, url, Kind.SingleStream, [SLOW], lengths=[6], min_queries=3)
     assert done.returncode == 0, done.stderr
     requests = read_requests(tmp_path / "requests.csv")
     for request in requests:
@@ -193,7 +183,7 @@ def test_latencies_are_what_the_server_took(tmp_path: Path, url: str):
 
 def test_tokens_are_counted_for_each_sample_on_its_own(tmp_path: Path, url: str):
     lengths = [2, 3, 9]
-    done = run(tmp_path, url, "Offline", [OK] * 3, lengths)
+    done = run(tmp_path, url, Kind.Offline, [OK] * 3, lengths)
     assert done.returncode == 0, done.stderr
     requests = read_requests(tmp_path / "requests.csv")
     assert {request.sample for request in requests} == {0, 1, 2}
@@ -206,7 +196,7 @@ def test_tokens_are_counted_for_each_sample_on_its_own(tmp_path: Path, url: str)
 @pytest.mark.parametrize("ignore_eos", [True, False], ids=["reference", "natural"])
 def test_request_asks_for_the_sample_and_its_length(tmp_path: Path, url: str, ignore_eos: bool):
     Streaming.received.clear()
-    run(tmp_path, url, "SingleStream", [OK], ignore_eos=ignore_eos, min_queries=1)
+    run(tmp_path, url, Kind.SingleStream, [OK], ignore_eos=ignore_eos, min_queries=1)
     exactly = {"min_tokens": TOKENS, "ignore_eos": True} if ignore_eos else {}
     assert (
         "/v1/completions",
@@ -224,7 +214,7 @@ def test_request_asks_for_the_sample_and_its_length(tmp_path: Path, url: str, ig
 
 def test_caches_are_reset_between_warmup_and_run(tmp_path: Path, url: str):
     Streaming.received.clear()
-    run(tmp_path, url, "SingleStream", [OK], warmup_requests=3, min_queries=4)
+    run(tmp_path, url, Kind.SingleStream, [OK], warmup_requests=3, min_queries=4)
     paths = [path for path, _ in Streaming.received]
     rounds = [paths[at : at + 4] for at in range(0, 4 * paths.count("/reset_prefix_cache"), 4)]
     assert rounds == [["/v1/completions"] * 3 + ["/reset_prefix_cache"]] * len(rounds)
@@ -233,18 +223,18 @@ def test_caches_are_reset_between_warmup_and_run(tmp_path: Path, url: str):
 
 def test_warmup_goes_on_until_it_gets_no_faster(tmp_path: Path, url: str):
     Streaming.received.clear()
-    run(tmp_path, url, "SingleStream", [COLD], warmup_requests=3, min_queries=4)
+    run(tmp_path, url, Kind.SingleStream, [COLD], warmup_requests=3, min_queries=4)
     assert [path for path, _ in Streaming.received].count("/reset_prefix_cache") >= 3
 
 
 def test_server_that_is_warm_is_asked_for_one_round(tmp_path: Path, url: str):
     Streaming.received.clear()
-    run(tmp_path, url, "SingleStream", [COLD], warmup_requests=3, warmup_rounds=1, min_queries=4)
+    run(tmp_path, url, Kind.SingleStream, [COLD], warmup_requests=3, warmup_rounds=1, min_queries=4)
     assert [path for path, _ in Streaming.received].count("/reset_prefix_cache") == 1
 
 
 def test_run_that_can_pass_no_more_is_stopped(tmp_path: Path, url: str):
-    done = run(tmp_path, url, "Server", [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=500, total=500)
+    done = run(tmp_path, url, Kind.Server, [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=500, total=500)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "client.json").read_text())
     assert report["stopped"]
@@ -253,19 +243,19 @@ def test_run_that_can_pass_no_more_is_stopped(tmp_path: Path, url: str):
 
 def test_error_of_our_own_ends_the_process_though_loadgens_thread_goes_on(tmp_path: Path, url: str):
     (tmp_path / "requests.csv").mkdir()
-    done = run(tmp_path, url, "Server", [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=10_000, total=500)
+    done = run(tmp_path, url, Kind.Server, [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=10_000, total=500)
     assert done.returncode == 1 and "IsADirectoryError" in done.stderr
 
 
 def test_broken_limit_makes_the_run_invalid(tmp_path: Path, url: str):
-    done = run(tmp_path, url, "Server", [SLOW], ttft_ms=TTFT_S * 1e3 / 2)
+    done = run(tmp_path, url, Kind.Server, [SLOW], ttft_ms=TTFT_S * 1e3 / 2)
     assert done.returncode == 0, done.stderr
     log = loadgen_log.read(tmp_path / "mlperf_log_detail.txt")
     assert log.verdict == "INVALID" and "p99 of TTFT or TPOT is over its limit" in log.reasons
 
 
-@pytest.mark.parametrize("kind", ["Offline", "Server"])
-def test_client_processes_share_the_requests(tmp_path: Path, url: str, kind: str):
+@pytest.mark.parametrize("kind", [Kind.Offline, Kind.Server])
+def test_client_processes_share_the_requests(tmp_path: Path, url: str, kind: Kind):
     done = run(tmp_path, url, kind, [OK] * 30, min_queries=64, client_processes=3, warmup_requests=4)
     assert done.returncode == 0, done.stderr
     assert len(read_requests(tmp_path / "requests.csv")) >= 64
@@ -275,7 +265,7 @@ def test_client_processes_share_the_requests(tmp_path: Path, url: str, kind: str
 
 
 def test_run_audits_its_client(tmp_path: Path, url: str):
-    done = run(tmp_path, url, "Server", [SLOW], qps=50)
+    done = run(tmp_path, url, Kind.Server, [SLOW], qps=50)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "client.json").read_text())
     figures = report["figures"]
@@ -287,7 +277,7 @@ def test_run_audits_its_client(tmp_path: Path, url: str):
 
 
 def test_client_that_stands_still_is_the_reason(tmp_path: Path, url: str):
-    process = start(tmp_path, url, "Server", [OK], qps=50, min_queries=100, ttft_ms=1000, client_ttft_share=0.1)
+    process = start(tmp_path, url, Kind.Server, [OK], qps=50, min_queries=100, ttft_ms=1000, client_ttft_share=0.1)
     (client,) = clients_of(process, tmp_path)
     client.suspend()
     time.sleep(0.5)
@@ -300,14 +290,14 @@ def test_client_that_stands_still_is_the_reason(tmp_path: Path, url: str):
 
 
 def test_client_process_that_dies_ends_the_run(tmp_path: Path, url: str):
-    process = start(tmp_path, url, "Server", [OK], qps=50, min_queries=1000, client_processes=2)
+    process = start(tmp_path, url, Kind.Server, [OK], qps=50, min_queries=1000, client_processes=2)
     clients_of(process, tmp_path)[0].kill()
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 1 and errors == "a client process ended in mid-run\n"
 
 
 def test_client_processes_die_with_loadgen(tmp_path: Path, url: str):
-    process = start(tmp_path, url, "Server", [SILENT], qps=50, min_queries=1000, client_processes=2)
+    process = start(tmp_path, url, Kind.Server, [SILENT], qps=50, min_queries=1000, client_processes=2)
     clients = clients_of(process, tmp_path)
     process.kill()
     process.communicate(timeout=10)

@@ -1,4 +1,4 @@
-"""What `serve` makes of a vLLM that ends, hangs, or is not the server that answers; here a few lines stand for vLLM."""
+"""`serve` with a vLLM that ends, hangs, or is not the server that answers; a few lines stand for vLLM here."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ import pytest
 from autotune.config.schema import LiveConfig
 from autotune.data.models import Model
 from autotune.errors import MeasureError, StartError
-from autotune.live.installed_vllm import Vllm
+from autotune.live.installed_vllm import InstalledVllm
 from autotune.live.server import serve
 
 ENDS = "import sys; print('ValueError: no memory'); sys.exit(3)"
@@ -44,7 +44,7 @@ def nothing_left() -> Iterator[None]:
 
 
 def start(folder: Path, code: str, **settings: object):
-    vllm = Vllm(sys.executable, "1.0", "2.0", ["-c", code], {})
+    vllm = InstalledVllm(sys.executable, "1.0", "2.0", ["-c", code], {})
     config = LiveConfig(**{"start_timeout_s": 20.0, "stop_timeout_s": 1.0, **settings})
     return serve(config, vllm, Model("the/model", "main", folder), {"max_num_seqs": 8}, folder)
 
@@ -119,7 +119,7 @@ def test_two_servers_have_ports_and_names_of_their_own(tmp_path: Path):
 
 
 def test_secrets_stay_out_of_the_command_that_is_written_down(tmp_path: Path):
-    vllm = Vllm(sys.executable, "1.0", "2.0", ["-c", "pass"], {})
+    vllm = InstalledVllm(sys.executable, "1.0", "2.0", ["-c", "pass"], {})
     config = LiveConfig(env={"HF_TOKEN": "hidden"}, stop_timeout_s=1.0)
     args = {"kv_transfer_config": {"api_key": "hidden"}, "max_num_seqs": 8}
     with pytest.raises(StartError), serve(config, vllm, Model("m", None, tmp_path), args, tmp_path):

@@ -1,4 +1,4 @@
-"""The live backend: a fresh vLLM server for each trial, LoadGen runs against it."""
+"""The live backend: a fresh vLLM server for each trial, and LoadGen runs against it."""
 
 import csv
 import importlib.metadata
@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,16 +19,16 @@ from autotune.config.schema import Kind, LiveConfig, ScenarioConfig, Stop
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
-from autotune.live import audit, gpu, installed_vllm, loadgen_log, metrics_page
+from autotune.live import audit, gpu, loadgen_log, metrics_page
 from autotune.live.gpu import Gpus, GpuState
-from autotune.live.messages import ClientReport, Run
+from autotune.live.installed_vllm import find_vllm
+from autotune.live.messages import WARMUP_ROUNDS, ClientReport, RunSpec
 from autotune.live.server import Server, serve
 from autotune.measure import progress
 from autotune.measure.arrivals import issues
 from autotune.measure.backend import DryRunOutcome, Measurement, RequestTiming
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
-from autotune.system.files import write_whole
 from autotune.system.host import hardware
 from autotune.system.leases import Lease
 from autotune.system.process import GuardedProcess
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 S = TypeVar("S", ServerState, GpuState)
 
 POLL_S = 0.1
-IDLE_S = 60.0  # most that requests of a run that was stopped may go on for
+IDLE_S = 60.0  # for which requests of a stopped run may go on, at most
 
 
 class LiveBackend:
@@ -47,18 +47,16 @@ class LiveBackend:
 
     def __init__(self, config: LiveConfig, cache_dir: Path) -> None:
         self.config = config
-        self._cache_dir = cache_dir
-        self._env = tuple(sorted(config.env.items()))
-        self.vllm = installed_vllm.installed(config.python or sys.executable, self._env, cache_dir)
+        self.vllm = find_vllm(config.python or sys.executable, tuple(sorted(config.env.items())), cache_dir)
 
     def check(self, args: Mapping[str, Any]) -> None:
         self.vllm.check(args)
 
     def prepare_dry_runs(self) -> None:
-        installed_vllm.probe(self.vllm.python, self._env)  # imports vLLM
+        self.vllm.probe()
 
     def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
-        return installed_vllm.dry_run(self.vllm, self._env, model.folder, args, self._cache_dir)
+        return self.vllm.dry_run(model.folder, args)
 
     @contextmanager
     def start(
@@ -69,8 +67,11 @@ class LiveBackend:
         with LoadGen(samples, folder) as loadgen:
             gpus = gpus_of(lease, args)
             if others := gpus.others():
-                log.warning("not alone on %s: what is measured depends on what they do", others)
+                log.warning("other processes on %s: they change what is measured", others)
             with serve(self.config, self.vllm, model, args, folder, lease) as server:
+                has_metrics = not args.get("disable_log_stats")
+                if has_metrics:
+                    metrics_page.check(server.url)
                 facts = self._facts() | ({"gpu_shared_with": others} if others else {})
                 yield LiveEngine(
                     server=server,
@@ -82,6 +83,7 @@ class LiveBackend:
                     start=server.start,
                     loadgen=loadgen,
                     folder=folder,
+                    has_metrics=has_metrics,
                 )
 
     def _facts(self) -> dict[str, str]:
@@ -89,18 +91,19 @@ class LiveBackend:
         return {"vllm": self.vllm.version, "torch": self.vllm.torch, "loadgen": loadgen, **hardware()}
 
     def command(self, model: Model, args: Mapping[str, Any]) -> list[str]:
-        """What a user types to serve the same configuration."""
+        """`vllm serve …` as a user types it for the same configuration."""
         revision = ["--revision", model.revision] if model.revision else []
         return ["vllm", "serve", model.path, *revision, *self.vllm.command_line(redact(args))]
 
 
 def gpus_of(lease: Lease | None, args: Mapping[str, Any]) -> Gpus:
+    """The GPUs that a server with vLLM's flags `args` takes."""
     count = vllm_flags.gpus(args)
     return Gpus(count, ",".join(map(str, lease.gpus))) if lease else Gpus(count)
 
 
 class LoadGen(GuardedProcess):
-    """LoadGen's process: gets the samples ready, then waits for run.json in `folder`."""
+    """LoadGen's process: it prepares the requests of `samples`, then waits for run.json in `folder`."""
 
     def __init__(self, samples: Samples, folder: Path) -> None:
         self.folder = folder
@@ -108,10 +111,10 @@ class LoadGen(GuardedProcess):
         command = [sys.executable, "-m", "autotune.live.loadgen", str(samples.path.resolve()), str(folder)]
         super().__init__(command, folder / "loadgen.log", {}, stop_timeout_s=1.0)
 
-    def begin(self, run: Run) -> None:
-        write_whole(self.folder / "run.json", json.dumps(asdict(run), indent=1))
+    def begin(self, spec: RunSpec) -> None:
+        spec.save(self.folder / "run.json")
 
-    def last_words(self) -> str:
+    def last_line(self) -> str:
         lines = (self.folder / "loadgen.log").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"see {self.folder / 'loadgen.log'}"
 
@@ -127,82 +130,76 @@ class LiveEngine:
     facts: dict[str, str]
     command: list[str]
     start: dict[str, float]
-    loadgen: LoadGen | None  # one that is ready, for the first run
+    loadgen: LoadGen | None  # that has prepared its requests, for the first run
     folder: Path  # the trial's
+    has_metrics: bool  # vLLM's; false with its disable_log_stats
     estimated: bool = False
 
     def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:
         ready, self.loadgen = self.loadgen, None
         with ready or LoadGen(self.samples, folder) as loadgen:
-            if not ready:
+            if not ready and self.has_metrics:
                 self._await_idle()
-            run = self._run(scenario, folder, first=ready is not None)
-            states, gpu_states = self._watch(loadgen, run)
-        return self._measured(run, scenario, states, gpu_states)
+            spec = self._spec(scenario, folder, first=ready is not None)
+            states, gpu_states = self._watch(loadgen, spec)
+        return self._measured(spec, states, gpu_states)
 
-    def _run(self, scenario: ScenarioConfig, folder: Path, first: bool) -> Run:
+    def _spec(self, scenario: ScenarioConfig, folder: Path, first: bool) -> RunSpec:
         total = 0
         if scenario.kind is Kind.Server:
             total = sum(1 for _ in issues(scenario, len(self.samples)))
             total = min(total, scenario.max_queries or total)
-        # With a longest duration the run may end with fewer queries, of which fewer may be over a limit.
+        # max_duration_s may end the run with fewer queries than `total`, of which fewer may be over a limit: that it
+        # passes is never certain before its end.
         cut = scenario.stop is Stop.decided and scenario.max_duration_s > 0
-        return Run(
-            folder=str(folder),
+        return RunSpec(
+            folder=folder,
             url=self.server.url,
             model=self.server.model,
-            kind=scenario.kind.value,
-            qps=scenario.qps,
-            ttft_ms=scenario.ttft_ms,
-            tpot_ms=scenario.tpot_ms,
-            min_duration_s=scenario.min_duration_s,
-            max_duration_s=scenario.max_duration_s,
-            min_queries=scenario.min_queries,
-            max_queries=scenario.max_queries,
-            warmup_requests=scenario.warmup_requests,
-            warmup_rounds=Run.warmup_rounds if first else 1,  # later the connections alone are new
-            seed=scenario.seed,
-            stop=(Stop.failed if cut else scenario.stop).value,
-            over_share=scenario.over_share,
+            scenario=replace(scenario, stop=Stop.failed if cut else scenario.stop, args={}),  # flags may hold secrets
             request_timeout_s=self.config.request_timeout_s,
             client_processes=self.config.client_processes or max(1, min(8, len(os.sched_getaffinity(0)) // 16)),
             client_cpu_limit=self.config.client_cpu_limit,
             client_ttft_share=audit.ttft_share(self.config),
+            warmup_rounds=WARMUP_ROUNDS if first else 1,  # later only the connections are new
             total=total,
+            has_metrics=self.has_metrics,
         )
 
     def _await_idle(self) -> None:
-        """A run that was stopped leaves requests behind, which vLLM drops when it notices."""
+        """Wait until vLLM has dropped the requests that a stopped run left behind. Raises MeasureError after IDLE_S."""
         deadline = time.monotonic() + IDLE_S
         while (state := metrics_page.state(self.server.url, 0.0)) is None or state.running + state.waiting > 0:
             self._check(deadline, f"vLLM still had requests of the last run after {IDLE_S:.0f} s")
             time.sleep(POLL_S)
 
-    def _watch(self, loadgen: LoadGen, run: Run) -> tuple[list[ServerState], list[GpuState]]:
-        """Let LoadGen make `run`, and look at the server and its GPUs meanwhile, on time.perf_counter's clock.
+    def _watch(self, loadgen: LoadGen, spec: RunSpec) -> tuple[list[ServerState], list[GpuState]]:
+        """Let LoadGen make the run, and observe the server and its GPUs meanwhile, on time.perf_counter's clock.
 
-        Raises MeasureError if the server ends, LoadGen does, or it takes longer than run_timeout_s.
+        Raises MeasureError if the server ends, LoadGen fails, the run takes longer than run_timeout_s, or a metric of
+        vLLM's is missing.
         """
-        loadgen.begin(run)
-        if run.folder == str(self.folder):
+        loadgen.begin(spec)
+        if spec.folder == self.folder:
             progress.phase(self.folder, "run")
         states: list[ServerState] = []
         gpu_states: list[GpuState] = []
         deadline = time.monotonic() + self.config.run_timeout_s
-        code, next_look = None, 0.0
+        code, next_s = None, 0.0
         while code is None:
             code = loadgen.wait(POLL_S)
             self._check(
                 deadline, f"LoadGen had not finished after backend.run_timeout_s={self.config.run_timeout_s:.0f}"
             )
-            if code is not None or time.monotonic() >= next_look:
-                next_look = time.monotonic() + self.config.observe_s
+            if code is not None or time.monotonic() >= next_s:
+                next_s = time.monotonic() + self.config.observe_s
                 now = time.perf_counter()
-                states += [state for state in [metrics_page.state(self.server.url, now)] if state]
+                if self.has_metrics and (state := metrics_page.state(self.server.url, now)):
+                    states.append(state)
                 gpu_states += self.gpus.read(now)
         if code:
             self.server.check_alive()
-            raise MeasureError(f"LoadGen's process ended with exit code {code}: {loadgen.last_words()}")
+            raise MeasureError(f"LoadGen's process ended with exit code {code}: {loadgen.last_line()}")
         return states, gpu_states
 
     def _check(self, deadline: float, too_late: str) -> None:
@@ -211,22 +208,20 @@ class LiveEngine:
         if time.monotonic() > deadline:
             raise MeasureError(too_late)
 
-    def _measured(
-        self, run: Run, scenario: ScenarioConfig, states: list[ServerState], gpu_states: list[GpuState]
-    ) -> Measurement:
-        """What the run's files show. Raises MeasureError if no request was answered."""
-        folder = Path(run.folder)
+    def _measured(self, spec: RunSpec, states: list[ServerState], gpu_states: list[GpuState]) -> Measurement:
+        """Read the run's files and judge it. Raises MeasureError if every request failed."""
+        folder, scenario = spec.folder, spec.scenario
         client = ClientReport(**json.loads((folder / "client.json").read_text()))
         requests = read_requests(folder / "requests.csv")
-        total = run.total if client.stopped else len(requests) + client.failed
+        total = spec.total if client.stopped else len(requests) + client.failed
         if not requests:
             raise MeasureError(f"every request failed: {client.errors[0]}")
         reasons = watched(requests, total, scenario).reasons()
         verdict = "INVALID" if reasons else "VALID"
-        found: dict[str, float] = {}
+        loadgen_figures: dict[str, float] = {}
         if not client.stopped:
             loadgen = loadgen_log.read(folder / "mlperf_log_detail.txt")
-            found = loadgen.figures
+            loadgen_figures = loadgen.figures
             if scenario.over_share is None:
                 verdict, reasons = loadgen.verdict, list(loadgen.reasons)
         if client.reasons:
@@ -247,7 +242,7 @@ class LiveEngine:
             total=total,
             verdict=verdict,
             reasons=reasons,
-            loadgen=found,
+            loadgen=loadgen_figures,
             phases={"warmup": client.warmup_s, "run": client.run_s},
             server=states,
             figures=figures,
@@ -256,11 +251,12 @@ class LiveEngine:
 
 
 def since(began: float, states: list[S]) -> list[S]:
-    """Those after `began`, with their times from it on."""
+    """The states from `began` on, with their times counted from it."""
     return [replace(state, time_s=state.time_s - began) for state in states if state.time_s >= began]
 
 
 def read_requests(path: Path) -> list[RequestTiming]:
+    """The requests in requests.csv at `path`."""
     with path.open(newline="") as file:
         return [
             RequestTiming(

@@ -1,7 +1,7 @@
-"""Processes that send LoadGen's queries, and what passes between them and LoadGen's own: records of fixed size.
+"""Client processes, which send LoadGen's queries, and the records of fixed size between them and LoadGen's process.
 
-One process would do for the rates of most servers; several keep each one's event loop short. They are copies of the
-process that makes them, so that all share the requests' memory, and they end with it.
+One process would do for the rates of most servers; with several, each event loop has less to do. They are forks of
+LoadGen's process, so that all share the requests' memory, and they end with it.
 """
 
 import asyncio
@@ -29,68 +29,71 @@ from autotune.errors import MeasureError
 from autotune.live.stream import Client, Stream, completion
 from autotune.system.process import fork
 
-ISSUE = struct.Struct("<II")  # a request's number, its sample
-NOTICE = struct.Struct("<BIIddd")  # its kind; number, amount, sent, first, last
-BEGIN = 0xFFFFFFFF  # in a request's place: the run begins, forget what the warm-up measured
+ISSUE = struct.Struct("<II")  # to a client process: a request's number, its sample
+MESSAGE = struct.Struct("<BIIddd")  # from one: the fields of a Message but its text
+BEGIN = 0xFFFFFFFF  # in place of a request's number: the run begins, forget the warm-up's figures
 RECEIVE_BYTES = 1 << 20
-ISSUES_BYTES = 2048  # read at once: hundreds of requests that begin together let others' tokens through
-TICK_S = 0.02  # how often a process looks at its own lag
+ISSUES_BYTES = 2048  # read at a time: among hundreds of requests that begin together, tokens are read in between
+TICK_S = 0.02  # between two measurements of a process's lag
 TICKS = 25  # after which it reports its tokens
 
 
-class Notices(IntEnum):
+class MessageKind(IntEnum):
     FIRST_TOKEN = 0
-    DONE = 1  # amount: its tokens
+    DONE = 1  # amount: the request's tokens
     FAILED = 2  # amount: bytes of text that follow, the reason
     GENERATED = 3  # amount: tokens so far, of all requests
-    REPORT = 4  # amount: bytes of JSON that follow, a Report
+    REPORT = 4  # amount: bytes of JSON that follow, a ProcessReport
 
 
-class Notice(NamedTuple):
-    """Times are seconds of time.perf_counter(), which all processes share."""
+class Message(NamedTuple):
+    """A client process's message about a request; times are seconds of time.perf_counter(), one clock for all."""
 
-    kind: int
-    number: int
+    kind: int  # a MessageKind
+    number: int  # the request's
     amount: int
-    sent: float
-    first: float  # 0 before the first token
-    last: float
+    sent: float  # its last byte
+    first: float  # first token read; 0 before
+    last: float  # last bytes read
     text: str
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a process saw of itself in a run."""
+class ProcessReport:
+    """A client process's figures of itself in a run."""
 
     cpu_s: float
-    lag_p99_ms: float  # how late its loop came to timers
+    lag_p99_ms: float  # by which its event loop ran timers late
     lag_max_ms: float
-    unsent_bytes: int  # most that the kernel had not taken
+    unsent_bytes: int  # of requests that the kernel had not taken yet, at most
 
 
 def bodies(samples: Samples) -> list[bytes]:
-    """Each sample's request to /v1/completions, ready to send but for the model's name."""
+    """Each sample's request to /v1/completions, JSON without the model's name."""
     common = {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
-    found = []
+    bodies = []
     for prompt, tokens in zip(samples.prompts, samples.output_tokens.tolist(), strict=True):
         length = {"max_tokens": tokens}
         if samples.ignore_eos:
             length |= {"min_tokens": tokens, "ignore_eos": True}
-        found.append(json.dumps({**common, **length, "prompt": prompt.tolist()}).encode())
-    return found
+        bodies.append(json.dumps({**common, **length, "prompt": prompt.tolist()}).encode())
+    return bodies
 
 
 def requests(url: str, model: str, bodies: Sequence[bytes]) -> list[bytes]:
-    """Each of `bodies` as it is sent to the server at `url`."""
+    """HTTP requests to the server at `url`, one for each of `bodies`, with the model's name in it."""
     head = json.dumps({"model": model}).encode()[:-1] + b", "
     return [completion(url, head + body[1:]) for body in bodies]
 
 
 class Clients:
-    """`count` processes that send `requests` to the server at `url`. `generated` counts their tokens so far."""
+    """`count` client processes for the server at `url`, which send requests out of `requests`, one for each sample.
+
+    They report first tokens if `first_tokens`.
+    """
 
     def __init__(self, count: int, url: str, requests: Sequence[bytes], timeout_s: float, first_tokens: bool) -> None:
-        self.reports: dict[int, Report] = {}
+        self.reports: dict[int, ProcessReport] = {}  # by process, once it has ended
         self._generated = [0] * count
         self._selector = selectors.DefaultSelector()
         self._socks: list[socket.socket] = []
@@ -104,18 +107,19 @@ class Clients:
 
     @property
     def generated(self) -> int:
+        """Tokens so far, of all requests, warm-up included."""
         return sum(self._generated)
 
     def begin(self) -> None:
-        """Measure from here on."""
+        """Begin the run: the processes' reports are about what follows."""
         for sock in self._socks:
             sock.sendall(ISSUE.pack(BEGIN, 0))
 
     def send(self, queries: Sequence[tuple[int, int]]) -> None:
-        """Send requests: the number by which a notice will name each, and its sample."""
+        """Send requests, each given as the number by which messages will name it, and its sample."""
         for offset in range(min(len(queries), len(self._socks))):
-            share = queries[offset :: len(self._socks)]
-            self._socks[self._next].sendall(b"".join(itertools.starmap(ISSUE.pack, share)))
+            part = queries[offset :: len(self._socks)]
+            self._socks[self._next].sendall(b"".join(itertools.starmap(ISSUE.pack, part)))
             self._next = (self._next + 1) % len(self._socks)
 
     def finish(self) -> None:
@@ -123,13 +127,13 @@ class Clients:
         for sock in self._socks:
             sock.shutdown(socket.SHUT_WR)
 
-    def notices(self) -> Iterator[list[Notice]]:
-        """What the processes say, as it comes, until all have ended. Raises MeasureError if one breaks off."""
+    def messages(self) -> Iterator[list[Message]]:
+        """Yield the processes' messages as they arrive, until all have ended. Raises MeasureError if one dies."""
         while self._selector.get_map():
             for key, _ in self._selector.select():
                 try:
                     data = self._socks[key.data].recv(RECEIVE_BYTES)
-                except ConnectionResetError:  # it ended with queries that it had not read
+                except ConnectionResetError:  # it died with queries unread
                     data = b""
                 if data:
                     yield self._read(key.data, data)
@@ -138,28 +142,28 @@ class Clients:
                 else:
                     raise MeasureError("a client process ended in mid-run")
 
-    def _read(self, index: int, data: bytes) -> list[Notice]:
+    def _read(self, index: int, data: bytes) -> list[Message]:
         data = self._unread[index] + data
-        found = []
+        messages = []
         at = 0
-        while at + NOTICE.size <= len(data):
-            kind, number, amount, sent, first, last = NOTICE.unpack_from(data, at)
-            end = at + NOTICE.size
+        while at + MESSAGE.size <= len(data):
+            kind, number, amount, sent, first, last = MESSAGE.unpack_from(data, at)
+            end = at + MESSAGE.size
             text = ""
-            if kind in (Notices.FAILED, Notices.REPORT):
+            if kind in (MessageKind.FAILED, MessageKind.REPORT):
                 if end + amount > len(data):
                     break
                 text = data[end : end + amount].decode()
                 end += amount
             at = end
-            if kind == Notices.GENERATED:
+            if kind == MessageKind.GENERATED:
                 self._generated[index] = amount
-            elif kind == Notices.REPORT:
-                self.reports[index] = Report(**json.loads(text))
+            elif kind == MessageKind.REPORT:
+                self.reports[index] = ProcessReport(**json.loads(text))
             else:
-                found.append(Notice(kind, number, amount, sent, first, last, text))
+                messages.append(Message(kind, number, amount, sent, first, last, text))
         self._unread[index] = data[at:]
-        return found
+        return messages
 
 
 def _work(sock: socket.socket, url: str, requests: Sequence[bytes], timeout_s: float, first_tokens: bool) -> None:
@@ -169,7 +173,7 @@ def _work(sock: socket.socket, url: str, requests: Sequence[bytes], timeout_s: f
 
 
 class _Process:
-    """A client process: issues come in at its socket, notices go out, in one write for each turn of the loop."""
+    """A client process: reads issues from its socket and writes messages, once in each turn of its event loop."""
 
     def __init__(
         self,
@@ -215,12 +219,12 @@ class _Process:
 
     def _on_first_token(self, stream: Stream) -> None:
         if self._first_tokens:
-            self._tell(NOTICE.pack(Notices.FIRST_TOKEN, stream.number, 0, stream.sent, stream.first, stream.last))
+            self._send(MESSAGE.pack(MessageKind.FIRST_TOKEN, stream.number, 0, stream.sent, stream.first, stream.last))
 
     def _on_end(self, stream: Stream, error: str) -> None:
         text = error.encode()
-        kind, amount = (Notices.FAILED, len(text)) if error else (Notices.DONE, stream.tokens)
-        self._tell(NOTICE.pack(kind, stream.number, amount, stream.sent, stream.first, stream.last) + text)
+        kind, amount = (MessageKind.FAILED, len(text)) if error else (MessageKind.DONE, stream.tokens)
+        self._send(MESSAGE.pack(kind, stream.number, amount, stream.sent, stream.first, stream.last) + text)
 
     def _tick(self, due: float) -> None:
         now = time.perf_counter()
@@ -228,21 +232,21 @@ class _Process:
         self._client.expire()
         self._ticks += 1
         if self._ticks % TICKS == 0:
-            self._tell(NOTICE.pack(Notices.GENERATED, 0, self._client.events, 0.0, 0.0, 0.0))
+            self._send(MESSAGE.pack(MessageKind.GENERATED, 0, self._client.events, 0.0, 0.0, 0.0))
         self._loop.call_later(TICK_S, self._tick, now + TICK_S)
 
     def _report(self) -> None:
         lags = np.array(self._lags or [0.0]) * 1e3
         cpu_s = time.process_time() - self._began_cpu_s
-        report = Report(cpu_s, float(np.percentile(lags, 99)), float(lags.max()), self._client.most_unsent)
+        report = ProcessReport(cpu_s, float(np.percentile(lags, 99)), float(lags.max()), self._client.most_unsent)
         text = json.dumps(asdict(report)).encode()
-        self._tell(NOTICE.pack(Notices.REPORT, 0, len(text), 0.0, 0.0, 0.0) + text)
+        self._send(MESSAGE.pack(MessageKind.REPORT, 0, len(text), 0.0, 0.0, 0.0) + text)
         self._flush()
 
-    def _tell(self, notice: bytes) -> None:
+    def _send(self, message: bytes) -> None:
         if not self._out:
             self._loop.call_soon(self._flush)
-        self._out += notice
+        self._out += message
 
     def _flush(self) -> None:
         if self._out:
@@ -250,8 +254,8 @@ class _Process:
             self._out.clear()
 
     def _on_bug(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """End at once: LoadGen's process sees it, and the run fails."""
+        """End at once: LoadGen's process notices it, and the run fails."""
         error = context.get("exception")
-        if not isinstance(error, BrokenPipeError | ConnectionResetError):  # LoadGen's process has ended
+        if not isinstance(error, BrokenPipeError | ConnectionResetError):  # else LoadGen's process has ended
             traceback.print_exception(error) if error else print(context["message"], file=sys.stderr)
         os._exit(1)

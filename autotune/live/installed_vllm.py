@@ -1,4 +1,4 @@
-"""The vLLM that will run: its flags, what it makes of a configuration, its command line. It is asked without a GPU."""
+"""The installed vLLM: its version, its flags, its command line, and dry runs of a configuration. Takes no GPU."""
 
 import atexit
 import difflib
@@ -9,7 +9,7 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from autotune.errors import InputError
 from autotune.measure.backend import DryRunOutcome
 from autotune.system.files import write_whole
 
-# Set by autotune for each trial; not the user's.
+# Flags that autotune sets for each trial, and what a user writes instead.
 MANAGED = {
     "model": "model.path",
     "host": "nothing (servers listen on 127.0.0.1)",
@@ -31,13 +31,17 @@ MANAGED = {
     "uds": "nothing (servers listen on 127.0.0.1)",
 }
 
+Env = tuple[tuple[str, str], ...]  # names and values, hashable
+
 PROBE = Path(__file__).with_name("probe.py")
-# Python would compile all of vLLM again at each import where its environment forbids to keep the result.
+# Where the environment forbids to write bytecode, Python would compile all of vLLM at each import.
 ENV = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
 
 
 @dataclass(frozen=True)
 class Flag:
+    """A flag of `vllm serve`."""
+
     default: Any
     choices: list[Any] | None
     negatable: bool  # has a --no-… form
@@ -45,17 +49,19 @@ class Flag:
 
 
 @dataclass(frozen=True)
-class Vllm:
-    """The installed vLLM: versions and the flags of `vllm serve`, by name with underscores."""
+class InstalledVllm:
+    """The vLLM of one interpreter."""
 
     python: str
     version: str
-    torch: str
+    torch: str  # its version
     serve: list[str]  # `<python> *serve <model>` starts it
-    flags: dict[str, Flag]
+    flags: dict[str, Flag]  # of `vllm serve`, by name with underscores
+    env: Env = ()  # added to its environment
+    cache_dir: Path = field(default_factory=Path)  # for the outcomes of dry runs
 
     def check(self, args: Mapping[str, Any]) -> None:
-        """Raise InputError for a flag this vLLM does not have, or a choice that a flag does not accept."""
+        """Raise InputError for a flag that this vLLM does not have, or a choice that a flag does not accept."""
         for written, value in args.items():
             name = written.replace("-", "_")
             where = f"engine.args.{written}"
@@ -72,37 +78,54 @@ class Vllm:
                     raise InputError(f"{where}={item}: vLLM {self.version} accepts {accepted}")
 
     def command_line(self, args: Mapping[str, Any]) -> list[str]:
-        """`args` as vLLM's command line; false is left out for a flag that has no --no-… form."""
+        """Words for `vllm serve` that set `args`; false is left out for a flag that has no --no-… form."""
 
         def is_switch(name: str) -> bool:
             return name in self.flags and not self.flags[name].takes_value
 
-        def can_be_said(name: str, value: Any) -> bool:
+        def has_words(name: str, value: Any) -> bool:
             return value is not False or not is_switch(name) or self.flags[name].negatable
 
-        said = {name: value for name, value in args.items() if can_be_said(name.replace("-", "_"), value)}
-        return vllm_flags.command_line(said, is_switch)
+        expressible = {name: value for name, value in args.items() if has_words(name.replace("-", "_"), value)}
+        return vllm_flags.command_line(expressible, is_switch)
+
+    def probe(self) -> "Probe":
+        """Open this vLLM's interpreter for dry runs and return at once; the first dry run waits for its import."""
+        return open_probe(self.python, self.env)
+
+    def dry_run(self, model: Path, args: Mapping[str, Any]) -> DryRunOutcome:
+        """Build vLLM's configuration for the model in folder `model` with flags `args`; outcomes are cached on disk."""
+        words = ["--model", str(model), *self.command_line(args)]
+        shape = (model / "config.json").read_text()
+        parts = [self.python, self.version, PROBE.read_text(), shape, *map(str, self.env), *words]
+        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+        cached = self.cache_dir / "vllm" / "dry-run" / f"{key}.json"
+        if cached.exists():
+            return DryRunOutcome(**json.loads(cached.read_text()))
+        answer = self.probe().ask(words)
+        write_whole(cached, json.dumps(answer))
+        return DryRunOutcome(**answer)
 
 
 class Probe:
-    """An interpreter that has vLLM imported and answers questions about it; see probe.py."""
+    """An interpreter that imports vLLM once and answers questions about it; see probe.py."""
 
-    def __init__(self, python: str, env: Mapping[str, str]) -> None:
+    def __init__(self, python: str, env: Env = ()) -> None:
         self.python = python
-        # It reads until its input ends, and so ends with this process, however that dies.
+        # It reads until its input ends, and so it ends with this process, however that dies.
         self._process = subprocess.Popen(
             [python, str(PROBE), "answer"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={**ENV, **env},
+            env={**ENV, **dict(env)},
             start_new_session=True,
         )
         atexit.register(self._process.kill)
 
     def ask(self, question: str | list[str]) -> dict[str, Any]:
-        """The answer to `flags`, or to a dry run of a command line. Raises InputError if there is none."""
+        """The answer to "flags", or to the words of a dry run. Raises InputError if there is none."""
         assert self._process.stdin and self._process.stdout
         answer = ""
         with suppress(BrokenPipeError):  # it has ended
@@ -118,14 +141,14 @@ class Probe:
 
 
 @functools.cache
-def probe(python: str, env: tuple[tuple[str, str], ...]) -> Probe:
-    """The open interpreter for `python` and `env`: vLLM takes seconds to import, so there is one per process."""
-    return Probe(python, dict(env))
+def open_probe(python: str, env: Env) -> Probe:
+    """The probe of `python` with `env`, one in a process: vLLM takes seconds to import."""
+    return Probe(python, env)
 
 
 @functools.cache
-def installed(python: str, env: tuple[tuple[str, str], ...], cache_dir: Path) -> Vllm:
-    """What `python`'s vLLM is; takes seconds once per version, then comes from the cache.
+def find_vllm(python: str, env: Env, cache_dir: Path) -> InstalledVllm:
+    """The vLLM of the interpreter `python`; takes seconds once for each version, whose flags are cached on disk.
 
     Raises InputError if there is none.
     """
@@ -135,30 +158,17 @@ def installed(python: str, env: tuple[tuple[str, str], ...], cache_dir: Path) ->
     if cached.exists():
         body = json.loads(cached.read_text())
     else:
-        body = probe(python, env).ask("flags") | versions
+        body = open_probe(python, env).ask("flags") | versions
         write_whole(cached, json.dumps(body, indent=1))
-    return Vllm(
+    return InstalledVllm(
         python=python,
         version=body["vllm"],
         torch=body["torch"],
         serve=body["serve"],
         flags={name: Flag(**flag) for name, flag in body["flags"].items()},
+        env=env,
+        cache_dir=cache_dir,
     )
-
-
-def dry_run(
-    vllm: Vllm, env: tuple[tuple[str, str], ...], model: Path, args: Mapping[str, Any], cache_dir: Path
-) -> DryRunOutcome:
-    """What `vllm` makes of the flags `args` for the model in folder `model`; answers are cached on disk."""
-    words = ["--model", str(model), *vllm.command_line(args)]
-    parts = [vllm.python, vllm.version, PROBE.read_text(), (model / "config.json").read_text(), *map(str, env), *words]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    cached = cache_dir / "vllm" / "dry-run" / f"{key}.json"
-    if cached.exists():
-        return DryRunOutcome(**json.loads(cached.read_text()))
-    answer = probe(vllm.python, env).ask(words)
-    write_whole(cached, json.dumps(answer))
-    return DryRunOutcome(**answer)
 
 
 def _versions(python: str) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""One LoadGen run, in a process of its own: a second run in one process would not read its settings again. Its requests
-go out from other processes (client.py), so that no answer that is read keeps LoadGen's thread from its schedule.
+"""One LoadGen run, in a process of its own: LoadGen reads its settings once in a process.
+
+Client processes (client.py) send the requests, so that reading answers never delays LoadGen's issue thread.
 
     python -m autotune.live.loadgen SAMPLES FOLDER
 
-gets the samples ready while vLLM starts, waits for FOLDER/run.json, and writes LoadGen's logs, `requests.csv` and
-`client.json` to the folder that it names.
+prepares the requests while vLLM starts, waits for FOLDER/run.json, and writes LoadGen's logs, `requests.csv` and
+`client.json` to the folder that run.json names.
 """
 
 import array
-import dataclasses
 import gc
 import itertools
 import json
@@ -22,17 +22,18 @@ import traceback
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 import mlperf_loadgen as lg
 import numpy as np
 
-from autotune.config.schema import Kind, Limit, Stop
+from autotune.config.schema import Kind, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
 from autotune.live import audit, loadgen_log, metrics_page
-from autotune.live.client import Clients, Notice, Notices, bodies, requests
-from autotune.live.messages import ClientReport, Run
+from autotune.live.client import Clients, Message, MessageKind, bodies, requests
+from autotune.live.messages import ClientReport, RunSpec
 from autotune.measure import progress
 from autotune.measure.backend import RequestTiming
 from autotune.measure.early_stopping import Watch
@@ -42,29 +43,30 @@ from autotune.system.files import write_rows
 NO_LIMIT_MS = 3_600_000.0
 POLL_S = 0.02
 PUBLISH_S = 2.0
-SETTLED = 0.9  # of the fastest round so far: a round that saves less has nothing more to warm up
-SWITCH_S = 5e-4  # most that LoadGen's thread waits for the one that hears the clients
+SETTLED = 0.9  # of the fastest round so far: warm-up ends with a round that took longer than this share of it
+SWITCH_S = 5e-4  # the longest that LoadGen's issue thread waits for the thread that reads the clients' messages
 
 
 class Sut:
     """LoadGen's system under test: hands each query to a client process, and each answer back to LoadGen."""
 
-    def __init__(self, clients: Clients, run: Run) -> None:
-        self.decided = False  # nothing more to wait for
-        self._watch = Watch(run.total, Limit(run.ttft_ms, run.tpot_ms).in_seconds(), run.over_share)
-        self._stop = Stop(run.stop)
+    def __init__(self, clients: Clients, spec: RunSpec) -> None:
+        self.decided = False  # scenario.stop ends the run
+        scenario = spec.scenario
+        self._watch = Watch(spec.total, scenario.limits_s(), scenario.over_share)
+        self._stop = scenario.stop
         self.completed: list[RequestTiming] = []
         self.failures: list[str] = []
         self.issued: list[float] = []  # by request number, as `sent`
         self.sent: list[float] = []  # 0 until its answer has ended
         self._queries: list[lg.QuerySample] = []
         self._clients = clients
-        self._first_token = run.kind != Kind.Offline.value
+        self._first_token = scenario.kind is not Kind.Offline
         self._buffer = array.array("B", bytes(8))  # LoadGen copies it; performance runs never look inside
         self._address, self._size = self._buffer.buffer_info()
 
     def issue(self, queries: list[lg.QuerySample]) -> None:
-        """Called on LoadGen's thread, which an error would take down and the process with it."""
+        """Send `queries`. LoadGen calls it on its issue thread; an error there ends the process."""
         if self.decided:
             return
         issued = time.perf_counter()
@@ -75,94 +77,83 @@ class Sut:
         try:
             self._clients.send([(number + offset, query.index) for offset, query in enumerate(queries)])
         except OSError:
-            if not self.decided:  # else the clients have been let go
+            if not self.decided:  # else the clients have been told to finish
                 raise
 
     def flush(self) -> None:
         """Nothing is held back."""
 
-    def hear(self, notices: Sequence[Notice]) -> None:
-        """Tell LoadGen, which takes the time of it, then keep what the run is judged by."""
-        begun = [notice for notice in notices if notice.kind == Notices.FIRST_TOKEN or not notice.first]
-        ended = [notice for notice in notices if notice.kind != Notices.FIRST_TOKEN]
+    def on_messages(self, messages: Sequence[Message]) -> None:
+        """Pass the clients' messages on to LoadGen, which times them as they come, then record them for ourselves."""
+        begun = [message for message in messages if message.kind == MessageKind.FIRST_TOKEN or not message.first]
+        ended = [message for message in messages if message.kind != MessageKind.FIRST_TOKEN]
         if self._first_token and begun:
-            lg.FirstTokenComplete([self._response(notice, 0) for notice in begun])
+            lg.FirstTokenComplete([self._response(message, 0) for message in begun])
         if ended:
-            lg.QuerySamplesComplete([self._response(notice, self._tokens(notice)) for notice in ended])
-        for notice in ended:
-            issued, sample = self.issued[notice.number], self._queries[notice.number].index
-            self.sent[notice.number] = notice.sent
-            if notice.kind == Notices.DONE:
-                timing = RequestTiming(sample, issued, notice.first, notice.last, notice.amount)
+            lg.QuerySamplesComplete([self._response(message, self._tokens(message)) for message in ended])
+        for message in ended:
+            issued, sample = self.issued[message.number], self._queries[message.number].index
+            self.sent[message.number] = message.sent
+            if message.kind == MessageKind.DONE:
+                timing = RequestTiming(sample, issued, message.first, message.last, message.amount)
                 self.completed.append(timing)
                 self._watch.add(timing.ttft, timing.tpot)
             else:
-                self.failures.append(notice.text)
+                self.failures.append(message.text)
         self.decided = self._watch.ends_run(self._stop)
 
     @staticmethod
-    def _tokens(notice: Notice) -> int:
-        # LoadGen must end, so a failed request is completed, too; the run is invalid anyway.
-        return notice.amount if notice.kind == Notices.DONE else 2
+    def _tokens(message: Message) -> int:
+        # LoadGen waits for every query, so a failed one is completed, too; the run is INVALID anyway.
+        return message.amount if message.kind == MessageKind.DONE else 2
 
-    def _response(self, notice: Notice, tokens: int) -> lg.QuerySampleResponse:
-        return lg.QuerySampleResponse(self._queries[notice.number].id, self._address, self._size, tokens)
-
-
-def settings(run: Run) -> lg.TestSettings:
-    """LoadGen's settings for `run`; its times are ms, its token limits ns."""
-    found = lg.TestSettings()
-    found.scenario = getattr(lg.TestScenario, run.kind)
-    found.mode = lg.TestMode.PerformanceOnly
-    found.use_token_latencies = True
-    found.ttft_latency = int((run.ttft_ms or NO_LIMIT_MS) * 1e6)
-    found.tpot_latency = int((run.tpot_ms or NO_LIMIT_MS) * 1e6)
-    found.server_target_qps = run.qps
-    found.server_target_latency_percentile = 0.99
-    found.offline_expected_qps = run.qps
-    found.min_duration_ms = int(run.min_duration_s * 1e3)
-    found.max_duration_ms = int(run.max_duration_s * 1e3)
-    found.min_query_count = run.min_queries
-    found.max_query_count = run.max_queries
-    found.qsl_rng_seed = found.sample_index_rng_seed = found.schedule_rng_seed = run.seed
-    return found
+    def _response(self, message: Message, tokens: int) -> lg.QuerySampleResponse:
+        return lg.QuerySampleResponse(self._queries[message.number].id, self._address, self._size, tokens)
 
 
-def measure(run: Run, bodies: Sequence[bytes]) -> None:
-    """Warm up, run LoadGen, write down what it and the client processes saw."""
-    folder = Path(run.folder)
-    ready = requests(run.url, run.model, bodies)
-    clients = Clients(run.client_processes, run.url, ready, run.request_timeout_s, run.kind != Kind.Offline.value)
+def settings(scenario: ScenarioConfig) -> lg.TestSettings:
+    """LoadGen's settings for `scenario`; LoadGen has durations in ms, limits on token latencies in ns."""
+    settings = lg.TestSettings()
+    settings.scenario = getattr(lg.TestScenario, scenario.kind.value)
+    settings.mode = lg.TestMode.PerformanceOnly
+    settings.use_token_latencies = True
+    settings.ttft_latency = int((scenario.ttft_ms or NO_LIMIT_MS) * 1e6)
+    settings.tpot_latency = int((scenario.tpot_ms or NO_LIMIT_MS) * 1e6)
+    settings.server_target_qps = scenario.qps
+    settings.server_target_latency_percentile = 0.99
+    settings.offline_expected_qps = scenario.qps
+    settings.min_duration_ms = int(scenario.min_duration_s * 1e3)
+    settings.max_duration_ms = int(scenario.max_duration_s * 1e3)
+    settings.min_query_count = scenario.min_queries
+    settings.max_query_count = scenario.max_queries
+    settings.qsl_rng_seed = settings.sample_index_rng_seed = settings.schedule_rng_seed = scenario.seed
+    return settings
+
+
+def measure(spec: RunSpec, bodies: Sequence[bytes]) -> None:
+    """Warm up, run LoadGen, and write requests.csv and client.json.
+
+    `bodies` are the samples' requests, JSON without the model's name. Ends the process after a run that was stopped.
+    Raises MeasureError if a request of the warm-up fails, a client process dies or vLLM has no metric of TTFT.
+    """
+    ready, online = requests(spec.url, spec.model, bodies), spec.scenario.kind is not Kind.Offline
+    clients = Clients(spec.client_processes, spec.url, ready, spec.request_timeout_s, first_tokens=online)
     del ready  # the client processes have it
-    notices = clients.notices()
+    messages = clients.messages()
     started = time.perf_counter()
-    warm_up(clients, notices, run, len(bodies))
-    before = metrics_page.ttft(run.url)
+    warm_up(clients, messages, spec, len(bodies))
+    before = metrics_page.ttft(spec.url) if spec.has_metrics else None
     warm, warm_cpu = time.perf_counter(), time.process_time()
     clients.begin()
-    sut = Sut(clients, run)
-    threading.Thread(target=publish, args=(sut, clients, run, folder), daemon=True).start()
-    test = ThreadPoolExecutor(1).submit(start_test, sut, settings(run), len(bodies), folder)
-    test.add_done_callback(lambda _: clients.finish())
-    for batch in notices:
-        sut.hear(batch)
-        if sut.decided:
-            break
-    stopped = not test.done()
-    if stopped:
-        clients.finish()
-        for _ in notices:
-            """Only their reports are of interest now."""
-    else:
-        test.result()
+    sut = Sut(clients, spec)
+    stopped = run_test(sut, clients, messages, spec, len(bodies))
     run_s, own_cpu_s = time.perf_counter() - warm, time.process_time() - warm_cpu
-    write_rows(folder / "requests.csv", RequestTiming, sut.completed)
+    write_rows(spec.folder / "requests.csv", RequestTiming, sut.completed)
     reports = list(clients.reports.values())
-    sent = list(sut.sent)  # LoadGen's thread may still add to both, to this one last
-    figures = audit.figures(reports, own_cpu_s, run_s, audit.lateness(run, sut.issued[: len(sent)], sent))
-    server_s, count = np.subtract(metrics_page.ttft(run.url), before)
-    if count and sut.completed and not stopped:  # else vLLM has begun requests that we have no time of
-        figures["client_ttft_added_mean_ms"] = ttft_mean_ms(sut, folder) - 1e3 * float(server_s / count)
+    sent = list(sut.sent)  # LoadGen's thread may still append to `issued` and then to this
+    figures = audit.figures(reports, own_cpu_s, run_s, audit.lateness(spec, sut.issued[: len(sent)], sent))
+    if not stopped:  # else vLLM has begun requests that we have no time of
+        figures |= ttft_added(spec, sut, before)
     report = ClientReport(
         failed=len(sut.failures),
         errors=sut.failures[:5],
@@ -170,66 +161,94 @@ def measure(run: Run, bodies: Sequence[bytes]) -> None:
         warmup_s=warm - started,
         run_s=run_s,
         stopped=stopped,
-        processes=[dataclasses.asdict(report) for report in reports],
+        processes=[asdict(report) for report in reports],
         figures=figures,
-        reasons=audit.reasons(run, figures),
+        reasons=audit.reasons(spec, figures),
     )
-    (folder / "client.json").write_text(json.dumps(dataclasses.asdict(report), indent=1))
+    (spec.folder / "client.json").write_text(json.dumps(asdict(report), indent=1))
     if stopped:
-        os._exit(0)  # LoadGen's thread can't be ended
+        os._exit(0)  # LoadGen's issue thread can't be ended
 
 
-def ttft_mean_ms(sut: Sut, folder: Path) -> float:
-    """LoadGen's, or our own in the scenario where it has none."""
-    loadgens = loadgen_log.read(folder / "mlperf_log_detail.txt").figures.get("ttft_mean_ms")
-    return loadgens or 1e3 * sum(timing.ttft for timing in sut.completed) / len(sut.completed)
+def run_test(sut: Sut, clients: Clients, messages: Iterator[list[Message]], spec: RunSpec, samples: int) -> bool:
+    """Run LoadGen to its end, or until scenario.stop ends the run; returns whether that stopped it."""
+    threading.Thread(target=publish, args=(sut, clients, spec.scenario, spec.folder), daemon=True).start()
+    test = ThreadPoolExecutor(1).submit(start_test, sut, settings(spec.scenario), samples, spec.folder)
+    test.add_done_callback(lambda _: clients.finish())
+    for batch in messages:
+        sut.on_messages(batch)
+        if sut.decided:
+            break
+    stopped = not test.done()
+    if stopped:
+        clients.finish()
+        for _ in messages:
+            """Read on until the client processes have reported."""
+    else:
+        test.result()
+    return stopped
 
 
-def warm_up(clients: Clients, notices: Iterator[list[Notice]], run: Run, samples: int) -> None:
-    """The same requests at once, until they take no less time than before; caches are empty then.
+def ttft_added(spec: RunSpec, sut: Sut, before: tuple[float, float] | None) -> dict[str, float]:
+    """The figure of how far the mean TTFT at LoadGen is above vLLM's own, ms; none without requests or vLLM's metric.
+
+    `before` is metrics_page.ttft at the beginning of the run.
+    """
+    if before is None or not sut.completed or (after := metrics_page.ttft(spec.url)) is None:
+        return {}
+    server_s, count = np.subtract(after, before)
+    # LoadGen has no TTFT in Offline: there it is ours.
+    loadgens = loadgen_log.read(spec.folder / "mlperf_log_detail.txt").figures.get("ttft_mean_ms")
+    mean_ms = loadgens or 1e3 * sum(timing.ttft for timing in sut.completed) / len(sut.completed)
+    return {"client_ttft_added_mean_ms": mean_ms - 1e3 * float(server_s / count)} if count else {}
+
+
+def warm_up(clients: Clients, messages: Iterator[list[Message]], spec: RunSpec, samples: int) -> None:
+    """Send the same requests at once in rounds, until a round is no faster than those before; then caches are empty.
 
     Raises MeasureError for the first request that fails.
     """
-    if not run.warmup_requests:
-        reset_caches(run.url)
+    count = spec.scenario.warmup_requests
+    if not count:
+        reset_caches(spec.url)
     fastest = math.inf
-    for _ in range(run.warmup_rounds if run.warmup_requests else 0):
-        began, left = time.perf_counter(), run.warmup_requests
+    for _ in range(spec.warmup_rounds if count else 0):
+        began, left = time.perf_counter(), count
         clients.send([(number, number % samples) for number in range(left)])
         while left:
-            for notice in next(notices):
-                if notice.kind == Notices.FAILED:
-                    raise MeasureError(notice.text)
-                left -= notice.kind == Notices.DONE
+            for message in next(messages):
+                if message.kind == MessageKind.FAILED:
+                    raise MeasureError(message.text)
+                left -= message.kind == MessageKind.DONE
         took = time.perf_counter() - began
-        reset_caches(run.url)
+        reset_caches(spec.url)
         if took > SETTLED * fastest:
             break
         fastest = took
 
 
 def reset_caches(url: str) -> None:
-    """Forget the prefixes seen so far. Raises MeasureError if vLLM refuses."""
+    """Empty vLLM's prefix cache. Raises MeasureError if vLLM refuses."""
     try:
         urllib.request.urlopen(urllib.request.Request(f"{url}/reset_prefix_cache", method="POST"), timeout=60).close()
     except OSError as error:
         raise MeasureError(f"vLLM's answer to /reset_prefix_cache: {error}") from None
 
 
-def publish(sut: Sut, clients: Clients, run: Run, folder: Path) -> None:
-    """Every few seconds, the rates so far; what completed is counted once."""
+def publish(sut: Sut, clients: Clients, scenario: ScenarioConfig, folder: Path) -> None:
+    """Publish the run's rates so far every PUBLISH_S, without end."""
     began, before = time.perf_counter(), clients.generated
-    limits = Limit(run.ttft_ms, run.tpot_ms).in_seconds()
+    limits = scenario.limits_s()
     counted = good = 0
     for step in itertools.count():
         time.sleep(PUBLISH_S)
         completed = len(sut.completed)
-        for timing in sut.completed[counted:completed]:
+        for timing in sut.completed[counted:completed]:  # each is looked at once
             good += within(timing, limits)
         counted = completed
         elapsed = time.perf_counter() - began
-        found = {"tokens_per_s": clients.generated - before, "samples_per_s": counted, "goodput_per_s": good}
-        rates = {name: count / elapsed for name, count in found.items()}
+        counts = {"tokens_per_s": clients.generated - before, "samples_per_s": counted, "goodput_per_s": good}
+        rates = {name: count / elapsed for name, count in counts.items()}
         progress.publish(folder, step, {**rates, "completed": counted, "over_limit": counted - good})
 
 
@@ -249,19 +268,19 @@ def start_test(sut: Sut, test_settings: lg.TestSettings, samples: int, folder: P
 def main() -> None:
     samples, folder = map(Path, sys.argv[1:])
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # one connection a request in flight
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each request in flight has a connection
     ready = bodies(Samples.load(samples))
     while not (folder / "run.json").exists():
         time.sleep(POLL_S)
-    run = Run(**json.loads((folder / "run.json").read_text()))
+    spec = RunSpec.load(folder / "run.json")
     gc.freeze()
-    gc.disable()  # nothing here is cyclic, and a collection stops all for as long as there are objects
+    gc.disable()  # there are no cycles here, and a collection would stop every thread while it visits all objects
     sys.setswitchinterval(SWITCH_S)
     try:
-        measure(run, ready)
+        measure(spec, ready)
     except MeasureError as error:
         print(error, file=sys.stderr, flush=True)
-        os._exit(1)  # LoadGen's thread can't be ended, and would be waited for
+        os._exit(1)  # LoadGen's issue thread can't be ended, and Python would wait for it
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -1,35 +1,47 @@
-"""What passes between a trial and its LoadGen process, as JSON files."""
+"""The JSON files that pass between a trial and its LoadGen process."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
 
-from autotune.config.schema import LiveConfig
+from omegaconf import OmegaConf
+
+from autotune.config.schema import LiveConfig, ScenarioConfig
+from autotune.system.files import write_whole
+
+WARMUP_ROUNDS = 10  # of a server that has just started, at most
 
 
 @dataclass(frozen=True)
-class Run:
-    """run.json. Fields as in ScenarioConfig and LiveConfig, but for the first and last ones."""
+class RunSpec:
+    """run.json: one LoadGen run. Fields named as in LiveConfig are its, with null resolved."""
 
-    folder: str  # for LoadGen's logs, requests.csv and client.json
-    url: str
-    model: str
-    kind: str
-    qps: float
-    ttft_ms: float | None
-    tpot_ms: float | None
-    min_duration_s: float
-    max_duration_s: float
-    min_queries: int
-    max_queries: int
-    warmup_requests: int
-    seed: int
+    folder: Path  # for LoadGen's logs, requests.csv and client.json
+    url: str  # of vLLM's server
+    model: str  # the name that it serves
+    scenario: ScenarioConfig
     request_timeout_s: float
-    warmup_rounds: int = 10  # of those requests, at most
-    stop: str = "never"
-    over_share: float | None = None
     client_processes: int = 1
     client_cpu_limit: float = LiveConfig.client_cpu_limit
     client_ttft_share: float | None = None  # null: what the client adds to TTFT is recorded, not judged
+    warmup_rounds: int = WARMUP_ROUNDS  # of scenario.warmup_requests, at most
     total: int = 0  # queries that LoadGen is going to issue, at most; 0 where no limits are tested
+    has_metrics: bool = True  # vLLM's; false with its disable_log_stats
+
+    def save(self, path: Path) -> None:
+        write_whole(path, json.dumps(asdict(self), indent=1, default=_plain))
+
+    @classmethod
+    def load(cls, path: Path) -> "RunSpec":
+        fields = json.loads(path.read_text())
+        scenario = OmegaConf.to_object(OmegaConf.merge(ScenarioConfig, fields["scenario"]))
+        return cls(**{**fields, "folder": Path(fields["folder"]), "scenario": scenario})
+
+
+def _plain(value: Any) -> str:
+    return value.name if isinstance(value, Enum) else str(value)
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,6 @@ class ClientReport:
     warmup_s: float
     run_s: float
     stopped: bool  # before LoadGen's own end
-    processes: list[dict[str, float]] = field(default_factory=list)  # each one's client.Report
+    processes: list[dict[str, float]] = field(default_factory=list)  # each one's client.ProcessReport
     figures: dict[str, float] = field(default_factory=dict)  # named as in result.json
     reasons: list[str] = field(default_factory=list)  # why the client makes the run INVALID

@@ -3,55 +3,77 @@
 import re
 import urllib.error
 import urllib.request
-from collections import defaultdict
 
+from autotune.errors import MeasureError
 from autotune.measure.bottleneck import ServerState
 
 TIMEOUT_S = 2.0
-LINE = re.compile(r"^vllm:(\w+?)(?:\{.*\})? (\S+)$", re.MULTILINE)
+TYPE = re.compile(r"^# TYPE vllm:(\w+) (\w+)$", re.MULTILINE)
+SAMPLE = re.compile(r"^vllm:(\w+)(?:\{.*\})? (\S+)$", re.MULTILINE)
 
 
-def read(url: str) -> str | None:
-    """The page; None if the server does not answer in time."""
+class Page(dict[str, list[float]]):
+    """Each metric's values, one of each engine (data parallelism), by name without `vllm:`.
+
+    With several API servers a gauge is on the page with its type alone until the first step: it has no values then.
+    """
+
+    def __init__(self, url: str, text: str) -> None:
+        self.url = url
+        for name, kind in TYPE.findall(text):
+            for suffix in ("_sum", "_count") if kind == "histogram" else ("",):
+                self[name + suffix] = []
+        for name, value in SAMPLE.findall(text):
+            self.setdefault(name, []).append(float(value))
+
+    def __missing__(self, name: str) -> list[float]:
+        raise MeasureError(
+            f"{self.url} has no vllm:{name}; autotune knows the metrics of vLLM 0.26 to 0.33: install one of these"
+        )
+
+
+def read(server: str) -> Page | None:
+    """The page of the server at this URL; None if it does not answer in time."""
+    url = f"{server}/metrics"
     try:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=TIMEOUT_S) as answer:
-            text: str = answer.read().decode()
-            return text
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+            return Page(url, answer.read().decode())
     except (urllib.error.URLError, OSError):
         return None
 
 
-def values(page: str) -> defaultdict[str, list[float]]:
-    """Each metric's values, one of each engine (data parallelism), by name without `vllm:`; the page is Prometheus'."""
-    found: defaultdict[str, list[float]] = defaultdict(list)
-    for name, value in LINE.findall(page):
-        found[name].append(float(value))
-    return found
+def check(server: str) -> None:
+    """Raise MeasureError if a metric that a run reads is missing."""
+    state(server, 0.0)
+    ttft(server)
 
 
-def state(url: str, time_s: float) -> ServerState | None:
+def state(server: str, time_s: float) -> ServerState | None:
     """The server's state, at `time_s` on the caller's clock; None if it does not answer in time.
 
-    Of several engines it is the sum, for the KV cache the most.
+    Of several engines it is the sum, for the KV cache the most. Raises MeasureError if a metric is missing.
     """
-    if (page := read(url)) is None:
+    if (page := read(server)) is None:
         return None
-    found = values(page)
     return ServerState(
         time_s=time_s,
-        running=sum(found["num_requests_running"]),
-        waiting=sum(found["num_requests_waiting"]),
-        kv_use=max(found["kv_cache_usage_perc"], default=0.0),
-        preemptions=sum(found["num_preemptions_total"]),
-        prefix_hits=sum(found["prefix_cache_hits_total"]),
-        prompt_tokens=sum(found["prompt_tokens_total"]),
-        generation_tokens=sum(found["generation_tokens_total"]),
-        steps=sum(found["iteration_tokens_total_count"]),
-        step_tokens=sum(found["iteration_tokens_total_sum"]),
+        running=sum(page["num_requests_running"]),
+        waiting=sum(page["num_requests_waiting"]),
+        kv_use=max(page["kv_cache_usage_perc"], default=0.0),
+        preemptions=sum(page["num_preemptions_total"]),
+        prefix_hits=sum(page["prefix_cache_hits_total"]),
+        prompt_tokens=sum(page["prompt_tokens_total"]),
+        generation_tokens=sum(page["generation_tokens_total"]),
+        steps=sum(page["iteration_tokens_total_count"]),
+        step_tokens=sum(page["iteration_tokens_total_sum"]),
     )
 
 
-def ttft(url: str) -> tuple[float, float]:
-    """Sum, in seconds, and count of vLLM's own times to first token so far; zeros if it does not answer."""
-    found = values(read(url) or "")
-    return sum(found["time_to_first_token_seconds_sum"]), sum(found["time_to_first_token_seconds_count"])
+def ttft(server: str) -> tuple[float, float] | None:
+    """Sum, in seconds, and count of vLLM's own times to first token so far; None if it does not answer in time.
+
+    Raises MeasureError if the metric is missing.
+    """
+    if (page := read(server)) is None:
+        return None
+    return sum(page["time_to_first_token_seconds_sum"]), sum(page["time_to_first_token_seconds_count"])

@@ -1,4 +1,4 @@
-"""One `vllm serve` process: started, proven to be ours and healthy, stopped with all it started."""
+"""One `vllm serve` process: started, checked to be ours and healthy, and stopped with everything that it started."""
 
 import json
 import secrets
@@ -20,7 +20,7 @@ from autotune.config.schema import LiveConfig
 from autotune.data.models import Model
 from autotune.errors import MeasureError, StartError
 from autotune.live import vllm_log
-from autotune.live.installed_vllm import Vllm
+from autotune.live.installed_vllm import InstalledVllm
 from autotune.measure import progress
 from autotune.system.leases import Lease
 from autotune.system.process import GuardedProcess
@@ -31,17 +31,17 @@ POLL_S = 0.1
 ENV = {
     "VLLM_SERVER_DEV_MODE": "1",  # for POST /reset_prefix_cache
     "VLLM_NO_USAGE_STATS": "1",
-    "PYTHONUNBUFFERED": "1",  # a log that is complete when vLLM dies
-    "PYTHONDONTWRITEBYTECODE": "",  # vLLM imports itself in three processes: never compile it each time
+    "PYTHONUNBUFFERED": "1",  # so that the log is complete when vLLM dies
+    "PYTHONDONTWRITEBYTECODE": "",  # else each of vLLM's three processes would compile all of it
 }
 
 
 @dataclass(frozen=True)
 class Server:
-    """A healthy vLLM server that this trial started."""
+    """A healthy vLLM server that this trial has started."""
 
     url: str
-    model: str  # the name it serves, known to this trial alone
+    model: str  # the name that it serves, which no other server has
     process: GuardedProcess
     log: Path
     start: dict[str, float]  # seconds from launch to healthy, by part
@@ -55,11 +55,16 @@ class Server:
 
 @contextmanager
 def serve(
-    config: LiveConfig, vllm: Vllm, model: Model, args: Mapping[str, Any], folder: Path, lease: Lease | None = None
+    config: LiveConfig,
+    vllm: InstalledVllm,
+    model: Model,
+    args: Mapping[str, Any],
+    folder: Path,
+    lease: Lease | None = None,
 ) -> Iterator[Server]:
-    """Start vLLM with the flags `args`; its log and exact command are written to `folder`.
+    """Start vLLM with the flags `args`, and stop it after the block; its log and command are written to `folder`.
 
-    Raises StartError if it ends, hangs, or is not the server that answers.
+    Raises StartError if it ends, is not healthy in time, or another server answers in its place.
     """
     port = _free_port() if config.port is None else config.port
     if config.port is not None and _answers(port):
@@ -111,7 +116,7 @@ def _await_healthy(url: str, name: str, process: GuardedProcess, log: Path, time
 
 
 def _get(url: str) -> bytes | None:
-    """Body of a 200 answer, else None."""
+    """The body of a 200 answer; None for any other, or for none."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             body: bytes = response.read()
