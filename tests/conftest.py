@@ -1,7 +1,9 @@
+import gc
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -9,17 +11,30 @@ import pytest
 from tokenizers import Tokenizer
 
 from autotune.data.models import Model, build_shape
+from tests import in_process
+from tests.in_process import Done
 from tests.slurm_cluster import Slurm, missing_programs, slurm_cluster
 
 # Each of the many processes that tests start would compile all of Hydra and MLflow again where this is set.
 os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 
 Autotune = Callable[..., "subprocess.CompletedProcess[str]"]
+Main = Callable[..., Done]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what has been imported need not be looked at in every collection
+
+
+@pytest.fixture
+def main(tmp_path: Path) -> Main:
+    """Runs `python -m autotune …` in an empty folder, and in this process: most of a process's time is imports."""
+    return partial(in_process.autotune, tmp_path)
 
 
 @pytest.fixture
 def autotune(tmp_path: Path) -> Autotune:
-    """Runs `python -m autotune …` in an empty folder."""
+    """Runs `python -m autotune …` in an empty folder, as a process of its own."""
 
     def run(*arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "autotune", *arguments]

@@ -1,6 +1,6 @@
 """Every option of every group composes, is well typed, and names only what exists."""
 
-import subprocess
+from itertools import zip_longest
 from pathlib import Path
 
 import hydra
@@ -9,11 +9,24 @@ from hydra.utils import get_method
 
 from autotune.config import command_line, schema
 from autotune.config.overrides import typed
-from tests.conftest import Autotune
+from tests.conftest import Main
+from tests.in_process import Done
 
-OPTIONS = sorted(
-    (path.parent.name, path.stem) for path in command_line.CONF.glob("*/*.yaml") if path.parent.name != "hydra"
-)
+GROUPS = {
+    folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+    for folder in command_line.CONF.iterdir()
+    if folder.is_dir() and folder.name != "hydra"
+}
+
+
+def together() -> list[list[str]]:
+    """Each option of each group once, the first of all groups together, then the second: composing takes a while."""
+    rows = []
+    for row in zip_longest(*GROUPS.values()):
+        chosen = {group: option for group, option in zip(GROUPS, row, strict=True) if option}
+        words = [f"{group}=[{option}]" if group == "space" else f"{group}={option}" for group, option in chosen.items()]
+        rows.append([*words, *(["model=tiny"] if "model" not in chosen else [])])
+    return rows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,10 +39,9 @@ def composed(*overrides: str) -> schema.Config:
         return typed(hydra.compose("config", overrides=list(overrides), return_hydra_config=True))
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_option_composes_and_its_targets_exist(group: str, option: str):
-    needed = ["model=tiny"] if group != "model" else []
-    config = composed(*needed, f"{group}={'[' + option + ']' if group == 'space' else option}")
+@pytest.mark.parametrize("options", together())
+def test_options_compose_and_their_targets_exist(options: list[str]):
+    config = composed(*options)
     for node in (config.model.build, config.dataset.records, config.backend, config.launcher):
         if node:
             assert callable(get_method(node["_target_"]))
@@ -51,15 +63,15 @@ def test_spaces_combine():
     assert {"engine.args.block_size", "engine.args.kv_cache_dtype"} <= set(params)
 
 
-def test_help_shows_groups_and_examples(autotune: Autotune):
-    shown = autotune("--help").stdout
-    for group in {group for group, _ in OPTIONS}:
+def test_help_shows_groups_and_examples(main: Main):
+    shown = main("--help").stdout
+    for group in GROUPS:
         assert f"\n{group}: " in shown
-    assert shown.count("python -m autotune") == 3
+    assert all(f"\n{example}: " in shown for example in ("One trial", "A study", "Your own"))
 
 
-def test_cfg_job_shows_the_composed_trial(autotune: Autotune):
-    assert "max_num_seqs: 7" in autotune("model=tiny", "engine.args.max_num_seqs=7", "--cfg", "job").stdout
+def test_cfg_job_shows_the_composed_trial(main: Main):
+    assert "max_num_seqs: 7" in main("model=tiny", "engine.args.max_num_seqs=7", "--cfg", "job").stdout
 
 
 @pytest.mark.parametrize(
@@ -72,11 +84,11 @@ def test_cfg_job_shows_the_composed_trial(autotune: Autotune):
         ([], "no model: write model=smollm2"),
     ],
 )
-def test_wrong_configuration_is_one_line(autotune: Autotune, arguments: list[str], words: str):
-    assert_one_line(autotune(*arguments), words)
+def test_wrong_configuration_is_one_line(main: Main, arguments: list[str], words: str):
+    assert_one_line(main(*arguments), words)
 
 
-def assert_one_line(done: "subprocess.CompletedProcess[str]", words: str) -> None:
+def assert_one_line(done: Done, words: str) -> None:
     assert done.returncode == 1
     assert words in done.stderr
     assert done.stderr.startswith("autotune: ") and done.stderr.count("\n") == 1
@@ -98,11 +110,11 @@ def assert_one_line(done: "subprocess.CompletedProcess[str]", words: str) -> Non
         (["tracking=mlflow", "tracking.uri=http://127.0.0.1:9"], "no MLflow server answers"),
     ],
 )
-def test_bad_input_is_one_line(autotune: Autotune, tmp_path: Path, arguments: list[str], words: str):
+def test_bad_input_is_one_line(main: Main, tmp_path: Path, arguments: list[str], words: str):
     (tmp_path / "broken.jsonl").write_text('{"input": "a", "output": "b"}\n{"input": "a"\n')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "long.jsonl").write_text('{"input": "' + "a" * 5000 + '", "output": "b"}\n')
-    assert_one_line(autotune("model=tiny", "dataset=cnn_small", "tracking=none", *arguments), words)
+    assert_one_line(main("model=tiny", "dataset=cnn_small", "tracking=none", *arguments), words)
 
 
 @pytest.mark.parametrize("shows", [["--cfg", "job"], ["-c", "hydra"], ["--info"], ["--help"]])
@@ -117,6 +129,6 @@ def test_study_keeps_its_sweep():
     assert command_line.without_sweep(words) == words
 
 
-def test_composed_trial_of_a_study_is_shown(autotune: Autotune):
-    done = autotune("-m", "model=tiny", "engine.args.block_size=choice(16,32)", "--cfg", "job")
+def test_composed_trial_of_a_study_is_shown(main: Main):
+    done = main("-m", "model=tiny", "engine.args.block_size=choice(16,32)", "--cfg", "job")
     assert done.returncode == 0 and done.stdout.startswith("study: ")
