@@ -1,77 +1,25 @@
-"""The command line: `autotune` runs one trial, `autotune -m` a study, `autotune plan …` a module of `commands`."""
+"""The command line: `autotune` runs one trial, `autotune -m` a study, `autotune plan …` a module of `commands`.
 
-import logging
-import os
+It imports nothing but the command that is asked for: a study's own imports take a second.
+"""
+
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
-from pathlib import Path
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
-
-from autotune import commands, sweep
-from autotune.config import schema
-from autotune.config.command_line import CONF, errors_in_one_line, register, without_sweep
-from autotune.config.overrides import typed
-from autotune.errors import TrackingError
-from autotune.measure import trial
-from autotune.measure.prepare import prepare
-from autotune.measure.result import Result
-from autotune.results import summary, tracking
-from autotune.system import interrupt
-
-log = logging.getLogger(__name__)
-
-
-@hydra.main(config_path=str(CONF), config_name="config")
-def job(composed: DictConfig) -> float | list[float]:
-    """One trial, alone or as a study's job; returns the objective."""
-    if HydraConfig.get().mode is RunMode.RUN:
-        with errors_in_one_line():
-            return single(composed)
-    return values(trial.run(*inputs(composed)))
-
-
-def single(composed: DictConfig) -> float | list[float]:
-    config, overrides, folder = inputs(composed)
-    prepare(config)
-    tracking.check(config.tracking)
-    with ThreadPoolExecutor(1) as pool:  # MLflow takes seconds to import; vLLM takes longer to start
-        tracker = pool.submit(tracking.Tracker, config.tracking, None, folder)
-        result = trial.run(config, overrides, folder)
-    log.info(summary.single(result, config, folder))
-    try:
-        tracker.result().log_trial(folder, config.study, result)
-    except TrackingError as error:
-        log.warning("%s", error)
-    return values(result)
-
-
-def inputs(composed: DictConfig) -> tuple[schema.Config, list[str], Path]:
-    """The typed configuration, the overrides that made it, and the trial's folder."""
-    context = HydraConfig.get()
-    return typed(composed), list(context.overrides.task), Path(context.runtime.output_dir)
-
-
-def values(result: Result) -> float | list[float]:
-    return result.values[0] if len(result.values) == 1 else result.values
+from autotune import __version__, commands
 
 
 def main() -> None:
-    if sys.argv[1:2] and sys.argv[1] in commands.NAMES:
-        name = sys.argv.pop(1)
-        import_module(f"autotune.commands.{name}").main()
+    if "--version" in sys.argv:
+        print(f"autotune {__version__}")
         return
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are, and leave as one line
-    interrupt.install()
-    register()
-    sweep.register()
-    with errors_in_one_line():
-        sys.argv[1:] = without_sweep(sys.argv[1:])
-        job()
+    name = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in commands.NAMES else None
+    if name and (usage := commands.usage(name, sys.argv[1:])):
+        print(usage)
+        return
+    if not name and (mistake := commands.mistake(sys.argv[1:])):
+        sys.exit(f"autotune: {mistake}")
+    import_module(f"autotune.commands.{name or 'tune'}").main()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Hydra's side of every command: the schema and plugins made known, a command line turned into a Config."""
 
+import argparse
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +19,9 @@ from autotune.config import overrides, schema, sweeper
 from autotune.errors import AutotuneError, InputError
 from autotune.text import one_line
 
-CONF = Path(__file__).parents[2] / "conf"
+PACKAGE = Path(__file__).parents[1]
+# A wheel has it in the package, a checkout beside it.
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 SHOW = {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help"}  # Hydra's flags that run nothing
 STARTED = time.localtime()
 Options = TypeVar("Options")
@@ -37,17 +41,26 @@ def register() -> None:
 def compose(arguments: Sequence[str]) -> tuple[schema.Config, dict[str, Any], list[str]]:
     """The Config that `arguments` compose, the parameters of its space as written, and the arguments that sweep."""
     register()
-    arguments = list(arguments)
-    if "--config-dir" in arguments:  # as Hydra's own command line takes it
-        at = arguments.index("--config-dir")
-        folder = Path(arguments[at + 1]).resolve()
-        arguments[at : at + 2] = [f"hydra.searchpath=[file://{folder}]"]
+    arguments = _without_config_dir(arguments)
+    if wrong := [argument for argument in arguments if argument.startswith("-") or not re.search("[=~]", argument)]:
+        raise InputError(f"{wrong[0]!r}: write key=value, or --help")
     parsed = OverridesParser.create().parse_overrides(arguments)
     sweeps = [str(override.input_line) for override in parsed if override.is_sweep_override()]
     with hydra.initialize_config_dir(str(CONF)):
         fixed = [argument for argument in arguments if argument not in sweeps]
         composed = hydra.compose("config", overrides=fixed, return_hydra_config=True)
         return overrides.typed(composed), dict(composed.hydra.sweeper.params or {}), sweeps
+
+
+def _without_config_dir(words: Sequence[str]) -> list[str]:
+    """`--config-dir mine`, which Hydra's own command line takes, as an override."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    try:
+        known, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError:
+        raise InputError("--config-dir: write --config-dir FOLDER") from None
+    return [*([f"hydra.searchpath=[file://{known.config_dir.resolve()}]"] if known.config_dir else []), *rest]
 
 
 def without_sweep(words: Sequence[str]) -> list[str]:
@@ -66,14 +79,19 @@ def without_sweep(words: Sequence[str]) -> list[str]:
     return kept
 
 
+def show_help(usage: str | None, words: Sequence[str]) -> None:
+    """Print `usage` and exit, if `words` ask for it."""
+    if {"--help", "-h"} & set(words):
+        print(usage)
+        sys.exit()
+
+
 def options(kind: type[Options], words: Sequence[str], usage: str | None) -> Options:
     """The dataclass `kind` from words `key=value`; `usage` is printed where they ask for help.
 
     Raises InputError for a word, a key or a value that `kind` does not take, and for a key that is missing.
     """
-    if {"--help", "-h"} & set(words):
-        print(usage)
-        sys.exit()
+    show_help(usage, words)
     if wrong := [word for word in words if "=" not in word]:
         raise InputError(f"{wrong[0]}: write key=value, or --help")
     made = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(list(words)))

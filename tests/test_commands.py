@@ -1,0 +1,117 @@
+"""`autotune <command>`: what is asked for runs, and what is mistyped is told in one line."""
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from autotune import __version__, commands
+from autotune.commands import NAMES, mistake, usage
+from autotune.config.command_line import CONF, compose
+from autotune.errors import InputError
+
+ALL = f"the commands are {', '.join(NAMES)}"
+QUICK = [*sorted(set(NAMES) - set(commands.PARSED))]
+
+
+def run(*words: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-X", "importtime", "-m", "autotune", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def imported(done: "subprocess.CompletedProcess[str]") -> set[str]:
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+
+
+def own_words(done: "subprocess.CompletedProcess[str]") -> str:
+    return "".join(line for line in done.stderr.splitlines(keepends=True) if not line.startswith("import time:"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_command_has_a_main_and_a_line_in_the_help(name: str):
+    assert callable(import_module(f"autotune.commands.{name}").main)
+    help_text = (CONF / "config.yaml").read_text()
+    assert f"\n      {name}: " in help_text
+
+
+def test_every_module_of_the_room_is_a_command_or_has_a_reason_not_to_be():
+    found = {path.stem for path in Path(commands.__file__).parent.glob("*.py")}
+    assert found - {"__init__", "tune", "tracking"} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_help_is_the_docstring_that_the_command_itself_shows(name: str):
+    shown = usage(name, ["--help"])
+    assert shown and shown.strip() == (import_module(f"autotune.commands.{name}").__doc__ or "").strip()
+    assert f"autotune {name}" in shown
+    assert usage(name, ["study=x"]) is None
+
+
+def test_help_of_a_command_imports_nothing_of_it():
+    done = run("export", "--help")
+    assert done.returncode == 0 and "autotune export study=demo" in done.stdout
+    assert not {"hydra", "omegaconf", "optuna", "mlflow"} & imported(done)
+
+
+def test_version():
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"autotune {__version__}\n")
+
+
+def test_mistyped_command_is_one_line_and_at_once():
+    done = run("pln", "model=tiny")
+    assert done.returncode == 1
+    assert own_words(done) == f"autotune: 'pln' is no command and no key=value; did you mean plan; {ALL}\n"
+    assert not {"hydra", "omegaconf"} & imported(done)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["xyzzy"], f"'xyzzy' is no command and no key=value; {ALL}"),
+        (["model=tiny", "verify"], f"'verify' is no command and no key=value; a command comes first; {ALL}"),
+        (["-m", "exprot"], f"'exprot' is no command and no key=value; did you mean export; {ALL}"),
+        (["space=[scheduler,", "memory]"], f"'memory]' is no command and no key=value; {ALL}"),
+        (["-m", "model=tiny", "~prior", "+x=1"], None),
+        (["--config-dir", "mine", "-cn", "config", "--cfg", "job", "--info", "searchpath"], None),
+        ([], None),
+    ],
+)
+def test_word_that_is_nothing(words: list[str], said: str | None):
+    assert mistake(words) == said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model=tiny", "tiny"], "'tiny': write key=value, or --help"),
+        (["-m", "model=tiny"], "'-m': write key=value, or --help"),
+        (["model=tiny", "--config-dir"], "--config-dir: write --config-dir FOLDER"),
+    ],
+)
+def test_composing_command_refuses_what_is_no_override(words: list[str], said: str):
+    with pytest.raises(InputError, match="^" + said.replace("-", r"\-") + "$"):
+        compose(words)
+
+
+@pytest.mark.parametrize("written", [["--config-dir", "mine"], ["--config-dir=mine"], ["-cd", "mine"]])
+def test_own_groups_are_found(written: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "mine/scenario").mkdir(parents=True)
+    (tmp_path / "mine/scenario/busy.yaml").write_text("defaults: [server]\nqps: 77\n")
+    monkeypatch.chdir(tmp_path)
+    config, _, _ = compose([*written, "model=tiny", "scenario=busy"])
+    assert config.scenario.qps == 77
+
+
+@pytest.mark.parametrize("module", ["autotune.compare", "autotune.export", "autotune.verify", "autotune.report"])
+def test_command_is_a_module_too(module: str):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"autotune {module.removeprefix('autotune.')}" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["autotune.tracking", "autotune.sim.calibrate"])
+def test_earlier_names_still_work(module: str):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: " in done.stdout
