@@ -1,6 +1,7 @@
 """Rooms lie on floors and imports point down; each outside library has one home."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def module(file: Path) -> str:
     return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
+@cache
 def imported(file: Path) -> set[str]:
     """Every module that `file` imports, at its top or within a function."""
     found = set()

@@ -12,7 +12,7 @@ from autotune.errors import InputError
 from autotune.measure import trial
 from autotune.measure.backend import DryRunOutcome, Measurement
 from autotune.measure.prepare import prepare
-from autotune.measure.result import Result
+from autotune.measure.result import Result, State
 from autotune.sim.backend import SimBackend, SimEngine
 
 SIMULATED = ["model=llama8b", "backend=sim", "tracking=none"]
@@ -56,6 +56,7 @@ def test_search_finds_what_its_own_schedule_allows(tmp_path: Path):
         assert highest(tmp_path, seed, 1) == pytest.approx(allows, rel=config.scenario.search.precision)
 
 
+@pytest.mark.slow
 def test_searches_with_longer_runs_agree(tmp_path: Path):
     """A minute is not enough to tell loads apart that differ by a tenth; five are."""
     assert highest(tmp_path, 5, 1) > 1.15 * highest(tmp_path, 9, 1)
@@ -75,7 +76,7 @@ def test_run_that_the_client_decided_is_not_feasible(tmp_path: Path, monkeypatch
 
 
 def test_limits_that_no_load_holds_leave_an_infeasible_trial(tmp_path: Path):
-    hopeless = ["scenario.tpot_ms=2", "scenario.min_duration_s=5"]
+    hopeless = ["scenario.tpot_ms=2", "scenario.min_duration_s=5", "scenario.search.first_s=2"]
     result = run(tmp_path, "scenario=interactive", "objective=max_qps", *hopeless)
     assert result.complete and result.values == [0.0] and not result.feasible
     assert result.constraints["tpot_p99"] > 1
@@ -158,4 +159,4 @@ def test_failed_start_costs_what_it_took():
     from autotune.search.simulate import estimate, simulation
 
     found = estimate(simulation(config, config.backend), {})
-    assert found.failed and found.engine_s > 30
+    assert found.state is State.failed and found.engine_s > 30
