@@ -24,7 +24,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compare(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "autotune.commands.compare", *words]
+    command = [sys.executable, "-m", "autotune.compare", *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
 
 

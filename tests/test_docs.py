@@ -59,7 +59,7 @@ class Command:
 
     @property
     def module(self) -> str:
-        """`autotune.commands.verify`; empty for what is no module of ours."""
+        """`autotune.verify`; empty for what is no module of ours."""
         found = re.fullmatch(r"python -m (autotune[\w.]*)", " ".join(self.words[:3]))
         return found[1] if found else ""
 
@@ -123,16 +123,16 @@ def test_command_is_one_that_exists(command: Command, folder: Path):
         return
     write_files(command.page, folder)
     words = [word for word in command.arguments if word not in ("-m", "--help", "…")]
-    if command.module in ("autotune", "autotune.commands.plan", "autotune.search.space"):
+    if command.module in ("autotune", "autotune.plan", "autotune.space"):
         config, params, sweeps = command_line.command_line(words)
         if command.module != "autotune" or command.sweeps:
             space.parse(params, sweeps, config.conditions, config.only_if)
-    elif command.module == "autotune.commands.export":
+    elif command.module == "autotune.export":
         command_line.options(export.Export, words, None)
-    elif command.module == "autotune.commands.compare":
+    elif command.module == "autotune.compare":
         assert len([word for word in words if "=" not in word]) >= 2
         command_line.options(compare.Compare, [word for word in words if "=" in word], None)
-    elif command.module == "autotune.commands.verify":
+    elif command.module == "autotune.verify":
         own = [word for word in words if word.partition("=")[0] in verify.Verify.__dataclass_fields__]
         command_line.options(verify.Verify, own, None)
         command_line.command_line([word for word in words if word not in own])
@@ -163,7 +163,7 @@ def test_pages_commands_run_in_order(page: Path, tmp_path: Path):
             env={**os.environ, "AUTOTUNE_LEASES": str(tmp_path / "leases")},
             timeout=200,
         )
-        fine = (0, verify.NO_BETTER) if command.module == "autotune.commands.verify" else (0,)
+        fine = (0, verify.NO_BETTER) if command.module == "autotune.verify" else (0,)
         assert done.returncode in fine, f"{command}: {line}\n{done.stderr}"
 
 
@@ -171,9 +171,9 @@ def simulated(command: Command) -> list[str]:
     """Its arguments, on the simulator and shortened; the data set that needs the Hub is one of the same lengths."""
     words = ["dataset=cnn_shaped" if word == "dataset=cnn_dailymail" else word for word in command.arguments]
     named = {word.partition("=")[0] for word in command.arguments}
-    if command.module == "autotune.commands.verify":
+    if command.module == "autotune.verify":
         return [word if not word.startswith("n=") else "n=2" for word in words]
-    if command.module not in ("autotune", "autotune.commands.plan", "autotune.search.space"):
+    if command.module not in ("autotune", "autotune.plan", "autotune.space"):
         return words
     if "backend" not in named:
         words.append("backend=sim")

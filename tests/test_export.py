@@ -23,7 +23,7 @@ from autotune.config import vllm_flags
 from autotune.config.command_line import compose
 from autotune.errors import InputError
 from autotune.measure.result import Result
-from autotune.results import study as studies
+from autotune.results.study import load
 from tests.conftest import Autotune
 
 WORDS = [
@@ -159,8 +159,8 @@ def test_what_does_not_exist_is_said(study: Path, changed: dict[str, str], words
 
 def test_study_is_known_by_a_trial_that_left_its_configuration(study: Path):
     (study / "baseline/config.yaml").unlink()  # its job never began
-    found = studies.load(str(study))
-    assert (found.name, found.base.study, found.objective.metrics) == ("s", "s", ["tokens_per_s"])
+    found = load(str(study))
+    assert (found.name, found.config.study, found.objective.metrics) == ("s", "s", ["tokens_per_s"])
 
 
 def test_front_has_to_be_chosen_from(study: Path):
@@ -171,7 +171,7 @@ def test_front_has_to_be_chosen_from(study: Path):
         config.objective.metrics, config.objective.directions = ["tokens_per_s", "x"], ["maximize", "minimize"]
         OmegaConf.save(config, study / name / "config.yaml")
     with pytest.raises(InputError, match=r"has a Pareto front; choose from it: trial=trial-1 \| trial-0"):
-        studies.load(str(study)).chosen(None)
+        load(str(study)).chosen(None)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_front_has_to_be_chosen_from(study: Path):
     ],
 )
 def test_wrong_words_are_one_line(tmp_path: Path, arguments: list[str], words: str):
-    command = [sys.executable, "-m", "autotune.commands.export", *arguments]
+    command = [sys.executable, "-m", "autotune.export", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
@@ -199,7 +199,7 @@ def test_exports_of_a_real_trial_start_vllm(autotune: Autotune, tmp_path: Path):
     done = autotune("model=tiny", "study=s", "tracking=none", "engine.args.enforce_eager=true", *swept)
     assert done.returncode == 0, done.stderr
     study = tmp_path / "multirun/trials/s"
-    what = deployment(studies.load(str(study)), "s")
+    what = deployment(load(str(study)), "s")
     port = free_port()
     words = shlex.split(exported(study, Format.command, port=port).splitlines()[-1])
     at = words.index("vllm")

@@ -14,7 +14,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     monkeypatch.setattr(plan, "SEARCHED", 20)
     common = ["model=llama8b", "prior=sim", "space=none", "scenario.min_queries=200"]
     config, params, sweeps = compose([*common, *arguments])
-    return plan.words(plan.make(config, parse(params, sweeps, config.conditions, config.only_if)[0]))
+    return plan.render(plan.make(config, parse(params, sweeps, config.conditions, config.only_if)[0]))
 
 
 def test_plan_says_what_runs_what_bounds_it_the_gain_and_the_hours(monkeypatch: pytest.MonkeyPatch):

@@ -1,17 +1,17 @@
 """The page about a study: what it says, and that small and odd studies have one."""
 
 import html
+import json
 import random
 import re
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import TrialState, create_trial
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json
 from playwright.sync_api import expect
 
+import autotune.commands.report as command
 from autotune.config.schema import (
     Config,
     DatasetConfig,
@@ -23,6 +23,8 @@ from autotune.config.schema import (
 )
 from autotune.measure.result import LoadRun, Result
 from autotune.results import report
+from autotune.results.study import SPACE as SPACE_FILE
+from autotune.results.study import Study
 from tests.browser import browser_page
 
 SPACE = {
@@ -62,40 +64,28 @@ def result(value: float, **changed: Any) -> Result:
     return made
 
 
-def studied(
+def study(
     folder: Path,
     trials: list[Result],
     baseline: Result | None = None,
     metrics: tuple[str, ...] = ("tokens_per_s",),
     directions: tuple[str, ...] = ("maximize",),
     space: dict[str, Any] = SPACE,
-) -> report.Studied:
-    """A study as its trials leave it, in Optuna and in `folder`, with parameters drawn from `space`."""
+) -> Study:
+    """A study as its trials leave it in `folder`, with parameters drawn from `space`."""
     draw = random.Random(0)
-    study = optuna.create_study(directions=directions)
-    if baseline:
-        (folder / "baseline").mkdir()
-        baseline.values = [baseline.metrics[metric] for metric in metrics] if baseline.complete else []
-        baseline.save(folder / "baseline")
+    (folder / SPACE_FILE).write_text(
+        json.dumps({name: json.loads(distribution_to_json(distribution)) for name, distribution in space.items()})
+    )
+    results = {"baseline": baseline} if baseline else {}
     for number, one in enumerate(trials):
-        params = {name: drawn(distribution, draw) for name, distribution in space.items()}
+        one.params = {name: drawn(distribution, draw) for name, distribution in space.items()}
         if number % 3 == 0:
-            params.pop("engine.args.long_prefill_token_threshold", None)
-        one.params = params
+            one.params.pop("engine.args.long_prefill_token_threshold", None)
+        results[f"trial-{number}"] = one
+    for one in results.values():
         one.values = [one.metrics[metric] for metric in metrics] if one.complete else []
-        (folder / f"trial-{number}").mkdir()
-        one.save(folder / f"trial-{number}")
-        study.add_trial(
-            create_trial(
-                state=TrialState.COMPLETE if one.complete else TrialState.FAIL,
-                values=one.values if one.complete else None,
-                params=params,
-                distributions={name: space[name] for name in params},
-                constraints=one.constraints if one.complete else None,
-                user_attrs={"reason": one.reason} if one.reason else {},
-            )
-        )
-    return report.read(config(list(metrics), list(directions)), study, folder)
+    return Study(folder, config(list(metrics), list(directions)), results)
 
 
 def drawn(distribution: Any, draw: random.Random) -> Any:
@@ -106,7 +96,7 @@ def drawn(distribution: Any, draw: random.Random) -> Any:
     return round(draw.uniform(distribution.low, distribution.high), 2)
 
 
-def sections(one: report.Studied) -> dict[str, report.Section]:
+def sections(one: Study) -> dict[str, report.Section]:
     return {section.title: section for section in report.sections(one)}
 
 
@@ -123,25 +113,25 @@ def values(count: int) -> list[float]:
 
 def test_best_is_compared_with_the_baseline_and_its_interval(tmp_path: Path):
     best = result(1200, intervals={"tokens_per_s": [1190, 1210]})
-    page = text(report.page(studied(tmp_path, [result(900), best], result(1000))))
+    page = text(report.page(study(tmp_path, [result(900), best], result(1000))))
     assert "+20.0%: 1,200 tokens/s (1,190 to 1,210), against 1,000 with vLLM's defaults" in page
     assert "vllm serve m --max-num-seqs 8 Copy" in page
 
 
 def test_defaults_that_win_are_said_to_win(tmp_path: Path):
-    page = text(report.page(studied(tmp_path, [result(900)], result(1000))))
+    page = text(report.page(study(tmp_path, [result(900)], result(1000))))
     assert "1,000 tokens/s: vLLM's defaults; no trial beat them" in page
 
 
 def test_edge_that_the_best_stands_on_is_said_at_the_top(tmp_path: Path):
     best = result(1200)
     best.metrics["queued_tpot_p99_ms"] = 95.0  # of the 100 that are allowed
-    page = report.page(studied(tmp_path, [best], result(1000)))
+    page = report.page(study(tmp_path, [best], result(1000)))
     assert "On an edge: while requests queue" in text(page[: page.index("</header>")])
 
 
 def test_verdict_of_the_repeats_is_said_at_the_top(tmp_path: Path):
-    one = studied(tmp_path, [result(1200)], result(1000))
+    one = study(tmp_path, [result(1200)], result(1000))
     (tmp_path / "verify.json").write_text('{"line": "Better than the defaults: trial-0, +18.0% in 5 repeats."}')
     page = report.page(one)
     assert "Verified. Better than the defaults: trial-0, +18.0%" in text(page[: page.index("</header>")])
@@ -151,7 +141,7 @@ def test_every_figure_is_drawn_of_a_study_that_has_all(tmp_path: Path):
     latencies = {qps: {"ttft_p99_ms": qps, "tpot_p99_ms": qps} for qps in (4.0, 8.0)}
     runs = [LoadRun(f"run-{qps}", "probe", qps, "VALID", metrics=found) for qps, found in latencies.items()]
     trials = [result(value, bound="kv" if value > 1000 else "tokens", runs=runs) for value in values(20)]
-    drawn = sections(studied(tmp_path, trials, result(1000, runs=runs)))
+    drawn = sections(study(tmp_path, trials, result(1000, runs=runs)))
     assert {title: section.missing for title, section in drawn.items() if section.missing} == {}
     assert len(drawn["Parameter importance"].plots) == 2  # fANOVA and PED-ANOVA
     assert len(drawn["One parameter at a time"].plots) == len(SPACE)
@@ -160,7 +150,7 @@ def test_every_figure_is_drawn_of_a_study_that_has_all(tmp_path: Path):
 
 def test_hover_over_the_front_shows_the_whole_configuration(tmp_path: Path):
     two = ("tokens_per_s", "latency_p99_ms")
-    one = studied(tmp_path, [result(value) for value in values(8)], metrics=two, directions=("maximize", "minimize"))
+    one = study(tmp_path, [result(value) for value in values(8)], metrics=two, directions=("maximize", "minimize"))
     figure = sections(one)["Pareto front"].plots[0].figure
     assert "max_num_seqs" in figure and "bfloat16" in figure and "engine.args." not in figure
     assert "8 trials on the Pareto front" in text(report.page(one))
@@ -192,7 +182,7 @@ def test_hover_over_the_front_shows_the_whole_configuration(tmp_path: Path):
 def test_odd_study_has_a_report_that_says_why_parts_are_missing(
     tmp_path: Path, trials: list[Result], baseline: Result | None, said: list[str]
 ):
-    page = text(report.page(studied(tmp_path, trials, baseline)))
+    page = text(report.page(study(tmp_path, trials, baseline)))
     for words in said:
         assert words in page
     assert "could not be drawn" not in page and "GPU busy" not in page
@@ -211,35 +201,35 @@ def test_odd_study_has_a_report_that_says_why_parts_are_missing(
 def test_every_space_and_objective_has_a_report(
     tmp_path: Path, metrics: tuple[str, ...], directions: tuple[str, ...], space: dict[str, Any]
 ):
-    one = studied(tmp_path, [result(value) for value in values(8)], result(1000), metrics, directions, space)
+    one = study(tmp_path, [result(value) for value in values(8)], result(1000), metrics, directions, space)
     page = report.page(one)
     assert "could not be drawn" not in text(page) and 'class="plot"' in page
 
 
 def test_best_that_loadgen_calls_invalid_is_said_to_be(tmp_path: Path):
     best = result(900, verdict="INVALID", reasons=["shorter than min_duration"])
-    assert "LoadGen says INVALID: shorter than min_duration." in text(report.page(studied(tmp_path, [best])))
+    assert "LoadGen says INVALID: shorter than min_duration." in text(report.page(study(tmp_path, [best])))
 
 
 def test_page_says_where_the_time_went(tmp_path: Path):
-    section = report.phases(studied(tmp_path, [result(5.0), result(6.0)]))
+    section = report.phases(study(tmp_path, [result(5.0), result(6.0)]))
     assert section.text.startswith("3.0 min in all: start 33%, run 67%.")
     assert section.text.endswith("A start, by the median of each part: import 10 s, compile 20 s.")
 
 
 def test_estimates_are_marked(tmp_path: Path):
-    assert "Estimates of a simulation" in text(report.page(studied(tmp_path, [result(900, estimated=True)])))
+    assert "Estimates of a simulation" in text(report.page(study(tmp_path, [result(900, estimated=True)])))
 
 
 def test_what_a_trial_says_is_no_part_of_the_page(tmp_path: Path):
     reason = "StartError: </script><script>alert(1)</script>"
     args = {"chat_template": "</script><script>alert(2)</script>"}
-    page = report.page(studied(tmp_path, [Result(reason=reason), *(result(value, args=args) for value in values(5))]))
+    page = report.page(study(tmp_path, [Result(reason=reason), *(result(value, args=args) for value in values(5))]))
     assert "<script>alert" not in page
 
 
 def test_page_asks_nothing_of_the_network(tmp_path: Path):
-    page = report.page(studied(tmp_path, [result(900)]))
+    page = report.page(study(tmp_path, [result(900)]))
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
 
 
@@ -250,18 +240,18 @@ def test_study_is_found_by_name_and_one_that_is_not_there_is_one_line(autotune, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "multirun/found/report.html").unlink()
     monkeypatch.setattr("sys.argv", ["report", "study=found"])
-    report.main()
+    command.main()
     assert (tmp_path / "multirun/found/report.html").exists()
-    for words, said in (["study=lost"], "there is found"), (["found"], "write python -m autotune.report study=<name>"):
+    for words, said in (["study=lost"], "there is found"), (["found"], "found: write key=value, or --help"):
         monkeypatch.setattr("sys.argv", ["report", *words])
         with pytest.raises(SystemExit, match=said):
-            report.main()
+            command.main()
 
 
 def test_table_shows_how_busy_the_gpu_was_where_there_was_one(tmp_path: Path):
     busy = result(900)
     busy.metrics |= {"gpu_utilization": 0.838, "gpu_j_per_token": 0.371}
-    page = text(report.page(studied(tmp_path, [busy])))
+    page = text(report.page(study(tmp_path, [busy])))
     assert "server (Server), 8 queries/s" in page
     assert "GPU busy" in page and "0.838" in page and "J/token" in page
 
@@ -271,8 +261,8 @@ def test_table_shows_how_busy_the_gpu_was_where_there_was_one(tmp_path: Path):
 def test_report_of_500_trials_is_small_opens_fast_and_fits_a_phone_and_paper(tmp_path: Path):
     over = {"ttft_p99": 0.2}
     trials = [result(value, constraints=over) if at % 9 == 0 else result(value) for at, value in enumerate(values(500))]
-    one = studied(tmp_path, trials, result(800, defaults=dict.fromkeys(SPACE, 8192)))
-    path = report.write(one.config, one.study, tmp_path)
+    one = study(tmp_path, trials, result(800, defaults=dict.fromkeys(SPACE, 8192)))
+    path = report.write(one)
     assert path.stat().st_size < 5e6
     with browser_page() as page:
         errors: list[str] = []

@@ -11,7 +11,7 @@ from optuna.samplers._tpe import _truncnorm
 from autotune.config import command_line, schema
 from autotune.errors import InputError
 from autotune.measure import objective
-from autotune.search import samplers
+from autotune.search import optuna_private, samplers
 from autotune.search.space import parse
 
 SAMPLERS = sorted(path.stem for path in (command_line.CONF / "sampler").glob("*.yaml"))
@@ -60,7 +60,7 @@ def test_tpe_asks_by_scipys_arithmetic_what_it_would_by_optunas(monkeypatch: pyt
 
     by_scipy = asked("tpe", 60)
     monkeypatch.setattr(_truncnorm, "_log_ndtr", None)  # to be as it was once this is over
-    monkeypatch.setattr(samplers, "log_ndtr", log_ndtr)
+    monkeypatch.setattr(optuna_private, "log_ndtr", log_ndtr)
     assert asked("tpe", 60) == by_scipy and called
 
 

@@ -38,7 +38,7 @@ def start(slurm: Slurm, folder: Path, *arguments: str) -> "subprocess.Popen[str]
 
 
 def verify(slurm: Slurm, folder: Path) -> "subprocess.Popen[str]":
-    words = [sys.executable, "-m", "autotune.commands.verify", "study=s", "k=1", "n=2"]
+    words = [sys.executable, "-m", "autotune.verify", "study=s", "k=1", "n=2"]
     env = {**os.environ, **slurm.environment}
     return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

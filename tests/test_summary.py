@@ -3,14 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
-import optuna
 import pytest
-from optuna.distributions import IntDistribution
-from optuna.trial import TrialState, create_trial
 
 from autotune.config.schema import Config, Kind, ModelConfig, ObjectiveConfig, ScenarioConfig, TrackingConfig
 from autotune.measure.result import Result
 from autotune.results import summary
+from autotune.results.study import Study
 
 MAXIMIZE = ObjectiveConfig("throughput", ["tokens_per_s"], ["maximize"])
 MINIMIZE = ObjectiveConfig("latency", ["ttft_p99_ms"], ["minimize"])
@@ -20,38 +18,39 @@ def config(objective: ObjectiveConfig = MAXIMIZE) -> Config:
     return Config(study="s", model=ModelConfig(name="m"), objective=objective, tracking=TrackingConfig(enabled=False))
 
 
+CONFIG = config()
+
+
 def result(value: float, over: float = -1.0, command: str = "x") -> Result:
     metrics = dict.fromkeys(("tokens_per_s", "samples_per_s", "ttft_p99_ms", "tpot_p99_ms", "latency_p99_ms"), value)
     command_line = ["vllm", "serve", command]
     return Result("complete", values=[value], constraints={"ttft_p99": over}, metrics=metrics, command=command_line)
 
 
-def study(folder: Path, baseline: Result | None, *trials: Result, objective: ObjectiveConfig = MAXIMIZE):
-    """A study as its trials leave it: in Optuna and in `folder`."""
-    made = optuna.create_study(directions=objective.directions)
-    named = {f"trial-{number}": trial for number, trial in enumerate(trials)}
-    for name, one in named.items() if baseline is None else {"baseline": baseline, **named}.items():
-        (folder / name).mkdir()
-        one.save(folder / name)
-    for number, one in enumerate(trials):
-        made.add_trial(
-            create_trial(
-                state=TrialState.COMPLETE if one.complete else TrialState.FAIL,
-                values=one.values if one.complete else None,
-                params={"engine.args.max_num_seqs": number},
-                distributions={"engine.args.max_num_seqs": IntDistribution(0, 9)},
-                constraints=one.constraints,
-                user_attrs={"reason": one.reason} if one.reason else {},
-            )
-        )
-    return made
+def study(baseline: Result | None, *trials: Result, config: Config = CONFIG) -> Study:
+    """A study whose trial-N ran with max_num_seqs=N."""
+    results = {} if baseline is None else {"baseline": baseline}
+    for number, trial in enumerate(trials):
+        trial.params = {"engine.args.max_num_seqs": number}
+        results[f"trial-{number}"] = trial
+    return Study(Path("multirun/s"), config, results)
 
 
-def test_trials_that_wait_to_be_run_are_not_counted(tmp_path: Path):
-    made = study(tmp_path, None, result(1.0))
-    made.enqueue_trial({"engine.args.max_num_seqs": 5})
-    assert "Study s: 1 trials, 0 failed" in summary.words(made, tmp_path, config())
-    assert summary.headline(made, tmp_path, config())["trials"] == 1
+@pytest.mark.parametrize(
+    ("trial", "words"),
+    [
+        (Result("interrupted"), "1 trials, 0 failed\n"),
+        (Result("refused", "too small"), "1 trials, 0 failed, 1 combinations refused before they took a GPU\n"),
+        (Result("pruned"), "2 trials, 0 failed, 1 ended early by the pruner\n"),
+        (Result("failed", "E: x"), "2 trials, 1 failed\n"),
+        (replace(result(1.0), duplicate_of="trial-0"), "1 trials, 0 failed, 1 asked for again and looked up\n"),
+    ],
+    ids=lambda one: one.state if isinstance(one, Result) else "",
+)
+def test_trials_are_counted_by_how_they_ended(trial: Result, words: str):
+    made = study(result(10), result(1.0), trial)
+    assert f"Study s: {words}" in summary.render(made)
+    assert summary.headline(made)["trials"] == int(words[0])
 
 
 @pytest.mark.parametrize(
@@ -70,15 +69,14 @@ def test_trial_ends_in_one_line(trial: Result, words: str):
 
 
 @pytest.mark.parametrize(("objective", "best"), [(MAXIMIZE, 1), (MINIMIZE, 0)], ids=["maximize", "minimize"])
-def test_best_is_feasible_and_follows_the_direction(tmp_path: Path, objective: ObjectiveConfig, best: int):
+def test_best_is_feasible_and_follows_the_direction(objective: ObjectiveConfig, best: int):
     trials = [result(10), result(20), result(5, over=0.1), result(40, over=0.1), Result(reason="E: x")]
-    found = summary.best(study(tmp_path, None, *trials, objective=objective))
-    assert found is not None and found.number == best
+    assert study(None, *trials, config=config(objective)).best == f"trial-{best}"
 
 
-def test_winner_is_shown_with_its_gain_and_its_command(tmp_path: Path):
-    made = study(tmp_path, result(10, command="default"), result(9), result(12, command="winner"))
-    shown = summary.words(made, tmp_path, config())
+def test_winner_is_shown_with_its_gain_and_its_command():
+    made = study(result(10, command="default"), result(9), result(12, command="winner"))
+    shown = summary.render(made)
     assert "Study s: 2 trials, 0 failed" in shown
     assert "Best: max_num_seqs=1 (+20.0% against vLLM's defaults" in shown
     assert "\n  vllm serve winner\n" in shown and "serve default" not in shown
@@ -87,29 +85,29 @@ def test_winner_is_shown_with_its_gain_and_its_command(tmp_path: Path):
 @pytest.mark.parametrize(
     ("queued_ms", "edge"), [(28.8, True), (31.1, True), (15.5, False), (63.4, False), (None, False)]
 )
-def test_best_that_holds_by_a_hair_is_said_to(tmp_path: Path, queued_ms: float | None, edge: bool):
+def test_best_that_holds_by_a_hair_is_said_to(queued_ms: float | None, edge: bool):
     best = result(12)
     if queued_ms:
         best.metrics["queued_tpot_p99_ms"] = queued_ms
     limited = replace(config(), scenario=ScenarioConfig(name="interactive", kind=Kind.Server, tpot_ms=30))
-    shown = summary.words(study(tmp_path, result(10), best), tmp_path, limited)
+    shown = summary.render(study(result(10), best, config=limited))
     assert (f"its TPOT is {queued_ms} ms (p99) where 30 are allowed" in shown) == edge
 
 
-def test_edge_is_that_of_what_is_served(tmp_path: Path):
+def test_edge_is_that_of_what_is_served():
     loser = result(9)
     loser.metrics["queued_tpot_p99_ms"] = 29.0
     limited = replace(config(), scenario=ScenarioConfig(name="interactive", kind=Kind.Server, tpot_ms=30))
-    assert "On an edge" not in summary.words(study(tmp_path, result(10), loser), tmp_path, limited)
+    assert "On an edge" not in summary.render(study(result(10), loser, config=limited))
 
 
-def test_lower_latency_wins(tmp_path: Path):
-    made = study(tmp_path, result(10), result(8, command="winner"), objective=MINIMIZE)
-    assert "Best: max_num_seqs=0 (-20.0% against" in summary.words(made, tmp_path, config(MINIMIZE))
+def test_lower_latency_wins():
+    made = study(result(10), result(8, command="winner"), config=config(MINIMIZE))
+    assert "Best: max_num_seqs=0 (-20.0% against" in summary.render(made)
 
 
-def test_defaults_that_win_are_served(tmp_path: Path):
-    shown = summary.words(study(tmp_path, result(10, command="default"), result(9)), tmp_path, config())
+def test_defaults_that_win_are_served():
+    shown = summary.render(study(result(10, command="default"), result(9)))
     assert "No trial beat vLLM's defaults" in shown and "\n  vllm serve default\n" in shown
 
 
@@ -120,22 +118,22 @@ def test_defaults_that_win_are_served(tmp_path: Path):
         (result(10, over=1.0), "baseline is infeasible: "),
     ],
 )
-def test_baseline_that_is_no_measure_is_said_to_be_none(tmp_path: Path, baseline: Result, words: str):
-    shown = summary.words(study(tmp_path, baseline, result(9)), tmp_path, config())
+def test_baseline_that_is_no_measure_is_said_to_be_none(baseline: Result, words: str):
+    shown = summary.render(study(baseline, result(9)))
     assert words in shown and "Best: max_num_seqs=0 (no usable baseline to compare with)" in shown
 
 
-def test_study_without_a_usable_trial_says_why(tmp_path: Path):
+def test_study_without_a_usable_trial_says_why():
     trials = [Result(reason="StartError: no memory"), Result(reason="StartError: no memory"), result(9, over=1.0)]
-    shown = summary.words(study(tmp_path, None, *trials), tmp_path, config())
+    shown = summary.render(study(None, *trials))
     assert "3 trials, 2 failed" in shown
     assert shown.count("  StartError: no memory") == 1
     assert "No trial is feasible: loosen the limits" in shown
 
 
-def test_headline_figures_name_the_metric(tmp_path: Path):
-    made = study(tmp_path, result(10), result(12), Result(reason="E: x"))
-    assert summary.headline(made, tmp_path, config()) == {
+def test_headline_figures_name_the_metric():
+    made = study(result(10), result(12), Result(reason="E: x"))
+    assert summary.headline(made) == {
         "trials": 2,
         "failed_trials": 1,
         "baseline_tokens_per_s": 10,

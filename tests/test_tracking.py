@@ -11,6 +11,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from omegaconf import OmegaConf
 
+from autotune.commands import log
 from autotune.config.schema import Config, DatasetConfig, ModelConfig, TrackingConfig
 from autotune.errors import TrackingError
 from autotune.live import gpu
@@ -18,6 +19,7 @@ from autotune.live.gpu import GpuState
 from autotune.measure import series
 from autotune.measure.result import LoadRun, Result
 from autotune.results import tracking
+from autotune.system.host import recorded
 from tests.slurm_cluster import wait_for
 
 
@@ -177,7 +179,7 @@ def test_server_without_a_registry_costs_nothing(uri: str, trial: Path, monkeypa
 
 
 def test_machine_is_sampled_while_a_trial_runs(tmp_path: Path):
-    with tracking.system_metrics(TrackingConfig(uri="", experiment="e", system_metrics_s=0.1), tmp_path):
+    with recorded(tmp_path / series.SYSTEM, 0.1):
         wait_for(lambda: (tmp_path / series.SYSTEM).exists() and len(series.read(tmp_path, 0.0)) > 8, "samples", 60)
     assert {"system/cpu_utilization_percentage", "system/disk_usage_percentage"} <= {
         point.metric for point in series.read(tmp_path, 0.0)
@@ -239,10 +241,10 @@ def test_only_what_is_missing_is_logged_later(uri: str, trial: Path, monkeypatch
     late = trial.with_name("trial-1")
     late.mkdir()
     Result.load(trial).save(late)
-    command = ["autotune.results.tracking", str(trial.parent), "--uri", uri, "--experiment", "e"]
+    command = ["log", str(trial.parent), "--uri", uri, "--experiment", "e"]
     monkeypatch.setattr(sys, "argv", command)
     for _ in range(2):
-        tracking.main()
+        log.main()
     assert len(all_runs(uri)) == 3 and set(runs(uri)) == {"s", "trial-0", "trial-1"}
 
 
@@ -263,15 +265,15 @@ def test_port_that_is_no_number_is_one_line():
 
 
 def test_folder_without_a_trial_is_said_to_hold_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "argv", ["autotune.results.tracking", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["log", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"no result.json below it"):
-        tracking.main()
+        log.main()
 
 
 @pytest.mark.slow
 def test_study_is_logged_later_by_hand(tmp_path: Path, trial: Path):
     uri = f"sqlite:///{tmp_path}/later.db"
-    command = [sys.executable, "-m", "autotune.results.tracking", str(trial.parent), "--uri", uri]
+    command = [sys.executable, "-m", "autotune.tracking", str(trial.parent), "--uri", uri]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert "1 trials of" in done.stdout, done.stderr
     assert len(MlflowClient(uri).search_runs(["1"])) == 2

@@ -14,14 +14,13 @@ from scipy import stats
 
 from autotune.commands import verify
 from autotune.commands.verify import Verdict, Verify
-from autotune.config.schema import ObjectiveConfig
+from autotune.config.schema import Config, InlineConfig, ObjectiveConfig
 from autotune.errors import InputError
 from autotune.measure.paired import difference
 from autotune.measure.result import Result
-from autotune.results import study as studies
-from autotune.results.study import FinishedStudy
+from autotune.results.study import Study, load
 from autotune.sweep.launchers import Inline, Job
-from autotune.sweep.worker import Trial
+from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
 from tests.studies import SEQS, autotune, environment
 
@@ -97,8 +96,7 @@ def judged(rows: dict[str, list[float]], held: dict[str, int] | None = None, dir
     """What is said of repeats with these values, `held` of which kept the limits."""
     objective = ObjectiveConfig("o", ["x"], [direction])
     once = {name: Result("complete", values=values[:1], params={SEQS: 1}) for name, values in rows.items()}
-    study = FinishedStudy(Path("s"), once)
-    study.__dict__["objective"] = objective  # instead of a folder's
+    study = Study(Path("s"), Config(objective=objective), once)
     n = len(rows["baseline"])
     results = {
         (name, block + 1): Result(
@@ -148,7 +146,7 @@ def test_limits_that_the_defaults_never_hold_make_a_winner_of_what_does():
 
 
 def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "autotune.commands.verify", "study=s", *words]
+    return [sys.executable, "-m", "autotune.verify", "study=s", *words]
 
 
 def run(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
@@ -181,7 +179,7 @@ def test_study_without_a_better_configuration_ends_with_its_own_code(simulated: 
 class Signalled(Inline):
     """A signal comes when a job has started and nobody has noted it yet."""
 
-    def submit(self, trials: Sequence[Trial]) -> list[Job]:
+    def submit(self, trials: Sequence[TrialSpec]) -> list[Job]:
         self.jobs = super().submit(trials)
         signal.raise_signal(signal.SIGTERM)
         return self.jobs
@@ -192,10 +190,10 @@ def test_job_does_not_outlive_a_signal_that_comes_while_it_is_started(simulated:
     monkeypatch.chdir(simulated)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     interrupt.install()
-    launcher = Signalled(None)
+    launcher = Signalled(InlineConfig(), None)
     try:
         with pytest.raises(SystemExit):
-            found = verify.repeats(studies.load("s"), Verify("s", k=1, n=2, seed=9), ["backend.pace=10"])
+            found = verify.repeats(load("s"), Verify("s", k=1, n=2, seed=9), ["backend.pace=10"])
             verify.run(found, launcher, lambda *_: None)
         assert [job.done() for job in launcher.jobs] == [True]
     finally:
@@ -230,7 +228,7 @@ def test_better_configuration_ends_with_0(tmp_path: Path):
 
 
 def test_same_loads_within_a_block_and_another_order_in_each(simulated: Path):
-    found = verify.repeats(studies.load(str(simulated / "multirun/s")), Verify("s", k=2, n=6), [])
+    found = verify.repeats(load(str(simulated / "multirun/s")), Verify("s", k=2, n=6), [])
     blocks = [[one for one in found if one.block == block] for block in range(1, 7)]
     assert [len({one.trial.config.scenario.seed for one in block}) for block in blocks] == [1] * 6
     assert [block[0].trial.config.scenario.seed for block in blocks] == [2, 3, 4, 5, 6, 7]  # the study's own is 1
@@ -239,7 +237,7 @@ def test_same_loads_within_a_block_and_another_order_in_each(simulated: Path):
 
 def test_block_stays_on_its_gpus_and_others_run_beside_it(simulated: Path):
     """Or a configuration that always met the slower GPU would be called the slower one."""
-    study = studies.load(str(simulated / "multirun/s"))
+    study = load(str(simulated / "multirun/s"))
     found = verify.repeats(study, Verify("s", k=2, n=5), ["gpus=[0,1]"])
     by_block = {
         one.block: {tuple(other.trial.config.gpus) for other in found if other.block == one.block} for one in found
@@ -267,8 +265,8 @@ def test_gpus_are_grouped_by_what_the_largest_configuration_takes(
 
 
 def test_hidden_values_have_to_be_given(simulated: Path):
-    study = studies.load(str(simulated / "multirun/s"))
-    config = replace(study.config("baseline"), backend={"env": {"HF_TOKEN": "***"}})
+    study = load(str(simulated / "multirun/s"))
+    config = replace(study.config_of("baseline"), backend={"env": {"HF_TOKEN": "***"}})
     with pytest.raises(
         verify.InputError, match=r"hides backend.env.HF_TOKEN; add backend.env.HF_TOKEN=… to this command"
     ):
@@ -287,7 +285,7 @@ def test_hidden_values_have_to_be_given(simulated: Path):
 )
 def test_what_can_not_be_verified_is_said(simulated: Path, wanted: Verify, overrides: list[str], said: str):
     with pytest.raises(InputError, match=said):
-        verify.repeats(studies.load(str(simulated / "multirun/s")), wanted, overrides)
+        verify.repeats(load(str(simulated / "multirun/s")), wanted, overrides)
 
 
 def test_error_is_one_line_and_no_verdict(simulated: Path):

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from autotune.config.schema import Config
+from autotune.config.upgrade import upgraded
 from autotune.errors import InputError
 from autotune.text import one_line
 
@@ -66,7 +67,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Config:
     if not path.exists():
         raise InputError(f"{path}: no such file; the folder of a trial holds one")
     try:
-        left = OmegaConf.load(path)
+        written: Any = OmegaConf.to_container(OmegaConf.load(path))
+        left = OmegaConf.create(upgraded(written))
         for override in overrides:
             _check_field(left, override)
         changed = OmegaConf.merge(left, OmegaConf.from_dotlist(list(overrides)))

@@ -64,6 +64,9 @@ class Result:
     duplicate_of: str = ""  # the trial that measured this configuration before, whose result this is
     expected: dict[str, Any] = field(default_factory=dict)  # `values` and `feasible`, as a simulation said before
 
+    def __post_init__(self) -> None:
+        self.state = State(self.state)
+
     @property
     def complete(self) -> bool:
         return self.state is State.complete
@@ -106,7 +109,6 @@ class Result:
         """The result that a result.json of this version or an earlier one holds."""
         known = {field.name for field in fields(cls)}
         result = cls(**{name: value for name, value in body.items() if name in known})
-        result.state = State(result.state)
         if result.state is State.failed and result.reason.startswith(STOPPED):
             result.state = State.interrupted
         result.duplicate_of = result.duplicate_of or result.facts.get("duplicate_of", "")
