@@ -10,24 +10,32 @@ import numpy as np
 import pytest
 
 from autotune.data.models import build_shape
-from autotune.sim.kv_cache import Holder, KvCache, prefix_keys
-from autotune.sim.scheduler import Batch, Limits, Request, Scheduler
+from autotune.sim.flags import Flags
+from autotune.sim.kv_cache import BlockTable, KvCache, prefix_keys
+from autotune.sim.scheduler import Batch, Request, Scheduler
 
 AMPLE = 1000  # blocks
 
 
+def flags(**given: Any) -> Flags:
+    """Flags for the scheduler, which reads neither of those that are set here."""
+    unread = {"max_model_len": 0, "block_size": 0, "max_cudagraph_capture_size": 0, "async_scheduling": False}
+    return Flags(**unread | given)
+
+
 def scheduler(
-    *requests: Request, blocks: int = AMPLE, caching: bool = False, seqs: int = 8, tokens: int = 32, **limits: Any
+    *requests: Request, blocks: int = AMPLE, caching: bool = False, seqs: int = 8, tokens: int = 32, **given: Any
 ) -> Scheduler:
-    """One that has `requests` waiting, with blocks of 4 tokens."""
-    made = Scheduler(Limits(seqs, tokens, **limits), KvCache(blocks, 4, caching))
+    """A scheduler that has `requests` waiting, with blocks of 4 tokens."""
+    limits = flags(max_num_seqs=seqs, max_num_batched_tokens=tokens, **given)
+    made = Scheduler(limits, KvCache(blocks, 4, caching))
     for request in requests:
         made.add(request)
     return made
 
 
 def step(scheduler: Scheduler) -> tuple[dict[int, int], int]:
-    """Runs a step: the tokens of each prefill, and how many decode."""
+    """Run a step; returns the tokens of each prefill by request, and the count of decodes."""
     batch = scheduler.schedule()
     scheduler.finish(batch)
     return {request.number: tokens for request, tokens in batch.chunks.items()}, batch.decodes
@@ -59,7 +67,7 @@ def test_request_is_not_admitted_before_its_whole_prompt_fits():
 
 
 def test_watermark_keeps_blocks_free_of_new_requests_unless_nothing_runs():
-    run = scheduler(Request(0, 4, 2), Request(1, 4, 1), blocks=3, watermark_blocks=2)
+    run = scheduler(Request(0, 4, 2), Request(1, 4, 1), blocks=3, watermark=0.5)  # 2 of 4, vLLM's own among them
     assert [step(run) for _ in range(3)] == [({0: 4}, 0), ({}, 1), ({1: 4}, 0)]
 
 
@@ -72,7 +80,7 @@ def test_last_admitted_is_preempted_and_computed_again_with_what_it_generated():
     run.finish(batch)
     assert [step(run) for _ in range(3)] == [({}, 1), ({}, 1), ({}, 1)]
     assert [step(run) for _ in range(3)] == [({1: 4}, 0), ({}, 1), ({}, 1)]
-    assert not run.running and not run.waiting and run.cache.free == 2
+    assert not run.running and not run.waiting and run.cache.free_blocks == 2
 
 
 def test_lower_priority_value_goes_first_and_the_highest_is_preempted():
@@ -88,12 +96,12 @@ def test_same_beginning_is_computed_once_and_the_last_token_always():
     assert step(run) == ({0: 12, 1: 4}, 0)
 
 
-def test_cache_forgets_the_end_of_what_was_released_first():
+def test_cache_evicts_the_end_of_what_was_freed_first():
     cache = KvCache(blocks=4, block_size=4, caching=True)
-    old, new = Holder(["a", "b", "c"]), Holder(["x"])
-    assert cache.grow(old, 12)
-    cache.release(old, 12)
-    assert cache.grow(new, 8)
+    old, new = BlockTable(["a", "b", "c"]), BlockTable(["x"])
+    assert cache.allocate(old, 12)
+    cache.free(old, 12)
+    assert cache.allocate(new, 8)
     assert [block.key for block in cache.find(old, 13)] == ["a", "b"]
 
 
@@ -139,11 +147,9 @@ def random_case(rng: random.Random) -> dict[str, Any]:
 
 
 def simulate(case: dict[str, Any]) -> list[Batch]:
-    config = dict(case["config"])
-    in_advance, watermark = config.pop("async_scheduling"), config.pop("watermark")
-    config.pop("policy", None)
-    limits = Limits(**config, watermark_blocks=int(watermark * (case["blocks"] + 1)))
-    run = Scheduler(limits, KvCache(case["blocks"], case["block_size"], case["caching"]))
+    config = {name: value for name, value in case["config"].items() if name != "policy"}
+    in_advance = config["async_scheduling"]
+    run = Scheduler(flags(**config), KvCache(case["blocks"], case["block_size"], case["caching"]))
     coming = deque(
         (
             request["step"],

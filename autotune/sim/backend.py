@@ -1,10 +1,10 @@
-"""The simulated backend: the same seam as live vLLM; what it returns are estimates."""
+"""The simulated backend: the same interface as live vLLM, with estimates for measurements."""
 
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from autotune.measure.backend import DryRunOutcome, Measurement, RequestTiming
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
 from autotune.measure.metrics import within
-from autotune.sim.cost import GIB, Cost, Shape
+from autotune.sim.cost import GIB, Cost
 from autotune.sim.engine import serve
-from autotune.sim.flags import HARMLESS, MODELLED, refusal, resolve, serving
+from autotune.sim.flags import HARMLESS, MODELLED, refusal, resolve
 from autotune.sim.kv_cache import KvCache, prefix_keys
-from autotune.sim.scheduler import Limits, Request, Scheduler
+from autotune.sim.scheduler import Request, Scheduler
+from autotune.sim.shape import Shape
 from autotune.system.leases import Lease
 
 log = logging.getLogger(__name__)
@@ -50,32 +51,31 @@ class SimBackend:
     def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
         shape = Shape.of(model.config)
         flags = resolve(args, self.config.device, shape)
-        return DryRunOutcome(refusal(flags, self.config.device, shape), flags)
+        return DryRunOutcome(refusal(flags, self.config.device, shape), asdict(flags))
 
     @contextmanager
     def start(
         self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, lease: Lease | None
     ) -> Iterator["SimEngine"]:
-        outcome = self.dry_run(model, args)
-        if outcome.refusal:
-            raise StartError(outcome.refusal)
-        flags = outcome.resolved
-        cost = Cost(self.config.device, Shape.of(model.config), serving(flags))
-        if missing := out_of_memory(flags, cost):
+        device, shape = self.config.device, Shape.of(model.config)
+        flags = resolve(args, device, shape)
+        if reason := refusal(flags, device, shape):
+            raise StartError(reason)
+        cost = Cost(device, shape, flags)
+        if missing := out_of_memory(cost):
             raise StartError(missing, cost.start_s)
         revision = ["--revision", model.revision] if model.revision else []
         command = ["vllm", "serve", model.path, *revision, *vllm_flags.command_line(redact(args))]
-        facts = {"simulated": self.config.device.name}
+        facts = {"simulated": device.name}
         if self.config.pace:
             pass_time(cost.start_s, self.config.pace, "start", folder)
-        yield SimEngine(flags, cost, samples, cost.start(), command, facts, self.config.pace, folder)
+        yield SimEngine(cost, samples, cost.start(), command, facts, self.config.pace, folder)
 
 
 @dataclass(frozen=True)
 class SimEngine:
     """A simulated server; each run finds it idle."""
 
-    flags: dict[str, Any]  # resolved
     cost: Cost
     samples: Samples
     start: dict[str, float]
@@ -86,8 +86,8 @@ class SimEngine:
     estimated: bool = True
 
     def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:
-        requests, states = simulate(self.flags, self.cost, scenario, self.samples)
-        done, verdict = judge(requests, scenario)
+        requests, states = simulate(self.cost, scenario, self.samples)
+        done, reasons = judge(requests, scenario)
         run_s = max(request.last_token for request in done)
         if self.pace:
             pass_time(run_s, self.pace, "run", self.folder, done, scenario)
@@ -95,8 +95,8 @@ class SimEngine:
             requests=done,
             failed=0,
             total=len(requests),
-            verdict="VALID" if not verdict else "INVALID",
-            reasons=verdict,
+            verdict="VALID" if not reasons else "INVALID",
+            reasons=reasons,
             loadgen={},
             phases={"run": run_s},
             server=[state for state in states if state.time_s <= run_s],
@@ -104,24 +104,15 @@ class SimEngine:
         )
 
 
-def simulate(
-    flags: Mapping[str, Any], cost: Cost, scenario: ScenarioConfig, samples: Samples
-) -> tuple[list[RequestTiming], list[ServerState]]:
-    """LoadGen's `scenario` against the server that resolved `flags` describe: its requests, and its states over time.
+def simulate(cost: Cost, scenario: ScenarioConfig, samples: Samples) -> tuple[list[RequestTiming], list[ServerState]]:
+    """Send LoadGen's `scenario` to the server that `cost` describes; returns its requests and its states over time.
 
     Of several replicas (data parallelism) the states are the first one's.
     """
-    blocks = cost.kv_tokens() // flags["block_size"]
-    limits = Limits(
-        max_num_seqs=flags["max_num_seqs"],
-        max_num_batched_tokens=flags["max_num_batched_tokens"],
-        long_prefill_token_threshold=flags["long_prefill_token_threshold"],
-        enable_chunked_prefill=flags["enable_chunked_prefill"],
-        watermark_blocks=int(flags["watermark"] * blocks),
-    )
-    # vLLM keeps one block for itself.
-    caching, size = flags["enable_prefix_caching"], flags["block_size"]
-    replicas = [Scheduler(limits, KvCache(blocks - 1, size, caching)) for _ in range(flags["data_parallel_size"])]
+    flags, device = cost.flags, cost.device
+    blocks = cost.kv_tokens() // flags.block_size - 1  # vLLM keeps one for itself
+    caching, size = flags.enable_prefix_caching, flags.block_size
+    replicas = [Scheduler(flags, KvCache(blocks, size, caching)) for _ in range(flags.data_parallel_size)]
     keys: dict[int, list[int]] = {}
 
     def request(number: int, sample: int, arrival: float) -> Request:
@@ -131,31 +122,32 @@ def simulate(
         return Request(number, len(prompt), output, arrival, keys.get(sample, ()))
 
     def timing(sample: int, issued: float, done: Request) -> RequestTiming:
-        late = cost.device.answer_s
+        late = device.answer_s
         return RequestTiming(sample, issued, done.first_token + late, done.last_token + late, done.output)
 
-    found: list[RequestTiming] = []
     if scenario.kind is Kind.SingleStream:
+        timings: list[RequestTiming] = []
         clock = 0.0
         for number, (_, sample) in enumerate(issues(scenario, len(samples))):
             if number >= scenario.min_queries and clock >= scenario.min_duration_s:
-                return found, []
-            alone = request(number, sample, clock + cost.device.accept_s)
+                break
+            alone = request(number, sample, clock + device.accept_s)
             serve([alone], replicas[0], cost)
-            found.append(timing(sample, clock, alone))
-            clock = found[-1].last_token
+            timings.append(timing(sample, clock, alone))
+            clock = timings[-1].last_token
+        return timings, []
     issued = list(issues(scenario, len(samples)))
     requests, accepted = [], 0.0
     for number, (time_s, sample) in enumerate(issued):
-        accepted = max(accepted, time_s) + cost.device.accept_s  # the API server takes them one by one
+        accepted = max(accepted, time_s) + device.accept_s  # the API server takes them one by one
         requests.append(request(number, sample, accepted))
-    seen = [serve(requests[at :: len(replicas)], scheduler, cost) for at, scheduler in enumerate(replicas)]
-    found = [timing(sample, at, done) for (at, sample), done in zip(issued, requests, strict=True)]
-    return found, seen[0].states
+    observers = [serve(requests[at :: len(replicas)], scheduler, cost) for at, scheduler in enumerate(replicas)]
+    timings = [timing(sample, at, done) for (at, sample), done in zip(issued, requests, strict=True)]
+    return timings, observers[0].states
 
 
 def judge(requests: list[RequestTiming], scenario: ScenarioConfig) -> tuple[list[RequestTiming], list[str]]:
-    """The requests that end before scenario.stop ends the run, and why LoadGen would not call it VALID."""
+    """The requests that end before scenario.stop ends the run, and LoadGen's reasons to call it INVALID."""
     if scenario.kind is not Kind.Server or not any(scenario.limits_s()):
         return requests, []
     ended = sorted(requests, key=lambda request: request.last_token)
@@ -163,17 +155,17 @@ def judge(requests: list[RequestTiming], scenario: ScenarioConfig) -> tuple[list
     return ended[: watch.seen], watch.reasons()
 
 
-def out_of_memory(flags: Mapping[str, Any], cost: Cost) -> str:
-    """What vLLM would run out of memory on while it starts; empty if it has enough."""
-    tokens, longest = cost.kv_tokens(), flags["max_model_len"]
-    share = f"gpu_memory_utilization={flags['gpu_memory_utilization']:g}"
+def out_of_memory(cost: Cost) -> str:
+    """Describe the allocation for which vLLM would lack memory while it starts; empty if it has enough."""
+    tokens, longest = cost.kv_tokens(), cost.flags.max_model_len
+    share = f"gpu_memory_utilization={cost.flags.gpu_memory_utilization:g}"
     if tokens <= 0:
         return f"no memory is left for the KV cache (simulated); raise {share} or tensor_parallel_size"
     if tokens < longest:
         return f"the KV cache holds {tokens} tokens (simulated), max_model_len={longest} needs more; raise {share}"
     if (missing := cost.logits_bytes() - cost.spare_bytes()) > 0:
         return (
-            f"CUDA out of memory (simulated): logits of max_num_seqs={flags['max_num_seqs']} sequences need "
+            f"CUDA out of memory (simulated): logits of max_num_seqs={cost.flags.max_num_seqs} sequences need "
             f"{missing / GIB:.1f} GiB more than {share} leaves"
         )
     return ""
@@ -187,7 +179,7 @@ def pass_time(
     requests: Sequence[RequestTiming] = (),
     scenario: ScenarioConfig | None = None,
 ) -> None:
-    """Let `pace` real seconds pass for each simulated one, and publish what a real run would.
+    """Let `pace` real seconds pass for each simulated one, and publish rates as a real run does.
 
     Raises StoppedError if the trial is asked to end.
     """
@@ -202,7 +194,7 @@ def pass_time(
 
 
 def published(requests: Sequence[RequestTiming], until_s: float, scenario: ScenarioConfig) -> dict[str, float]:
-    """The rates that a real run would have published after `until_s`."""
+    """The rates that a real run publishes after `until_s`."""
     ended = [request for request in requests if request.last_token <= until_s]
     good = sum(within(request, scenario.limits_s()) for request in ended)
     tokens = sum(generated(request, until_s) for request in requests)
@@ -211,7 +203,7 @@ def published(requests: Sequence[RequestTiming], until_s: float, scenario: Scena
 
 
 def generated(request: RequestTiming, at_s: float) -> float:
-    """Tokens of `request` until `at_s`, as if they came evenly."""
+    """Tokens that `request` has generated by `at_s`, spread evenly between its first and its last."""
     if at_s <= request.first_token:
         return 0.0
     share = (at_s - request.first_token) / max(1e-9, request.last_token - request.first_token)

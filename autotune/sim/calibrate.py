@@ -32,8 +32,9 @@ from autotune.measure.metrics import from_requests
 from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result
 from autotune.sim.backend import SimBackend, simulate
-from autotune.sim.cost import Cost, Shape
-from autotune.sim.flags import resolve, serving
+from autotune.sim.cost import Cost
+from autotune.sim.flags import resolve
+from autotune.sim.shape import Shape
 
 BOUNDS = {
     "math_efficiency": (0.3, 1.1),
@@ -49,11 +50,11 @@ BOUNDS = {
     "accept_s": (1e-4, 2e-3),
     "answer_s": (1e-4, 5e-2),
 }
-# What is compared, and the relative error that counts as much as any other's.
+# The metrics that are compared, each with a relative error that weighs as much as the others'.
 OFFLINE = {"samples_per_s": 0.02}
 ONLINE = {"ttft_p50_ms": 0.3, "ttft_p99_ms": 0.1, "tpot_p50_ms": 0.2, "tpot_p99_ms": 0.1}
-SLOWER = (0.5, 1.0, 2.0)  # times the host's constants of the device that a fit starts from; the best end is taken
-PRIOR = 0.1  # weight of a constant's distance from where it starts, in logarithms: what no trial shows stays put
+SLOWER = (0.5, 1.0, 2.0)  # a fit starts from the device with its host's constants times each; the best result counts
+PRIOR = 0.1  # weight of a constant's change, in logarithms: a constant that no trial shows keeps its value
 SEEDS = 4  # draws that are averaged where the measured run had other samples than the simulated one
 KEPT = ("experiment", "model", "dataset", "scenario", "engine.", "objective")
 
@@ -75,19 +76,17 @@ class Case:
 
     def estimated(self, device: Device) -> dict[str, float]:
         """The compared metrics, simulated."""
-        flags, cost = self._server(device)
-        draws = [simulate(flags, cost, scenario, samples)[0] for scenario, samples in self.draws]
+        cost = self._cost(device)
+        draws = [simulate(cost, scenario, samples)[0] for scenario, samples in self.draws]
         simulated = [from_requests(requests, (None, None)) for requests in draws]
         return {metric: float(np.mean([run[metric] for run in simulated])) for metric in self.tolerances()}
 
     def start_error_s(self, device: Device) -> float:
-        _, cost = self._server(device)
-        return (self.start_s or 0.0) - cost.start_s
+        """Seconds that the measured start took longer than the simulated one."""
+        return (self.start_s or 0.0) - self._cost(device).start_s
 
-    def _server(self, device: Device) -> tuple[dict[str, Any], Cost]:
-        """The resolved flags and what they cost."""
-        flags = resolve(self.args, device, self.shape)
-        return flags, Cost(device, self.shape, serving(flags))
+    def _cost(self, device: Device) -> Cost:
+        return Cost(device, self.shape, resolve(self.args, device, self.shape))
 
 
 def run() -> None:
@@ -122,7 +121,7 @@ def start_device(overrides: Sequence[str]) -> Device:
 
 
 def names(files: Sequence[Path]) -> dict[Path, str]:
-    """The trial in each file, by its path as far as they differ in it; a result.json is its folder's. None for none."""
+    """A name for the trial in each file: its path below the folder that all share; of a result.json, its folder's."""
     paths = {file: file.resolve() for file in files}
     trials = {file: path.parent if path.stem == "result" else path.with_suffix("") for file, path in paths.items()}
     shared = os.path.commonpath([trial.parent for trial in trials.values()]) if trials else ""
@@ -130,7 +129,7 @@ def names(files: Sequence[Path]) -> dict[Path, str]:
 
 
 def read(file: Path, name: str) -> list[Case]:
-    """The runs of the trial in `file`; none for another kind of file, or a trial that measured nothing."""
+    """The runs of the trial in `file`; none if it is another kind of file, or the trial measured nothing."""
     try:
         body = json.loads(file.read_text())
     except json.JSONDecodeError:
@@ -147,55 +146,55 @@ def read(file: Path, name: str) -> list[Case]:
         return []
     same = result.facts.get("dataset_checksum") == samples.checksum
     shape, start_s = Shape.of(prepared.model.config), result.phases.get("start")
-    found = []
+    cases = []
     for run, scenario, metrics in runs.whole(config.scenario, result):
         seeds = [scenario.seed] if same or scenario.kind is Kind.Offline else range(1, SEEDS + 1)
         draws = [(dataclasses.replace(scenario, seed=seed), samples) for seed in seeds]
-        found.append(Case(f"{name} {run}".rstrip(), shape, prepared.args, draws, metrics, start_s))
-    return found
+        cases.append(Case(f"{name} {run}".rstrip(), shape, prepared.args, draws, metrics, start_s))
+    return cases
 
 
 def kept(overrides: Sequence[str]) -> list[str]:
-    """Those that describe what was measured."""
+    """The overrides that describe what was measured."""
     return [override for override in overrides if override.lstrip("+~").startswith(KEPT)]
 
 
 def fit(cases: Sequence[Case], start: Device) -> Device:
     """`start` with its FITTED constants moved to where `cases` agree best."""
     with ProcessPoolExecutor() as pool:
-        found = list(pool.map(fit_from, repeat(cases), repeat(start), SLOWER))
-    fitted = min(found, key=lambda one: one[1])[0]
+        fits = list(pool.map(fit_from, repeat(cases), repeat(start), SLOWER))
+    fitted = min(fits, key=lambda fit: fit[1])[0]
     if starts := [case.start_error_s(fitted) for case in cases if case.start_s]:
         fitted = dataclasses.replace(fitted, warmup_s=max(0.0, fitted.warmup_s + float(np.mean(starts))))
     return fitted
 
 
 def fit_from(cases: Sequence[Case], start: Device, slower: float) -> tuple[Device, float]:
-    """Where a fit ends that begins with the host's constants `slower` times those of `start`; the cost that is left."""
+    """Fit from `start` with its host's constants times `slower`; returns the device and the cost that is left."""
     names = [name for name in FITTED if getattr(start, name) is not None]
     first = np.array([getattr(start, name) for name in names])
     bounds = 1 + np.log(np.array([BOUNDS[name] for name in names]).T / first)
 
-    # What is solved for is 1 for each constant as it starts, so that least_squares steps them all by the same share.
+    # A constant is solved for as 1 + its change in logarithms, so that least_squares steps all by the same share.
     def device(solved: NDArray[np.float64]) -> Device:
         constants: dict[str, Any] = dict(zip(names, map(float, first * np.exp(solved - 1)), strict=True))
         return dataclasses.replace(start, **constants)
 
     def residuals(solved: NDArray[np.float64]) -> list[float]:
-        found = [
+        errors = [
             np.log(estimate / case.measured[metric]) / case.tolerances()[metric]
             for case in cases
             for metric, estimate in case.estimated(device(solved)).items()
         ]
-        return [*found, *(PRIOR * (solved - 1))]
+        return [*errors, *(PRIOR * (solved - 1))]
 
     inside = np.clip(1 + np.log(slower) * np.isin(names, HOST), bounds[0] + 1e-6, bounds[1] - 1e-6)
-    found = least_squares(residuals, inside, bounds=bounds, diff_step=0.05, loss="soft_l1", ftol=3e-3, max_nfev=30)
-    return device(found.x), float(found.cost)
+    solution = least_squares(residuals, inside, bounds=bounds, diff_step=0.05, loss="soft_l1", ftol=3e-3, max_nfev=30)
+    return device(solution.x), float(solution.cost)
 
 
 def rounded(device: Device) -> Device:
-    """`device` with the digits that are written down."""
+    """`device` with as many digits as are written: four."""
     values: dict[str, Any] = {
         name: float(f"{value:.4g}") if isinstance(value, float) else value
         for name, value in dataclasses.asdict(device).items()
@@ -204,7 +203,7 @@ def rounded(device: Device) -> Device:
 
 
 def errors(cases: Sequence[Case], device: Device) -> dict[str, Mapping[str, float]]:
-    """By case: how far each simulated metric is from the measured one, as a share of it."""
+    """The error of each simulated metric by case, as a share of the measured one."""
     return {
         case.name: {name: value / case.measured[name] - 1 for name, value in case.estimated(device).items()}
         for case in cases
@@ -214,8 +213,8 @@ def errors(cases: Sequence[Case], device: Device) -> dict[str, Mapping[str, floa
 def as_yaml(device: Device, cases: Sequence[Case]) -> str:
     """A file for conf/backend/device/, with the error that is left as comments."""
     lines = [f"# {device.name} and {len(cases)} measured runs; the error of what is simulated:"]
-    for name, found in errors(cases, device).items():
-        shown = ", ".join(f"{metric.removesuffix('_ms')} {error:+.1%}" for metric, error in found.items())
+    for name, by_metric in errors(cases, device).items():
+        shown = ", ".join(f"{metric.removesuffix('_ms')} {error:+.1%}" for metric, error in by_metric.items())
         lines.append(f"#   {name}: {shown}")
     fields = dataclasses.fields(device)
     body = {field.name: value for field in fields if (value := getattr(device, field.name)) != field.default}

@@ -1,4 +1,4 @@
-"""The loop of vLLM's engine core on a virtual clock: requests come, steps are scheduled, tokens go out."""
+"""The loop of vLLM's engine core on a virtual clock: requests arrive, steps are scheduled, tokens are generated."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from autotune.measure.bottleneck import ServerState
 from autotune.sim.cost import Cost
 from autotune.sim.scheduler import Batch, Request, Scheduler
 
-OBSERVE_S = 1.0
+OBSERVE_S = 1.0  # simulated, between two states
 
 
 class Observer:
-    """Notes a scheduler's state every OBSERVE_S seconds."""
+    """Records a scheduler's state every OBSERVE_S."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.states: list[ServerState] = []
@@ -21,6 +21,7 @@ class Observer:
         self._next_s = 0.0
 
     def step(self, now: float, batch: Batch) -> None:
+        """Count the step `batch`, which was scheduled at `now`."""
         tokens = batch.tokens
         self.steps += 1
         self._tokens += tokens
@@ -34,7 +35,7 @@ class Observer:
                     time_s=now,
                     running=len(scheduler.running),
                     waiting=len(scheduler.waiting),
-                    kv_use=1 - cache.free / cache.total,
+                    kv_use=1 - cache.free_blocks / cache.blocks,
                     preemptions=self._preempted,
                     prefix_hits=cache.hits,
                     prompt_tokens=self._tokens - self._generated + cache.hits,
@@ -46,19 +47,19 @@ class Observer:
 
 
 def serve(requests: Sequence[Request], scheduler: Scheduler, cost: Cost) -> Observer:
-    """Run `requests`, in order of arrival, to their ends, which sets their token times; returns what was seen.
+    """Run `requests`, in order of arrival, to their ends, and set their token times; returns the observed states.
 
-    With asynchronous scheduling the host schedules and launches a step while the GPU runs the last one, before that
-    one's end has freed anything. Raises ValueError if a request can never be scheduled.
+    With asynchronous scheduling the host schedules and launches a step while the GPU runs the one before, whose end has
+    not freed anything yet. Raises ValueError if a request can never be scheduled.
     """
-    in_flight = 2 if cost.serving.async_scheduling else 1
+    in_flight = 2 if cost.flags.async_scheduling else 1
     now = gpu_free = 0.0
     running: deque[tuple[float, Batch]] = deque()
-    coming, count, seen = 0, len(requests), Observer(scheduler)
+    arrived, count, observer = 0, len(requests), Observer(scheduler)
     while True:
-        while coming < count and requests[coming].arrival <= now:
-            scheduler.add(requests[coming])
-            coming += 1
+        while arrived < count and requests[arrived].arrival <= now:
+            scheduler.add(requests[arrived])
+            arrived += 1
         if scheduler.running or scheduler.waiting:
             batch = scheduler.schedule()
             if batch.decodes or batch.chunks:
@@ -67,7 +68,7 @@ def serve(requests: Sequence[Request], scheduler: Scheduler, cost: Cost) -> Obse
                 now += step.prepare_s + step.launch_s
                 gpu_free = max(began + step.gpu_s, now)
                 running.append((gpu_free, batch))
-                seen.step(now, batch)
+                observer.step(now, batch)
                 if len(running) < in_flight:
                     continue
         if running:
@@ -78,9 +79,9 @@ def serve(requests: Sequence[Request], scheduler: Scheduler, cost: Cost) -> Obse
                 request.first_token = ended
             for request in batch.last:
                 request.last_token = ended
-        elif coming < count:
-            now = max(now, requests[coming].arrival)
+        elif arrived < count:
+            now = max(now, requests[arrived].arrival)
         elif scheduler.waiting or scheduler.running:
             raise ValueError("a request fits no step")
         else:
-            return seen
+            return observer

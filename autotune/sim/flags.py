@@ -1,87 +1,92 @@
-"""What vLLM makes of its flags: defaults filled in, combinations refused, a server described."""
+"""vLLM's flags as its configuration resolves them: defaults filled in, combinations refused."""
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from autotune.config import vllm_flags
 from autotune.config.schema import Device
-from autotune.sim.cost import Serving, Shape
+from autotune.sim.shape import Shape
 
-# Flags that the simulator models, with vLLM's defaults; None: it depends on the device, the model or other flags.
-MODELLED: dict[str, Any] = {
-    "max_num_seqs": None,
-    "max_num_batched_tokens": None,
-    "max_model_len": None,
-    "block_size": None,
-    "gpu_memory_utilization": 0.92,
-    "long_prefill_token_threshold": 0,
-    "enable_chunked_prefill": True,
-    "enable_prefix_caching": True,
-    "async_scheduling": None,
-    "watermark": 0.0,
-    "scheduling_policy": "fcfs",
-    "quantization": None,
-    "kv_cache_dtype": "auto",
-    "tensor_parallel_size": 1,
-    "pipeline_parallel_size": 1,
-    "data_parallel_size": 1,
-    "enforce_eager": False,
-    "max_cudagraph_capture_size": None,
-    "cudagraph_capture_sizes": None,
-}
-# Flags that change nothing that is simulated.
+
+@dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The flags that the simulator models, resolved. Those without a default depend on the device or the model."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int  # vLLM refuses less than max_num_seqs
+    max_model_len: int
+    block_size: int
+    gpu_memory_utilization: float = 0.92
+    long_prefill_token_threshold: int = 0
+    enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = True
+    async_scheduling: bool
+    watermark: float = 0.0  # share of the KV cache's blocks
+    scheduling_policy: str = "fcfs"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    enforce_eager: bool = False
+    max_cudagraph_capture_size: int
+    cudagraph_capture_sizes: list[int] | None = None
+
+    @property
+    def fp8_weights(self) -> bool:
+        return self.quantization == "fp8"
+
+    @property
+    def fp8_kv(self) -> bool:
+        return str(self.kv_cache_dtype).startswith("fp8")
+
+    @cached_property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Tokens of the captured CUDA graphs, ascending."""
+        if self.enforce_eager:
+            return ()
+        sizes = self.cudagraph_capture_sizes or [1, 2, 4, *range(8, 256, 8), *range(256, 1 << 20, 16)]
+        largest = min(self.max_cudagraph_capture_size, self.max_num_batched_tokens)
+        return tuple(size for size in sorted(sizes) if size <= largest)
+
+
+MODELLED = frozenset(field.name for field in fields(Flags))
+# Flags that change nothing in a simulation.
 HARMLESS = ("load_format", "dtype", "seed", "disable_log_stats", "enable_logging_iteration_details")
 
 
-def resolve(args: Mapping[str, Any], device: Device, shape: Shape) -> dict[str, Any]:
-    """Every modelled flag with the value that vLLM would run with."""
+def resolve(args: Mapping[str, Any], device: Device, shape: Shape) -> Flags:
+    """The modelled flags with the values that vLLM would run with, given `args`; null and missing ones are its own."""
     given = {name: value for name, value in args.items() if name in MODELLED and value is not None}
-    flags = MODELLED | {"max_model_len": shape.max_len, "block_size": device.block_size} | given
-    if flags["max_num_batched_tokens"] is None:
-        least = 0 if flags["enable_chunked_prefill"] else flags["max_model_len"]
-        flags["max_num_batched_tokens"] = max(device.max_num_batched_tokens, least)
-    if flags["max_num_seqs"] is None:
-        flags["max_num_seqs"] = min(device.max_num_seqs, flags["max_num_batched_tokens"])
-    flags["async_scheduling"] = device.async_scheduling and flags["async_scheduling"] is not False
-    if flags["max_cudagraph_capture_size"] is None:
-        flags["max_cudagraph_capture_size"] = max(
-            flags["cudagraph_capture_sizes"] or [min(512, 2 * flags["max_num_seqs"])]
-        )
-    return flags
+    max_len = given.setdefault("max_model_len", shape.max_len)
+    given.setdefault("block_size", device.block_size)
+    least = 0 if given.get("enable_chunked_prefill", Flags.enable_chunked_prefill) else max_len
+    tokens = given.setdefault("max_num_batched_tokens", max(device.max_num_batched_tokens, least))
+    seqs = given.setdefault("max_num_seqs", min(device.max_num_seqs, tokens))
+    given["async_scheduling"] = device.async_scheduling and given.get("async_scheduling") is not False
+    sizes = given.get("cudagraph_capture_sizes") or [min(512, 2 * seqs)]
+    given.setdefault("max_cudagraph_capture_size", max(sizes))
+    return Flags(**given)
 
 
-def refusal(flags: Mapping[str, Any], device: Device, shape: Shape) -> str:
-    """Why vLLM, or the simulator, would not start with these resolved flags; empty if it would."""
-    tokens, seqs, longest = flags["max_num_batched_tokens"], flags["max_num_seqs"], flags["max_model_len"]
+def refusal(flags: Flags, device: Device, shape: Shape) -> str:
+    """The reason why vLLM, or the simulator, would not start with `flags`; empty if it would."""
+    tokens, seqs, longest = flags.max_num_batched_tokens, flags.max_num_seqs, flags.max_model_len
+    tp, gpus = flags.tensor_parallel_size, vllm_flags.gpus(asdict(flags))
     if tokens < seqs:
         return f"max_num_batched_tokens ({tokens}) must be at least max_num_seqs ({seqs})"
-    if not flags["enable_chunked_prefill"] and tokens < longest:
+    if not flags.enable_chunked_prefill and tokens < longest:
         return f"without chunked prefill max_num_batched_tokens ({tokens}) must be at least max_model_len ({longest})"
-    if shape.heads % flags["tensor_parallel_size"]:
-        return f"{shape.heads} attention heads can't be split by tensor_parallel_size {flags['tensor_parallel_size']}"
-    if vllm_flags.gpus(flags) > device.gpus:
-        return f"tensor × pipeline × data parallel size {vllm_flags.gpus(flags)}, and {device.name} has {device.gpus}"
-    if flags["pipeline_parallel_size"] > 1:
+    if shape.heads % tp:
+        return f"{shape.heads} attention heads can't be split by tensor_parallel_size {tp}"
+    if gpus > device.gpus:
+        return f"tensor × pipeline × data parallel size {gpus}, and {device.name} has {device.gpus}"
+    if flags.pipeline_parallel_size > 1:
         return "the simulator has no pipeline parallelism"
-    if flags["block_size"] % device.block_size:
-        return f"block_size {flags['block_size']}: {device.name} takes multiples of {device.block_size}"
-    if device.fp8_tflops is None and flags["quantization"] == "fp8":
+    if flags.block_size % device.block_size:
+        return f"block_size {flags.block_size}: {device.name} takes multiples of {device.block_size}"
+    if device.fp8_tflops is None and flags.fp8_weights:
         return f"{device.name} has no fp8 matrix product"
     return ""
-
-
-def serving(flags: Mapping[str, Any]) -> Serving:
-    """The part of resolved flags that a step's cost depends on."""
-    sizes = flags["cudagraph_capture_sizes"] or [1, 2, 4, *range(8, 256, 8), *range(256, 1 << 20, 16)]
-    largest = min(flags["max_cudagraph_capture_size"], flags["max_num_batched_tokens"])
-    return Serving(
-        tensor_parallel_size=flags["tensor_parallel_size"],
-        max_num_seqs=flags["max_num_seqs"],
-        max_num_batched_tokens=flags["max_num_batched_tokens"],
-        gpu_memory_utilization=flags["gpu_memory_utilization"],
-        fp8_weights=flags["quantization"] == "fp8",
-        fp8_kv=str(flags["kv_cache_dtype"]).startswith("fp8"),
-        async_scheduling=flags["async_scheduling"],
-        enforce_eager=flags["enforce_eager"],
-        graph_sizes=() if flags["enforce_eager"] else tuple(size for size in sorted(sizes) if size <= largest),
-    )

@@ -1,4 +1,4 @@
-"""vLLM's KV cache: blocks of tokens that requests hold, and what prefix caching finds in them."""
+"""vLLM's KV cache: the blocks of tokens that requests refer to, and what prefix caching finds in them."""
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -8,117 +8,117 @@ from numpy.typing import NDArray
 
 
 class Block:
-    """A full one that can be found."""
+    """A full block that is cached: it can be found by its key."""
 
-    __slots__ = ("holders", "key")
+    __slots__ = ("key", "ref_count")
 
     def __init__(self, key: Hashable) -> None:
         self.key = key
-        self.holders = 1
+        self.ref_count = 1
 
 
-class Holder:
-    """What a request holds of the cache."""
+class BlockTable:
+    """A request's blocks. `prefix` has a key for each full block of its prompt; equal keys mean equal beginnings."""
 
-    __slots__ = ("blocks", "full", "prefix")
+    __slots__ = ("cached", "count", "prefix")
 
     def __init__(self, prefix: Sequence[Hashable] = ()) -> None:
-        self.prefix = prefix  # a key for each full block of the prompt; equal keys mean an equal beginning
-        self.blocks = 0
-        self.full: list[Block] = []  # the first of them, which can be found
+        self.prefix = prefix
+        self.count = 0
+        self.cached: list[Block] = []  # the first blocks of them
 
     def key(self, index: int) -> Hashable:
-        """The key of its block `index`; what it generates, it alone finds again, after a preemption."""
+        """The key of block `index`; generated tokens have a key of this request's own, for after a preemption."""
         return self.prefix[index] if index < len(self.prefix) else (self, index)
 
 
 class KvCache:
-    """`blocks` blocks of `block_size` tokens; with `caching`, full ones stay findable until they are needed."""
+    """`blocks` blocks of `block_size` tokens; with `caching`, full blocks stay cached until their memory is needed."""
 
     def __init__(self, blocks: int, block_size: int, caching: bool = False) -> None:
+        self.blocks = blocks
         self.block_size = block_size
         self.caching = caching
-        self.total = blocks
-        self.hits = 0  # tokens that were found
-        self._blank = blocks
-        self._findable: dict[Hashable, list[Block]] = {}  # several of one key: computed at the same time
-        self._unused: OrderedDict[Block, None] = OrderedDict()  # findable blocks without a holder, oldest first
+        self.hits = 0  # tokens found so far
+        self._blank = blocks  # free and not cached
+        self._cached: dict[Hashable, list[Block]] = {}  # several of one key: computed at the same time
+        self._unused: OrderedDict[Block, None] = OrderedDict()  # cached blocks without a reference, oldest first
 
     @property
-    def free(self) -> int:
+    def free_blocks(self) -> int:
         return self._blank + len(self._unused)
 
     def needs(self, tokens: int) -> int:
         """Blocks for `tokens` tokens."""
         return -(-tokens // self.block_size)
 
-    def find(self, holder: Holder, length: int) -> list[Block]:
-        """The longest findable beginning of a request of `length` tokens, whose last is always computed anew."""
-        found: list[Block] = []
+    def find(self, table: BlockTable, length: int) -> list[Block]:
+        """The longest cached beginning of a request of `length` tokens, whose last token is always computed anew."""
+        prefix: list[Block] = []
         if self.caching:
             for index in range((length - 1) // self.block_size):
-                blocks = self._findable.get(holder.key(index))
+                blocks = self._cached.get(table.key(index))
                 if not blocks:
                     break
-                found.append(blocks[0])
-        return found
+                prefix.append(blocks[0])
+        return prefix
 
-    def fits(self, tokens: int, found: Sequence[Block] = (), watermark: int = 0) -> bool:
-        """Whether `tokens` tokens, of which `found` are there already, leave `watermark` blocks free."""
-        taken = sum(not block.holders for block in found)
-        return self.needs(tokens) - len(found) + taken + watermark <= self.free
+    def fits(self, tokens: int, prefix: Sequence[Block] = (), watermark: int = 0) -> bool:
+        """Whether blocks for `tokens` tokens, of which `prefix` is cached, leave `watermark` blocks free."""
+        unused = sum(not block.ref_count for block in prefix)
+        return self.needs(tokens) - len(prefix) + unused + watermark <= self.free_blocks
 
-    def adopt(self, holder: Holder, found: Sequence[Block]) -> None:
-        """Hold the blocks that `find` found."""
-        for block in found:
-            block.holders += 1
+    def allocate_cached(self, table: BlockTable, prefix: Sequence[Block]) -> None:
+        """Add the blocks that `find` found to `table`."""
+        for block in prefix:
+            block.ref_count += 1
             self._unused.pop(block, None)
-        holder.full.extend(found)
-        holder.blocks += len(found)
-        self.hits += len(found) * self.block_size
+        table.cached.extend(prefix)
+        table.count += len(prefix)
+        self.hits += len(prefix) * self.block_size
 
-    def grow(self, holder: Holder, tokens: int) -> bool:
-        """Hold blocks for `tokens` tokens in all; False, and nothing is taken, if too few are free."""
-        more = self.needs(tokens) - holder.blocks
-        if more > self.free:
+    def allocate(self, table: BlockTable, tokens: int) -> bool:
+        """Let `table` have blocks for `tokens` tokens in all; False, and nothing changes, if too few are free."""
+        more = self.needs(tokens) - table.count
+        if more > self.free_blocks:
             return False
         while more > self._blank:
-            self._forget_oldest()
+            self._evict_oldest()
         if more > 0:
             self._blank -= more
-            holder.blocks += more
-        self._remember(holder, tokens)
+            table.count += more
+        self._cache_full_blocks(table, tokens)
         return True
 
-    def release(self, holder: Holder, tokens: int) -> None:
-        """Hold nothing; its first `tokens` tokens can be found until they are forgotten, from their end on."""
-        self._remember(holder, tokens)
-        for block in reversed(holder.full):
-            block.holders -= 1
-            if not block.holders:
+    def free(self, table: BlockTable, tokens: int) -> None:
+        """Free all blocks of `table`. Its first `tokens` tokens stay cached; the last of them are evicted first."""
+        self._cache_full_blocks(table, tokens)
+        for block in reversed(table.cached):
+            block.ref_count -= 1
+            if not block.ref_count:
                 self._unused[block] = None
-        self._blank += holder.blocks - len(holder.full)
-        holder.blocks = 0
-        holder.full = []
+        self._blank += table.count - len(table.cached)
+        table.count = 0
+        table.cached = []
 
-    def _remember(self, holder: Holder, tokens: int) -> None:
+    def _cache_full_blocks(self, table: BlockTable, tokens: int) -> None:
         if self.caching:
-            for index in range(len(holder.full), tokens // self.block_size):
-                block = Block(holder.key(index))
-                self._findable.setdefault(block.key, []).append(block)
-                holder.full.append(block)
+            for index in range(len(table.cached), tokens // self.block_size):
+                block = Block(table.key(index))
+                self._cached.setdefault(block.key, []).append(block)
+                table.cached.append(block)
 
-    def _forget_oldest(self) -> None:
+    def _evict_oldest(self) -> None:
         block, _none = self._unused.popitem(last=False)
-        blocks = self._findable[block.key]
+        blocks = self._cached[block.key]
         blocks.remove(block)
         if not blocks:
-            del self._findable[block.key]
+            del self._cached[block.key]
         self._blank += 1
 
 
 def prefix_keys(prompt: NDArray[np.int32], block_size: int) -> list[int]:
-    """A key for each full block of `prompt` (1-D token ids), which stands for all tokens up to its end."""
+    """A key for each full block of `prompt` (1-D token ids), which stands for all tokens up to the block's end."""
     keys: list[int] = []
     for end in range(block_size, len(prompt) + 1, block_size):
         keys.append(hash((keys[-1] if keys else 0, prompt[end - block_size : end].tobytes())))

@@ -1,9 +1,9 @@
-"""vLLM V1's scheduler: which request gets how many tokens of the next step.
+"""vLLM V1's scheduler: it decides how many tokens of each request the next step computes.
 
-There are no phases: a request has `computed` tokens in the KV cache and needs more. One that only decodes needs one
-token a step, so it is counted and not visited until the step in which it needs a block or generates its last token.
-First come, first served is priority scheduling with equal priorities. One thing is left out: with priorities, vLLM
-keeps a block in the prefix cache whose last token was to be computed in the very step that preempts its request.
+There are no phases: a request has `computed` tokens in the KV cache and needs more. A request that decodes needs one
+token a step: it is only counted, and visited in the step in which it needs a block or generates its last token. First
+come, first served is priority scheduling with equal priorities. One thing is left out: with priorities, vLLM keeps a
+block in the prefix cache whose last token was to be computed in the very step that preempts its request.
 """
 
 import heapq
@@ -11,14 +11,15 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from autotune.sim.kv_cache import Holder, KvCache
+from autotune.sim.flags import Flags
+from autotune.sim.kv_cache import BlockTable, KvCache
 
 
 class Request:
     """`prompt` tokens in, `output` tokens out; times are seconds on the run's clock."""
 
     __slots__ = (
-        *("number", "arrival", "prompt", "output", "priority", "held"),
+        *("number", "arrival", "prompt", "output", "priority", "block_table"),
         *("length", "computed", "generated", "order", "since", "due", "first_token", "last_token"),
     )
 
@@ -35,12 +36,12 @@ class Request:
         self.arrival = arrival
         self.prompt = prompt
         self.output = output
-        self.priority = priority  # the lower goes first
-        self.held = Holder(prefix)
-        self.length = prompt  # tokens to compute before it decodes: more after a preemption
+        self.priority = priority  # the lowest is served first
+        self.block_table = BlockTable(prefix)
+        self.length = prompt  # tokens to compute before it decodes; after a preemption, its generated ones, too
         self.order = 0  # of admission
-        self.due = 0  # the next step that must visit it while it decodes, else 0
-        self.since = 0  # while it decodes: the step that found the next two as they are; each step adds one to both
+        self.due = 0  # while it decodes: the next step that must visit it; else 0
+        self.since = 0  # while it decodes: the step before which the next two held; each step since adds one to both
         self.computed = 0
         self.generated = 0
         self.first_token = self.last_token = 0.0
@@ -51,14 +52,14 @@ class Request:
 
 @dataclass
 class Batch:
-    """One step."""
+    """One step's work."""
 
-    chunks: dict[Request, int] = field(default_factory=dict)  # prefills and how many tokens of each
-    attended: float = 0.0  # sum over prefilled tokens of the tokens each attends to
+    chunks: dict[Request, int] = field(default_factory=dict)  # requests in prefill → tokens of each
+    attended: float = 0.0  # tokens that each prefilled token attends to, summed
     decodes: int = 0  # requests that generate from one token
-    context: int = 0  # sum of the decodes' tokens in the KV cache
-    first: list[Request] = field(default_factory=list)  # those whose first token it generates
-    last: list[Request] = field(default_factory=list)  # those whose last token it generates
+    context: int = 0  # the decodes' tokens in the KV cache, summed
+    first: list[Request] = field(default_factory=list)  # requests whose first token it generates
+    last: list[Request] = field(default_factory=list)  # requests whose last token it generates
     preempted: list[Request] = field(default_factory=list)
 
     @property
@@ -66,42 +67,34 @@ class Batch:
         return self.decodes + sum(self.chunks.values())
 
 
-@dataclass(frozen=True)
-class Limits:
-    """vLLM's flags of the same names. It refuses a `max_num_batched_tokens` below `max_num_seqs`."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    long_prefill_token_threshold: int = 0
-    enable_chunked_prefill: bool = True
-    watermark_blocks: int = 0
-
-
 class Scheduler:
-    def __init__(self, limits: Limits, cache: KvCache) -> None:
-        self.limits = limits
+    """The scheduler of one engine with vLLM's `flags`, whose requests share `cache`."""
+
+    def __init__(self, flags: Flags, cache: KvCache) -> None:
+        self.flags = flags
         self.cache = cache
+        self._watermark = int(flags.watermark * (cache.blocks + 1))  # vLLM keeps one block for itself
         self.running: dict[Request, None] = {}  # in order of admission
         self.waiting: list[Request] = []  # a heap
         self._prefilling: dict[Request, None] = {}
         self._visits: defaultdict[int, dict[Request, None]] = defaultdict(dict)  # decoding requests by `due`
-        self._decoding = 0  # how many there are …
+        self._decoding = 0  # how many requests decode …
         self._context = 0  # … and their tokens in the KV cache
         self._step = 0
-        self._in_flight = 0  # steps with tokens before their `finish`: with vLLM's async scheduling, one
+        self._in_flight = 0  # steps with tokens that are not finished: with vLLM's async scheduling, one
         self._admitted = 0
 
     def add(self, request: Request) -> None:
         heapq.heappush(self.waiting, request)
 
     def schedule(self) -> Batch:
-        """Decide the next step; requests in its `last` stay in `running` until `finish`."""
+        """Decide the next step; requests in its `last` stay in `running` until `finish(batch)`."""
         self._step += 1
         batch = Batch()
         alone = len(self.running) + len(self.waiting) == 1
-        longest = self.limits.max_num_batched_tokens
-        if self.limits.long_prefill_token_threshold and not alone:
-            longest = self.limits.long_prefill_token_threshold
+        longest = self.flags.max_num_batched_tokens
+        if self.flags.long_prefill_token_threshold and not alone:
+            longest = self.flags.long_prefill_token_threshold
         paused = self._continue(batch, longest)
         batch.decodes = self._decoding - len(paused)
         batch.context = self._context - sum(map(self._computed, paused))
@@ -112,25 +105,25 @@ class Scheduler:
         return batch
 
     def finish(self, batch: Batch) -> None:
-        """Let go of the requests that `batch` completed."""
+        """End the step `batch`: requests that it completed leave, and their blocks are freed."""
         self._in_flight -= batch.tokens > 0
         for request in sorted(batch.last, key=lambda r: r.order):
             if request in self.running:
                 del self.running[request]
-                self.cache.release(request.held, request.computed)
+                self.cache.free(request.block_table, request.computed)
 
     def _continue(self, batch: Batch, longest: int) -> list[Request]:
-        """Give the running requests tokens and blocks; returns the decoding ones that get none."""
+        """Schedule the running requests; returns those that decode and get no token."""
         visits = [request for request in self._visits.pop(self._step, ()) if request.due == self._step]
         for request in sorted([*visits, *self._prefilling], key=lambda r: r.order):
-            if request not in self.running:  # preempted a moment ago
+            if request not in self.running:  # preempted in this step
                 continue
             tokens = 1
             if not request.due:
-                # Only the last one admitted can want more than is left: the others had theirs before it came.
-                left = self.limits.max_num_batched_tokens - self._decoding - sum(batch.chunks.values())
+                # Only the last request admitted can need more than is left: the others had their tokens before it came.
+                left = self.flags.max_num_batched_tokens - self._decoding - sum(batch.chunks.values())
                 tokens = min(request.length - request.computed, longest, left)
-            while not self.cache.grow(request.held, self._computed(request) + tokens):
+            while not self.cache.allocate(request.block_table, self._computed(request) + tokens):
                 victim = max(self.running)
                 self._preempt(victim, batch)
                 if victim is request:
@@ -144,21 +137,21 @@ class Scheduler:
         return []
 
     def _admit(self, batch: Batch, longest: int) -> None:
-        """Take in waiting requests while there are tokens, seats, and blocks for a whole prompt."""
-        budget = self.limits.max_num_batched_tokens - batch.tokens
-        while self.waiting and budget > 0 and len(self.running) < self.limits.max_num_seqs:
+        """Admit waiting requests while max_num_seqs, the step's tokens and the free blocks allow it."""
+        budget = self.flags.max_num_batched_tokens - batch.tokens
+        while self.waiting and budget > 0 and len(self.running) < self.flags.max_num_seqs:
             request = self.waiting[0]
-            found = self.cache.find(request.held, request.length)
-            start = len(found) * self.cache.block_size
+            prefix = self.cache.find(request.block_table, request.length)
+            start = len(prefix) * self.cache.block_size
             tokens = min(request.length - start, longest)
-            if tokens > budget and not self.limits.enable_chunked_prefill:
+            if tokens > budget and not self.flags.enable_chunked_prefill:
                 return
             tokens = min(tokens, budget)
-            if not self.cache.fits(request.length, found, self.limits.watermark_blocks if self.running else 0):
+            if not self.cache.fits(request.length, prefix, self._watermark if self.running else 0):
                 return
             heapq.heappop(self.waiting)
-            self.cache.adopt(request.held, found)
-            self.cache.grow(request.held, start + tokens)
+            self.cache.allocate_cached(request.block_table, prefix)
+            self.cache.allocate(request.block_table, start + tokens)
             self._admitted += 1
             request.order, request.computed = self._admitted, start
             self.running[request] = self._prefilling[request] = None
@@ -166,7 +159,7 @@ class Scheduler:
             budget -= tokens
 
     def _advance(self, batch: Batch, paused: list[Request]) -> None:
-        """What the step changes: every token that it computes and generates."""
+        """Count the tokens that the step computes and generates."""
         self._context += batch.decodes
         for request in paused:
             request.since += 1
@@ -197,23 +190,23 @@ class Scheduler:
         return request.computed + (self._step - request.since if request.due else 0)
 
     def _left(self, request: Request) -> int:
-        """Tokens that a decoding request still generates, this step's included."""
+        """Tokens that a decoding request has still to generate, this step's included."""
         return request.output - request.generated - (self._step - request.since)
 
     def _plan(self, request: Request) -> None:
-        """Visit a decoding request when its blocks are full, or for its last token."""
-        full = request.since + self.cache.block_size * request.held.blocks - request.computed
+        """Plan the next visit of a decoding request: when its blocks are full, or for its last token."""
+        full = request.since + self.cache.block_size * request.block_table.count - request.computed
         last = request.since + request.output - request.generated - 1
         request.due = min(full, last)
         self._visits[request.due][request] = None
 
     def _preempt(self, request: Request, batch: Batch) -> None:
-        """Back to the queue, with nothing in the cache: its prompt and what it generated are computed again."""
+        """Put `request` back into the queue without blocks: its prompt and generated tokens are computed again."""
         del self.running[request]
         batch.preempted.append(request)
         computed = self._computed(request)
-        # A token that is still to come from a step in flight is part of no block that can be found.
-        self.cache.release(request.held, computed - self._in_flight)
+        # A token that a step in flight is still to generate makes no block full.
+        self.cache.free(request.block_table, computed - self._in_flight)
         if request.due:
             self._decoding -= 1
             self._context -= computed
@@ -224,6 +217,6 @@ class Scheduler:
         elif request in self._prefilling:
             del self._prefilling[request]
             batch.chunks.pop(request, None)
-        if request.generated < request.output:  # else its last token is on its way
+        if request.generated < request.output:  # else a step in flight generates its last token
             request.length, request.computed = request.prompt + request.generated, 0
             heapq.heappush(self.waiting, request)
