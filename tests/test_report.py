@@ -127,7 +127,7 @@ def test_edge_that_the_best_stands_on_is_said_at_the_top(tmp_path: Path):
     best = result(1200)
     best.metrics["queued_tpot_p99_ms"] = 95.0  # of the 100 that are allowed
     page = report.page(study(tmp_path, [best], result(1000)))
-    assert "On an edge: while requests queue" in text(page[: page.index("</header>")])
+    assert "Close to a limit: while requests queue" in text(page[: page.index("</header>")])
 
 
 def test_verdict_of_the_repeats_is_said_at_the_top(tmp_path: Path):

@@ -114,7 +114,7 @@ def test_jobs_that_run_are_found_again_after_the_login_node_is_lost(slurm: Slurm
     study.kill()
     study.wait()
     output = done(start(slurm, tmp_path, *grid))
-    assert "still runs, and is watched again" in output
+    assert "still runs; watching it again" in output
     assert [trial.state for trial in trials(tmp_path)] == [TrialState.COMPLETE] * 6
     assert [job_of(tmp_path, number) for number in range(3)] == jobs
 

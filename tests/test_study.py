@@ -196,7 +196,7 @@ def test_signal_amid_a_question_to_the_sampler_ends_the_study_in_order_and_loses
         [sys.executable, "-c", SIGNALLED, *words[3:]], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert stopped.returncode == 128 + signal.SIGTERM and "Traceback" not in stopped.stderr, stopped.stderr
-    assert "stopped; what was measured is kept" in stopped.stdout
+    assert "stopped; results are kept" in stopped.stdout
     assert (tmp_path / "multirun/s/report.html").exists()
     asked = trials(tmp_path)[0].params[SEQS]
     done = autotune(tmp_path, "baseline=false", "n_trials=3", f"{SEQS}=range(4,65)")

@@ -98,7 +98,7 @@ def test_edge_is_that_of_what_is_served():
     loser = result(9)
     loser.metrics["queued_tpot_p99_ms"] = 29.0
     limited = replace(config(), scenario=ScenarioConfig(name="interactive", kind=Kind.Server, tpot_ms=30))
-    assert "On an edge" not in summary.render(study(result(10), loser, config=limited))
+    assert "Close to a limit" not in summary.render(study(result(10), loser, config=limited))
 
 
 def test_lower_latency_wins():

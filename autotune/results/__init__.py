@@ -1,1 +1,1 @@
-"""What a study found: read from its folder, told as words, figures, a page, and to MLflow."""
+"""Finished studies: read from their folders, shown as text, figures, a page, and in MLflow."""

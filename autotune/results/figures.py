@@ -50,14 +50,12 @@ TEMPLATE.layout.update(
 PHASES = {"start": SKY, "warmup": YELLOW, "run": BLUE, "stop": PURPLE, "other": GREY}
 LEAST = 4  # trials that importance is computed of
 FOREST = 200  # trials that fANOVA's forest is grown of: its time goes with them
-CONTOUR = 80  # trials that a contour is drawn of: its size goes with their square
-LINES = 200  # trials that are drawn as lines through all parameters
 GPU = {"gpu_utilization": "GPU busy", "gpu_j_per_token": "J/token"}  # of a trial, by metric
 CURVES = 5  # trials whose load curves are drawn, besides the baseline
 
 
 class NotDrawnError(Exception):
-    """Why there is no figure, in a line."""
+    """A study has nothing to draw; the message says why, in one line."""
 
 
 def optuna_study(study: Study, metrics: Sequence[str], directions: Sequence[str]) -> optuna.Study:
@@ -120,7 +118,7 @@ def _short(by_key: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def history(study: optuna.Study, metric: str, baseline: Result | None) -> go.Figure:
-    """Each trial's value and the best so far, with the baseline."""
+    """Draw each trial's value and the best so far, with the baseline."""
     _complete(study, 1)
     figure = visualization.plot_optimization_history(study, target_name=label(metric))
     figure.update_xaxes(title_text="trial")
@@ -165,7 +163,7 @@ def _importance(study: optuna.Study, evaluator: BaseImportanceEvaluator, params:
 
 
 def importance(name: str, shares: Mapping[str, float]) -> go.Figure:
-    """Shares of one evaluator as bars."""
+    """Draw the shares of one evaluator as bars."""
     rows = list(shares.items())[::-1]
     texts = [f"{share:.0%}" for _, share in rows]
     bar = go.Bar(x=[share for _, share in rows], y=[key for key, _ in rows], text=texts, orientation="h")
@@ -175,7 +173,7 @@ def importance(name: str, shares: Mapping[str, float]) -> go.Figure:
 
 
 def slice_of(study: optuna.Study, param: str, metric: str) -> go.Figure:
-    """The metric over one parameter."""
+    """Draw the metric over one parameter."""
     figure = visualization.plot_slice(study, params=[param], target_name=label(metric))
     for trace in figure.data:
         if trace.marker.colorbar.title.text:  # the feasible ones, coloured by number
@@ -183,49 +181,8 @@ def slice_of(study: optuna.Study, param: str, metric: str) -> go.Figure:
     return finished(figure, height=300)
 
 
-def contour(study: optuna.Study, params: Sequence[str], metric: str) -> go.Figure:
-    """The metric over two parameters; black dots held the limits, grey ones did not."""
-    trials = [trial for trial in _complete(study, LEAST) if all(param in trial.params for param in params)]
-    for param in params:
-        if len({trial.params[param] for trial in trials}) < 2:
-            raise NotDrawnError(f"{param} had one value only")
-    some = optuna.create_study(direction=study.direction)
-    some.add_trials(spread(trials, CONTOUR))
-    figure = visualization.plot_contour(some, params=list(params), target_name=label(metric))
-    figure.update_traces(colorscale="Cividis", reversescale=False, selector={"type": "contour"})
-    figure.update_traces(colorbar={"thickness": 10}, selector={"type": "contour"})
-    figure.update_traces(marker={"size": 5, "line": {"width": 1, "color": "white"}}, selector={"type": "scatter"})
-    return finished(figure, height=360)
-
-
-def parallel(study: optuna.Study, metrics: Sequence[str]) -> go.Figure:
-    """A line for each trial through its parameters; dotted where it broke a limit."""
-    trials = _complete(study, 2)
-    params = sorted(_distributions(trials))
-    if not params:
-        raise NotDrawnError("no parameter was varied")
-    some = optuna.create_study(directions=study.directions)
-    some.add_trials(spread(trials, LINES))
-    if len(metrics) == 1:
-        figure = visualization.plot_parallel_coordinate(some, target_name=label(metrics[0]))
-    else:
-        figure = visualization.plot_parallel_coordinate(some)
-    figure.update_xaxes(ticktext=[*map(label, metrics), *params], tickangle=-15)  # which Optuna cuts short
-    for annotation in figure.layout.annotations:
-        annotation.text = _plain(annotation.text)
-    return finished(figure, height=440, margin={"l": 50, "r": 20, "t": 40, "b": 8})
-
-
-def _plain(number: str) -> str:
-    """2.78e+03 as 2,780."""
-    try:
-        return f"{float(number):,.0f}" if "e+" in number else number
-    except ValueError:
-        return number
-
-
 def front(study: optuna.Study, metrics: Sequence[str], limits: Mapping[str, float]) -> go.Figure:
-    """What no other trial beats in every metric of `study`, beside the trials that one does; limits as lines."""
+    """Draw the Pareto front of `study` in `metrics`, beside the trials that are not on it; limits as lines."""
     trials = _complete(study, 2)
     if len(metrics) not in (2, 3):
         raise NotDrawnError(f"a front is drawn of two or three objectives, not of {len(metrics)}")
@@ -246,7 +203,7 @@ def front(study: optuna.Study, metrics: Sequence[str], limits: Mapping[str, floa
 
 
 def load_curve(results: Mapping[str, Result], metric: str, limit: float | None) -> go.Figure:
-    """A latency over the offered load, a line for each trial of several runs; hollow where LoadGen said INVALID."""
+    """Draw a latency over the offered load, a line for each trial of several runs; hollow: LoadGen said INVALID."""
     figure = go.Figure()
     for name, result in results.items():
         runs = sorted((run for run in result.runs if metric in run.metrics), key=lambda run: run.qps)
@@ -264,7 +221,7 @@ def load_curve(results: Mapping[str, Result], metric: str, limit: float | None) 
 
 
 def load_points(results: Mapping[str, Result], metric: str, limit: float | None) -> go.Figure:
-    """The same of a study that swept the load: a point for each trial."""
+    """Draw the same for a study that swept the load: a point for each trial."""
     figure = go.Figure()
     for verdict, symbol, colour in (("VALID", "circle", BLUE), ("INVALID", "circle-open", VERMILLION)):
         some = {name: one for name, one in results.items() if (one.verdict == "VALID") == (verdict == "VALID")}
@@ -298,10 +255,10 @@ def _limit(figure: go.Figure, axis: str, value: float) -> None:
 
 
 def bounds(results: Mapping[str, Result], metric: str) -> go.Figure:
-    """What bound each trial, and what it reached."""
+    """Draw what each trial reached, by its bottleneck."""
     bound = {name: result for name, result in results.items() if result.bound and metric in result.metrics}
     if not bound:
-        raise NotDrawnError("no trial says what bound it")
+        raise NotDrawnError("no trial knows its bottleneck")
     counts = Counter(result.bound for result in bound.values())
     figure = go.Figure()
     for kind, count in counts.most_common():
@@ -326,7 +283,7 @@ def bounds(results: Mapping[str, Result], metric: str) -> go.Figure:
 
 
 def phases(results: Mapping[str, Result]) -> go.Figure:
-    """Seconds of each trial by phase, in the order in which they began."""
+    """Draw the seconds of each trial by phase, in the order in which they began."""
     timed = {name: result for name, result in results.items() if result.phases}
     if not timed:
         raise NotDrawnError("no trial got as far as to take time")
@@ -341,12 +298,6 @@ def phases(results: Mapping[str, Result]) -> go.Figure:
     return finished(figure)
 
 
-def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """The first three names against each other."""
-    few = names[:3]
-    return [(one, other) for at, one in enumerate(few) for other in few[at + 1 :]]
-
-
 def spread(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:
     """At most `count` trials, evenly over the range of their values."""
     ordered = sorted(trials, key=lambda trial: trial.values[0])
@@ -356,7 +307,7 @@ def spread(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:
 
 
 def drawn(draw: Callable[[], go.Figure]) -> go.Figure | str:
-    """The figure, or why there is none; whatever Optuna or plotly can't do with a study is no reason to fail."""
+    """Return the figure, or the reason why there is none; no error of Optuna's or plotly's ends a report."""
     try:
         return draw()
     except NotDrawnError as why:
@@ -366,7 +317,7 @@ def drawn(draw: Callable[[], go.Figure]) -> go.Figure | str:
 
 
 def finished(figure: go.Figure, height: int = 360, **layout: Any) -> go.Figure:
-    """In the report's own style, as wide as its place is."""
+    """Give `figure` the report's style; it becomes as wide as its place."""
     figure.update_layout(template=TEMPLATE, title=None, width=None, height=height, **layout)
     if not layout:
         figure.update_layout(margin=TEMPLATE.layout.margin)
@@ -380,7 +331,7 @@ def label(metric: str) -> str:
 
 
 def changes(result: Result) -> str:
-    """The parameters of a trial, one a line, for hover."""
+    """List the parameters of a trial, one on each line, for hover."""
     return "<br>".join(f"{key}={value}" for key, value in _short(result.params).items()) or "vLLM's defaults"
 
 

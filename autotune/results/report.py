@@ -32,7 +32,7 @@ from autotune.text import shorten
 
 PAGE = "report.html"
 SLICES = 8  # parameters that are drawn one by one, the most important first
-# What `bound` says kept a trial from more.
+# The bottlenecks that a result's `bound` names.
 BOUNDS = {
     "kv": "the KV cache was full",
     "sequences": "max_num_seqs sequences were running",
@@ -49,7 +49,6 @@ BOUNDS = {
 class Plot:
     figure: str  # plotly's JSON
     height: int
-    narrow: bool  # readable at the width of a phone; else it scrolls
 
 
 @dataclass
@@ -58,15 +57,15 @@ class Section:
     text: str = ""
     small: bool = False  # plots that are read side by side
     plots: list[Plot] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # why what should be here is not
+    missing: list[str] = field(default_factory=list)  # reasons why a plot is not here
 
-    def add(self, draw: Callable[[], go.Figure], narrow: bool = True) -> None:
+    def add(self, draw: Callable[[], go.Figure]) -> None:
         made = drawn(draw)
         if isinstance(made, str):
             self.missing += [made] if made not in self.missing else []
         else:
             body = made.to_json().replace("<", "\\u003c")  # it stands within a script element
-            self.plots.append(Plot(body, made.layout.height, narrow))
+            self.plots.append(Plot(body, made.layout.height))
 
 
 def write(study: Study) -> Path:
@@ -105,7 +104,7 @@ def plotly_js() -> str:
 
 
 def headline(study: Study) -> dict[str, Any]:
-    """What is to be served, and how it compares."""
+    """The configuration to serve, and how it compares."""
     served = study.served
     if served is None:
         return {"words": "No trial is feasible.", "command": [], "changes": []}
@@ -145,7 +144,7 @@ def _comparison(study: Study, served: str) -> str:
 
 
 def by_flag(command: Sequence[str]) -> list[str]:
-    """A command in the pieces that lines are best broken between, as a shell takes them."""
+    """Split a command where a line is best broken: before each flag; each piece as a shell takes it."""
     pieces: list[list[str]] = [[]]
     for word in command:
         if word.startswith("--"):
@@ -155,7 +154,7 @@ def by_flag(command: Sequence[str]) -> list[str]:
 
 
 def interval(result: Result, metric: str) -> str:
-    """` (83.1 to 84.0)`: 95 % confidence, where it is known."""
+    """The 95 % confidence interval, ` (83.1 to 84.0)`; empty where it is not known."""
     if metric not in result.intervals:
         return ""
     low, high = result.intervals[metric]
@@ -163,7 +162,7 @@ def interval(result: Result, metric: str) -> str:
 
 
 def cards(study: Study) -> list[tuple[str, str, str]]:
-    """Figures at a glance: name, figure, what it is next to."""
+    """The figures at a glance: name, value, and what to compare it with."""
     result, baseline, found = study.results.get(study.served or ""), study.baseline, []
     wanted = list(dict.fromkeys([*study.config.objective.metrics, *HEADINGS]))
     for metric in wanted if result else []:
@@ -186,8 +185,6 @@ def sections(study: Study) -> list[Section]:
         history(alone, study.baseline),
         importance,
         slices(alone, ranked),
-        contours(alone, ranked),
-        parallel(study),
         front(study, limits),
         load(study, limits),
         bounds(study),
@@ -224,31 +221,16 @@ def importances(alone: Mapping[str, optuna.Study]) -> tuple[Section, dict[str, l
 
 
 def slices(alone: Mapping[str, optuna.Study], ranked: Mapping[str, Sequence[str]]) -> Section:
-    section = Section("One parameter at a time", "Darker dots came first; grey ones broke a limit.", small=True)
+    section = Section(
+        "One parameter at a time",
+        "Darker dots came first; grey ones broke a limit. optuna-dashboard draws contours and parallel coordinates.",
+        small=True,
+    )
     for metric, study in alone.items():
         for param in ranked[metric][:SLICES]:
             section.add(partial(figures.slice_of, study, param, metric))
         if not ranked[metric]:
             section.missing = ["no parameter was varied in a trial that completed"]
-    return section
-
-
-def contours(alone: Mapping[str, optuna.Study], ranked: Mapping[str, Sequence[str]]) -> Section:
-    metric, study = next(iter(alone.items()))
-    text = f"{label(metric)} over the parameters that matter most; grey dots broke a limit."
-    section = Section("Two at a time", text, small=True)
-    for pair in figures.pairs(ranked[metric]):
-        section.add(partial(figures.contour, study, pair, metric))
-    if not section.plots and not section.missing:
-        section.missing = ["needs two parameters"]
-    return section
-
-
-def parallel(study: Study) -> Section:
-    objective = study.config.objective
-    section = Section("All at once", "Each line is a trial, dotted where it broke a limit.")
-    whole = figures.optuna_study(study, objective.metrics, objective.directions)
-    section.add(partial(figures.parallel, whole, objective.metrics), narrow=False)
     return section
 
 
@@ -290,7 +272,7 @@ def by_value(study: Study) -> list[tuple[str, Result]]:
 
 
 def trade_off(config: Config) -> tuple[list[str], list[str]]:
-    """What the objective of a study with one is paid with: metrics and directions."""
+    """Metrics and directions of the front of a study with one objective: that one, and a latency with a limit."""
     metric, direction = config.objective.metrics[0], config.objective.directions[0]
     if metric.endswith("_ms"):
         return [metric, "tokens_per_s"], [direction, "maximize"]
@@ -301,7 +283,7 @@ def trade_off(config: Config) -> tuple[list[str], list[str]]:
 def bounds(study: Study) -> Section:
     seen = {result.bound for result in study.results.values() if result.bound}
     kinds = [f"{kind}: {BOUNDS.get(kind, kind)}." for kind in sorted(seen)]
-    section = Section("What bound each trial", " ".join(["What kept it from more.", *kinds]))
+    section = Section("Bottleneck of each trial", " ".join(["What limited its throughput.", *kinds]))
     section.add(partial(figures.bounds, study.complete, study.config.objective.metrics[0]))
     return section
 
@@ -320,7 +302,7 @@ def phases(study: Study) -> Section:
 
 
 def starts(study: Study) -> str:
-    """What a start consists of, in a sentence."""
+    """A sentence on the parts of a start."""
     known = [result.start for result in study.results.values() if len(result.start) > 1]
     parts = {part: median(start.get(part, 0.0) for start in known) for part in dict.fromkeys(chain(*known))}
     said = [f"{part} {seconds:.0f} s" for part, seconds in parts.items() if seconds >= 0.5]
@@ -328,7 +310,7 @@ def starts(study: Study) -> str:
 
 
 def failures(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Why trials did not complete, the most frequent reason first, with the trials; numbers make no other reason."""
+    """Reasons why trials did not complete, with the trials, the most frequent first; numbers in them are ignored."""
     kinds: dict[str, tuple[str, list[tuple[str, str]]]] = {}
     for name, result in study.results.items():
         if result.complete or result.state is State.interrupted:
@@ -341,7 +323,7 @@ def failures(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def table(study: Study) -> dict[str, Any]:
-    """Every trial that completed, the best first; with the GPU's figures where there was one."""
+    """The trials that completed, the best first; with the GPU's figures where there was one."""
     objective = study.config.objective
     params = list(dict.fromkeys(key for result in study.complete.values() for key in result.params))
     measured = {metric for result in study.complete.values() for metric in result.metrics}
@@ -392,7 +374,7 @@ def _parameters(study: optuna.Study) -> list[str]:
 
 
 def _figure(value: Any) -> str:
-    """A number with four digits that count; anything else as it is."""
+    """A number with four significant digits; anything else as it is."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -93,7 +93,7 @@ class Study:
 
     @cached_property
     def front(self) -> list[str]:
-        """Those of `ranked` that no other beats in every objective."""
+        """The Pareto front: those of `ranked` that no other beats in every objective."""
         signs = [objective.sign(self.objective, metric) for metric in range(len(self.objective.metrics))]
         points = {
             name: [sign * value for sign, value in zip(signs, self.results[name].values, strict=True)]

@@ -1,4 +1,4 @@
-"""Study → words and headline figures: the outcome of a trial, the summary of a study."""
+"""Texts and headline figures: the outcome of a trial, the summary of a study."""
 
 import json
 import shlex
@@ -16,10 +16,10 @@ from autotune.text import aligned, shorten
 
 SLOW = 0.1  # share of the median node's value that a slow one is worse by
 SURPRISE = 0.15  # share of the expected value by which a measured one contradicts it
-EDGE = 0.1  # share of a TPOT limit within which the TPOT of a full server lies on it
-FILE = "summary.json"  # in a study's folder: what it comes to, in figures
+EDGE = 0.1  # share of a TPOT limit by which the TPOT of a full server is close to it
+FILE = "summary.json"  # in a study's folder: its headline figures
 VERDICT = "verify.json"  # there: what `autotune verify` found
-# What a table shows of a trial: metric, heading, digits.
+# Columns of a table of trials: metric, heading, digits.
 COLUMNS = [
     ("tokens_per_s", "tokens/s", 1),
     ("samples_per_s", "samples/s", 2),
@@ -148,30 +148,30 @@ def _verdict(study: Study, best: str) -> list[str]:
 
 
 def change(study: Study, name: str) -> str:
-    """How the first objective's metric changes from the baseline to `name`: `+7.8%`; its value if that is 0."""
+    """The change of the first objective's metric from the baseline to `name`: `+7.8%`; its value if that is 0."""
     gain = study.gain(name)
     return f"{study.results[name].values[0]:g}" if gain is None else f"{objective.sign(study.objective) * gain:+.1%}"
 
 
 def edge(served: Result | None, config: Config) -> str:
-    """A warning where a step of a full server takes about as long as TPOT may be: a load then holds by a hair."""
+    """A warning where a full server's TPOT is close to its limit: a slightly slower machine may then hold far less."""
     queued, limit = served and served.metrics.get("queued_tpot_p99_ms"), config.scenario.tpot_ms
     if not queued or not limit or abs(queued / limit - 1) > EDGE:
         return ""
     return (
-        f"On an edge: while requests queue, its TPOT is {queued:.1f} ms (p99) where {limit:g} are allowed. "
+        f"Close to a limit: while requests queue, its TPOT is {queued:.1f} ms (p99) where {limit:g} are allowed. "
         "A machine that is a little slower may hold far less: verify it where it will serve."
     )
 
 
 def verified(folder: Path) -> str:
-    """What autotune.commands.verify said of the study in `folder`; empty if it has not."""
+    """The verdict of `autotune verify` on the study in `folder`; empty without one."""
     file = folder / VERDICT
     return str(json.loads(file.read_text())["line"]) if file.exists() else ""
 
 
 def _surprises(study: Study) -> list[str]:
-    """Where a measurement contradicts the simulation that a study's first trials came from."""
+    """Lines on the trials that a simulation chose: how many it was right about, and which not."""
     checked = {
         name: result
         for name, result in study.swept.items()
@@ -201,7 +201,7 @@ def _surprise(name: str, result: Result) -> str:
 
 
 def _nodes(study: Study) -> list[str]:
-    """What each node's canary showed, where there were some."""
+    """Lines on each node, by what its canary measured."""
     values = {node: result.values[0] if result.complete else None for node, result in study.canaries.items()}
     measured = [value for value in values.values() if value is not None]
     if not values:

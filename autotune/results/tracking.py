@@ -1,7 +1,7 @@
-"""The only home of MLflow: a parent run for a study, a child run for a trial, a registered model for what is best.
+"""MLflow: a parent run for a study, a child run for each trial, a registered model for the best configuration.
 
-Everything logged is read from the trials' folders, so a study whose MLflow server was down can be logged
-later:  python -m autotune.tracking multirun/<study> --uri http://…
+All that is logged is read from the trials' folders, so a study whose MLflow server was down can be logged later:
+`autotune log multirun/<study> --uri http://…`
 """
 
 import fcntl
@@ -152,7 +152,7 @@ class Tracker:
         self._client.log_inputs(run, [DatasetInput(made, [InputTag("mlflow.data.context", "evaluation")])])
 
     def summarise(self, folder: Path) -> None:
-        """What a study's end left in `folder`, on the parent run; a server that is down is no reason to fail."""
+        """Log a study's summary from `folder` on the parent run; a server that is down is no reason to fail."""
         if not self._parent or not (folder / "summary.json").exists():
             return
         from mlflow.entities import Metric, RunTag
@@ -241,7 +241,7 @@ class Tracker:
         except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
             raise TrackingError(
                 f"MLflow at {self._uri} refused ({str(error).splitlines()[0][:200]}); nothing is lost, log it later: "
-                f"python -m autotune.tracking <study's folder> --uri {self._uri}"
+                f"autotune log <study's folder> --uri {self._uri}"
             ) from None
 
 

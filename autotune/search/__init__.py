@@ -1,1 +1,1 @@
-"""What to try: the space, samplers and pruners, and what a simulation or another study suggests."""
+"""Choosing what to try: the space, samplers and pruners, suggestions of a simulation or another study."""

@@ -1,4 +1,4 @@
-"""All that is used of Hydra's private names; tests/test_private_names.py says what broke when one is gone."""
+"""Private names of Hydra's Optuna sweeper, all that are used; tests/test_private_names.py says what broke."""
 
 from typing import Any
 

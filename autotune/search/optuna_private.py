@@ -1,4 +1,4 @@
-"""All that is used of Optuna's private names; tests/test_private_names.py says what broke when one is gone."""
+"""Private names of Optuna, all that are used; tests/test_private_names.py says what broke."""
 
 import copy
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The first trials of a study: what a simulation of it finds best, instead of random points."""
+"""The first trials of a study, chosen by a simulation instead of at random."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,7 +56,7 @@ def perturbed(device: Mapping[str, Any], sigma: float, host_sigma: float, seed: 
 
 
 def _scores(results: Sequence[Result], sign: int) -> list[float]:
-    """How good each is on one device: 1 for the best, above 0 for what is feasible, 0 for the rest."""
+    """Score results on one device: 1 for the best, at least 0.1 for a feasible one, 0 for the rest."""
     values = [sign * found.values[0] if found.feasible else None for found in results]
     feasible = [value for value in values if value is not None]
     if not feasible:
@@ -102,7 +102,7 @@ def _apart(one: Mapping[str, Any], other: Mapping[str, Any], parameters: Mapping
 
 
 def _distance(one: Any, other: Any, distribution: BaseDistribution) -> float:
-    """How far two values lie apart, as a share of the range; 1 for two choices."""
+    """The distance of two values as a share of the range; 1 for two different choices."""
     if isinstance(distribution, CategoricalDistribution):
         return float(one != other)
     assert isinstance(distribution, (IntDistribution, FloatDistribution))

@@ -1,4 +1,4 @@
-"""The pruner that `pruner=` names, and what it watches."""
+"""The pruner that `pruner=` names, and the value that it watches."""
 
 import optuna
 from hydra.utils import instantiate
@@ -47,7 +47,7 @@ def make_pruner(config: Config) -> optuna.pruners.BasePruner:
 
 
 def watched(pruner: optuna.pruners.BasePruner, config: ObjectiveConfig) -> str | None:
-    """What `pruner` is told of a trial that runs, as the trial publishes it; None for no pruner."""
+    """The published value of a running trial that `pruner` judges by; None for no pruner."""
     if isinstance(pruner, optuna.pruners.NopPruner):
         return None
     return progress.FAILING if isinstance(pruner, BehindBest) else config.metrics[0]

@@ -1,4 +1,4 @@
-"""What a simulation expects of trials, in milliseconds each: for `autotune.commands.plan` and for `prior=sim`."""
+"""Simulated trials, in milliseconds each: for `autotune plan` and for `prior=sim`."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from autotune.system import interrupt
 
 @dataclass(frozen=True)
 class Simulation:
-    """What is simulated: a study's configuration with another backend, prepared."""
+    """A study's configuration with a simulated backend, prepared."""
 
     config: Config
     prepared: Prepared

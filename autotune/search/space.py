@@ -1,4 +1,4 @@
-"""The search space: parameters and their distributions, and what must hold between them."""
+"""The search space: parameters, their distributions, and the conditions between them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,7 +100,7 @@ def _short(name: str) -> str:
 
 
 def _holds(expression: str, known: Mapping[str, Any], chosen: Mapping[str, Any]) -> bool:
-    """Whether `expression` is true; a flag whose value nobody knows is None, and a comparison with it holds."""
+    """Evaluate `expression`; an unknown flag is None, and a comparison with None holds."""
     names = {**known, **{_short(name): value for name, value in chosen.items()}}
     try:
         return bool(simple_eval(expression, names=lambda node: names.get(node.id)))
@@ -131,7 +131,7 @@ def _grid_values(name: str, distribution: BaseDistribution) -> list[Any]:
 
 
 def contains(distribution: BaseDistribution, value: Any) -> bool:
-    """Whether `distribution` could suggest `value`."""
+    """Tell whether `distribution` could suggest `value`."""
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
     assert isinstance(distribution, (IntDistribution, FloatDistribution))

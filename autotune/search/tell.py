@@ -1,4 +1,4 @@
-"""What Optuna is told of a trial, in a study as in a simulated one."""
+"""Telling Optuna of a trial, in a real study as in a simulated one."""
 
 import warnings
 

@@ -168,7 +168,7 @@ class SlurmJob(ClusterJob):
 
 
 class Queue:
-    """What SLURM says of the jobs that are watched, asked at most every `poll_s` seconds for all of them."""
+    """SLURM's queue, asked about all watched jobs at once, at most every `poll_s` seconds."""
 
     def __init__(self, poll_s: float) -> None:
         self._poll_s = poll_s

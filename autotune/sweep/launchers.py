@@ -1,4 +1,4 @@
-"""Where trials run: what `launcher=` names. Each hands back a job at once."""
+"""Launchers on this machine: each starts trials and returns their jobs at once."""
 
 import logging
 import pickle
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class Job(Protocol):
     @property
     def node(self) -> str:
-        """Where it runs, where that is known; empty on this machine."""
+        """The node that it runs on; empty on this machine, or if it is not known."""
 
     def done(self) -> bool: ...
 
@@ -33,7 +33,7 @@ class Job(Protocol):
         """End it and all that it started; returns when that is so, or is under way on another machine."""
 
     def reason(self) -> str:
-        """Why it left no result, in one line."""
+        """Say why it left no result, in one line."""
 
 
 class Launcher:

@@ -51,12 +51,12 @@ class Record:
 
     @property
     def is_grid(self) -> bool:
-        """Whether the sampler asks for each point of the space once."""
+        """True if the sampler asks for each point of the space once."""
         return isinstance(self._study.sampler, Grid)
 
     @property
     def watched(self) -> str | None:
-        """What the pruner is told of a trial that runs, as the trial publishes it; None for no pruner."""
+        """The published value of a running trial that the pruner judges by; None for no pruner."""
         return watched(self._study.pruner, self.objective)
 
     @property
@@ -109,7 +109,7 @@ class Record:
     # Telling
 
     def report(self, trial: optuna.Trial, value: float, step: int) -> bool:
-        """Note what a running trial has published; whether the pruner wants it to end."""
+        """Note a value that a running trial has published; returns True if the pruner wants it to end."""
         trial.report(value, step)
         return trial.should_prune()
 
@@ -151,7 +151,7 @@ class Record:
                 )
 
     def counts(self, trial: FrozenTrial) -> bool:
-        """Whether a trial that has ended is one of the study's n_trials."""
+        """Tell whether a trial that has ended is one of the study's n_trials."""
         if {LOST, BASELINE} & trial.user_attrs.keys():
             return False
         return self.is_grid or not {"refused", DUPLICATE} & trial.user_attrs.keys()

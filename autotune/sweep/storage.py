@@ -1,4 +1,4 @@
-"""Where a study's trials are kept, and that one process at a time works on them."""
+"""Optuna's storage of a study, open to one process at a time."""
 
 import fcntl
 import hashlib

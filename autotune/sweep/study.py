@@ -149,7 +149,7 @@ class Sweep:
         self._budget_s = budget_s
         defaults = prepared.dry_run()
         if defaults.refusal:
-            log.warning("vLLM refuses the configuration before anything is swept: %s", defaults.refusal)
+            log.warning("vLLM refuses the configuration even without a sweep: %s", defaults.refusal)
         self._known = defaults.resolved
         self._defaults = {name: self._known.get(name.removeprefix(FLAG)) for name in record.space.parameters}
         self._n_trials = config.n_trials
@@ -176,7 +176,7 @@ class Sweep:
                     with Display(self._n_trials, config.objective) as self._display:
                         self._run_trials()
             except (KeyboardInterrupt, SystemExit):
-                log.info("stopped; what was measured is kept, and the same command goes on")
+                log.info("stopped; results are kept, and the same command continues the study")
                 raise
             finally:
                 self._abandon()
@@ -228,7 +228,7 @@ class Sweep:
             self._running[0].job.wait(POLL_S)
 
     def _result_of(self, one: Running) -> Result:
-        """What a trial that has ended left in its folder, or why it left nothing."""
+        """The result that a trial left in its folder, or the reason why it left none."""
         result = Result.find(self._folder / one.pending.name) or Result(reason=one.job.reason())
         if one.pruned and not result.complete:
             result.state, result.reason = State.pruned, "ended early by the pruner"
@@ -276,16 +276,16 @@ class Sweep:
         return None
 
     def _spent(self) -> bool:
-        """Whether the budget is: then what runs may end, and nothing new begins."""
+        """True once the budget is spent: running trials may end, and no new one begins."""
         if self._budget_s is None:
             return False
         engine = self._config.budget_of is BudgetOf.engine
         return (self._engine_s if engine else time.monotonic() - self._began) >= self._budget_s
 
     def _dry_run(self, params: Mapping[str, Any]) -> tuple[str, str]:
-        """Why this combination can't be run, by the space's own conditions or by vLLM, empty if it can; its point.
+        """The reason why a combination can't run, empty if it can, and its point.
 
-        Two combinations have the same point if vLLM would run the same configuration.
+        The space's conditions and vLLM's own check refuse. Two combinations that vLLM would run alike have one point.
         """
         if broken := self._record.space.violated(params, self._known):
             return broken, ""
@@ -298,7 +298,7 @@ class Sweep:
             self._measured.setdefault(self._dry_run(params)[1], name)
 
     def _look_up(self, pending: PendingTrial, earlier: str, result: Result) -> None:
-        """Tell Optuna what `earlier` measured; it takes no engine time, and is none of the study's n_trials."""
+        """Answer with what `earlier` measured; this takes no engine time and is none of the study's n_trials."""
         self._count += self._record.is_grid
         now = time.time()
         log.info("%s repeats %s: %s", pending.name, earlier, shorten(pending.params))
@@ -338,7 +338,7 @@ class Sweep:
                 self._running.append(Running(one, job, progress.Reader(self._folder / one.name)))
 
     def _watch(self, one: Running) -> None:
-        """Note what a trial says of itself; stop it if the pruner has seen enough."""
+        """Read a trial's progress; stop the trial if the pruner has seen enough."""
         name = self._record.watched
         for entry in one.progress.new():
             one.phase = entry.get("phase", one.phase)
@@ -384,7 +384,7 @@ class Sweep:
             log.warning("%s", error)
 
     def _count_failures(self, result: Result, node: str) -> None:
-        """Set aside a node on which nothing works. Raises InputError after max_failures trials in a row."""
+        """Count failures in a row; sets aside a node on which nothing works. Raises InputError after max_failures."""
         if result.state in (State.complete, State.pruned):
             self._failed.clear()
             self._failed_on.pop(node, None)
@@ -401,7 +401,7 @@ class Sweep:
     # Going on after an earlier process
 
     def _resume(self) -> None:
-        """Tell what ended while nobody watched, take up what still runs, ask again for what was interrupted."""
+        """Finish what ended meanwhile, watch what still runs, queue again what was interrupted."""
         self._results = results_in(self._folder)
         known_s = sum(result.engine_s for result in [*self._results.values(), *canaries_in(self._folder).values()])
         fresh = not self._record.trials and not self._record.is_grid
@@ -422,18 +422,18 @@ class Sweep:
             self._enqueue_prior()
 
     def _take_up(self, frozen: FrozenTrial | None) -> bool:
-        """Whether a trial (the baseline: None) that an earlier process left still runs, or has completed since."""
+        """Watch or finish a trial (None: the baseline) of an earlier process; False if it is lost."""
         name = f"{TRIAL}{frozen.number}" if frozen else BASELINE
         job = self._launcher.attach(self._folder / name)
         if not job:
             return self._settle(frozen)
-        log.info("%s still runs, and is watched again", name)
+        log.info("%s still runs; watching it again", name)
         self._running.append(Running(self._pending(frozen), job, progress.Reader(self._folder / name)))
         self._count += frozen is not None
         return True
 
     def _settle(self, frozen: FrozenTrial | None) -> bool:
-        """Tell what a trial that nothing runs any more has measured, or queue it again; whether it has completed."""
+        """Finish a trial that nothing runs any more if it has completed, or queue it again; True if it has."""
         pending = self._pending(frozen)
         if is_complete(self._folder / pending.name):
             self._count += frozen is not None
@@ -458,14 +458,14 @@ class Sweep:
         log.info("%s was interrupted; queued again", pending.name)
 
     def _enqueue_warm_start(self, name: str) -> None:
-        """Ask first for what another study found best."""
+        """Queue the best configurations of another study."""
         best = warm_start.best(name, self._record.space, self._config.prior.keep)
         for result in best:
             self._record.enqueue(result.params, warm_start=name)
         log.info("warm_start: the first %d trials are the best of study %s", len(best), name)
 
     def _enqueue_prior(self) -> None:
-        """Ask first for what a simulation of this study found best."""
+        """Queue the best configurations of a simulation of this study."""
         candidates = prior.best(self._config, self._record.space)
         for one in candidates:
             self._record.enqueue(one.params, **{EXPECTED: {"values": one.values, "feasible": one.feasible}})
@@ -473,7 +473,7 @@ class Sweep:
         log.info("prior: the first %d trials are the best of %d simulated ones", len(candidates), simulated)
 
     def _abandon(self) -> None:
-        """End what still runs, on a cluster, too; keep what has completed meanwhile, queue the rest again."""
+        """End what still runs, jobs of a cluster too; keep what has completed meanwhile, queue the rest again."""
         for one in self._running:
             one.job.cancel()
         self._running.clear()

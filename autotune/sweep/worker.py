@@ -26,7 +26,7 @@ LOG = "trial.log"  # what the process prints
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """What a launcher runs; its result.json goes to `folder`, which exists."""
+    """A trial for a launcher to run; its result.json goes to `folder`, which exists."""
 
     config: Config
     overrides: list[str]  # Hydra's, that compose `config`
