@@ -1,4 +1,4 @@
-"""Every command that README.md and docs/ show is tried, or it is said here why it can't be on a test machine.
+"""Every command that README.md, docs/ and datasets/ show is tried, or it is said here why no test machine can.
 
 A page is a story: its commands run in order in one folder, with the files that it shows beside them.
 """
@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from autotune.commands import compare, export, verify
+from autotune import commands as names
+from autotune.commands import compare, export, report, verify
 from autotune.config import command_line
 from autotune.search import space
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "datasets/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+TUNE = "tune"
+COMPOSED = (TUNE, "plan", "space")  # they take a whole configuration
 
 # What no test starts here, by words of the command.
 NOT_HERE = {
@@ -26,9 +30,8 @@ NOT_HERE = {
     "mlflow": "MLflow's own; tests/test_mlflow_ui.py opens its pages",
     "optuna-dashboard": "a server for the browser",
     "hf": "needs the Hugging Face Hub",
-    "python -m autotune.sim.calibrate": "tests/test_sim.py fits and checks devices",
-    "python -m autotune.tracking": "tests/test_tracking.py logs studies later",
-    "python -m autotune.report": "tests/test_report.py reads what it writes",
+    "autotune calibrate": "tests/test_sim.py fits and checks devices",
+    "autotune log": "tests/test_tracking.py logs studies later",
     "backend/device=my-l40s": "a device that the command before it would have fitted",
 }
 # What composes here, and can't be run: a word of it, and why.
@@ -58,21 +61,24 @@ class Command:
     words: list[str]
 
     @property
-    def module(self) -> str:
-        """`autotune.verify`; empty for what is no module of ours."""
-        found = re.fullmatch(r"python -m (autotune[\w.]*)", " ".join(self.words[:3]))
-        return found[1] if found else ""
+    def is_ours(self) -> bool:
+        return self.words[0] == "autotune"
+
+    @property
+    def name(self) -> str:
+        """`verify` of `autotune verify …`; `tune` where none is named."""
+        return self.words[1] if self.words[1] in names.NAMES else TUNE
 
     @property
     def arguments(self) -> list[str]:
-        return self.words[3:]
+        return self.words[1:] if self.name == TUNE else self.words[2:]
 
     @property
     def sweeps(self) -> bool:
         return "-m" in self.arguments
 
     def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
 def commands(page: Path) -> list[Command]:
@@ -92,6 +98,10 @@ def files(page: Path) -> dict[str, str]:
     """The files that a page shows: a block after a path in backticks."""
     shown = re.finditer(r"`([\w./-]+\.(?:yaml|jsonl?))`[^`]*```(?:yaml|json)\n(.*?)```", page.read_text(), re.DOTALL)
     return {block[1]: block[2] for block in shown}
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 ALL = [command for page in PAGES for command in commands(page)]
@@ -121,63 +131,67 @@ def test_command_is_one_that_exists(command: Command, folder: Path):
     if command.words[0] == "make":
         assert re.search(rf"^{command.words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
+    if not command.is_ours:
+        pytest.fail(f"{command}: how is it tried? Say so here, or in NOT_HERE")
     write_files(command.page, folder)
     words = [word for word in command.arguments if word not in ("-m", "--help", "…")]
-    if command.module in ("autotune", "autotune.plan", "autotune.space"):
-        config, params, sweeps = command_line.command_line(words)
-        if command.module != "autotune" or command.sweeps:
+    if command.name in COMPOSED:
+        config, params, sweeps = command_line.compose(words)
+        if command.name != TUNE or command.sweeps:
             space.parse(params, sweeps, config.conditions, config.only_if)
-    elif command.module == "autotune.export":
-        command_line.options(export.Export, words, None)
-    elif command.module == "autotune.compare":
-        assert len([word for word in words if "=" not in word]) >= 2
-        command_line.options(compare.Compare, [word for word in words if "=" in word], None)
-    elif command.module == "autotune.verify":
+    elif command.name == "verify":
         own = [word for word in words if word.partition("=")[0] in verify.Verify.__dataclass_fields__]
         command_line.options(verify.Verify, own, None)
-        command_line.command_line([word for word in words if word not in own])
+        command_line.compose([word for word in words if word not in own])
+    elif command.name == "compare":
+        assert len([word for word in words if "=" not in word]) >= 2
+        command_line.options(compare.Compare, [word for word in words if "=" in word], None)
     else:
-        pytest.fail(f"{command}: how is it tried? Say so here, or in NOT_HERE")
+        command_line.options({"export": export.Export, "report": report.Report}[command.name], words, None)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_link_leads_somewhere(page: Path):
     for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=page_id)
 def test_pages_commands_run_in_order(page: Path, tmp_path: Path):
     """On a simulated vLLM, and shortened: what a page calls by a name, an earlier command of it has made."""
     write_files(page, tmp_path)
     for command in commands(page):
         line = " ".join(command.words)
-        if not command.module or why_not(command) or any(word in line for word in NOT_RUN):
+        if not command.is_ours or why_not(command) or any(word in line for word in NOT_RUN):
             continue
         done = subprocess.run(
-            [sys.executable, *command.words[1:3], *simulated(command)],
+            [sys.executable, "-m", "autotune", *named(command), *simulated(command)],
             cwd=tmp_path,
             capture_output=True,
             text=True,
             env={**os.environ, "AUTOTUNE_LEASES": str(tmp_path / "leases")},
             timeout=200,
         )
-        fine = (0, verify.NO_BETTER) if command.module == "autotune.verify" else (0,)
+        fine = (0, verify.NO_BETTER) if command.name == "verify" else (0,)
         assert done.returncode in fine, f"{command}: {line}\n{done.stderr}"
+
+
+def named(command: Command) -> list[str]:
+    return [] if command.name == TUNE else [command.name]
 
 
 def simulated(command: Command) -> list[str]:
     """Its arguments, on the simulator and shortened; the data set that needs the Hub is one of the same lengths."""
     words = ["dataset=cnn_shaped" if word == "dataset=cnn_dailymail" else word for word in command.arguments]
-    named = {word.partition("=")[0] for word in command.arguments}
-    if command.module == "autotune.verify":
+    keys = {word.partition("=")[0] for word in command.arguments}
+    if command.name == "verify":
         return [word if not word.startswith("n=") else "n=2" for word in words]
-    if command.module not in ("autotune", "autotune.plan", "autotune.space"):
+    if command.name not in COMPOSED:
         return words
-    if "backend" not in named:
+    if "backend" not in keys:
         words.append("backend=sim")
-    if command.module != "autotune":
+    if command.name != TUNE:
         return words
     kept = [word for word in words if word.partition("=")[0] not in SHORT]
     return [*kept, *(f"{key}={value}" for key, value in SHORT.items())]
