@@ -20,7 +20,7 @@ from autotune.errors import StartError
 from autotune.live.backend import LiveBackend
 from autotune.live.server import serve
 from autotune.measure.prepare import Prepared, prepare
-from autotune.search.space import flags, parse
+from autotune.search.space import parse, swept_flags
 
 
 def points(prepared: Prepared, space: Any, count: int, seed: int) -> list[tuple[dict[str, Any], str]]:
@@ -31,7 +31,7 @@ def points(prepared: Prepared, space: Any, count: int, seed: int) -> list[tuple[
     while len(found) < count:
         chosen = space.suggest(study.ask(), known)
         if not space.violated(chosen, known):
-            args = flags(chosen)
+            args = swept_flags(chosen)
             found.append((args, prepared.backend.dry_run(prepared.model, prepared.args | args).refusal))
     return found
 

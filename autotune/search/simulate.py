@@ -17,7 +17,7 @@ from autotune.measure.prepare import Prepared, prepare, prepare_samples
 from autotune.measure.result import Result, State
 from autotune.measure.runs import Run
 from autotune.measure.trial import measure
-from autotune.search.space import Space, flags
+from autotune.search.space import Space, swept_flags
 from autotune.search.tell import tell_infeasible, tell_measured
 from autotune.system import interrupt
 
@@ -50,9 +50,9 @@ def estimate(
     interrupt.check()
     prepared = simulation.prepared
     fields = {key: value for key, value in params.items() if not key.startswith(FLAG)}
-    config, args = with_fields(simulation.config, fields), prepared.args | flags(params)
+    config, args = with_fields(simulation.config, fields), prepared.args | swept_flags(params)
     result = Result(args=args, params=dict(params), estimated=True)
-    outcome = prepared.dry_run(flags(params))
+    outcome = prepared.dry_run(swept_flags(params))
     if outcome.refusal:
         return replace(result, state=State.refused, reason=outcome.refusal)
     try:

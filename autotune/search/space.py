@@ -86,7 +86,7 @@ def parse(
     return Space(parameters, dict(conditions), dict(only_if)), list(fixed.values())
 
 
-def flags(params: Mapping[str, Any]) -> dict[str, Any]:
+def swept_flags(params: Mapping[str, Any]) -> dict[str, Any]:
     """vLLM's flags among `params`, by name; null where the choice is vLLM's default."""
     return {
         name.removeprefix(FLAG).replace("-", "_"): None if value == DEFAULT else value

@@ -33,7 +33,7 @@ from autotune.results.study import Study as FinishedStudy
 from autotune.search import prior, warm_start
 from autotune.search.pruners import make_pruner
 from autotune.search.samplers import make_sampler
-from autotune.search.space import DEFAULT, check_flags, flags, parse
+from autotune.search.space import DEFAULT, check_flags, parse, swept_flags
 from autotune.sweep import storage
 from autotune.sweep.display import Display
 from autotune.sweep.launchers import Job, Launcher, make_launcher
@@ -289,7 +289,7 @@ class Sweep:
         """
         if broken := self._record.space.violated(params, self._known):
             return broken, ""
-        outcome = self._prepared.dry_run(flags(params))
+        outcome = self._prepared.dry_run(swept_flags(params))
         others = {name: value for name, value in params.items() if not name.startswith(FLAG)}
         return outcome.refusal, json.dumps([outcome.resolved, others], sort_keys=True, default=str)
 
