@@ -6,16 +6,23 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
+import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.errors import InputError
+from autotune.measure import progress
+from autotune.measure.backend import Measurement
+from autotune.sweep import storage
 from autotune.sweep.study import seconds
 from tests.conftest import processes_in
-from tests.studies import SEQS, autotune, command, environment, trials
+from tests.standin import StandInEngine
+from tests.studies import JOURNAL, SEQS, asked, autotune, command, environment, study, trials
 
-pytestmark = pytest.mark.slow  # whole studies
+SHORT_GRID = ["sampler=grid", f"{SEQS}=range(4,8)", "baseline=false"]
+ON_GPUS = ["sampler=grid", f"{SEQS}=range(4,24)", "launcher=gpus", "gpus=[0,1]", "backend.pace=0.003"]
 
 
 def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
@@ -25,13 +32,18 @@ def start(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def complete(folder: Path) -> list[FrozenTrial]:
-    return [trial for trial in trials(folder) if trial.state is TrialState.COMPLETE]
+def complete(trials: list[FrozenTrial]) -> list[int]:
+    """The sequences of the trials that completed, in order."""
+    return sorted(trial.params[SEQS] for trial in trials if trial.state is TrialState.COMPLETE)
+
+
+def running(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    return [trial for trial in trials if trial.state is TrialState.RUNNING]
 
 
 def wait_for(folder: Path, count: int) -> None:
     deadline = time.monotonic() + 60
-    while len(complete(folder)) < count:
+    while len(complete(trials(folder))) < count:
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
@@ -45,68 +57,128 @@ def gone(folder: Path) -> bool:
     return True
 
 
-GRID = ["sampler=grid", f"{SEQS}=range(4,24)", "launcher=gpus", "gpus=[0,1]", "backend.pace=0.003"]
-
-
+@pytest.mark.slow
 def test_killed_study_goes_on_and_runs_each_point_once(tmp_path: Path):
     draw = random.Random(1)
     for _ in range(4):
-        study = start(tmp_path, *GRID)
+        study = start(tmp_path, *ON_GPUS)
         time.sleep(draw.uniform(2.5, 5))
         study.kill()
         study.wait()
         assert gone(tmp_path)
-    assert autotune(tmp_path, *GRID, "resume=true").returncode == 0
-    done = complete(tmp_path)
-    assert sorted(trial.params[SEQS] for trial in done) == list(range(4, 24))
-    assert not [trial for trial in trials(tmp_path) if not trial.state.is_finished()]
+    assert autotune(tmp_path, *ON_GPUS, "resume=true").returncode == 0
+    assert complete(trials(tmp_path)) == list(range(4, 24))
+    assert all(trial.state.is_finished() for trial in trials(tmp_path))
 
 
+def killed(folder: Path, seqs: int) -> None:
+    """Leave the study as a process does that is killed while it runs a trial of so many sequences."""
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / JOURNAL))
+    begun = optuna.load_study(study_name="s", storage=optuna.storages.JournalStorage(backend))
+    begun.enqueue_trial({SEQS: seqs})
+    begun.ask().suggest_int(SEQS, 4, 500)
+
+
+def test_trial_that_was_lost_is_asked_again_and_counts_once(tmp_path: Path):
+    words = ["sampler=random", "baseline=false", f"{SEQS}=range(4,500)"]
+    study(tmp_path, *words, "n_trials=1")
+    killed(tmp_path, 77)
+    said = study(tmp_path, *words, "n_trials=3", "resume=true")
+    assert "trial-1 was interrupted; queued again" in said
+    lost, again = asked(tmp_path)[1:3]
+    assert lost.state is TrialState.FAIL and again.params == lost.params == {SEQS: 77}
+    assert len(complete(asked(tmp_path))) == 3
+    assert not running(asked(tmp_path))
+
+
+def signal_in_trial(patch: pytest.MonkeyPatch, trial: int, number: int) -> None:
+    """Send this process a signal while it measures its trial of this number, counted from 1."""
+    whole, begun = StandInEngine.run, 0
+
+    def run(engine: StandInEngine, *arguments: Any) -> Measurement:
+        nonlocal begun
+        begun += 1
+        if begun == trial:
+            signal.raise_signal(number)
+            while True:  # until the study says so
+                progress.check(engine.folder)
+                time.sleep(0.01)
+        return whole(engine, *arguments)
+
+    patch.setattr(StandInEngine, "run", run)
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_stopped_study_keeps_what_it_has_and_goes_on_with_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, ends: type[BaseException]
+):
+    signal_in_trial(monkeypatch, 3, number)
+    with pytest.raises(ends):
+        study(tmp_path, *SHORT_GRID)
+    assert len(complete(asked(tmp_path))) == 2 and not running(asked(tmp_path))
+    assert "stopped; " in (tmp_path / "multirun/s/autotune.log").read_text()
+    assert (tmp_path / "multirun/s/summary.txt").exists()
+    monkeypatch.undo()
+    study(tmp_path, *SHORT_GRID, "resume=true")
+    assert complete(asked(tmp_path)) == [4, 5, 6, 7]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_study_keeps_what_it_has_and_leaves_no_process(tmp_path: Path, number: int):
-    study = start(tmp_path, *GRID)
+def test_stopped_study_leaves_no_process(tmp_path: Path, number: int):
+    study = start(tmp_path, *ON_GPUS)
     wait_for(tmp_path, 1)
     study.send_signal(number)
     study.wait(60)
     assert study.returncode != 0 and gone(tmp_path)
     assert "Traceback" not in (study.stderr.read() if study.stderr else "")
-    assert complete(tmp_path) and (tmp_path / "multirun/s/summary.txt").exists()
-    assert not [trial for trial in trials(tmp_path) if trial.state is TrialState.RUNNING]
+    assert complete(trials(tmp_path)) and (tmp_path / "multirun/s/summary.txt").exists()
+    assert not running(trials(tmp_path))
 
 
 def test_second_process_on_one_study_is_refused(tmp_path: Path):
-    study = start(tmp_path, *GRID)
+    folder = tmp_path / "multirun/s"
+    folder.mkdir(parents=True)
+    with (
+        storage.lock(folder / ".lock", "the study"),
+        pytest.raises(InputError, match=r"another process works on this study \(process"),
+    ):
+        study(tmp_path, *SHORT_GRID)
+
+
+@pytest.mark.slow
+def test_second_process_is_refused_while_the_first_works(tmp_path: Path):
+    study = start(tmp_path, *ON_GPUS)
     wait_for(tmp_path, 1)
-    second = autotune(tmp_path, *GRID)
+    second = autotune(tmp_path, *ON_GPUS)
     assert second.returncode == 1 and "another process works on this study (process" in second.stderr
     study.terminate()
     study.wait(60)
 
 
 def test_resume_of_nothing_is_said(tmp_path: Path):
-    done = autotune(tmp_path, "resume=true", f"{SEQS}=choice(4,8)")
-    assert done.returncode == 1 and "resume=true: there is no study in" in done.stderr
+    with pytest.raises(InputError, match="resume=true: there is no study in"):
+        study(tmp_path, "resume=true", f"{SEQS}=choice(4,8)")
 
 
 def test_study_that_goes_on_does_not_suggest_its_first_points_again(tmp_path: Path):
     for total in ("n_trials=3", "n_trials=6"):
-        autotune(tmp_path, total, "sampler=random", "baseline=false", f"{SEQS}=range(10,1000)")
-    values = [trial.params[SEQS] for trial in trials(tmp_path)]
-    assert len(values) == 6 and len(set(values)) == 6
+        study(tmp_path, total, "sampler=random", "baseline=false", f"{SEQS}=range(10,500)")
+    assert len(set(complete(asked(tmp_path)))) == len(asked(tmp_path)) == 6
 
 
 def test_failures_in_a_row_end_the_study_with_their_reasons(tmp_path: Path):
     broken = ["engine.args.gpu_memory_utilization=0.1", f"{SEQS}=range(4,100)", "max_failures=3", "n_trials=50"]
-    done = autotune(tmp_path, *broken)
-    assert done.returncode == 1
-    assert "max_failures=3 trials failed in a row: StartError: no memory is left for the KV cache" in done.stderr
-    assert len(trials(tmp_path)) <= 3
+    message = "max_failures=3 trials failed in a row: StartError: no memory is left for the KV cache"
+    with pytest.raises(InputError, match=message):
+        study(tmp_path, *broken)
+    assert len(asked(tmp_path)) <= 3
 
 
 def test_budget_ends_the_asking_and_the_study_reports(tmp_path: Path):
-    done = autotune(tmp_path, "budget=5m", "n_trials=50", f"{SEQS}=range(4,1000)")
-    assert done.returncode == 0 and "Study s:" in done.stdout
-    assert 2 <= len(trials(tmp_path)) <= 5  # some 95 simulated seconds each
+    said = study(tmp_path, "budget=5m", "n_trials=50", f"{SEQS}=range(4,100)")
+    assert "Study s: " in said
+    assert len(asked(tmp_path)) == 2  # and the baseline: a start takes 100 s
 
 
 @pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1.5d", 129_600)])
@@ -119,29 +191,40 @@ def test_duration_without_a_unit_is_refused():
         seconds("90")
 
 
-@pytest.mark.parametrize("launcher", [["launcher=inline"], ["launcher=gpus", "gpus=[0]"]])
-def test_bad_trial_is_pruned_while_it_runs(tmp_path: Path, launcher: list[str]):
-    long = ["scenario.min_queries=600", "backend.pace=0.02", "baseline=false", *launcher]
-    pruner = ["pruner=median", "pruner.n_startup_trials=1", "pruner.n_warmup_steps=3"]
-    autotune(tmp_path, *long, *pruner, "sampler=grid", f"{SEQS}=choice(256,1)")
-    by_value = {trial.params[SEQS]: trial for trial in trials(tmp_path)}
-    if by_value[1].number == 0:  # the grid's order is drawn: nothing to compare the first one with
-        assert by_value[1].state is TrialState.COMPLETE
+PRUNER = ["pruner=median", "pruner.n_startup_trials=1", "sampler=grid", "baseline=false"]
+
+
+def check_pruned(trials: list[FrozenTrial], good: int, bad: int) -> None:
+    by_value = {trial.params[SEQS]: trial for trial in trials}
+    if by_value[bad].number == 0:  # the grid's order is drawn: nothing to compare the first one with
+        assert by_value[bad].state is TrialState.COMPLETE
     else:
-        assert by_value[1].state is TrialState.PRUNED and by_value[1].value == pytest.approx(
-            by_value[1].intermediate_values[max(by_value[1].intermediate_values)]
-        )
-    assert by_value[256].state is TrialState.COMPLETE
+        assert by_value[bad].state is TrialState.PRUNED
+        assert by_value[bad].value == by_value[bad].intermediate_values[max(by_value[bad].intermediate_values)]
+    assert by_value[good].state is TrialState.COMPLETE
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bad_trial_is_pruned_while_it_runs(tmp_path: Path, seed: int):
+    published = ["backend.steps=8", "backend.pace_s=0.03", "pruner.n_warmup_steps=1"]
+    study(tmp_path, *published, *PRUNER, f"seed={seed}", f"{SEQS}=choice(200,4)")
+    check_pruned(asked(tmp_path), 200, 4)
+
+
+@pytest.mark.slow
+def test_bad_trial_is_pruned_in_a_process_of_its_own(tmp_path: Path):
+    long = ["scenario.min_queries=600", "backend.pace=0.02", "launcher=gpus", "gpus=[0]", "pruner.n_warmup_steps=3"]
+    autotune(tmp_path, *long, *PRUNER, f"{SEQS}=choice(256,1)")
+    check_pruned(trials(tmp_path), 256, 1)
 
 
 def test_search_that_can_hardly_be_the_best_any_more_is_pruned(tmp_path: Path):
-    search = ["scenario=interactive", "objective=max_qps", "pruner=behind", "backend.pace=0.02", "sampler=grid"]
-    done = autotune(tmp_path, *search, f"{SEQS}=choice(4,1024)")  # 1,024 is the baseline
-    assert done.returncode == 0, done.stderr
-    by_value = {trial.params[SEQS]: trial for trial in trials(tmp_path)}
+    search = ["scenario=interactive", "objective=max_qps", "pruner=behind", "backend.steps=4", "sampler=grid"]
+    said = study(tmp_path, *search, f"{SEQS}=choice(4,1024)")  # 1,024 is the baseline
+    by_value = {trial.params[SEQS]: trial for trial in asked(tmp_path)}
     assert by_value[4].state is TrialState.PRUNED
     assert min(by_value[4].intermediate_values.values()) < 0.9 * by_value[1024].value
-    assert "pruned at failing_qps" in done.stdout and "1 ended early by the pruner" in done.stdout
+    assert "pruned at failing_qps" in said and "1 ended early by the pruner" in said
 
 
 @pytest.mark.parametrize(
@@ -150,35 +233,42 @@ def test_search_that_can_hardly_be_the_best_any_more_is_pruned(tmp_path: Path):
         (["pruner=median", "objective=latency"], "pruner: needs one objective among tokens_per_s"),
         (["pruner=median", "objective=max_qps", "scenario=interactive"], "write pruner=behind"),
         (["pruner=behind"], "pruner=behind: needs objective=max_qps"),
-        (["pruner=median", "pruner.n_startup_trials=-1"], "autotune: pruner: Number of startup trials"),
-        (["sampler=nsga2", "hydra.sweeper.sampler.population_size=1"], "autotune: hydra.sweeper.sampler: `population"),
+        (["pruner=median", "pruner.n_startup_trials=-1"], "pruner: Number of startup trials"),
+        (["sampler=nsga2", "hydra.sweeper.sampler.population_size=1"], "hydra.sweeper.sampler: `population"),
     ],
 )
 def test_pruner_or_sampler_that_can_not_be_made_or_watch_is_refused(tmp_path: Path, words: list[str], said: str):
-    done = autotune(tmp_path, *words, f"{SEQS}=choice(4,8)")
-    assert done.returncode == 1 and said in done.stderr
+    with pytest.raises(InputError, match=said):
+        study(tmp_path, *words, f"{SEQS}=choice(4,8)")
 
 
 def test_several_objectives_are_measured_while_a_trial_says_how_far_it_is(tmp_path: Path):
-    pace = ["backend.pace=0.02", "scenario.min_queries=600"]
-    done = autotune(tmp_path, "objective=pareto", "n_trials=1", *pace, f"{SEQS}=choice(64)")
-    assert done.returncode == 0, done.stderr
-    assert [trial.state for trial in trials(tmp_path)] == [TrialState.COMPLETE]
+    study(tmp_path, "objective=pareto", "n_trials=1", "backend.steps=5", f"{SEQS}=choice(64)")
+    assert [trial.state for trial in asked(tmp_path)] == [TrialState.COMPLETE]
 
 
 @pytest.mark.parametrize("storage", ["journal://multirun/s/study.log", "sqlite:///other.db"])
 def test_study_is_kept_where_the_storage_says(tmp_path: Path, storage: str):
-    done = autotune(tmp_path, "n_trials=1", f"hydra.sweeper.storage={storage}", f"{SEQS}=choice(4,8)")
-    assert done.returncode == 0, done.stderr
+    study(tmp_path, "n_trials=1", f"hydra.sweeper.storage={storage}", f"{SEQS}=choice(4,8)")
     assert (tmp_path / storage.rpartition("://")[2].lstrip("/")).exists()
 
 
+def test_study_in_a_database_goes_on(tmp_path: Path):
+    """By default trials are kept in SQLite, of which a study reads each once: see SingleWriterStorage."""
+    words = ["hydra.sweeper.storage=null", "sampler=random", f"{SEQS}=range(4,100)"]
+    study(tmp_path, *words, "n_trials=1")
+    study(tmp_path, *words, "n_trials=3")
+    assert len(complete(trials(tmp_path))) == 3
+
+
+@pytest.mark.slow
 def test_upstream_sweeper_still_drives_trials(tmp_path: Path):
     done = autotune(tmp_path, "hydra/sweeper=optuna", "n_trials=2", f"{SEQS}=choice(4,8)")
     assert done.returncode == 0, done.stderr
     assert "best_value" in (tmp_path / "multirun/s/optimization_results.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_trials_see_those_that_run(tmp_path: Path):
     """With a constant liar, trials that are asked while others run are spread over the space."""
     space = ["launcher=gpus", "gpus=[0,1,2,3]", "backend.pace=0.002", f"{SEQS}=range(1,512)", "n_trials=8"]
