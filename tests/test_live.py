@@ -20,16 +20,17 @@ from mlflow import MlflowClient
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
-from autotune.config import command_line
-from autotune.config.schema import Config, Kind, ScenarioConfig
+from autotune.config.command_line import compose
+from autotune.config.schema import Config, Kind, LocalConfig, ScenarioConfig
 from autotune.errors import MeasureError, StartError
+from autotune.live import metrics_page
 from autotune.live.backend import LiveBackend, LiveEngine
 from autotune.live.server import serve
 from autotune.measure import progress
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
 from autotune.measure.result import Result
 from autotune.sweep.launchers import LocalProcesses
-from autotune.sweep.worker import Trial
+from autotune.sweep.worker import TrialSpec
 from tests.conftest import Autotune, processes_in
 
 pytestmark = pytest.mark.slow
@@ -39,7 +40,7 @@ TINY = ["model=tiny", "dataset=cnn_small", "engine.args.enforce_eager=true"]
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return command_line.command_line([*TINY, "backend.stop_timeout_s=5"])[0]
+    return compose([*TINY, "backend.stop_timeout_s=5"])[0]
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,21 @@ def test_server_serves_one_model_under_a_name_of_its_own(engine: LiveEngine):
     assert engine.server.model.startswith("autotune-")
 
 
+def test_server_that_has_just_started_has_every_metric_that_a_run_reads(engine: LiveEngine):
+    metrics_page.check(engine.server.url)
+
+
+def test_server_without_statistics_is_measured_but_for_its_state(config: Config, prepared: Prepared, tmp_path: Path):
+    args = prepared.args | {"disable_log_stats": True}
+    samples = prepare_samples(config, prepared)
+    with backend(prepared).start(prepared.model, args, samples, tmp_path, None) as engine:
+        for folder in (tmp_path, tmp_path / "next"):
+            folder.mkdir(exist_ok=True)
+            measured = engine.run(scenario(Kind.Server), folder)
+            assert len(measured.requests) >= 64 and not measured.failed and not measured.server
+            assert "client_ttft_added_mean_ms" not in measured.figures
+
+
 @pytest.mark.parametrize("kind", list(Kind))
 def test_loadgen_measures_each_scenario_on_real_vllm(kind: Kind, engine: LiveEngine, tmp_path: Path):
     found = engine.run(scenario(kind), tmp_path)
@@ -120,7 +136,7 @@ def test_trial_that_is_stopped_while_it_runs_is_gone_in_seconds(config: Config, 
     folder = tmp_path / "trial"
     folder.mkdir()
     long = replace(config, scenario=scenario(Kind.Server, min_duration_s=120.0))
-    (job,) = LocalProcesses(None, n_jobs=1).submit([Trial(long, [], folder)])
+    (job,) = LocalProcesses(LocalConfig(n_jobs=1), None).submit([TrialSpec(long, [], folder)])
     reader = progress.Reader(folder)
     published: list[dict[str, Any]] = []
     deadline = time.monotonic() + 120
@@ -176,7 +192,7 @@ def test_signal_to_autotune_leaves_no_process(number: signal.Signals, tmp_path: 
     assert running.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     assert optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/multirun/s/study.db") is not None
     if number != signal.SIGKILL:
-        assert "stopped; what was measured is kept" in output and "Traceback" not in output
+        assert "stopped; results are kept" in output and "Traceback" not in output
         assert "Study s: 0 trials" in (tmp_path / "multirun/s/summary.txt").read_text()
 
 
