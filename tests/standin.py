@@ -17,7 +17,7 @@ from autotune.measure import progress
 from autotune.measure.backend import DryRunOutcome, Measurement, RequestTiming
 from autotune.system.leases import Lease
 
-DEFAULTS = {"max_num_seqs": 1024, "max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.9}
+DEFAULTS = {"max_num_batched_tokens": 8192, "gpu_memory_utilization": 0.9}
 FASTEST = 256  # sequences; beyond, TPOT grows faster than they do
 LEAST_MEMORY = 0.5  # of gpu_memory_utilization
 START_S = 100.0  # that a start claims to take
@@ -45,7 +45,8 @@ class StandIn:
 
     def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
         resolved = DEFAULTS | {name: value for name, value in args.items() if value is not None}
-        tokens, seqs = resolved["max_num_batched_tokens"], resolved["max_num_seqs"]
+        tokens = resolved["max_num_batched_tokens"]
+        seqs = resolved.setdefault("max_num_seqs", min(1024, tokens))
         refusal = f"max_num_batched_tokens ({tokens}) must be at least max_num_seqs ({seqs})" if tokens < seqs else ""
         return DryRunOutcome(refusal, resolved)
 

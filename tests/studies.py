@@ -4,10 +4,8 @@ import logging
 import os
 import subprocess
 import sys
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import hydra
 import optuna
@@ -17,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.trial import FrozenTrial
 
 from autotune.config import command_line
-from autotune.results import report
 from autotune.sweep import study as sweep
 from autotune.system import interrupt, leases
 from tests.in_process import as_it_was
@@ -37,13 +34,14 @@ def study(folder: Path, *arguments: str, simulated: bool = False) -> str:
     words = [*SIMULATED, *QUIET, f"hydra.sweeper.storage=journal://{JOURNAL}", *arguments]
     parser = OverridesParser.create()
     fixed = [word for word in words if not parser.parse_override(word).is_sweep_override()]
-    job = composed(fixed, None if simulated else STAND_IN)
+    job = composed(fixed, simulated)
     log = folder / "multirun/s/autotune.log"
     before = len(log.read_text()) if log.exists() else 0
     with pytest.MonkeyPatch.context() as patch, as_it_was():
         patch.chdir(folder)
         patch.setattr(leases, "FOLDER", folder / "leases")
-        patch.setattr(report, "write", lambda _: "")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # where launcher=gpus finds the stand-in
+        patch.setattr(sweep.Sweep, "_write_report", lambda *_: None)
         interrupt.install()
         logging.getLogger().setLevel(logging.INFO)
         sweep.run(job.hydra.sweeper, job, Composed(job), words)
@@ -60,22 +58,23 @@ class Composed:
         return self._job
 
 
-def composed(words: list[str], backend: dict[str, Any] | None) -> DictConfig:
+def composed(words: list[str], simulated: bool) -> DictConfig:
     """What Hydra makes of `words`: groups by Hydra, once for each choice of them, then fields, which takes no time."""
-    groups = tuple(word for word in words if (command_line.CONF / word.partition("=")[0]).is_dir())
-    config = deepcopy(chosen(groups))
-    if backend:
-        config.backend = backend
+    groups = [word for word in words if (command_line.CONF / word.partition("=")[0]).is_dir()]
     fields = OmegaConf.from_dotlist([word for word in words if word not in groups])
-    return OmegaConf.merge(config, fields)
+    made = OmegaConf.merge(chosen(tuple(groups), simulated), fields)
+    assert isinstance(made, DictConfig)
+    return made
 
 
 @cache
-def chosen(groups: tuple[str, ...]) -> DictConfig:
+def chosen(groups: tuple[str, ...], simulated: bool) -> DictConfig:
     command_line.register()
     with hydra.initialize_config_dir(str(command_line.CONF)):
         config = hydra.compose("config", overrides=list(groups), return_hydra_config=True)
     OmegaConf.set_readonly(config.hydra, False)
+    if not simulated:
+        config.backend = STAND_IN
     return config
 
 

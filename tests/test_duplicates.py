@@ -2,29 +2,25 @@
 
 from pathlib import Path
 
-import pytest
 from optuna.trial import FrozenTrial
 
 from autotune.measure.result import Result
-from tests.studies import SEQS, autotune, trials
-
-pytestmark = pytest.mark.slow  # whole studies
+from tests.studies import SEQS, asked, study
 
 FEW = ["sampler=random", f"{SEQS}=choice(4,8,16)", "baseline=false"]
 
 
 def looked_up(folder: Path) -> list[FrozenTrial]:
-    return [trial for trial in trials(folder) if "duplicate_of" in trial.user_attrs]
+    return [trial for trial in asked(folder) if "duplicate_of" in trial.user_attrs]
 
 
 def test_point_asked_for_again_has_the_first_ones_result_and_is_none_of_n_trials(tmp_path: Path):
-    done = autotune(tmp_path, *FEW, "n_trials=3")
-    assert done.returncode == 0, done.stderr
+    said = study(tmp_path, *FEW, "n_trials=3")
     again = looked_up(tmp_path)
-    by_name = {f"trial-{trial.number}": trial for trial in trials(tmp_path)}
+    by_name = {f"trial-{trial.number}": trial for trial in asked(tmp_path)}
     measured = [trial for trial in by_name.values() if trial not in again]
     assert sorted(trial.params[SEQS] for trial in measured) == [4, 8, 16]
-    assert again and "Study s: 3 trials, 0 failed, " in done.stdout
+    assert again and "Study s: 3 trials, 0 failed, " in said
     for trial in again:
         first = by_name[trial.user_attrs["duplicate_of"]]
         assert (trial.params, trial.values, trial.constraints) == (first.params, first.values, first.constraints)
@@ -33,25 +29,25 @@ def test_point_asked_for_again_has_the_first_ones_result_and_is_none_of_n_trials
 
 
 def test_study_of_an_exhausted_space_ends_and_says_so(tmp_path: Path):
-    done = autotune(tmp_path, *FEW, "n_trials=4")
-    assert done.returncode == 0 and "asked 50 times in a row for what is measured" in done.stdout
-    assert len(trials(tmp_path)) - len(looked_up(tmp_path)) == 3
+    said = study(tmp_path, *FEW, "n_trials=4")
+    assert "50 proposals in a row were already measured" in said
+    assert len(asked(tmp_path)) - len(looked_up(tmp_path)) == 3
 
 
 def test_study_that_goes_on_looks_up_what_it_measured_before(tmp_path: Path):
-    autotune(tmp_path, f"{SEQS}=choice(4,8)", "sampler=grid", "baseline=false")
-    autotune(tmp_path, f"{SEQS}=choice(4,8)", "sampler=random", "baseline=false", "n_trials=5")
-    assert len(trials(tmp_path)) - len(looked_up(tmp_path)) == 2
+    study(tmp_path, f"{SEQS}=choice(4,8)", "sampler=grid", "baseline=false")
+    study(tmp_path, f"{SEQS}=choice(4,8)", "sampler=random", "baseline=false", "n_trials=5")
+    assert len(asked(tmp_path)) - len(looked_up(tmp_path)) == 2
 
 
 def test_flag_that_vllm_would_set_to_the_same_is_the_same_point(tmp_path: Path):
-    """backend=sim resolves max_num_seqs to 1024 by itself, as vLLM on this device."""
-    autotune(tmp_path, f"{SEQS}=choice(4,1024)", "sampler=grid", "objective=pareto")
+    """The stand-in resolves max_num_seqs to 1024 by itself."""
+    study(tmp_path, f"{SEQS}=choice(4,1024)", "sampler=grid", "objective=pareto")
     again = looked_up(tmp_path)
     assert [(trial.params[SEQS], trial.user_attrs["duplicate_of"]) for trial in again] == [(1024, "baseline")]
     assert len(again[0].values) == 2
 
 
 def test_noise_is_measured_again_where_that_is_asked_for(tmp_path: Path):
-    autotune(tmp_path, *FEW, "n_trials=5", "duplicates=measure")
-    assert len(trials(tmp_path)) == 5 and not looked_up(tmp_path)
+    study(tmp_path, *FEW, "n_trials=5", "duplicates=measure")
+    assert len(asked(tmp_path)) == 5 and not looked_up(tmp_path)

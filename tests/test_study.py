@@ -1,16 +1,18 @@
-"""Studies as a user starts them, on a simulated server."""
+"""What a study asks, keeps and says: on a stand-in for vLLM where its figures do not matter, else simulated."""
 
 import json
+import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
+from autotune.errors import InputError
 from autotune.measure.result import Result
-from tests.studies import SEQS, autotune, command, trials
+from tests.studies import SEQS, asked, autotune, study, trials
 
 MEMORY, TOKENS = "engine.args.gpu_memory_utilization", "engine.args.max_num_batched_tokens"
 LITTLE = 0.15  # of the memory: the weights do not fit
@@ -23,62 +25,51 @@ def result(folder: Path, name: str) -> Result:
 
 def test_baseline_failure_and_refusal_are_kept_and_the_study_goes_on(tmp_path: Path):
     space = [f"{SEQS}=choice(16,64,256)", f"{TOKENS}=128", f"{MEMORY}=choice({LITTLE},0.9)"]
-    done = autotune(tmp_path, "sampler=grid", *space)
-    assert done.returncode == 0, done.stderr
-    by_values = {(trial.params[SEQS], trial.params[MEMORY]): trial for trial in trials(tmp_path) if trial.params}
+    said = study(tmp_path, "sampler=grid", *space)
+    by_values = {(trial.params[SEQS], trial.params[MEMORY]): trial for trial in asked(tmp_path) if trial.params}
     assert by_values[256, 0.9].state is TrialState.PRUNED
     assert "must be at least max_num_seqs" in by_values[256, 0.9].user_attrs["refused"]
     assert by_values[16, LITTLE].state is TrialState.PRUNED  # a sampler would not see a failed trial
     assert "no memory is left for the KV cache" in by_values[16, LITTLE].user_attrs["reason"]
     assert by_values[64, 0.9].value > by_values[16, 0.9].value
-    assert "grid: 6 points" in done.stdout
-    assert "4 trials, 2 failed, 2 combinations refused before they took a GPU" in done.stdout
-    assert "The best was max_num_seqs=64" in done.stdout and "These are estimates of a simulation" in done.stdout
+    assert "grid: 6 points" in said
+    assert "4 trials, 2 failed, 2 combinations refused before they took a GPU" in said
+    assert "The best was max_num_seqs=64" in said and "These are estimates of a simulation" in said
     assert result(tmp_path, "baseline").complete
 
 
 def test_refused_combinations_cost_no_trial(tmp_path: Path):
     space = [f"{SEQS}=choice(256,8)", f"{TOKENS}=128", "duplicates=measure"]
-    autotune(tmp_path, "sampler=random", "n_trials=2", *space, "baseline=false")
-    states = [trial.state for trial in trials(tmp_path)]
+    study(tmp_path, "sampler=random", "n_trials=2", *space, "baseline=false")
+    states = [trial.state for trial in asked(tmp_path)]
     assert states.count(TrialState.COMPLETE) == 2
     assert states.count(TrialState.PRUNED) > 0
 
 
 def test_defaults_within_the_space_are_a_trial_the_sampler_learns_from(tmp_path: Path):
-    autotune(tmp_path, "n_trials=1", f"{SEQS}=range(1000,1100)")
-    baseline = [trial for trial in trials(tmp_path) if "baseline" in trial.user_attrs]
+    study(tmp_path, "n_trials=1", f"{SEQS}=range(1000,1100)")
+    baseline = [trial for trial in asked(tmp_path) if "baseline" in trial.user_attrs]
     assert [trial.params for trial in baseline] == [{SEQS: 1024}]
 
 
-@pytest.mark.slow
 def test_defaults_that_win_are_said_to_win(tmp_path: Path):
-    done = autotune(tmp_path, "n_trials=1", f"{SEQS}=choice(2)")
-    assert "No trial beat vLLM's defaults" in done.stdout
+    assert "No trial beat vLLM's defaults" in study(tmp_path, "n_trials=1", f"{SEQS}=choice(2)")
 
 
 def test_trial_over_a_limit_is_kept_but_not_best(tmp_path: Path):
-    load = ["scenario=server", "scenario.qps=20", "scenario.tpot_ms=13.5", "scenario.min_duration_s=5"]
-    done = autotune(tmp_path, *load, "sampler=grid", f"{TOKENS}=choice(512,8192)", f"{SEQS}=256")
-    fast, slow = (next(trial for trial in trials(tmp_path) if trial.params.get(TOKENS) == n) for n in (512, 8192))
-    assert slow.constraints["tpot_p99"] > 0 >= fast.constraints["tpot_p99"]
-    assert "Best: max_num_batched_tokens=512 " in done.stdout
+    load = ["scenario=server", "scenario.qps=0.1", "scenario.tpot_ms=20"]
+    said = study(tmp_path, *load, "sampler=grid", f"{SEQS}=choice(64,256)")
+    slow, fast = sorted(asked(tmp_path), key=lambda trial: trial.values[0])
+    assert fast.constraints["tpot_p99"] > 0 >= slow.constraints["tpot_p99"]
+    assert "Best: max_num_seqs=64 " in said
 
 
-@pytest.mark.slow
-def test_no_feasible_trial_says_so(tmp_path: Path):
-    done = autotune(tmp_path, "scenario=server", "scenario.ttft_ms=1", "n_trials=1", f"{SEQS}=choice(9,64)")
-    assert "No trial is feasible" in done.stdout
+@pytest.mark.parametrize("objective", ["throughput", "goodput"])
+def test_no_feasible_trial_says_so(tmp_path: Path, objective: str):
+    none_good = ["scenario=server", "scenario.ttft_ms=1", f"objective={objective}"]
+    assert "No trial is feasible" in study(tmp_path, *none_good, "sampler=grid", f"{SEQS}=choice(2,4)")
 
 
-def test_baseline_of_nothing_does_not_end_the_study_in_a_traceback(tmp_path: Path):
-    none_good = ["scenario=server", "scenario.ttft_ms=1", "objective=goodput"]
-    done = autotune(tmp_path, *none_good, "sampler=grid", f"{SEQS}=choice(2,4)")
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and "No trial is feasible" in done.stdout
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -89,38 +80,46 @@ def test_baseline_of_nothing_does_not_end_the_study_in_a_traceback(tmp_path: Pat
     ],
 )
 def test_study_that_can_not_go_on_says_so(tmp_path: Path, changed: list[str], words: str):
-    autotune(tmp_path, "n_trials=1", f"{SEQS}=choice(2,4)")
-    done = autotune(tmp_path, "n_trials=2", *changed)
-    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+    study(tmp_path, "n_trials=1", "baseline=false", f"{SEQS}=choice(2,4)")
+    with pytest.raises(InputError, match=re.escape(words)):
+        study(tmp_path, "n_trials=2", *changed)
 
 
 def test_choice_with_a_comma_reaches_the_trial_as_it_is(tmp_path: Path):
-    autotune(tmp_path, "n_trials=1", "baseline=false", 'engine.args.x=choice("a,b")')
+    study(tmp_path, "n_trials=1", "baseline=false", 'engine.args.x=choice("a,b")')
     assert result(tmp_path, "trial-0").args["x"] == "a,b"
-
-
-def test_hyphenated_flag_is_the_same_flag(tmp_path: Path):
-    gpus = ["launcher=gpus", "gpus=[0,1]", "engine.args.tensor-parallel-size=2"]
-    autotune(tmp_path, *gpus, "n_trials=1", "baseline=false", f"{SEQS}=choice(9)")
-    assert result(tmp_path, "trial-0").facts["leased_gpus"] == "0,1"
 
 
 def test_pareto_front_is_printed_and_stored(tmp_path: Path):
     objective = ["objective=pareto", "objective.metrics=[tokens_per_s,tpot_p99_ms]"]
-    done = autotune(tmp_path, *objective, "sampler=grid", f"{SEQS}=choice(2,64)")
-    assert "Pareto front" in done.stdout
+    assert "Pareto front" in study(tmp_path, *objective, "sampler=grid", f"{SEQS}=choice(2,64)")
     front = json.loads((tmp_path / "multirun/s/pareto.json").read_text())
     assert sorted(row["params"][SEQS] for row in front) == [2, 64]
 
 
-@pytest.mark.slow
 def test_n_trials_is_the_total_of_a_study_run_again(tmp_path: Path):
     for total in ("n_trials=2", "n_trials=3"):
-        autotune(tmp_path, total, "sampler=random", f"{SEQS}=range(20,40)")
-    assert len(trials(tmp_path)) == 3
+        study(tmp_path, total, "sampler=random", f"{SEQS}=range(20,40)")
+    assert len(asked(tmp_path)) == 3
 
 
-def test_trials_run_side_by_side_on_gpus_of_their_own(tmp_path: Path):
+def test_trials_run_side_by_side_in_processes_of_their_own(tmp_path: Path):
+    words = ["launcher=gpus", "gpus=[0,1]", "backend.steps=10", "backend.pace_s=0.05", "sampler=grid", "baseline=false"]
+    study(tmp_path, *words, f"{SEQS}=choice(10,11)")
+    first, second = (result(tmp_path, name) for name in ("trial-0", "trial-1"))
+    assert first.started_at < second.ended_at and second.started_at < first.ended_at
+    assert {first.facts["leased_gpus"], second.facts["leased_gpus"]} == {"0", "1"}
+
+
+def test_trial_leases_as_many_gpus_as_its_flags_take_and_the_baseline_its_own(tmp_path: Path):
+    words = ["gpus=[0,1,2]", "baseline_gpu=2", "sampler=grid", "engine.args.tensor-parallel-size=choice(2)"]
+    study(tmp_path, *words)
+    assert result(tmp_path, "baseline").facts["leased_gpus"] == "2"
+    assert len(result(tmp_path, "trial-0").facts["leased_gpus"].split(",")) == 2
+
+
+@pytest.mark.slow
+def test_trials_of_different_sizes_never_share_a_gpu(tmp_path: Path):
     done = autotune(
         tmp_path,
         *LONG,
@@ -147,59 +146,48 @@ def test_trials_run_side_by_side_on_gpus_of_their_own(tmp_path: Path):
     assert len([trial for trial in trials(tmp_path) if trial.state is TrialState.COMPLETE]) == 6
 
 
-@pytest.mark.slow
 def test_space_that_can_never_run_ends_with_the_reason(tmp_path: Path):
-    done = autotune(tmp_path, "baseline=false", f"{SEQS}=choice(512)", f"{TOKENS}=128")
-    assert done.returncode == 1
-    assert "combinations in a row can't be run; the last: max_num_batched_tokens (128)" in done.stderr
+    message = r"combinations in a row can't be run; the last: max_num_batched_tokens \(128\)"
+    with pytest.raises(InputError, match=message):
+        study(tmp_path, "baseline=false", f"{SEQS}=choice(512)", f"{TOKENS}=128")
 
 
 def test_prior_starts_with_what_the_simulation_found_best(tmp_path: Path):
-    space = [f"{SEQS}=tag(log, int(interval(1,1024)))", "prior=sim", "prior.trials=30", "prior.keep=3"]
-    done = autotune(tmp_path, *space, "n_trials=4", "baseline=false")
-    assert done.returncode == 0, done.stderr
-    first, second, third, other = trials(tmp_path)
+    space = [f"{SEQS}=tag(log, int(interval(1,1024)))", "prior=sim", "prior.trials=20", "prior.keep=3"]
+    said = study(tmp_path, *space, "n_trials=4", "baseline=false", simulated=True)
+    first, second, third, other = asked(tmp_path)
     assert first.params[SEQS] > 32 and len({one.params[SEQS] for one in (first, second, third)}) == 3
     assert first.value == pytest.approx(first.user_attrs["expected"]["values"][0])
     assert "expected" not in other.user_attrs
-    assert "The simulation was right about all 3 trials" in done.stdout
+    assert "The simulation was right about all 3 trials" in said
 
 
 def test_what_contradicts_the_prior_is_reported(tmp_path: Path):
     space = [f"{SEQS}=choice(8,16,32)", "prior=sim", "prior.trials=10", "prior.keep=2"]
-    slower = ["backend.device.math_efficiency=0.3"]
-    done = autotune(tmp_path, *space, *slower, "n_trials=2", "baseline=false")
-    assert "The simulation was wrong about 2 of the 2 trials" in done.stdout, done.stderr
+    said = study(tmp_path, *space, "n_trials=2", "baseline=false")
+    assert "The simulation was wrong about 2 of the 2 trials" in said
 
 
-# A signal while the database executes a statement of the study's first question.
-SIGNALLED = """
-import runpy, signal
-import optuna, sqlalchemy
+def test_signal_amid_a_question_to_the_sampler_ends_the_study_in_order_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ask = optuna.Study.ask
 
-def signalled(*_):
-    signal.raise_signal(signal.SIGTERM)
+    def armed(study: optuna.Study) -> optuna.Trial:
+        """A signal comes while the database executes the first statement of the first question."""
+        monkeypatch.undo()
+        sqlalchemy.event.listen(
+            sqlalchemy.Engine, "after_cursor_execute", lambda *_: signal.raise_signal(signal.SIGTERM), once=True
+        )
+        return ask(study)
 
-ask = optuna.Study.ask
-def armed(study):
-    optuna.Study.ask = ask
-    sqlalchemy.event.listen(sqlalchemy.Engine, "after_cursor_execute", signalled, once=True)
-    return ask(study)
-optuna.Study.ask = armed
-runpy.run_module("autotune", run_name="__main__", alter_sys=True)
-"""
-
-
-def test_signal_amid_a_question_to_the_sampler_ends_the_study_in_order_and_loses_nothing(tmp_path: Path):
-    words = command("baseline=false", "n_trials=3", f"{SEQS}=range(4,65)")
-    stopped = subprocess.run(
-        [sys.executable, "-c", SIGNALLED, *words[3:]], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert stopped.returncode == 128 + signal.SIGTERM and "Traceback" not in stopped.stderr, stopped.stderr
-    assert "stopped; results are kept" in stopped.stdout
-    assert (tmp_path / "multirun/s/report.html").exists()
-    asked = trials(tmp_path)[0].params[SEQS]
-    done = autotune(tmp_path, "baseline=false", "n_trials=3", f"{SEQS}=range(4,65)")
-    assert done.returncode == 0, done.stderr
+    words = ["hydra.sweeper.storage=null", "baseline=false", "n_trials=3", f"{SEQS}=range(4,65)"]
+    monkeypatch.setattr(optuna.Study, "ask", armed)
+    with pytest.raises(SystemExit) as ended:
+        study(tmp_path, *words)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "stopped; " in (tmp_path / "multirun/s/autotune.log").read_text()
+    lost = trials(tmp_path)[0].params[SEQS]
+    study(tmp_path, *words)
     complete = [trial for trial in trials(tmp_path) if trial.state is TrialState.COMPLETE]
-    assert len(complete) == 3 and asked in [trial.params[SEQS] for trial in complete]
+    assert len(complete) == 3 and lost in [trial.params[SEQS] for trial in complete]
