@@ -39,7 +39,7 @@ class Prepared:
 
 def prepare(config: Config) -> Prepared:
     """Check the model and vLLM's flags. Raises InputError."""
-    cache = Path(config.cache_dir)
+    cache = Path(config.cache_dir).expanduser()
     backend_class, settings = typed_target(config.backend, "backend")
     backend: Backend = backend_class(settings, cache)
     args = configured_flags(config)
@@ -63,7 +63,7 @@ def gpu_count(config: Config) -> int:
 
 def prepare_samples(config: Config, prepared: Prepared) -> Samples:
     """The data set as the model sees it. Raises InputError."""
-    loaded = samples.prepare(config.dataset, prepared.model, Path(config.cache_dir), _partial(config.dataset.records))
+    loaded = samples.prepare(config.dataset, prepared.model, Path(config.cache_dir).expanduser(), _partial(config.dataset.records))
     longest = prepared.args.get("max_model_len") or prepared.model.config.get("max_position_embeddings")
     if isinstance(longest, int):
         loaded.check_fits(longest)
