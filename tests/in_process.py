@@ -56,17 +56,18 @@ def exit_code(main: Callable[[], None]) -> int:
 
 @contextmanager
 def as_it_was() -> Iterator[None]:
-    """Restores afterwards what a process of autotune's sets for itself."""
+    """Begins without handlers of logs, as a process does, and restores what a process of autotune's sets for itself."""
     root, handlers, level = logging.getLogger(), logging.getLogger().handlers[:], logging.getLogger().level
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for handler in handlers:
+        root.removeHandler(handler)
     try:
         with warnings.catch_warnings():
             yield
     finally:
         for handler in root.handlers[:]:
             root.removeHandler(handler)
-            if handler not in handlers:
-                handler.close()
+            handler.close()
         for handler in handlers:
             root.addHandler(handler)
         root.setLevel(level)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,17 @@ from autotune.commands import verify
 from autotune.commands.verify import Verdict, Verify
 from autotune.config.schema import Config, InlineConfig, ObjectiveConfig
 from autotune.errors import InputError
+from autotune.measure.backend import Measurement
 from autotune.measure.paired import difference
 from autotune.measure.result import Result
 from autotune.results.study import Study, load
+from autotune.sim.backend import SimEngine
 from autotune.sweep.launchers import Inline, Job
 from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
-from tests.studies import SEQS, autotune, environment
+from tests import in_process
+from tests.in_process import Done
+from tests.studies import SEQS, autotune, environment, study
 
 # Student's own data: extra hours of sleep with two drugs (Biometrika 6, 1908); t = 4.0621, p = 0.002833 (R's t.test).
 SLEEP = (
@@ -46,7 +51,7 @@ def test_one_of_several_needs_more_to_be_sure():
 
 def test_interval_leaves_out_nothing_exactly_where_p_is_below_its_level():
     draw = np.random.default_rng(3)
-    for _ in range(200):
+    for _ in range(100):
         found = difference(draw.normal(1, 1, 5), draw.normal(0, 1, 5), 0.95, 3)
         assert (found.low > 0 or found.high < 0) == (found.p < 0.05)
 
@@ -70,23 +75,23 @@ def winners(gains: list[float], noise: list[float], draws: int) -> float:
 
 @pytest.mark.parametrize("noise", [[1, 1, 1], [1, 4, 0.2]], ids=["alike", "one far noisier"])
 def test_no_winner_is_seen_where_there_is_none(noise: list[float]):
-    """At most 2.5 % (one side of 5 %), however differently they vary; 2,000 draws tell 2.5 % from 3.5 %."""
-    assert winners([0, 0, 0], noise, 2000) <= 0.035
+    """At most 2.5 % (one side of 5 %), however differently they vary; 800 draws tell 2.5 % from 4.5 %."""
+    assert winners([0, 0, 0], noise, 800) <= 0.045
 
 
 def test_winner_is_seen_where_there_is_one():
-    assert winners([0, 6, 0], [1, 1, 1], 400) > 0.95
+    assert winners([0, 6, 0], [1, 1, 1], 200) > 0.95
 
 
 def test_intervals_hold_together_as_often_as_they_say():
     draw = np.random.default_rng(2)
     held = 0
-    for _ in range(1500):
+    for _ in range(600):
         baseline = draw.normal(0, 1, 5)
         rows = [gain + draw.normal(0, 1, 5) for gain in (0.0, 1.0, 2.0)]
         found = [difference(row, baseline, 0.95, 3) for row in rows]
         held += all(one.low <= gain <= one.high for gain, one in zip((0.0, 1.0, 2.0), found, strict=True))
-    assert stats.binomtest(held, 1500, 0.95, "less").pvalue > 0.001
+    assert stats.binomtest(held, 600, 0.95, "less").pvalue > 0.001
 
 
 # Judging
@@ -146,21 +151,18 @@ def test_limits_that_the_defaults_never_hold_make_a_winner_of_what_does():
 
 
 def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "autotune.verify", "study=s", *words]
+    return [sys.executable, "-m", "autotune", "verify", "study=s", *words]
 
 
-def run(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        command(*words), cwd=folder, capture_output=True, text=True, env=environment(folder), timeout=120
-    )
+def run(folder: Path, *words: str) -> Done:
+    return in_process.autotune(folder, "verify", "study=s", *words)
 
 
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study whose trials are much worse than the defaults, and the same: 64 sequences hold all requests at once."""
     folder = tmp_path_factory.mktemp("simulated")
-    done = autotune(folder, "sampler=grid", f"{SEQS}=choice(4,64)", "engine.args.seed=choice(1)")
-    assert done.returncode == 0, done.stderr
+    study(folder, "sampler=grid", f"{SEQS}=choice(4,64)", "engine.args.seed=choice(1)", simulated=True)
     return folder
 
 
@@ -203,8 +205,29 @@ def test_job_does_not_outlive_a_signal_that_comes_while_it_is_started(simulated:
             job.cancel()
 
 
-def test_one_that_is_stopped_says_how_many_blocks_can_be_judged(simulated: Path):
-    paced = ["k=1", "scenario.seed=100", "backend.pace=0.01"]
+def test_one_that_is_stopped_says_how_many_blocks_can_be_judged(simulated: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["k=1", "scenario.seed=100"]
+    whole, begun = SimEngine.run, 0
+
+    def signalled(*arguments: Any) -> Measurement:
+        nonlocal begun
+        begun += 1
+        if begun == 5:  # the first of block 3
+            signal.raise_signal(signal.SIGTERM)
+        return whole(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SimEngine, "run", signalled)
+        stopped = run(simulated, "n=9", *words)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert "2 blocks are complete: n=2 judges them without another run" in stopped.stdout
+    done = run(simulated, "n=2", *words)
+    assert "4 runs, 4 of them kept" in done.stdout and done.returncode == 2
+
+
+@pytest.mark.slow
+def test_process_that_is_stopped_says_how_many_blocks_can_be_judged(simulated: Path):
+    paced = ["k=1", "scenario.seed=200", "backend.pace=0.01"]
     stopped = subprocess.Popen(
         command("n=9", *paced), cwd=simulated, stdout=subprocess.PIPE, text=True, env=environment(simulated), bufsize=1
     )
@@ -219,9 +242,8 @@ def test_one_that_is_stopped_says_how_many_blocks_can_be_judged(simulated: Path)
     assert "4 runs, 4 of them kept" in done.stdout and done.returncode == 2
 
 
-@pytest.mark.slow
 def test_better_configuration_ends_with_0(tmp_path: Path):
-    autotune(tmp_path, "n_trials=1", "engine.args.tensor_parallel_size=choice(2)")
+    study(tmp_path, "n_trials=1", "engine.args.tensor_parallel_size=choice(2)", simulated=True)
     done = run(tmp_path, "n=2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Better than the defaults: trial-" in done.stdout
@@ -246,9 +268,20 @@ def test_block_stays_on_its_gpus_and_others_run_beside_it(simulated: Path):
     assert [one.block for one in found[:4]] == [1, 2, 1, 2]
 
 
+def test_launcher_is_given_all_gpus_of_the_command(simulated: Path, monkeypatch: pytest.MonkeyPatch):
+    def nothing_starts(config: Config) -> Inline:
+        raise InputError(f"gpus={config.gpus}")
+
+    monkeypatch.setattr(verify, "make_launcher", nothing_starts)
+    with pytest.raises(InputError, match=r"gpus=\[0, 1\]"):
+        verify.verify(load(str(simulated / "multirun/s")), Verify("s", n=2, seed=5), ["gpus=[0,1]"])
+
+
+@pytest.mark.slow
 def test_blocks_run_on_all_gpus_that_the_command_gives_although_the_study_had_one(tmp_path: Path):
     autotune(tmp_path, "launcher=gpus", "gpus=[0]", "n_trials=1", f"{SEQS}=choice(4)")
-    done = run(tmp_path, "n=2", "gpus=[0,1]")
+    words = command("n=2", "gpus=[0,1]")
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment(tmp_path), timeout=120)
     first, second = [line for line in done.stdout.splitlines() if line.startswith("block ")][:2]
     assert {first[:7], second[:7]} == {"block 1", "block 2"}, done.stdout + done.stderr
     assert not {"tokens_per_s", "failed"} & {*first.split(), *second.split()}  # both have begun, none has ended
