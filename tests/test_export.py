@@ -3,7 +3,6 @@
 import json
 import shlex
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -24,7 +23,7 @@ from autotune.config.command_line import compose
 from autotune.errors import InputError
 from autotune.measure.result import Result
 from autotune.results.study import load
-from tests.conftest import Autotune
+from tests.conftest import Autotune, Main
 
 WORDS = [
     *("--no-enable-prefix-caching", "--kv-cache-dtype", "fp8", "--max-num-seqs", "256", "--enforce-eager"),
@@ -122,6 +121,31 @@ def test_kubernetes_manifests_are_valid_and_serve_the_same(study: Path):
     assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}} in pod["spec"]["volumes"]
 
 
+MISREAD = {
+    "A": "yes",
+    "B": "012",
+    "C": "null",
+    "D": "~",
+    "E": "",
+    "F": "two\nlines",
+    "G": "a: b # c",
+    "H": "$X $(Y)",
+    "ON": "1",
+}
+
+
+def test_values_that_yaml_could_misread_stay_text(study: Path):
+    config = OmegaConf.load(study / "trial-1/config.yaml")
+    config.backend.env = MISREAD
+    OmegaConf.save(config, study / "trial-1/config.yaml")
+    (service,) = loaded(exported(study, Format.compose))[0]["services"].values()
+    assert service["environment"] == {**MISREAD, "H": "$$X $$(Y)", "HF_TOKEN": "${HF_TOKEN:-}"}
+    deployed, _ = loaded(exported(study, Format.kubernetes))
+    (container,) = deployed["spec"]["template"]["spec"]["containers"]
+    written = {one["name"]: one["value"] for one in container["env"] if "value" in one}
+    assert written == {**MISREAD, "H": "$X $$(Y)"}
+
+
 @pytest.mark.parametrize("name", [Format.command, Format.vllm, Format.compose, Format.kubernetes])
 def test_hidden_values_are_asked_for_and_never_written(study: Path, name: Format):
     text = exported(study, name)
@@ -184,12 +208,20 @@ def test_front_has_to_be_chosen_from(study: Path):
         ),
         (["study=s", "frmat=vllm"], "Key 'frmat' not in 'Export'"),
         (["s"], "s: write key=value, or --help"),
+        (["study=s", "format=vllm", "port=x"], "Value 'x' of type 'str' could not be converted to Integer"),
+        (["study=s", "format=vllm", "port=70000"], "port=70000: write 1 to 65535"),
+        (["study=s", "format=vllm"], "study=s: no such folder below multirun/"),
     ],
 )
-def test_wrong_words_are_one_line(tmp_path: Path, arguments: list[str], words: str):
-    command = [sys.executable, "-m", "autotune.export", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def test_wrong_words_are_one_line(main: Main, arguments: list[str], words: str):
+    done = main("export", *arguments)
     assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(("output", "why"), [(".", "Is a directory"), ("no/such/file", "No such file or directory")])
+def test_output_that_can_not_be_written_is_one_line(main: Main, study: Path, output: str, why: str):
+    done = main("export", f"study={study}", "format=vllm", f"output={output}")
+    assert (done.returncode, done.stderr) == (1, f"autotune: output={output}: {why}; write a file's path\n")
 
 
 @pytest.mark.slow

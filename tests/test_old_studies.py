@@ -44,7 +44,7 @@ def test_its_report_is_written(study: Study):
 def test_it_is_compared_exported_and_repeated(study: Study):
     assert compare.column(study).trials == len(study.swept)
     trial = next(name for name in study.swept if not study.results[name].duplicate_of)
-    assert export.deployment(study, trial).words
+    assert export.deployment(study, trial).flags
     repeats = verify.repeats(study, verify.Verify(study.name, trials=[trial], n=2), [])
     assert {one.name for one in repeats} == {"baseline", trial}
     assert prepare(repeats[0].trial.config).args["max_model_len"] == 4096
