@@ -59,4 +59,4 @@ test: lint services browser  ## everything, with real vLLM, a real SLURM, real d
 	$(RUN) -m pytest -m "not gpu"
 
 clean:
-	rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache .coverage dist
+	rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache
