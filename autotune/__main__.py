@@ -19,7 +19,10 @@ def main() -> None:
         return
     if not name and (mistake := commands.mistake(sys.argv[1:])):
         sys.exit(f"autotune: {mistake}")
-    import_module(f"autotune.commands.{name or 'tune'}").main()
+    try:
+        import_module(f"autotune.commands.{name or 'tune'}").main()
+    except KeyboardInterrupt:  # while a command still imports what it needs
+        sys.exit(130)
 
 
 if __name__ == "__main__":

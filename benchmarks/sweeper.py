@@ -3,7 +3,8 @@
     python benchmarks/sweeper.py busy    8 workers, 200 trials of log-normal length: how busy they are kept,
                                          beside hydra-optuna-sweeper with submitit's local launcher on the same trials
     python benchmarks/sweeper.py cost    the sweep's own time for a trial as a study grows to 1,000, and its memory
-    python benchmarks/sweeper.py kills   20 SIGKILLs of the sweeping process over a study of 100 trials
+    python benchmarks/sweeper.py kills   100 studies that get a random signal (SIGKILL, SIGTERM, SIGINT; the process,
+                                         its group or its child) and go on afterwards: --launcher gpus|inline
 
 Each prints what it found and exits with 1 if a target is missed.
 """
@@ -14,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -193,28 +195,69 @@ def cost(trials: int) -> bool:
     return wall_ms <= 50
 
 
-def kills(trials: int, count: int) -> bool:
-    """Whether a study that is killed again and again ends with each point run once."""
-    draw = random.Random(0)
-    arguments = ["sampler=grid", f"{KEY}=range(1,{trials + 1})", "launcher=gpus", "gpus=[0,1,2]", "backend.pace=0.4"]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for _ in range(count):
-            study = subprocess.Popen(
-                command(*arguments), cwd=folder, env=environment(folder), stdout=subprocess.DEVNULL
-            )
-            time.sleep(draw.uniform(1, 9))
-            study.kill()
-            study.wait()
-        sweep(folder, *arguments)
-        time.sleep(1)
-        left = [p for p in psutil.process_iter(["cwd"]) if str(p.info["cwd"] or "").startswith(temporary)]
-        kept = optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/multirun/s/study.db").trials
-    complete = [trial.params[KEY] for trial in kept if trial.state is TrialState.COMPLETE]
-    lost = sum(trial.state is TrialState.FAIL for trial in kept)
-    print(f"{count} kills: {len(complete)} trials completed, {len(set(complete))} of them distinct")
-    print(f"{lost} were lost and asked again; {len(left)} processes left")
-    return sorted(complete) == list(range(1, trials + 1)) and not left
+SIGNALS = {
+    "KILL": lambda study: study.kill(),
+    "TERM": lambda study: study.terminate(),
+    "INT": lambda study: study.send_signal(signal.SIGINT),
+    "INT to the group": lambda study: os.killpg(study.pid, signal.SIGINT),
+    "TERM to a child": lambda study: [child.terminate() for child in children(study)[:1]],
+    "KILL to a child": lambda study: [child.kill() for child in children(study)[:1]],
+}
+
+
+def children(study: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """The processes that a study started itself: the one that forks its trials, with launcher=gpus."""
+    try:
+        return psutil.Process(study.pid).children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def complete(folder: Path) -> dict[str, int]:
+    """The point of each trial of study s that has a complete result, by the trial's name."""
+    results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("multirun/s/trial-*/result.json")}
+    return {name: body["params"].get(KEY, 0) for name, body in results.items() if body["state"] == "complete"}
+
+
+def interrupted(folder: Path, arguments: Sequence[str], kind: str, after_s: float) -> dict[str, int]:
+    """Start a study, send it a signal, wait for its end; returns what had completed by then."""
+    log = (folder / "log").open("ab")
+    study = subprocess.Popen(
+        command(*arguments), cwd=folder, env=environment(folder), stdout=log, stderr=log, start_new_session=True
+    )
+    time.sleep(after_s)
+    SIGNALS[kind](study)
+    study.wait()
+    return complete(folder)
+
+
+def kills(trials: int, rounds: int, launcher: str) -> bool:
+    """Whether studies that get a signal each, and go on afterwards, end with each point run once, and nothing lost."""
+    draw, bad = random.Random(0), 0
+    places = {"inline": ["launcher=inline"], "gpus": ["launcher=gpus", "gpus=[0,1,2]"]}
+    arguments = ["sampler=grid", f"{KEY}=range(1,{trials + 1})", "backend.pace=0.1", *places[launcher]]
+    for number in range(rounds):
+        kind, after_s = draw.choice(list(SIGNALS)), draw.uniform(0.5, 6)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            before = interrupted(folder, arguments, kind, after_s)
+            sweep(folder, *arguments)
+            kept = optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/multirun/s/study.db").trials
+            left = [p for p in psutil.process_iter(["cwd"]) if str(p.info["cwd"] or "").startswith(temporary)]
+            points = [trial.params[KEY] for trial in kept if trial.state is TrialState.COMPLETE]
+            wrong = {
+                "points that did not complete exactly once": sorted(points) != list(range(1, trials + 1)),
+                "completed trials that were lost or run again": not before.items() <= complete(folder).items(),
+                "processes left": bool(left),
+                "a traceback": b"Traceback" in (folder / "log").read_bytes(),
+            }
+        found = [what for what, is_so in wrong.items() if is_so]
+        bad += bool(found)
+        print(
+            f"round {number}: SIG{kind} after {after_s:.1f} s, {len(before)} complete: {found or 'clean'}", flush=True
+        )
+    print(f"launcher={launcher}: {rounds - bad} of {rounds} rounds are clean")
+    return not bad
 
 
 def main() -> None:
@@ -226,14 +269,15 @@ def main() -> None:
         "--median-s", type=float, default=6.0, help="of a trial's length (busy): real ones take minutes"
     )
     parser.add_argument("--alone", action="store_true", help="without hydra-optuna-sweeper (busy)")
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=100, help="of kills")
+    parser.add_argument("--launcher", choices=["gpus", "inline"], default="gpus", help="of kills")
     options = parser.parse_args()
     if options.what == "busy":
         met = busy(options.workers, options.trials or 200, options.median_s, not options.alone)
     elif options.what == "cost":
         met = cost(options.trials or 1000)
     else:
-        met = kills(options.trials or 100, options.kills)
+        met = kills(options.trials or 12, options.rounds, options.launcher)
     sys.exit(not met)
 
 

@@ -1,4 +1,4 @@
-"""Private names of dependencies: all stand in one file for each library; when one is gone, a test here says what broke."""
+"""Private names of dependencies stand in one file for each library; a test here says what broke when one is gone."""
 
 import ast
 import warnings
@@ -22,9 +22,9 @@ def test_private_names_are_imported_only_at_their_home():
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("autotune"):
-                names = [*node.module.split("."), *(alias.name for alias in node.names)]
-                if any(name.startswith("_") and not name.startswith("__") for name in names) and names[0] != "_typeshed":
-                    homes.setdefault(names[0], set()).add(str(file.relative_to(PACKAGE)))
+                library, *names = [*node.module.split("."), *(alias.name for alias in node.names)]
+                if any(name.startswith("_") and not name.startswith("__") for name in names):
+                    homes.setdefault(library, set()).add(str(file.relative_to(PACKAGE)))
     assert homes == {library: {home} for library, home in HOMES.items() if library != "vllm"}
 
 

@@ -57,7 +57,7 @@ def make_parser() -> Any:
 
 def flags(parser: Any) -> dict[str, Any]:
     by_name = {}
-    for action in parser._actions:
+    for action in parser._actions:  # noqa: SLF001
         names = [option for option in action.option_strings if option.startswith("--")]
         if not names or action.dest == "help":
             continue
