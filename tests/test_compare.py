@@ -1,15 +1,16 @@
 """Studies beside each other, and one that starts with another's best."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from autotune.config.command_line import compose
+from autotune.errors import InputError
 from autotune.measure.objective import offered_load
-from tests.studies import SEQS, autotune, trials
+from tests import in_process
+from tests.in_process import Done
+from tests.studies import SEQS, asked, study
 
 TOKENS = "engine.args.max_num_batched_tokens"
 
@@ -18,18 +19,17 @@ TOKENS = "engine.args.max_num_batched_tokens"
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a study `s` of three points, of which 64 sequences are best."""
     folder = tmp_path_factory.mktemp("first")
-    done = autotune(folder, "sampler=grid", f"{SEQS}=choice(4,16,64)", f"{TOKENS}=2048")
-    assert done.returncode == 0, done.stderr
+    study(folder, "sampler=grid", f"{SEQS}=choice(4,16,64)", f"{TOKENS}=2048", simulated=True)
     return folder
 
 
-def compare(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "autotune.compare", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+def compare(folder: Path, *words: str) -> Done:
+    return in_process.autotune(folder, "compare", *words)
 
 
 def test_differences_are_marked_and_figures_stand_beside_each_other(first: Path, tmp_path: Path):
-    autotune(tmp_path, "sampler=random", "n_trials=2", f"{SEQS}=choice(4,8)", "backend/device=a100")
+    other = ["sampler=random", "n_trials=2", f"{SEQS}=choice(4,8)", "backend/device=a100"]
+    study(tmp_path, *other, simulated=True)
     shown = compare(tmp_path, str(first / "multirun/s"), "multirun/s").stdout
     lines = {" ".join(line.split()[:2]): line.split() for line in shown.splitlines() if line}
     assert lines["≠ device"][2:] == ["H100,", "simulated", "A100,", "simulated"]
@@ -49,9 +49,8 @@ def test_figures_are_those_of_the_results(first: Path):
     assert one["trials"] == 3 and one["failed"] == 0
 
 
-@pytest.mark.slow
 def test_other_objective_is_said(first: Path, tmp_path: Path):
-    autotune(tmp_path, "objective=latency", "n_trials=1", f"{SEQS}=choice(4,8)")
+    study(tmp_path, "objective=latency", "n_trials=1", f"{SEQS}=choice(4,8)")
     shown = compare(tmp_path, str(first / "multirun/s"), "s").stdout
     assert "The objectives differ: the values of these studies can't be compared" in shown
 
@@ -67,16 +66,14 @@ def test_what_can_not_be_compared_is_one_line(first: Path, words: list[str], sai
 
 def test_warm_start_asks_first_for_the_best_that_fit(first: Path, tmp_path: Path):
     warm = [f"warm_start={first}/multirun/s", "n_trials=3", "baseline=false"]
-    done = autotune(tmp_path, *warm, "sampler=random", f"{SEQS}=range(1,32)", f"{TOKENS}=choice(1024,2048)")
-    assert done.returncode == 0, done.stderr
-    asked = trials(tmp_path)
-    assert [trial.params[SEQS] for trial in asked[:2]] == [16, 4]
-    assert f"trial-{best_number(first)}'s {SEQS}=64 is outside 1…31" in done.stdout
-    assert ["warm_start" in trial.user_attrs for trial in asked] == [True, True, False]
+    said = study(tmp_path, *warm, "sampler=random", f"{SEQS}=range(1,32)", f"{TOKENS}=choice(1024,2048)")
+    assert [trial.params[SEQS] for trial in asked(tmp_path)[:2]] == [16, 4]
+    assert f"trial-{best_number(first)}'s {SEQS}=64 is outside 1…31" in said
+    assert ["warm_start" in trial.user_attrs for trial in asked(tmp_path)] == [True, True, False]
 
 
 def best_number(folder: Path) -> int:
-    return max(trials(folder), key=lambda trial: trial.value if "baseline" not in trial.user_attrs else 0).number
+    return max(asked(folder), key=lambda trial: trial.value if "baseline" not in trial.user_attrs else 0).number
 
 
 @pytest.mark.parametrize(
@@ -87,9 +84,9 @@ def best_number(folder: Path) -> int:
     ],
 )
 def test_warm_start_from_nothing_is_one_line(first: Path, tmp_path: Path, changed: dict[str, str], words: str):
-    asked = {"warm_start": f"{first}/multirun/s", SEQS: "range(1,32)", **changed}
-    done = autotune(tmp_path, *(f"{key}={value}" for key, value in asked.items()))
-    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+    written = {"warm_start": f"{first}/multirun/s", SEQS: "range(1,32)", **changed}
+    with pytest.raises(InputError, match=words):
+        study(tmp_path, *(f"{key}={value}" for key, value in written.items()))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json
 from playwright.sync_api import expect
 
-import autotune.commands.report as command
 from autotune.config.schema import (
     Config,
     DatasetConfig,
@@ -26,6 +25,7 @@ from autotune.results import report
 from autotune.results.study import SPACE as SPACE_FILE
 from autotune.results.study import Study
 from tests.browser import browser_page
+from tests.conftest import Main
 
 SPACE = {
     "engine.args.max_num_seqs": IntDistribution(8, 1024, log=True),
@@ -233,19 +233,16 @@ def test_page_asks_nothing_of_the_network(tmp_path: Path):
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
 
 
-def test_study_is_found_by_name_and_one_that_is_not_there_is_one_line(autotune, tmp_path: Path, monkeypatch):
+def test_study_is_found_by_name_and_one_that_is_not_there_is_one_line(main: Main, tmp_path: Path):
     words = ["model=llama8b", "backend=sim", "space=none", "scenario.min_queries=64", "tracking=none", "study=found"]
-    done = autotune("-m", *words, "engine.args.max_num_seqs=choice(8,64)", "n_trials=2")
+    done = main("-m", *words, "engine.args.max_num_seqs=choice(8,64)", "n_trials=2")
     assert "Report: multirun/found/report.html" in done.stdout
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "multirun/found/report.html").unlink()
-    monkeypatch.setattr("sys.argv", ["report", "study=found"])
-    command.main()
+    assert main("report", "study=found").returncode == 0
     assert (tmp_path / "multirun/found/report.html").exists()
     for words, said in (["study=lost"], "there is found"), (["found"], "found: write key=value, or --help"):
-        monkeypatch.setattr("sys.argv", ["report", *words])
-        with pytest.raises(SystemExit, match=said):
-            command.main()
+        wrong = main("report", *words)
+        assert wrong.returncode == 1 and said in wrong.stderr and wrong.stderr.count("\n") == 1
 
 
 def test_table_shows_how_busy_the_gpu_was_where_there_was_one(tmp_path: Path):
