@@ -33,15 +33,21 @@ WORDS = [
 ENV = {"VLLM_ATTENTION_BACKEND": "FLASH INFER", "VLLM_CPU_KVCACHE_SPACE": "1", "MY_API_KEY": "***"}
 
 
-@pytest.fixture
-def study(tmp_path: Path) -> Path:
-    """Two trials and a baseline on GPUs, of which trial-1 is best."""
+@pytest.fixture(scope="module")
+def configuration() -> str:
+    """What a trial leaves in config.yaml."""
     config, _, _ = compose(["study=s", "model.path=meta-llama/L", "model.revision=abc"])
     config.backend["env"] = ENV
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+@pytest.fixture
+def study(tmp_path: Path, configuration: str) -> Path:
+    """Two trials and a baseline on GPUs, of which trial-1 is best."""
     for name, value in (("baseline", 10.0), ("trial-0", 9.0), ("trial-1", 12.0)):
         folder = tmp_path / "s" / name
         folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        (folder / "config.yaml").write_text(configuration)
         Result(
             "complete",
             values=[value],
