@@ -5,13 +5,15 @@ from typing import Any
 
 
 def one_line(error: object) -> str:
-    """An exception's message on one line, without what Hydra adds for its own developers."""
+    """An exception's message on one line, without what Hydra adds for its developers, or wrongly advises."""
     cause = error.__cause__ if isinstance(error, BaseException) else None
     text = str(error).split("Config search path:")[0] + (f"\n{cause}" if cause else "")
-    noise = ("full_key:", "object_type=", "reference_type=", "Set the environment variable")
+    noise = ["full_key:", "object_type=", "reference_type=", "Set the environment variable"]
+    if "' not in '" in text:  # a dataclass has no such field, and `+` before the key adds none
+        noise.append("To append to your config use")
     lines = [line.strip() for line in text.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(noise)]
-    return "; ".join(kept).replace(":; ", ": ").replace("'; '", "', '")
+    kept = [line for line in lines if line and not line.startswith(tuple(noise))]
+    return "; ".join(kept).replace(":; ", ": ").replace("'.; ", "': ").replace("'; '", "', '")
 
 
 def aligned(rows: Sequence[Sequence[str]], left: bool = False) -> list[str]:

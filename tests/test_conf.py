@@ -1,11 +1,13 @@
 """Every option of every group composes, is well typed, and names only what exists."""
 
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 
 import hydra
 import pytest
 from hydra.utils import get_method
+from omegaconf import OmegaConf
 
 from autotune.config import command_line, schema
 from autotune.config.overrides import typed
@@ -47,6 +49,33 @@ def test_options_compose_and_their_targets_exist(options: list[str]):
             assert callable(get_method(node["_target_"]))
 
 
+@pytest.mark.parametrize(
+    ("group", "option", "key", "value"),
+    [
+        ("backend", "live", "start_timeout_s", 5.0),
+        ("backend", "live", "env.X", "1"),
+        ("backend", "sim", "device.link_gbs", 30.0),
+        ("launcher", "gpus", "n_jobs", 2),
+        ("launcher", "slurm", "n_jobs", 2),
+        ("launcher", "slurm", "parameters.slurm_partition", "gpu"),
+        ("launcher", "slurm", "parameters.slurm_reservation", "mine"),
+        ("prior", "sim", "keep", 3),
+        ("prior", "sim", "backend.pace", 2.0),
+        ("tracking", "mlflow", "system_metrics_s", 0.0),
+    ],
+)
+def test_field_is_set_without_a_plus(group: str, option: str, key: str, value: object):
+    config = composed("model=tiny", f"{group}={option}", f"{group}.{key}={value}")
+    assert OmegaConf.select(OmegaConf.structured(config), f"{group}.{key}") == value
+
+
+def test_options_take_in_the_schemas_defaults():
+    live, slurm = composed("model=tiny").backend, composed("model=tiny", "launcher=slurm").launcher
+    defaults = {"_target_": live["_target_"], "env": {"VLLM_CPU_KVCACHE_SPACE": "1"}}
+    assert live == asdict(schema.LiveConfig(**defaults))
+    assert slurm == asdict(schema.ClusterConfig(slurm["_target_"], parameters=slurm["parameters"]))
+
+
 def test_limits_follow_the_model():
     assert composed("model=llama405b", "scenario=server").scenario.ttft_ms == 6000
     assert composed("model=llama2_70b", "scenario=interactive").scenario.tpot_ms == 40
@@ -67,6 +96,7 @@ def test_help_shows_groups_and_examples(main: Main):
     shown = main("--help").stdout
     for group in GROUPS:
         assert f"\n{group}: " in shown
+    assert all(f"\n  {field}: " in shown for field in ("start_timeout_s", "client_ttft_share", "trials"))
     assert all(f"\n{example}: " in shown for example in ("One trial", "A study", "Your own"))
 
 
@@ -80,7 +110,37 @@ def test_cfg_job_shows_the_composed_trial(main: Main):
         (["model=tinyy"], "Could not find 'model/tinyy'; Available options in 'model': custom; llama2_70b"),
         (["model=tiny", "engine.foo=1"], "Key 'foo' not in 'EngineConfig'"),
         (["model=tiny", "n_trials=abc"], "'abc' of type 'str' could not be converted to Integer"),
-        (["model=tiny", "backend.prot=1"], "Key 'prot' not in 'LiveConfig'. Did you mean: 'port'?"),
+        (
+            ["model=tiny", "n_trial=3"],
+            "Could not override 'n_trial': Key 'n_trial' not in 'Config'. Did you mean: 'n_trials'",
+        ),
+        (
+            ["model=tiny", "backend.prot=1"],
+            "backend.prot: autotune.live.backend.LiveBackend has no such field; did you mean port",
+        ),
+        (
+            ["model=tiny", "backend=sim", "backend.port=1"],
+            "backend.port: autotune.sim.backend.SimBackend has no such field; it has device, pace",
+        ),
+        (
+            ["model=tiny", "backend=sim", "backend.device.link=1"],
+            "Key 'link' not in 'Device'. Did you mean one of: 'link_s'",
+        ),
+        (
+            ["model=tiny", "backend._target_=none.None"],
+            "backend._target_=none.None: there is no such class; write backend=…",
+        ),
+        (
+            ["model=tiny", "launcher.n_jobs=2"],
+            "launcher.n_jobs: autotune.sweep.launchers.Inline has no such field; it has name",
+        ),
+        (["model=tiny", "launcher=slurm", "launcher.canry=1"], "has no such field; did you mean canary"),
+        (["model=tiny", "launcher=slurm", "launcher.n_jobs=0"], "launcher.n_jobs=0: write 1 or more trials at a time"),
+        (
+            ["model=tiny", "budget_of=hours"],
+            "override budget_of=hours; Invalid value 'hours', expected one of [engine, wall]",
+        ),
+        (["model=tiny", "max_failures=0"], "max_failures=0: write 1 or more"),
         ([], "no model: write model=smollm2"),
     ],
 )

@@ -1,15 +1,16 @@
-"""Configurations composed, changed by key, and read back from a trial's folder."""
+"""A configuration as dataclasses: composed by Hydra, changed by key, or read back from a trial's folder."""
 
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from autotune.config.schema import Config
 from autotune.config.upgrade import upgraded
@@ -18,14 +19,22 @@ from autotune.text import one_line
 
 
 def typed(config: DictConfig) -> Config:
-    """The composed configuration as the dataclasses above, interpolations resolved."""
-    return _to_object(_without_hydra(config))
+    """The composed configuration with its interpolations resolved. Raises InputError for what no study can run with."""
+    made = _to_object(_without_hydra(config))
+    if made.max_failures < 1:
+        raise InputError(f"max_failures={made.max_failures}: write 1 or more")
+    typed_target(made.backend, "backend")
+    _, launcher = typed_target(made.launcher, "launcher")
+    n_jobs = getattr(launcher, "n_jobs", None)
+    if n_jobs is not None and n_jobs < 1:
+        raise InputError(f"launcher.n_jobs={n_jobs}: write 1 or more trials at a time")
+    return made
 
 
 def with_values(config: DictConfig, values: Mapping[str, Any], composed: Config) -> Config:
-    """`config` with other values at these keys; without them it is `composed`."""
+    """`config` with `values` at their keys; `composed` is `config` as it stands."""
     are_flags = all(re.fullmatch(r"engine\.args\.[^.]+", key) for key in values)
-    if are_flags and "${engine" not in str(config):  # nothing else depends on them
+    if are_flags and "${engine" not in str(config):  # no interpolation depends on them
         return with_fields(composed, values)
     body = _without_hydra(config)
     for key, value in values.items():
@@ -34,7 +43,7 @@ def with_values(config: DictConfig, values: Mapping[str, Any], composed: Config)
 
 
 def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
-    """`config` with other values at these keys, and whatever was interpolated from them as it was."""
+    """`config` with `values` at their keys; what was interpolated from these keys keeps its value."""
     if not values:
         return config
     changed = deepcopy(config)
@@ -54,24 +63,35 @@ def typed_target(node: Mapping[str, Any], group: str) -> tuple[Any, Any]:
     """The class that `node._target_` names, and `node` as that class's `Config`. Raises InputError, naming `group`."""
     target = str(node.get("_target_", ""))
     try:
-        found: Any = get_class(target)
-        return found, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(found.Config), dict(node)))
+        target_class: Any = get_class(target)
+        schema = OmegaConf.structured(target_class.Config)
+        return target_class, OmegaConf.to_object(OmegaConf.merge(schema, dict(node)))
+    except ConfigKeyError as error:
+        raise InputError(f"{group}.{error.full_key}: {target} has no such field; {_field_hint(error)}") from None
     except OmegaConfBaseException as error:
-        raise InputError(f"{group}: {one_line(error)}") from None
+        raise InputError(f"{group}.{error.full_key}: {one_line(error)}") from None
     except (ImportError, HydraException, ValueError):
         raise InputError(f"{group}._target_={target}: there is no such class; write {group}=… (--help)") from None
 
 
+def _field_hint(error: ConfigKeyError) -> str:
+    """What to write instead of the key of `error`."""
+    assert isinstance(error.parent_node, DictConfig)
+    fields = [str(name) for name in error.parent_node if name != "_target_"]
+    close = get_close_matches(str(error.key), fields, 1)
+    return f"did you mean {close[0]}" if close else f"it has {', '.join(fields)}"
+
+
 def read(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that a trial left in `path`, changed by `overrides` (`key=value`). Raises InputError."""
+    """The config.yaml that a trial left at `path`, changed by `overrides` (`key=value`). Raises InputError."""
     if not path.exists():
         raise InputError(f"{path}: no such file; the folder of a trial holds one")
     try:
         written: Any = OmegaConf.to_container(OmegaConf.load(path))
-        left = OmegaConf.create(upgraded(written))
+        config = OmegaConf.create(upgraded(written))
         for override in overrides:
-            _check_field(left, override)
-        changed = OmegaConf.merge(left, OmegaConf.from_dotlist(list(overrides)))
+            _check_field(config, override)
+        changed = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
         assert isinstance(changed, DictConfig)
         return _to_object(changed)
     except OmegaConfBaseException as error:
@@ -79,19 +99,21 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{where}{path}: {str(error).splitlines()[0]}") from None
 
 
-def _check_field(left: Any, override: str) -> None:
-    """Raise InputError for the option of a group (`tracking=none`), which is gone once a trial has been composed."""
+def _check_field(config: Any, override: str) -> None:
+    """Raise InputError if `override` picks an option of a group (`tracking=none`): of a composed trial none is left."""
     key = override.partition("=")[0]
-    group, written = (OmegaConf.select(config, key) for config in (left, OmegaConf.from_dotlist([override])))
+    group, written = (OmegaConf.select(node, key) for node in (config, OmegaConf.from_dotlist([override])))
     if isinstance(group, DictConfig) and not isinstance(written, DictConfig):
         fields = ", ".join(f"{key}.{name!s}=…" for name in group)
         raise InputError(f"{override}: of a trial that ran, fields can be changed, not groups; write {fields}")
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:
-    body = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    OmegaConf.set_struct(body, False)
-    return body
+    """A copy whose nodes are open, and plain where conf/ took a schema in: `_target_` alone decides their class."""
+    body: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    plain = OmegaConf.create(body)
+    assert isinstance(plain, DictConfig)
+    return plain
 
 
 def _to_object(body: DictConfig) -> Config:
