@@ -1,4 +1,4 @@
-"""A client for streamed completions, HTTP/1.1 on one event loop: it reads no more of an answer than is measured."""
+"""A client for streamed completions, HTTP/1.1 on one event loop. It counts events and parses none but the last."""
 
 import asyncio
 import errno
@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-EVENT = b"\ndata: {"  # JSON holds no raw newline, so text that a model generates can't look like this
+import httptools
+
+EVENT = b"\ndata: {"  # JSON has no raw newline, so generated text can't look like this
 TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
-LENGTH = re.compile(rb"\r\ncontent-length:\s*(\d+)")
 TAIL_BYTES = 512  # enough for the last event, which holds the usage
-HEAD_BYTES = 65536  # no server's head is longer
-RECEIVE_BYTES = 4096  # some twenty events; Python takes that much memory for each read
-LINE_END = 2  # a chunk is followed by one, and counted with it here
-WORDS_BYTES = 300  # of an answer that is an error
+RECEIVE_BYTES = 4096  # some twenty events; Python allocates as much for each read
+ERROR_BYTES = 300  # that are kept of an answer that is an error
 
 
 def completion(url: str, body: bytes) -> bytes:
@@ -26,7 +25,7 @@ def completion(url: str, body: bytes) -> bytes:
 
 
 class Stream:
-    """A request and what its answer has shown so far. Times are seconds of time.perf_counter()."""
+    """A request and the progress of its answer. Times are seconds of time.perf_counter(), 0 before."""
 
     __slots__ = ("deadline", "first", "last", "number", "request", "sent", "status", "tail")
 
@@ -41,14 +40,16 @@ class Stream:
     @property
     def tokens(self) -> int:
         """Generated tokens as the server counts them; 0 unless it reported them with status 200."""
-        found = TOKENS.findall(self.tail)
-        return int(found[-1]) if found and self.status == 200 else 0
+        counts = TOKENS.findall(self.tail)
+        return int(counts[-1]) if counts and self.status == 200 else 0
 
-    def words(self) -> str:
-        return self.tail.decode(errors="replace").strip()[:WORDS_BYTES]
+    @property
+    def text(self) -> str:
+        """The end of the answer, for an error message."""
+        return self.tail.decode(errors="replace").strip()[:ERROR_BYTES]
 
     def read(self, body: bytes, now: float) -> int:
-        """Take the next bytes of the answer's body; returns how many events begin in them."""
+        """Take the next bytes of the answer's body; returns the number of events that begin in them."""
         text = self.tail + body
         events = text.count(EVENT, max(0, len(self.tail) - len(EVENT) + 1))
         self.tail = text[-TAIL_BYTES:]
@@ -57,10 +58,10 @@ class Stream:
 
 
 class Client:
-    """Sends requests to one server, each on a connection of its own while it lasts.
+    """Sends requests to one server, each on a connection that it has to itself until its answer has ended.
 
-    `on_first_token(stream)` is called once for each that gets an event, then `on_end(stream, error)`; the error
-    holds the server's words, and is empty for a stream that ended with a count of generated tokens.
+    Calls `on_first_token(stream)` at a stream's first event, if it gets one, and `on_end(stream, error)` at its end;
+    `error` quotes the server, and is empty for a stream that ended with a count of generated tokens.
     """
 
     def __init__(
@@ -74,17 +75,17 @@ class Client:
         parts = urlsplit(url)
         self.loop = loop
         self.address = (parts.hostname, parts.port or 80)
-        self.events = 0  # so far, of requests that go on, too; vLLM puts a token in each
-        self.unsent = 0  # bytes of requests that the kernel has not taken
+        self.events = 0  # so far, of all requests; vLLM puts a token in each
+        self.unsent = 0  # bytes of requests that the kernel has not taken yet
         self.most_unsent = 0
         self._timeout_s = timeout_s
         self._on_first_token = on_first_token
         self._on_end = on_end
         self._idle: list[Connection] = []
-        self._running: dict[Stream, Connection] = {}  # the oldest first
+        self._running: dict[Stream, Connection] = {}  # oldest first
 
     def start(self, number: int, request: bytes) -> None:
-        """Send `request`, which the callbacks will know as `number`."""
+        """Send `request`; its stream has this `number`."""
         stream = Stream(number, request)
         if self._idle:
             self._run(stream, self._idle.pop())
@@ -92,7 +93,7 @@ class Client:
             self._run_anew(stream)
 
     def expire(self) -> None:
-        """Give up what is past its time-out; call it now and then."""
+        """End the streams that are past their time-out; to be called regularly."""
         now = time.perf_counter()
         while self._running:
             stream, connection = next(iter(self._running.items()))
@@ -102,7 +103,7 @@ class Client:
             self._end(stream, f"request failed: TimeoutError after {self._timeout_s:g} s")
 
     def read(self, stream: Stream, body: bytes, now: float) -> None:
-        """Bytes of the answer's body have come."""
+        """Take bytes of an answer's body, read at `now`."""
         events = stream.read(body, now)
         if events and stream.status == 200:
             self.events += events
@@ -110,20 +111,20 @@ class Client:
                 stream.first = now
                 self._on_first_token(stream)
 
-    def whole(self, stream: Stream, connection: "Connection", keep: bool) -> None:
-        """`stream` has ended; its connection takes another, if the server keeps it."""
+    def finish(self, stream: Stream, connection: "Connection", keep: bool) -> None:
+        """End `stream`, whose answer is complete; `keep` its connection for another if the server does."""
         if keep:
             self._idle.append(connection)
         else:
             connection.close()
-        self._end(stream, "" if stream.tokens else f"vLLM answered {stream.status}: {stream.words()}")
+        self._end(stream, "" if stream.tokens else f"vLLM answered {stream.status}: {stream.text}")
 
-    def lost(self, stream: Stream | None, connection: "Connection", error: str) -> None:
-        """`connection` has failed in mid-stream, or ended while it was idle."""
+    def lose(self, stream: Stream | None, connection: "Connection", error: str) -> None:
+        """Give up `connection`, which has failed in mid-stream, or was closed while it was idle."""
         connection.close()
         if stream is None:
             self._idle.remove(connection)
-        elif connection.used and not stream.status:  # idle too long for the server, which closed it as we took it
+        elif connection.used and not stream.status:  # the server closed it, idle for too long, as we took it
             del self._running[stream]
             self._run_anew(stream)
         else:
@@ -152,28 +153,28 @@ class Connection:
 
     __slots__ = (
         *("_client", "_sock", "_fd", "_connected", "_stream", "_to_send"),
-        *("_held", "_keep", "_chunked", "_left", "used"),
+        *("_framed", "_now", "_parser", "used"),
     )
 
     def __init__(self, client: Client) -> None:
-        self.used = False  # whether it has brought an answer
+        self.used = False  # whether it has carried an answer
         self._client = client
         self._sock = socket.socket()
         self._sock.setblocking(False)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Else each read sends an acknowledgement, a third of its cost; vLLM waits for none (TCP_NODELAY).
+        # Else each read sends an acknowledgement, a third of the read's cost; vLLM waits for none (TCP_NODELAY).
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
         self._fd = self._sock.fileno()
         self._connected = False
         self._stream: Stream | None = None
         self._to_send = memoryview(b"")
-        self._held = b""  # read, but not whole: of the head, or of the line with a chunk's size
-        self._keep = False  # whether the server takes another request after this
-        self._chunked = False
-        self._left: int | None = None  # bytes of the body, or of a chunk and its line end; None: until it closes
+        self._parser: httptools.HttpResponseParser | None = None  # of one answer
+        self._framed = False  # whether the answer says where its body ends; else the connection's end does
+        self._now = 0.0
 
     def send(self, stream: Stream) -> None:
         self._stream = stream
+        self._parser, self._framed = httptools.HttpResponseParser(self), False
         self._to_send = memoryview(stream.request)
         self._client.unsent += len(stream.request)
         if self._connected:
@@ -190,6 +191,7 @@ class Connection:
         self._client.loop.remove_reader(self._fd)
         self._client.loop.remove_writer(self._fd)
         self._sock.close()
+        self._parser = None  # they refer to each other, and nothing collects cycles here
 
     def _on_connected(self) -> None:
         self._client.loop.remove_writer(self._fd)
@@ -232,82 +234,45 @@ class Connection:
         except OSError as error:
             self._lose(_named(error))
             return
-        now = time.perf_counter()
+        self._now = time.perf_counter()
         stream = self._stream
-        if not data and stream and stream.status and self._left is None:  # such a body ends so
+        if not data and stream and stream.status and not self._framed:
             self._end(keep=False)
-        elif not data or stream is None:
+        elif not data or not stream or not self._parser:
             self._lose("ConnectionError: the server closed the connection in mid-answer")
         else:
             try:
-                self._read(stream, data, now)
-            except ValueError:
-                self._lose(f"no HTTP in the answer: {data[:80]!r}")
+                self._parser.feed_data(data)
+            except httptools.HttpParserCallbackError:  # an error of our own
+                raise
+            except httptools.HttpParserError:
+                if self._stream:  # else the answer has ended before this
+                    self._lose(f"no HTTP in the answer: {data[:80]!r}")
 
-    def _read(self, stream: Stream, data: bytes, now: float) -> None:
-        """Raises ValueError where `data` is not HTTP."""
-        if not stream.status:
-            data = self._held + data
-            end = data.find(b"\r\n\r\n") + 4
-            if end < 4:
-                if len(data) > HEAD_BYTES:
-                    raise ValueError
-                self._held = data
-                return
-            self._read_head(stream, data[: end - 2].lower())
-            data = data[end:]
-        if self._chunked:
-            self._read_chunks(stream, data, now)
-        elif self._left is None:
-            self._client.read(stream, data, now)
-        else:
-            self._client.read(stream, data[: self._left], now)
-            self._left -= len(data)
-            if self._left <= 0:
-                self._end(self._keep and self._left == 0)
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._framed |= name.lower() in (b"content-length", b"transfer-encoding")
 
-    def _read_head(self, stream: Stream, head: bytes) -> None:
-        if not head.startswith(b"http/1."):
-            raise ValueError
-        stream.status = int(head[9:12])
-        self._keep = head.startswith(b"http/1.1") and b"\r\nconnection: close\r\n" not in head
-        self._chunked = b"\r\ntransfer-encoding: chunked\r\n" in head
-        length = LENGTH.search(head)
-        self._left = 0 if self._chunked else int(length[1]) if length else None
-        self._held = b""
+    def on_headers_complete(self) -> None:
+        assert self._stream and self._parser
+        self._stream.status = self._parser.get_status_code()
 
-    def _read_chunks(self, stream: Stream, data: bytes, now: float) -> None:
-        if self._held:
-            data = self._held + data
-            self._held = b""
-        at, left = 0, self._left or 0
-        while at < len(data):
-            if not left:
-                end = data.find(b"\r\n", at)
-                if end < 0:
-                    self._held = data[at:]
-                    break
-                size = int(data[at:end].partition(b";")[0], 16)
-                at = end + LINE_END
-                if not size:
-                    self._end(self._keep and data[at:] == b"\r\n")
-                    return
-                left = size + LINE_END
-            self._client.read(stream, data[at : max(at, at + left - LINE_END)], now)
-            there = min(left, len(data) - at)
-            at += there
-            left -= there
-        self._left = left
+    def on_body(self, body: bytes) -> None:
+        assert self._stream
+        self._client.read(self._stream, body, self._now)
+
+    def on_message_complete(self) -> None:
+        assert self._parser
+        self._end(self._framed and self._parser.should_keep_alive())
 
     def _end(self, keep: bool) -> None:
         stream, self._stream = self._stream, None
         assert stream
         self.used = True
-        self._client.whole(stream, self, keep)
+        self._client.finish(stream, self, keep)
 
     def _lose(self, error: str) -> None:
         stream, self._stream = self._stream, None
-        self._client.lost(stream, self, error)
+        self._client.lose(stream, self, error)
 
 
 def _named(error: OSError) -> str:
