@@ -45,7 +45,8 @@ def test_it_is_compared_exported_and_repeated(study: Study):
     assert compare.column(study).trials == len(study.swept)
     trial = next(name for name in study.swept if not study.results[name].duplicate_of)
     assert export.deployment(study, trial).flags
-    repeats = verify.repeats(study, verify.Verify(study.name, trials=[trial], n=2), [])
+    settings = verify.Verify(study.name, trials=[trial], n=2)
+    repeats = verify.plan(study, settings, verify.configurations(study, settings, []), [])
     assert {one.name for one in repeats} == {"baseline", trial}
     assert prepare(repeats[0].trial.config).args["max_model_len"] == 4096
 

@@ -1,4 +1,4 @@
-"""Whether a winner is one: the statistics against known values and by simulation, the command on simulated studies."""
+"""`autotune verify`: its statistics against known values and by simulation, the command on simulated studies."""
 
 import json
 import signal
@@ -14,11 +14,11 @@ import pytest
 from scipy import stats
 
 from autotune.commands import verify
-from autotune.commands.verify import Verdict, Verify
+from autotune.commands.verify import Repeat, Verdict, Verify
 from autotune.config.schema import Config, InlineConfig, ObjectiveConfig
 from autotune.errors import InputError
 from autotune.measure.backend import Measurement
-from autotune.measure.paired import difference
+from autotune.measure.paired import paired_difference
 from autotune.measure.result import Result
 from autotune.results.study import Study, load
 from autotune.sim.backend import SimEngine
@@ -37,14 +37,14 @@ SLEEP = (
 
 
 def test_students_own_data_gives_students_own_answer():
-    found = difference(*SLEEP, confidence=0.95, comparisons=1)
+    found = paired_difference(*SLEEP, confidence=0.95, comparisons=1)
     assert found.mean == pytest.approx(1.58)
     assert (found.low, found.high) == pytest.approx((0.7001142, 2.4598858))
     assert found.p == pytest.approx(0.002833, abs=1e-6)
 
 
 def test_one_of_several_needs_more_to_be_sure():
-    alone, one_of_three = (difference(*SLEEP, confidence=0.95, comparisons=count) for count in (1, 3))
+    alone, one_of_three = (paired_difference(*SLEEP, confidence=0.95, comparisons=count) for count in (1, 3))
     assert one_of_three.p == pytest.approx(3 * alone.p)
     assert one_of_three.low < alone.low and one_of_three.high > alone.high
 
@@ -52,13 +52,13 @@ def test_one_of_several_needs_more_to_be_sure():
 def test_interval_leaves_out_nothing_exactly_where_p_is_below_its_level():
     draw = np.random.default_rng(3)
     for _ in range(100):
-        found = difference(draw.normal(1, 1, 5), draw.normal(0, 1, 5), 0.95, 3)
+        found = paired_difference(draw.normal(1, 1, 5), draw.normal(0, 1, 5), 0.95, 3)
         assert (found.low > 0 or found.high < 0) == (found.p < 0.05)
 
 
 def test_values_that_never_vary_are_certain():
-    assert difference([2.0, 2.0], [1.0, 1.0], 0.95, 1).p == 0
-    assert difference([1.0, 1.0], [1.0, 1.0], 0.95, 1).p == 1
+    assert paired_difference([2.0, 2.0], [1.0, 1.0], 0.95, 1).p == 0
+    assert paired_difference([1.0, 1.0], [1.0, 1.0], 0.95, 1).p == 1
 
 
 def winners(gains: list[float], noise: list[float], draws: int) -> float:
@@ -69,7 +69,7 @@ def winners(gains: list[float], noise: list[float], draws: int) -> float:
         block = draw.normal(0, 5, 5)  # what a block has in common
         baseline = 100 + block + draw.normal(0, 1, 5)
         rows = [100 + gain + block + draw.normal(0, spread, 5) for gain, spread in zip(gains, noise, strict=True)]
-        found += any(difference(row, baseline, 0.95, len(rows)).low > 0 for row in rows)
+        found += any(paired_difference(row, baseline, 0.95, len(rows)).low > 0 for row in rows)
     return found / draws
 
 
@@ -89,7 +89,7 @@ def test_intervals_hold_together_as_often_as_they_say():
     for _ in range(600):
         baseline = draw.normal(0, 1, 5)
         rows = [gain + draw.normal(0, 1, 5) for gain in (0.0, 1.0, 2.0)]
-        found = [difference(row, baseline, 0.95, 3) for row in rows]
+        found = [paired_difference(row, baseline, 0.95, 3) for row in rows]
         held += all(one.low <= gain <= one.high for gain, one in zip((0.0, 1.0, 2.0), found, strict=True))
     assert stats.binomtest(held, 600, 0.95, "less").pvalue > 0.001
 
@@ -98,7 +98,7 @@ def test_intervals_hold_together_as_often_as_they_say():
 
 
 def judged(rows: dict[str, list[float]], held: dict[str, int] | None = None, direction: str = "maximize") -> Verdict:
-    """What is said of repeats with these values, `held` of which kept the limits."""
+    """The verdict on repeats with these values, `held` of which held the limits."""
     objective = ObjectiveConfig("o", ["x"], [direction])
     once = {name: Result("complete", values=values[:1], params={SEQS: 1}) for name, values in rows.items()}
     study = Study(Path("s"), Config(objective=objective), once)
@@ -133,13 +133,14 @@ def test_lower_is_better_where_the_objective_is_minimised():
 
 def test_no_better_than_the_defaults_is_said_plainly():
     found = judged({"baseline": BASE, "trial-1": better(0), "trial-2": better(-3)})
-    assert found.winner is None and found.line.startswith("No better than the defaults:")
+    assert found.winner is None
+    assert found.line == "No configuration beat the defaults in 5 repeats, with 95% confidence for all 2 together."
 
 
 def test_better_values_do_not_count_where_a_limit_broke_once():
     found = judged({"baseline": BASE, "trial-1": better(5)}, held={"trial-1": 4})
     assert found.winner is None and "trial-1 did not hold the limits in every repeat" in found.line
-    assert "4 of 5" in verify.table(found)
+    assert "4 of 5" in verify.render(found)
 
 
 def test_limits_that_the_defaults_never_hold_make_a_winner_of_what_does():
@@ -169,13 +170,17 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_study_without_a_better_configuration_ends_with_its_own_code(simulated: Path):
     done = run(simulated, "k=2", "n=3")
     assert done.returncode == 2, done.stderr
-    assert "2 configurations and the baseline, 3 repeats each: 9 runs, 0 of them kept" in done.stdout
-    assert "No better than the defaults: nothing was, in 3 repeats" in done.stdout
+    assert "2 configurations and the baseline, 3 repeats each: 9 runs, 0 of them already complete" in done.stdout
+    assert "No configuration beat the defaults in 3 repeats" in done.stdout
     verdict = json.loads((simulated / "multirun/s/verify.json").read_text())
     assert [row["held"] for row in verdict["rows"]] == [3, 3, 3]
     assert len(set(verdict["rows"][0]["values"])) == 3  # each repeat sees a load of its own
     again = run(simulated, "k=2", "n=4")
-    assert "12 runs, 9 of them kept" in again.stdout
+    assert "12 runs, 9 of them already complete" in again.stdout
+
+
+def planned(study: Study, settings: Verify, *overrides: str) -> list[Repeat]:
+    return verify.plan(study, settings, verify.configurations(study, settings, overrides), overrides)
 
 
 class Signalled(Inline):
@@ -195,7 +200,7 @@ def test_job_does_not_outlive_a_signal_that_comes_while_it_is_started(simulated:
     launcher = Signalled(InlineConfig(), None)
     try:
         with pytest.raises(SystemExit):
-            found = verify.repeats(load("s"), Verify("s", k=1, n=2, seed=9), ["backend.pace=10"])
+            found = planned(load("s"), Verify("s", k=1, n=2, seed=9), "backend.pace=10")
             verify.run(found, launcher, lambda *_: None)
         assert [job.done() for job in launcher.jobs] == [True]
     finally:
@@ -222,7 +227,7 @@ def test_one_that_is_stopped_says_how_many_blocks_can_be_judged(simulated: Path,
     assert stopped.returncode == 128 + signal.SIGTERM
     assert "2 blocks are complete: n=2 judges them without another run" in stopped.stdout
     done = run(simulated, "n=2", *words)
-    assert "4 runs, 4 of them kept" in done.stdout and done.returncode == 2
+    assert "4 runs, 4 of them already complete" in done.stdout and done.returncode == 2
 
 
 @pytest.mark.slow
@@ -239,7 +244,7 @@ def test_process_that_is_stopped_says_how_many_blocks_can_be_judged(simulated: P
     said = stopped.communicate(timeout=60)[0]
     assert "2 blocks are complete: n=2 judges them without another run" in said
     done = run(simulated, "n=2", *paced)
-    assert "4 runs, 4 of them kept" in done.stdout and done.returncode == 2
+    assert "4 runs, 4 of them already complete" in done.stdout and done.returncode == 2
 
 
 def test_better_configuration_ends_with_0(tmp_path: Path):
@@ -250,7 +255,7 @@ def test_better_configuration_ends_with_0(tmp_path: Path):
 
 
 def test_same_loads_within_a_block_and_another_order_in_each(simulated: Path):
-    found = verify.repeats(load(str(simulated / "multirun/s")), Verify("s", k=2, n=6), [])
+    found = planned(load(str(simulated / "multirun/s")), Verify("s", k=2, n=6))
     blocks = [[one for one in found if one.block == block] for block in range(1, 7)]
     assert [len({one.trial.config.scenario.seed for one in block}) for block in blocks] == [1] * 6
     assert [block[0].trial.config.scenario.seed for block in blocks] == [2, 3, 4, 5, 6, 7]  # the study's own is 1
@@ -260,7 +265,7 @@ def test_same_loads_within_a_block_and_another_order_in_each(simulated: Path):
 def test_block_stays_on_its_gpus_and_others_run_beside_it(simulated: Path):
     """Or a configuration that always met the slower GPU would be called the slower one."""
     study = load(str(simulated / "multirun/s"))
-    found = verify.repeats(study, Verify("s", k=2, n=5), ["gpus=[0,1]"])
+    found = planned(study, Verify("s", k=2, n=5), "gpus=[0,1]")
     by_block = {
         one.block: {tuple(other.trial.config.gpus) for other in found if other.block == one.block} for one in found
     }
@@ -307,21 +312,33 @@ def test_hidden_values_have_to_be_given(simulated: Path):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "overrides", "said"),
+    ("settings", "overrides", "said"),
     [
-        (Verify("s", n=1), [], "n=2 or more"),
+        (Verify("s", k=0), [], "k=0: write 1 or more"),
+        (Verify("s", n=1), [], "n=1: write n=2 or more; a single repeat shows no spread"),
+        (Verify("s", confidence=95), [], "confidence=95: write a number between 0 and 1, such as 0.95"),
+        (Verify("s", trials=[]), [], r"trials=\[\]: name one besides the baseline"),
+        (Verify("s", trials=["baseline"]), [], r"trials=\[baseline\]: name one besides the baseline"),
         (Verify("s", metric="x"), [], "metric=x: the study's objective has tokens_per_s"),
         (Verify("s", trials=["trial-9"]), [], "trial=trial-9: s has no such trial"),
         (Verify("s"), ["scenario.sed=1"], "Key 'sed' not in 'ScenarioConfig'"),
         (Verify("s"), ["tracking=none"], r"fields can be changed, not groups; write tracking\.enabled=…"),
     ],
 )
-def test_what_can_not_be_verified_is_said(simulated: Path, wanted: Verify, overrides: list[str], said: str):
+def test_what_can_not_be_verified_is_said(simulated: Path, settings: Verify, overrides: list[str], said: str):
     with pytest.raises(InputError, match=said):
-        verify.repeats(load(str(simulated / "multirun/s")), wanted, overrides)
+        planned(load(str(simulated / "multirun/s")), settings, *overrides)
 
 
-def test_error_is_one_line_and_no_verdict(simulated: Path):
-    done = run(simulated, "study=t")
-    assert done.returncode == 1
-    assert done.stderr == "autotune: study=t: no such folder below multirun/; there is s\n"
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["study=t"], "study=t: no such folder below multirun/; there is s"),
+        (["n=x"], "Value 'x' of type 'str' could not be converted to Integer"),
+        (["trials=[]"], "trials=[]: name one besides the baseline: trials=[trial-3]"),
+    ],
+)
+def test_error_is_one_line_and_no_verdict(simulated: Path, words: list[str], said: str):
+    done = run(simulated, *words)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said in done.stderr and done.stderr.count("\n") == 1

@@ -1,17 +1,17 @@
-"""Whether the best configurations of a study are better than vLLM's defaults, by measuring them again:
+"""Measure the best configurations of a study again, to see whether they are better than vLLM's defaults:
 
     autotune verify study=demo k=3 n=5
 
 study       its name below multirun/, or its folder
-k           how many of its best configurations are compared with the baseline
-trials      those instead: [trial-3,trial-9]
+k           how many of its best configurations to compare with the baseline
+trials      compare these instead: [trial-3,trial-9]
 n           repeats of each, every one on a fresh server
 metric      one of the objective's; without it the first
 confidence  of all k intervals together, 0.95
-seed        of the order in which they run
+seed        of the order in which the repeats run
 
 Any other key=value changes the configuration of every repeat: launcher.n_jobs=1, backend.env.HF_TOKEN=…
-Repeats that have completed are kept, so the same command goes on after a stop, and a larger n adds to them.
+Completed repeats are kept: the same command goes on after a stop, and a larger n adds to them.
 
 Exit code: 0 a configuration is better than the defaults and holds the limits in every repeat, 2 none is, 1 an error.
 """
@@ -20,9 +20,10 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
@@ -32,8 +33,8 @@ from autotune.config.overrides import with_fields
 from autotune.config.redact import HIDDEN
 from autotune.config.schema import Config
 from autotune.errors import InputError, MeasureError, TrackingError
-from autotune.measure import progress, trial
-from autotune.measure.paired import Difference, difference
+from autotune.measure import objective, progress, trial
+from autotune.measure.paired import Difference, paired_difference
 from autotune.measure.prepare import gpu_count
 from autotune.measure.result import Result
 from autotune.results import summary, tracking
@@ -65,16 +66,23 @@ class Verify:
 
 @dataclass(frozen=True)
 class Repeat:
-    """One configuration in one block."""
+    """A run of one configuration in one block."""
 
     name: str  # of the study's trial
     block: int  # from 1
     trial: TrialSpec
 
+    def is_complete(self) -> bool:
+        """Whether it completed already, with this very configuration."""
+        folder, result = self.trial.folder, Result.find(self.trial.folder)
+        if not (result and result.complete):
+            return False
+        return (folder / "config.yaml").read_text() == trial.as_yaml(self.trial.config)
+
 
 @dataclass(frozen=True)
 class Row:
-    """What all repeats of one configuration say."""
+    """All repeats of one configuration."""
 
     name: str
     params: dict[str, Any]
@@ -98,96 +106,116 @@ class Verdict:
     rows: list[Row]  # the baseline first
 
 
-def repeats(study: Study, wanted: Verify, overrides: Sequence[str]) -> list[Repeat]:
-    """Every run in the order it is started: block by block, within one in random order.
-
-    All configurations of a block see the same load: its number is added to scenario.seed, so that none sees the
-    load that the study chose it on. They also run on the same GPUs; blocks on different ones run side by side.
-    A search for the highest load begins where the study's ended. Raises InputError.
-    """
-    names = [BASELINE, *chosen(study, wanted)]
-    configs = {name: study.config_of(name, overrides) for name in names}
-    first = configs[names[1]]
-    check_secrets(first, study)
-    groups = gpu_groups(first.gpus, max(map(gpu_count, configs.values())))
-
-    def repeat(name: str, block: int) -> Repeat:
-        gpus, seed = groups[block % len(groups)], configs[name].scenario.seed + block
-        # The baseline's own launcher and GPUs may be others (baseline_gpu).
-        changed = {"gpus": gpus, "launcher": first.launcher, "scenario.seed": seed}
-        written = [*study.results[name].overrides, *overrides, f"scenario.seed={seed}"]
-        if highest := study.results[name].metrics.get("max_qps"):
-            changed["scenario.search.start_qps"] = highest
-            written.append(f"scenario.search.start_qps={highest}")
-        config = with_fields(configs[name], changed)
-        return Repeat(name, block, TrialSpec(config, written, study.folder / FOLDER / f"{name}-{block}"))
-
-    found = []
-    for at in range(1, wanted.n + 1, len(groups)):
-        blocks = range(at, min(at + len(groups), wanted.n + 1))
-        orders = [random.Random(f"{wanted.seed} {block}").sample(names, len(names)) for block in blocks]
-        for together in zip(*orders, strict=True):
-            found += [repeat(name, block) for name, block in zip(together, blocks, strict=True)]
-    return found
+def configurations(study: Study, settings: Verify, overrides: Sequence[str]) -> dict[str, Config]:
+    """The configurations to repeat, by trial: the baseline's, then those compared with it. Raises InputError."""
+    configs = {name: study.config_of(name, overrides) for name in [BASELINE, *compared(study, settings)]}
+    check_secrets(shared(configs), study)
+    return configs
 
 
-def gpu_groups(gpus: Any, size: int) -> list[Any]:
-    """`gpus` in groups of `size`; one group of whatever there is where that is not known, or too little."""
-    there = [] if gpus is None else devices(gpus)
-    return [there[at : at + size] for at in range(0, len(there) - size + 1, size)] or [gpus]
-
-
-def chosen(study: Study, wanted: Verify) -> list[str]:
-    """The trials that are compared with the baseline. Raises InputError."""
+def compared(study: Study, settings: Verify) -> list[str]:
+    """The trials to compare with the baseline. Raises InputError."""
     if not (study.baseline and study.baseline.complete):
         why = study.baseline.reason if study.baseline else "baseline=false"
         raise InputError(f"study={study.name}: there is no baseline to compare with ({why}); run the study with one")
-    if wanted.n < 2 or wanted.k < 1 or not 0 < wanted.confidence < 1:
-        raise InputError("write k=1 or more, n=2 or more, and a confidence between 0 and 1")
-    if wanted.trials is not None:
-        return [study.chosen(name) for name in dict.fromkeys(wanted.trials) if name != BASELINE]
-    ranked = study.ranked_by(_metric(study, wanted))
-    if not ranked:
+    if settings.k < 1:
+        raise InputError(f"k={settings.k}: write 1 or more")
+    if settings.n < 2:
+        raise InputError(f"n={settings.n}: write n=2 or more; a single repeat shows no spread")
+    if not 0 < settings.confidence < 1:
+        raise InputError(f"confidence={settings.confidence:g}: write a number between 0 and 1, such as 0.95")
+    ranked = study.ranked_by(metric_index(study, settings))
+    if settings.trials is None and not ranked:
         raise InputError(f"study={study.name}: no trial is feasible; name some: trials=[trial-3,trial-9]")
-    return ranked[: wanted.k]
+    if settings.trials is None:
+        return ranked[: settings.k]
+    named = [study.chosen(name) for name in dict.fromkeys(settings.trials) if name != BASELINE]
+    if not named:
+        raise InputError(f"trials=[{','.join(settings.trials)}]: name one besides the baseline: trials=[trial-3]")
+    return named
 
 
-def _metric(study: Study, wanted: Verify) -> int:
-    """Index of the metric among the objective's. Raises InputError."""
+def metric_index(study: Study, settings: Verify) -> int:
+    """The index of the metric among the objective's. Raises InputError."""
     metrics = study.objective.metrics
-    if wanted.metric not in (None, *metrics):
-        raise InputError(f"metric={wanted.metric}: the study's objective has {', '.join(metrics)}")
-    return metrics.index(wanted.metric) if wanted.metric else 0
+    if settings.metric not in (None, *metrics):
+        raise InputError(f"metric={settings.metric}: the study's objective has {', '.join(metrics)}")
+    return metrics.index(settings.metric) if settings.metric else 0
+
+
+def shared(configs: Mapping[str, Config]) -> Config:
+    """The configuration whose launcher and GPUs all repeats use; the baseline's own may be others (baseline_gpu)."""
+    return next(config for name, config in configs.items() if name != BASELINE)
 
 
 def check_secrets(config: Config, study: Study) -> None:
-    """Raise InputError for a value that the study's folder hides and the command line does not give."""
-
-    def hidden(node: Any, key: str) -> list[str]:
-        if isinstance(node, dict):
-            return [
-                found for name, item in node.items() for found in hidden(item, f"{key}.{name}" if key else str(name))
-            ]
-        return [key] if isinstance(node, str) and HIDDEN in node else []
-
-    if keys := hidden(OmegaConf.to_container(OmegaConf.structured(config)), ""):
+    """Raise InputError for a value that is hidden in the study's folder and not given on the command line."""
+    if keys := _hidden_keys(OmegaConf.to_container(OmegaConf.structured(config)), ""):
         raise InputError(f"{study.folder} hides {', '.join(keys)}; add {keys[0]}=… to this command")
 
 
-def run(found: Sequence[Repeat], launcher: Launcher, ended: Callable[[Repeat, Result], None]) -> None:
-    """Run those that have not completed yet, up to the launcher's n_jobs side by side, and tell `ended` of each."""
-    waiting = [one for one in found if not kept(one)]
+def _hidden_keys(node: Any, key: str) -> list[str]:
+    if isinstance(node, dict):
+        children = {f"{key}.{name}" if key else str(name): child for name, child in node.items()}
+        return [hidden for name, child in children.items() for hidden in _hidden_keys(child, name)]
+    return [key] if isinstance(node, str) and HIDDEN in node else []
+
+
+def plan(study: Study, settings: Verify, configs: Mapping[str, Config], overrides: Sequence[str]) -> list[Repeat]:
+    """Every run in the order of their starts.
+
+    All configurations of a block see the same load: its number is added to scenario.seed, so that none sees the
+    load that the study chose it on. They also run on the same GPUs; blocks on different ones run side by side.
+    A search for the highest load begins where the study's ended.
+    """
+    common = shared(configs)
+    groups = gpu_groups(common.gpus, max(map(gpu_count, configs.values())))
+
+    def repeat(name: str, block: int) -> Repeat:
+        changes: dict[str, Any] = {"scenario.seed": configs[name].scenario.seed + block}
+        if highest := study.results[name].metrics.get("max_qps"):
+            changes["scenario.search.start_qps"] = highest
+        changed = [f"{key}={value}" for key, value in changes.items()]
+        placement = {"gpus": groups[block % len(groups)], "launcher": common.launcher}
+        spec = TrialSpec(
+            with_fields(configs[name], changes | placement),
+            [*study.results[name].overrides, *overrides, *changed],
+            study.folder / FOLDER / f"{name}-{block}",
+        )
+        return Repeat(name, block, spec)
+
+    return [repeat(name, block) for name, block in _order(list(configs), settings, len(groups))]
+
+
+def _order(names: list[str], settings: Verify, side_by_side: int) -> Iterator[tuple[str, int]]:
+    """Name and block of each run: so many blocks side by side, each in a random order of its own."""
+    for first in range(1, settings.n + 1, side_by_side):
+        blocks = range(first, min(first + side_by_side, settings.n + 1))
+        orders = [random.Random(f"{settings.seed} {block}").sample(names, len(names)) for block in blocks]
+        for together in zip(*orders, strict=True):
+            yield from zip(together, blocks, strict=True)
+
+
+def gpu_groups(gpus: Any, size: int) -> list[Any]:
+    """`gpus` in groups of `size`; all of them as one group if they are unknown or too few."""
+    ids = [] if gpus is None else devices(gpus)
+    return [ids[first : first + size] for first in range(0, len(ids) - size + 1, size)] or [gpus]
+
+
+def run(repeats: Sequence[Repeat], launcher: Launcher, on_end: Callable[[Repeat, Result], None]) -> None:
+    """Run those that are not complete, up to the launcher's n_jobs side by side; `on_end` gets each result."""
+    waiting = [repeat for repeat in repeats if not repeat.is_complete()]
     running: list[tuple[Repeat, Job]] = []
     try:
-        with interrupt.held():  # no job is started that nobody knows of
+        with interrupt.held():  # a job that has started is always in `running`
             while waiting or running:
                 interrupt.check()
                 free = launcher.n_jobs - len(running)
                 batch, waiting = waiting[:free], waiting[free:]
                 running += start(batch, launcher)
-                for one, job in [pair for pair in running if pair[1].done()]:
-                    running.remove((one, job))
-                    ended(one, Result.find(one.trial.folder) or Result(reason=job.reason()))
+                for repeat, job in [pair for pair in running if pair[1].done()]:
+                    running.remove((repeat, job))
+                    on_end(repeat, Result.find(repeat.trial.folder) or Result(reason=job.reason()))
                 if running:
                     running[0][1].wait(POLL_S)
     finally:
@@ -195,186 +223,194 @@ def run(found: Sequence[Repeat], launcher: Launcher, ended: Callable[[Repeat, Re
             job.cancel()
 
 
-def kept(one: Repeat) -> bool:
-    """Whether it completed already, with this very configuration."""
-    result, folder = Result.find(one.trial.folder), one.trial.folder
-    return bool(result and result.complete and (folder / "config.yaml").read_text() == trial.as_yaml(one.trial.config))
-
-
-def complete_blocks(found: Sequence[Repeat]) -> int:
-    """How many blocks, from the first on, have completed."""
-    missing = [one.block for one in found if not kept(one)]
-    return min(missing) - 1 if missing else max(one.block for one in found)
-
-
 def start(batch: Sequence[Repeat], launcher: Launcher) -> list[tuple[Repeat, Job]]:
-    """Jobs for `batch`; a cluster's that outlived an earlier process is taken up."""
-    jobs = [(one, job) for one in batch if (job := launcher.attach(one.trial.folder))]
-    fresh = [one for one in batch if one not in [taken for taken, _ in jobs]]
-    for one in fresh:
-        one.trial.folder.mkdir(parents=True, exist_ok=True)
+    """Jobs for `batch`; a cluster's job that outlived an earlier process is attached."""
+    attached, fresh = [], []
+    for repeat in batch:
+        if job := launcher.attach(repeat.trial.folder):
+            attached.append((repeat, job))
+        else:
+            fresh.append(repeat)
+    for repeat in fresh:
+        folder = repeat.trial.folder
+        folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
-            (one.trial.folder / "result.json").unlink()
-        progress.begin(one.trial.folder)
-        log.info("block %d: %s", one.block, one.name)
-    return [*jobs, *zip(fresh, launcher.submit([one.trial for one in fresh]) if fresh else [], strict=True)]
+            (folder / "result.json").unlink()
+        progress.begin(folder)
+        log.info("block %d: %s", repeat.block, repeat.name)
+    jobs = launcher.submit([repeat.trial for repeat in fresh]) if fresh else []
+    return [*attached, *zip(fresh, jobs, strict=True)]
 
 
-def judge(study: Study, wanted: Verify, results: dict[tuple[str, int], Result]) -> Verdict:
-    """What the repeats say; the study's own values take no part. `results` by name and block.
+def record(study: Study, tracker: tracking.Tracker, repeat: Repeat, result: Result) -> None:
+    """Save, print and track the result of a repeat."""
+    folder = repeat.trial.folder
+    result.params = study.results[repeat.name].params
+    result.save(folder)
+    outcome = summary.outcome(result, repeat.trial.config.objective.metrics)
+    log.info("block %d: %s: %s", repeat.block, repeat.name, outcome)
+    try:
+        tracker.log_trial(folder, folder.name, result)
+    except TrackingError as error:
+        log.warning("%s", error)
+
+
+def complete_blocks(repeats: Sequence[Repeat]) -> int:
+    """How many blocks, from the first on, are complete."""
+    missing = [repeat.block for repeat in repeats if not repeat.is_complete()]
+    return min(missing) - 1 if missing else max(repeat.block for repeat in repeats)
+
+
+def judge(study: Study, settings: Verify, results: Mapping[tuple[str, int], Result]) -> Verdict:
+    """The verdict on repeats, from their `results` by name and block; the study's own values take no part.
 
     Raises MeasureError if the baseline completed in fewer than two blocks.
     """
-    index = _metric(study, wanted)
-    names = [BASELINE, *dict.fromkeys(name for name, _ in results if name != BASELINE)]
-    rows = {
-        name: _row(study, name, index, [results[name, block] for block in range(1, wanted.n + 1)]) for name in names
-    }
-    baseline = rows[BASELINE]
+    metric = metric_index(study, settings)
+    baseline, *trials = [
+        _row(study, name, metric, [results[name, block] for block in range(1, settings.n + 1)])
+        for name in [BASELINE, *dict.fromkeys(name for name, _ in results if name != BASELINE)]
+    ]
     if sum(value is not None for value in baseline.values) < 2:
-        raise MeasureError(
-            f"the baseline completed fewer than two of {wanted.n} repeats: {'; '.join(baseline.failures)}"
-        )
-    for name in names[1:]:
-        pairs = [(a, b) for a, b in zip(rows[name].values, baseline.values, strict=True) if None not in (a, b)]
-        if len(pairs) >= 2:
-            mine, theirs = zip(*pairs, strict=True)
-            found = difference(mine, theirs, wanted.confidence, len(names) - 1)
-            rows[name] = Row(**{**vars(rows[name]), "difference": found})
-    direction = study.objective.directions[index]
-    winner = _winner([rows[name] for name in names[1:]], baseline, 1 if direction == "maximize" else -1)
-    estimated = any(result.estimated for result in results.values())
-    line = _line(study, index, wanted, rows, winner)
-    metric = study.objective.metrics[index]
+        failures = "; ".join(baseline.failures)
+        raise MeasureError(f"the baseline completed fewer than two of {settings.n} repeats: {failures}")
+    rows = [replace(row, difference=_difference(row, baseline, settings, len(trials))) for row in trials]
+    winner = _winner(rows, baseline, objective.sign(study.objective, metric))
     return Verdict(
-        study.name, metric, direction, wanted.n, wanted.confidence, estimated, winner, line, list(rows.values())
+        study=study.name,
+        metric=study.objective.metrics[metric],
+        direction=study.objective.directions[metric],
+        n=settings.n,
+        confidence=settings.confidence,
+        estimated=any(result.estimated for result in results.values()),
+        winner=winner.name if winner else None,
+        line=_better(study, settings, baseline, rows, winner) if winner else _none_better(settings, rows),
+        rows=[baseline, *rows],
     )
 
 
-def _row(study: Study, name: str, index: int, found: Sequence[Result]) -> Row:
-    values = [result.values[index] if result.complete else None for result in found]
+def _row(study: Study, name: str, metric: int, results: Sequence[Result]) -> Row:
+    values = [result.values[metric] if result.complete else None for result in results]
     measured = [value for value in values if value is not None]
     return Row(
         name=name,
         params=study.results[name].params,
         values=values,
-        held=sum(result.feasible for result in found),
-        failures=sorted({result.reason for result in found if not result.complete}),
+        held=sum(result.feasible for result in results),
+        failures=sorted({result.reason for result in results if not result.complete}),
         mean=sum(measured) / len(measured) if measured else None,
     )
 
 
-def _winner(rows: Sequence[Row], baseline: Row, sign: int) -> str | None:
+def _difference(row: Row, baseline: Row, settings: Verify, comparisons: int) -> Difference | None:
+    pairs = [pair for pair in zip(row.values, baseline.values, strict=True) if None not in pair]
+    if len(pairs) < 2:
+        return None
+    values, baselines = zip(*pairs, strict=True)
+    return paired_difference(values, baselines, settings.confidence, comparisons)
+
+
+def _winner(rows: Sequence[Row], baseline: Row, sign: int) -> Row | None:
     """The best of those that held the limits in every repeat and are better than the defaults (or these never held)."""
-    n = len(baseline.values)
-    sure = [
-        row
-        for row in rows
-        if row.held == n and row.difference and (baseline.held == 0 or _least_gain(row.difference, sign) > 0)
-    ]
-    best = max(sure, key=lambda row: sign * (row.mean or 0.0), default=None)
-    return best.name if best else None
+
+    def is_better(row: Row) -> bool:
+        if row.difference is None or row.held < len(row.values):
+            return False
+        return baseline.held == 0 or min(sign * row.difference.low, sign * row.difference.high) > 0
+
+    return max(filter(is_better, rows), key=lambda row: sign * (row.mean or 0.0), default=None)
 
 
-def _least_gain(found: Difference, sign: int) -> float:
-    return min(sign * found.low, sign * found.high)
-
-
-def _line(study: Study, index: int, wanted: Verify, rows: dict[str, Row], winner: str | None) -> str:
-    baseline, others = rows[BASELINE], [row for row in rows.values() if row.name != BASELINE]
-    together = f"{wanted.confidence:.0%} confidence{f' for all {len(others)} together' if len(others) > 1 else ''}"
-    if winner is None:
-        broke = [row.name for row in others if row.held < wanted.n]
-        why = f" ({', '.join(broke)} did not hold the limits in every repeat)" if broke else ""
-        return f"No better than the defaults: nothing was, in {wanted.n} repeats, with {together}{why}."
-    row = rows[winner]
+def _better(study: Study, settings: Verify, baseline: Row, rows: Sequence[Row], winner: Row) -> str:
+    """The line about a winner."""
     if baseline.held == 0:
-        return (
-            f"Better than the defaults: {winner} held the limits in each of {wanted.n} repeats, the defaults in none."
-        )
-    first, theirs = study.results[winner].values[index], study.results[BASELINE].values[index]
-    said = f"; the study, which chose it by this, had said {first / theirs - 1:+.1%}" if theirs else ""
-    gain = change(row.difference, baseline.mean)
-    return f"Better than the defaults: {winner}, {gain} in {wanted.n} repeats, with {together}{said}."
+        repeats = f"each of {settings.n} repeats, the defaults in none"
+        return f"Better than the defaults: {winner.name} held the limits in {repeats}."
+    metric = metric_index(study, settings)
+    value, default = (study.results[name].values[metric] for name in (winner.name, BASELINE))
+    in_study = f"; the study itself had shown {value / default - 1:+.1%}" if default else ""
+    gain = change(winner.difference, baseline.mean)
+    confidence = _confidence(settings, rows)
+    return f"Better than the defaults: {winner.name}, {gain} in {settings.n} repeats, with {confidence}{in_study}."
 
 
-def change(found: Difference | None, baseline: float | None) -> str:
+def _none_better(settings: Verify, rows: Sequence[Row]) -> str:
+    over = [row.name for row in rows if row.held < settings.n]
+    why = f" ({', '.join(over)} did not hold the limits in every repeat)" if over else ""
+    return f"No configuration beat the defaults in {settings.n} repeats, with {_confidence(settings, rows)}{why}."
+
+
+def _confidence(settings: Verify, rows: Sequence[Row]) -> str:
+    return f"{settings.confidence:.0%} confidence{f' for all {len(rows)} together' if len(rows) > 1 else ''}"
+
+
+def change(difference: Difference | None, baseline: float | None) -> str:
     """`+7.8% [+5.1%, +10.6%]` of the baseline's mean; in the metric's unit if that is 0."""
-    if found is None:
+    if difference is None:
         return ""
-    parts = (found.mean, found.low, found.high)
+    parts = (difference.mean, difference.low, difference.high)
     mean, low, high = (f"{part / baseline:+.1%}" if baseline else f"{part:+.4g}" for part in parts)
     return f"{mean} [{low}, {high}]"
 
 
-def table(verdict: Verdict) -> str:
-    """The verdict for people."""
+def render(verdict: Verdict) -> str:
+    """The verdict as text."""
     baseline = verdict.rows[0]
-    lines = [("", verdict.metric, "against the baseline", "real", "limits held")]
+    table = [("", verdict.metric, "against the baseline", "real", "limits held")]
     for row in verdict.rows:
         real = f"{min(0.999, 1 - row.difference.p):.1%}" if row.difference else ""
         mean = f"{row.mean:,.4g}" if row.mean is not None else "failed"
-        lines.append((row.name, mean, change(row.difference, baseline.mean), real, f"{row.held} of {verdict.n}"))
-    parts = aligned(lines)
-    parts += ["", *(f"  {row.name}: {shorten(row.params)}" for row in verdict.rows[1:])]
-    parts += [f"  {row.name} failed: {why}" for row in verdict.rows for why in row.failures]
-    parts += ["", verdict.line]
+        table.append((row.name, mean, change(row.difference, baseline.mean), real, f"{row.held} of {verdict.n}"))
+    lines = aligned(table)
+    lines += ["", *(f"  {row.name}: {shorten(row.params)}" for row in verdict.rows[1:])]
+    lines += [f"  {row.name} failed: {why}" for row in verdict.rows for why in row.failures]
+    lines += ["", verdict.line]
     if verdict.estimated:
-        parts.append("These are estimates of a simulation (backend=sim), not measurements.")
-    return "\n".join(parts) + "\n"
+        lines.append("These are estimates of a simulation (backend=sim), not measurements.")
+    return "\n".join(lines) + "\n"
 
 
-def verify(study: Study, wanted: Verify, overrides: Sequence[str]) -> Verdict:
-    """Run what is missing, judge it all, leave verify.json and verify.txt in the study's folder."""
-    found = repeats(study, wanted, overrides)
-    config, folder = found[0].trial.config, study.folder
+def verify(study: Study, settings: Verify, overrides: Sequence[str]) -> Verdict:
+    """Run the repeats that are missing, judge all, and leave verify.json and verify.txt in the study's folder."""
+    configs = configurations(study, settings, overrides)
+    repeats = plan(study, settings, configs, overrides)
+    config, folder = shared(configs), study.folder / FOLDER
     tracking.check(config.tracking)
-    (folder / FOLDER).mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     log.info(
-        "%d configurations and the baseline, %d repeats each: %d runs, %d of them kept",
-        len({one.name for one in found}) - 1,
-        wanted.n,
-        len(found),
-        sum(map(kept, found)),
+        "%d configurations and the baseline, %d repeats each: %d runs, %d of them already complete",
+        len(configs) - 1,
+        settings.n,
+        len(repeats),
+        sum(repeat.is_complete() for repeat in repeats),
     )
     with (
-        storage.lock(folder / ".lock", str(folder)),
-        tracking.study(config.tracking, f"{study.name}-verify", folder / FOLDER) as tracker,
+        storage.lock(study.folder / ".lock", str(study.folder)),
+        tracking.study(config.tracking, f"{study.name}-verify", folder) as tracker,
     ):
-
-        def ended(one: Repeat, result: Result) -> None:
-            result.params = study.results[one.name].params
-            result.save(one.trial.folder)
-            log.info("block %d: %s: %s", one.block, one.name, summary.outcome(result, config.objective.metrics))
-            try:
-                tracker.log_trial(one.trial.folder, one.trial.folder.name, result)
-            except TrackingError as error:
-                log.warning("%s", error)
-
-        everywhere = study.config_of(chosen(study, wanted)[0], overrides)  # a repeat's own gpus are those of its block
         try:
-            run(found, make_launcher(everywhere), ended)
+            run(repeats, make_launcher(config), partial(record, study, tracker))
         except (KeyboardInterrupt, SystemExit):
-            if (blocks := complete_blocks(found)) >= 2:
+            if (blocks := complete_blocks(repeats)) >= 2:
                 log.info("%d blocks are complete: n=%d judges them without another run", blocks, blocks)
             raise
-    verdict = judge(study, wanted, {(one.name, one.block): Result.load(one.trial.folder) for one in found})
-    (folder / summary.VERDICT).write_text(json.dumps(asdict(verdict), indent=1))
-    (folder / TABLE).write_text(table(verdict))
+    verdict = judge(study, settings, {(one.name, one.block): Result.load(one.trial.folder) for one in repeats})
+    (study.folder / summary.VERDICT).write_text(json.dumps(asdict(verdict), indent=1))
+    (study.folder / TABLE).write_text(render(verdict))
     return verdict
 
 
 def main() -> None:
     interrupt.install()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    own = {field.name for field in fields(Verify)}
-    words = [word for word in sys.argv[1:] if word.partition("=")[0] in own or "=" not in word]
+    own_keys = {field.name for field in fields(Verify)}
+    own = [word for word in sys.argv[1:] if word.partition("=")[0] in own_keys or "=" not in word]
     with errors_in_one_line():
-        wanted = options(Verify, words, __doc__)
-        overrides = [word for word in sys.argv[1:] if word not in words]
-        verdict = verify(load(wanted.study), wanted, overrides)
-        print(f"\n{table(verdict)}\nEvery repeat: {load(wanted.study).folder / FOLDER}/")
-        print(f"Into the report: autotune report study={wanted.study}")
+        settings = options(Verify, own, __doc__)
+        study = load(settings.study)
+        verdict = verify(study, settings, [word for word in sys.argv[1:] if word not in own])
+        print(f"\n{render(verdict)}\nEvery repeat: {study.folder / FOLDER}/")
+        print(f"Into the report: autotune report study={settings.study}")
     sys.exit(0 if verdict.winner else NO_BETTER)
 
 

@@ -1,10 +1,10 @@
-"""What repeats say of the difference between two configurations that were measured in the same blocks."""
+"""The difference between two configurations that were measured in the same blocks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy.stats import ttest_rel
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,9 @@ class Difference:
     p: float  # two-sided, that there is none; corrected as the interval is
 
 
-def difference(values: Sequence[float], baseline: Sequence[float], confidence: float, comparisons: int) -> Difference:
+def paired_difference(
+    values: Sequence[float], baseline: Sequence[float], confidence: float, comparisons: int
+) -> Difference:
     """Student's paired t over blocks; `values` and `baseline` hold one value for each, in the same order.
 
     What a block has in common (the arrivals, the machine's state) cancels, and the two may vary differently, as
@@ -25,13 +27,12 @@ def difference(values: Sequence[float], baseline: Sequence[float], confidence: f
     `confidence` (Bonferroni), so that the best of them may be picked afterwards. An interval leaves out 0 exactly
     where p < 1 - confidence, and the smallest p is Holm's, too. Raises ValueError for fewer than two blocks.
     """
-    found = np.asarray(values, float) - np.asarray(baseline, float)
-    if len(found) < 2:
+    if len(values) < 2:
         raise ValueError("two blocks at least")
-    mean, error = float(found.mean()), float(stats.sem(found))
-    if error == 0:
+    differences = np.subtract(values, baseline)
+    mean = float(differences.mean())
+    if np.allclose(differences, mean, rtol=1e-12, atol=0):  # no variance: t is undefined
         return Difference(mean, mean, mean, 0.0 if mean else 1.0)
-    freedom = len(found) - 1
-    reach = float(stats.t.ppf(1 - (1 - confidence) / comparisons / 2, freedom)) * error
-    p = min(1.0, comparisons * 2 * float(stats.t.sf(abs(mean) / error, freedom)))
-    return Difference(mean, mean - reach, mean + reach, p)
+    test = ttest_rel(values, baseline)
+    interval = test.confidence_interval(1 - (1 - confidence) / comparisons)
+    return Difference(mean, float(interval.low), float(interval.high), min(1.0, comparisons * float(test.pvalue)))

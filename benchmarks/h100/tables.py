@@ -18,7 +18,7 @@ from scipy.stats import kendalltau
 from autotune.commands.verify import change
 from autotune.config.command_line import compose
 from autotune.config.schema import HOST, Device
-from autotune.measure.paired import difference
+from autotune.measure.paired import paired_difference
 from autotune.measure.result import Result
 from autotune.results import summary
 from autotune.results.study import BASELINE
@@ -215,7 +215,7 @@ def unfitted_h200() -> Device:
 
 def verified() -> str:
     theirs, mine = (loads[:PLANNED] for loads in held(VERIFIED).values())
-    planned = change(difference(mine, theirs, confidence=0.95, comparisons=1), mean(theirs))
+    planned = change(paired_difference(mine, theirs, confidence=0.95, comparisons=1), mean(theirs))
     first = f"After the first {PLANNED}, which were planned: {planned}."
     return f"{repeats(VERIFIED)}\n\n{first}\n\n{summary.verified(VERIFIED)}"
 
@@ -256,7 +256,7 @@ def searched_again(measured: Result, device: Device) -> float:
     """The highest load, queries/s, that the simulation of a measured search finds on `device`."""
     config, _, _ = compose([*calibrate.kept(measured.overrides), "backend=sim"])
     config.backend["device"] = device
-    return estimate(simulation(config, config.backend), {}).result.metrics["max_qps"]
+    return estimate(simulation(config, config.backend), {}).metrics["max_qps"]
 
 
 def slower_host(factor: float) -> Device:
@@ -309,7 +309,7 @@ def predicted() -> str:
         server = simulation(config, config.backend)
         for name, values in servers.items():
             args = {f"engine.args.{flag}": value for flag, value in zip(flags, values, strict=False)}
-            found[name].append(number(estimate(server, args).result.metrics["max_qps"]))
+            found[name].append(number(estimate(server, args).metrics["max_qps"]))
     head = ("queries/s", "host as fitted", "5 % slower", "10 %", "15 %")
     return markdown(head, [(name, *loads) for name, loads in found.items()])
 
