@@ -2,7 +2,7 @@
 
 
 class AutotuneError(Exception):
-    """What a user can act on; shown without a traceback."""
+    """An error that a user can act on; shown without a traceback."""
 
 
 class InputError(AutotuneError):
@@ -10,7 +10,7 @@ class InputError(AutotuneError):
 
 
 class StartError(AutotuneError):
-    """vLLM did not come up; it took `after_s` seconds to say so, where that is known."""
+    """vLLM did not start; `after_s` is how long the attempt took, in seconds, if that is known."""
 
     def __init__(self, message: str, after_s: float = 0.0) -> None:
         super().__init__(message)
@@ -18,7 +18,7 @@ class StartError(AutotuneError):
 
 
 class MeasureError(AutotuneError):
-    """The run broke; what it measured can't be used."""
+    """The run broke off; its measurements can't be used."""
 
 
 class TrackingError(AutotuneError):

@@ -1,4 +1,4 @@
-"""Words for people."""
+"""Text for people to read."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def aligned(rows: Sequence[Sequence[str]], left: bool = False) -> list[str]:
 
 
 def shorten(params: Mapping[str, Any]) -> str:
-    """`max_num_seqs=64 block_size=32`: what a trial changed, without prefixes."""
+    """A trial's parameters in short: `max_num_seqs=64 block_size=32`."""
     return " ".join(f"{name.removeprefix('engine.args.')}={_short(value)}" for name, value in params.items())
 
 

@@ -20,7 +20,7 @@ from autotune.config.schema import (
     ScenarioConfig,
     TrackingConfig,
 )
-from autotune.measure.result import LoadRun, Result
+from autotune.measure.result import Result, RunRecord
 from autotune.results import report
 from autotune.results.study import SPACE as SPACE_FILE
 from autotune.results.study import Study
@@ -139,7 +139,7 @@ def test_verdict_of_the_repeats_is_said_at_the_top(tmp_path: Path):
 
 def test_every_figure_is_drawn_of_a_study_that_has_all(tmp_path: Path):
     latencies = {qps: {"ttft_p99_ms": qps, "tpot_p99_ms": qps} for qps in (4.0, 8.0)}
-    runs = [LoadRun(f"run-{qps}", "probe", qps, "VALID", metrics=found) for qps, found in latencies.items()]
+    runs = [RunRecord(f"run-{qps}", "probe", qps, "VALID", metrics=found) for qps, found in latencies.items()]
     trials = [result(value, bound="kv" if value > 1000 else "tokens", runs=runs) for value in values(20)]
     drawn = sections(study(tmp_path, trials, result(1000, runs=runs)))
     assert {title: section.missing for title, section in drawn.items() if section.missing} == {}

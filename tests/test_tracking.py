@@ -17,7 +17,7 @@ from autotune.errors import TrackingError
 from autotune.live import gpu
 from autotune.live.gpu import GpuState
 from autotune.measure import series
-from autotune.measure.result import LoadRun, Result
+from autotune.measure.result import Result, RunRecord
 from autotune.results import tracking
 from autotune.system.host import recorded
 from tests.slurm_cluster import wait_for
@@ -118,7 +118,7 @@ def test_several_runs_of_a_trial_keep_their_logs_apart(uri: str, trial: Path):
     (trial / "qps-8").mkdir()
     (trial / "qps-8/mlperf_log_summary.txt").write_text("VALID")
     result = Result.load(trial)
-    result.runs, result.bound = [LoadRun("qps-8", "repeat", 8.0, "VALID")], "kv"
+    result.runs, result.bound = [RunRecord("qps-8", "repeat", 8.0, "VALID")], "kv"
     result.intervals = {"tokens_per_s": [4.0, 6.0]}
     with tracking.study(config(uri), "s", trial.parent) as tracker:
         tracker.log_trial(trial, "trial-0", result)

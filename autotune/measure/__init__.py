@@ -1,1 +1,1 @@
-"""One trial: what is prepared, run, scored and kept, on any backend."""
+"""One trial, on any backend: prepared, run, scored and recorded."""

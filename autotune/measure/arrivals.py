@@ -1,4 +1,6 @@
-"""When LoadGen issues which sample: its own random numbers, so that a simulated run is the real one's twin.
+"""LoadGen's schedule: the time and the sample of each query, from LoadGen's own random numbers.
+
+A simulated run so sends exactly what the real one sends.
 
 LoadGen (loadgen.cc, GenerateLoadableSets and GenerateQueries, 6.0.17) draws from std::mt19937 through GNU's
 libstdc++, whose shuffle and distributions are written out here. All three of its seeds are the scenario's.
@@ -19,10 +21,10 @@ WORD = 1 << 32
 
 
 def issues(scenario: ScenarioConfig, samples: int) -> Iterator[tuple[float, int]]:
-    """Yield what LoadGen would issue in order: seconds since the first, and a sample's index below `samples`.
+    """Yield LoadGen's queries in order: seconds since the first, and the index of one of `samples` samples.
 
-    Offline issues all at 0. SingleStream's time is 0 as well: it issues when the last has been answered, and the
-    caller stops after scenario.min_queries and min_duration_s.
+    Offline issues all at 0. SingleStream's times are 0, too: it issues a query when the last one has been answered, and
+    the caller stops after scenario.min_queries and min_duration_s.
     """
     loaded = _shuffled(samples, _draws(scenario.seed))
     if scenario.kind is Kind.Offline:
@@ -30,7 +32,7 @@ def issues(scenario: ScenarioConfig, samples: int) -> Iterator[tuple[float, int]
         yield from ((0.0, loaded[i % samples]) for i in range(count))
         return
     draw = _draws(scenario.seed)
-    # LoadGen has made two other orders from the same generator by now, and uses neither.
+    # By now LoadGen has drawn two other orders from the same generator, which it does not use.
     for _ in range(1 + math.ceil(scenario.min_queries / samples)):
         _shuffled(samples, draw)
     times = itertools.repeat(0.0) if scenario.kind is Kind.SingleStream else server_times(scenario.qps, scenario.seed)
@@ -43,7 +45,7 @@ def issues(scenario: ScenarioConfig, samples: int) -> Iterator[tuple[float, int]
 
 
 def server_times(qps: float, seed: int) -> Iterator[float]:
-    """When LoadGen's Server scenario issues its queries, without end: seconds since the first."""
+    """Yield, without end, the times at which LoadGen's Server scenario issues its queries: seconds since the first."""
     gaps = _draws(seed)
     time_s = 0.0
     while True:

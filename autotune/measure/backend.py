@@ -1,4 +1,4 @@
-"""The seam between what is tuned and what measures it: a backend starts a server, each run on it returns timings."""
+"""The interface of backends: a backend starts a server, and each run on the server returns timings."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -15,9 +15,9 @@ from autotune.system.leases import Lease
 
 @dataclass(frozen=True, slots=True)
 class RequestTiming:
-    """One request; times are seconds on the run's clock."""
+    """One request; times are in seconds on the run's clock."""
 
-    sample: int  # index into the samples
+    sample: int  # index of its sample
     issued: float
     first_token: float
     last_token: float
@@ -29,7 +29,7 @@ class RequestTiming:
 
     @property
     def tpot(self) -> float:
-        """Seconds per output token after the first; MLPerf's (latency - TTFT) / (output tokens - 1)."""
+        """Seconds for each output token after the first: MLPerf's (latency - TTFT) / (output tokens - 1)."""
         return (self.last_token - self.first_token) / max(1, self.output_tokens - 1)
 
     @property
@@ -39,17 +39,17 @@ class RequestTiming:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one run on one server showed."""
+    """The timings and figures of one run on a server."""
 
     requests: list[RequestTiming]  # those that completed
-    failed: int  # requests that did not
-    total: int  # requests of the whole run, also where it was stopped before
+    failed: int  # number of requests that did not
+    total: int  # number of requests of a run to its end, even if this one was stopped early
     verdict: str  # LoadGen's: VALID or INVALID
     reasons: list[str]  # why it is not VALID
     loadgen: dict[str, float]  # LoadGen's own figures, named as in result.json
     phases: dict[str, float]  # seconds by phase: warmup, run
-    server: list[ServerState] = field(default_factory=list)  # through the run
-    figures: dict[str, float] = field(default_factory=dict)  # what else was measured, named as in result.json
+    server: list[ServerState] = field(default_factory=list)  # observed during the run
+    figures: dict[str, float] = field(default_factory=dict)  # the backend's own, named as in result.json
     facts: dict[str, str] = field(default_factory=dict)  # versions and hardware
 
     @property
@@ -59,41 +59,39 @@ class Measurement:
 
 @dataclass(frozen=True)
 class DryRunOutcome:
-    """What vLLM makes of a configuration before it takes a GPU."""
+    """vLLM's answer to a configuration, before it takes a GPU."""
 
-    refusal: str  # its reason; empty if it accepts
-    resolved: dict[str, Any]  # the value of each flag that it would run with, defaults included
+    refusal: str  # its reason to refuse; empty if it accepts
+    resolved: dict[str, Any]  # each flag's value that it would run with, defaults included
 
 
 class Engine(Protocol):
-    """A server that has started."""
+    """A server that runs."""
 
     start: dict[str, float]  # seconds from launch to healthy, by part: import, weights, compile, …
     command: list[str]  # `vllm serve …` that starts the same server
-    estimated: bool  # simulated
+    estimated: bool  # simulated, not measured
 
     def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:
-        """Send the samples as `scenario` says; logs go to `folder`, which exists. Raises MeasureError."""
+        """Make a run of `scenario`; logs go to `folder`, which exists. Raises MeasureError."""
 
 
 class Backend(Protocol):
-    needs_weights: bool  # or a model's shape will do
+    needs_weights: bool  # else the model's shape is enough
 
     def check(self, args: Mapping[str, Any]) -> None:
-        """Raise InputError for vLLM flags that can't be served. Cheap; takes no GPU."""
+        """Raise InputError for flags that vLLM can't be given. Fast; takes no GPU."""
 
     def prepare_dry_runs(self) -> None:
-        """Dry runs will follow: begin what the first of them would wait for, and return at once."""
+        """Begin whatever the first dry run would wait for, and return at once."""
 
     def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
-        """Whether vLLM's own configuration accepts `args`, and what they resolve to. Takes no GPU."""
+        """Ask vLLM's own configuration whether it accepts `args`, and which values they resolve to. Takes no GPU."""
 
     def start(
         self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, lease: Lease | None
     ) -> AbstractContextManager[Engine]:
-        """Serve `model` with vLLM's flags `args` for as long as the block lasts; logs go to the trial's `folder`.
+        """Serve `model` with vLLM's flags `args` until the block ends; logs go to the trial's `folder`.
 
-        Without a `lease` it takes the GPUs that it sees.
-
-        Raises StartError.
+        Without a `lease` it takes the GPUs that it sees. Raises StartError.
         """

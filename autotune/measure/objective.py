@@ -1,4 +1,4 @@
-"""Measurement → objective values and constraints."""
+"""The objective: its values, constraints, direction and gain."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,19 +20,19 @@ def check(objective: ObjectiveConfig) -> None:
 
 
 def searches(objective: ObjectiveConfig) -> bool:
-    """Whether a trial looks for its highest load itself."""
+    """True if each trial searches for its highest load."""
     return "max_qps" in objective.metrics
 
 
 def offered_load(objective: ObjectiveConfig, scenario: ScenarioConfig) -> str:
-    """What is offered to a server, in words; empty where the scenario's name says it all."""
+    """The load on a server, in words; empty if the scenario's name says it all."""
     if searches(objective):
         return "the highest load within the limits"
     return f"{scenario.qps:g} queries/s" if scenario.kind is Kind.Server else ""
 
 
 def values(objective: ObjectiveConfig, metrics: Mapping[str, float]) -> list[float]:
-    """The metrics that the sampler optimises. Raises InputError for a name that no trial has."""
+    """The metrics that the sampler optimises. Raises InputError for a name that `metrics` lacks."""
     missing = [name for name in objective.metrics if name not in metrics]
     if missing:
         raise InputError(f"objective.metrics: no metric {missing[0]}; a trial has {', '.join(sorted(metrics))}")
@@ -40,9 +40,9 @@ def values(objective: ObjectiveConfig, metrics: Mapping[str, float]) -> list[flo
 
 
 def penalised(objective: ObjectiveConfig, values: Sequence[float], broken: Mapping[str, float]) -> list[float]:
-    """`values` made worse by the sum of what is over a limit, for a sampler without constraints (CMA-ES).
+    """`values` made worse where limits are broken, for a sampler without constraints (CMA-ES).
 
-    A throughput is divided by 1 + that sum, a latency multiplied with it.
+    A throughput is divided by 1 + the sum of the shares over a limit, a latency multiplied by it.
     """
     factor = 1 + sum(max(0.0, over) for over in broken.values())
     pairs = zip(values, objective.directions, strict=True)
@@ -50,12 +50,12 @@ def penalised(objective: ObjectiveConfig, values: Sequence[float], broken: Mappi
 
 
 def sign(objective: ObjectiveConfig, metric: int = 0) -> int:
-    """1 where more of the objective's metric with this index is better, else -1."""
+    """1 if a higher value of the objective's metric with this index is better, else -1."""
     return 1 if objective.directions[metric] == "maximize" else -1
 
 
 def gain(objective: ObjectiveConfig, value: float, baseline: float, metric: int = 0) -> float | None:
-    """The share of `baseline` by which `value` is better than it; None if that is 0."""
+    """The share of `baseline` by which `value` is better; None if `baseline` is 0."""
     return sign(objective, metric) * (value / baseline - 1) if baseline else None
 
 
@@ -67,13 +67,13 @@ def values_for_sampler(sampler: object, objective: ObjectiveConfig, result: Resu
 
 
 def constraints(scenario: ScenarioConfig, metrics: Mapping[str, float], failed: int) -> dict[str, float]:
-    """What must be at most 0 for a trial to be feasible (Optuna's convention).
+    """Optuna's constraints: a trial is feasible if all are at most 0.
 
-    For a limit: how far p99 is over it, as a share of it; the bound that LoadGen's test goes by where there are enough
-    requests for one. `failed` requests allow none.
+    A limit's constraint is how far p99 exceeds it, as a share of it; where there are enough requests, p99's upper bound
+    in LoadGen's test is taken instead. A single one of `failed` requests makes a trial infeasible.
     """
-    found = {"failed_requests": float(failed)}
+    constraints = {"failed_requests": float(failed)}
     for name, limit in (("ttft", scenario.ttft_ms), ("tpot", scenario.tpot_ms)):
         if limit is not None:
-            found[f"{name}_p99"] = metrics.get(f"{name}_p99_upper_ms", metrics[f"{name}_p99_ms"]) / limit - 1
-    return found
+            constraints[f"{name}_p99"] = metrics.get(f"{name}_p99_upper_ms", metrics[f"{name}_p99_ms"]) / limit - 1
+    return constraints

@@ -1,4 +1,4 @@
-"""What a trial needs before it takes a GPU: the model, the backend, vLLM's flags, the samples."""
+"""Preparation of a trial before it takes a GPU: the model, the backend, vLLM's flags, the samples."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,20 +17,19 @@ from autotune.data.samples import Samples
 from autotune.measure import objective, runs
 from autotune.measure.backend import Backend, DryRunOutcome
 
-# What `_target_` in conf/ may name.
-WHITELIST = ("autotune.*",)
+WHITELIST = ("autotune.*",)  # where the functions lie that a `_target_` in conf/ may name
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is served, before it takes a GPU: it exists and its flags are known."""
+    """A model that exists, the backend to serve it, and vLLM's flags, checked."""
 
     model: Model
     backend: Backend
     args: dict[str, Any]  # vLLM's flags, as configured
 
     def dry_run(self, changes: Mapping[str, Any] | None = None) -> DryRunOutcome:
-        """vLLM's answer to these flags with `changes`; `resolved` has every flag that is given or known."""
+        """Ask vLLM for its answer to the flags with `changes`; `resolved` has every flag that is given or known."""
         args = self.args | dict(changes or {})
         outcome = self.backend.dry_run(self.model, args)
         given = {name: value for name, value in args.items() if value is not None}
@@ -38,7 +37,7 @@ class Prepared:
 
 
 def prepare(config: Config) -> Prepared:
-    """Check the model and vLLM's flags. Raises InputError."""
+    """Check `config`, and locate or build its model. Raises InputError."""
     cache = Path(config.cache_dir).expanduser()
     backend_class, settings = typed_target(config.backend, "backend")
     backend: Backend = backend_class(settings, cache)
@@ -51,19 +50,20 @@ def prepare(config: Config) -> Prepared:
 
 
 def configured_flags(config: Config) -> dict[str, Any]:
-    """vLLM's flags as `config` has them, by name with underscores."""
-    written = (config.scenario.args, config.model.args, config.engine.args)  # the last wins
-    return {flag.replace("-", "_"): value for args in written for flag, value in args.items()}
+    """vLLM's flags as configured, their names with underscores."""
+    layers = (config.scenario.args, config.model.args, config.engine.args)  # later ones win
+    return {flag.replace("-", "_"): value for args in layers for flag, value in args.items()}
 
 
 def gpu_count(config: Config) -> int:
-    """GPUs that a trial of `config` takes."""
+    """Number of GPUs that a trial takes."""
     return vllm_flags.gpus(configured_flags(config))
 
 
 def prepare_samples(config: Config, prepared: Prepared) -> Samples:
-    """The data set as the model sees it. Raises InputError."""
-    loaded = samples.prepare(config.dataset, prepared.model, Path(config.cache_dir).expanduser(), _partial(config.dataset.records))
+    """The data set as token ids of the model. Raises InputError."""
+    cache = Path(config.cache_dir).expanduser()
+    loaded = samples.prepare(config.dataset, prepared.model, cache, _partial(config.dataset.records))
     longest = prepared.args.get("max_model_len") or prepared.model.config.get("max_position_embeddings")
     if isinstance(longest, int):
         loaded.check_fits(longest)

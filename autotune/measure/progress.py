@@ -1,7 +1,7 @@
-"""What a running trial says of itself, and is told: two files in its folder, on whatever file system both sides see.
+"""The channel between a running trial and its study: two files in the trial's folder, which both can see.
 
-`progress.jsonl` holds a line for each phase that it enters and for each few seconds of measurement; `stop`, once it
-exists, asks the trial to end.
+The trial writes a line to `progress.jsonl` for each phase that it enters and for every few seconds of measurement. The
+study makes the file `stop` to ask the trial to end.
 """
 
 import json
@@ -13,23 +13,23 @@ from typing import Any
 from autotune.errors import StoppedError
 
 FILE, STOP = "progress.jsonl", "stop"
-METRICS = ("tokens_per_s", "samples_per_s", "goodput_per_s")  # what can be published before a run ends
-FAILING = "failing_qps"  # and of a search for the highest load: a load that broke a limit
+METRICS = ("tokens_per_s", "samples_per_s", "goodput_per_s")  # can be published before a run ends
+FAILING = "failing_qps"  # published by a search for the highest load: a load that broke a limit
 
 
 def begin(folder: Path) -> None:
-    """Forget an earlier run in `folder`."""
+    """Delete what an earlier run left in `folder`."""
     (folder / FILE).unlink(missing_ok=True)
     (folder / STOP).unlink(missing_ok=True)
 
 
 def phase(folder: Path, name: str) -> None:
-    """The trial is in this phase from now on: start, run."""
+    """Write down that the trial enters this phase: start, run."""
     _append(folder, {"phase": name})
 
 
 def publish(folder: Path, step: int, values: Mapping[str, float]) -> None:
-    """Metrics of the run so far; `step` counts them."""
+    """Write down metrics of the run so far; `step` counts these calls."""
     _append(folder, {"step": step, "values": dict(values)})
 
 
@@ -50,13 +50,14 @@ def _append(folder: Path, entry: dict[str, Any]) -> None:
 
 
 class Reader:
-    """The lines of a trial's progress, each once."""
+    """Reads a trial's progress as it is written."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
         self._at = 0
 
     def new(self) -> list[dict[str, Any]]:
+        """The entries since the last call."""
         try:
             with self._path.open() as file:
                 file.seek(self._at)

@@ -1,4 +1,4 @@
-"""What a trial showed over time: from the files in its folder to points of metrics."""
+"""A trial's metrics over time, from the files in its folder."""
 
 import csv
 import json
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from autotune.measure import progress
 
-SYSTEM = "system.jsonl"  # a line for each sample that MLflow's monitor took of the machine, with its `time`
+SYSTEM = "system.jsonl"  # a line for each sample of the machine, with its `time`
 SERVER, GPU = "server.csv", "gpu.csv"  # columns as in vLLM's /metrics and in nvidia-smi, `time_s` since the run began
-MOST = 300  # points that are kept of a metric
+MOST = 300  # points of each metric
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Point:
     metric: str  # run/tokens_per_s, server/running, gpu/power_w, system/cpu_utilization_percentage
     value: float
     time: float  # seconds since the epoch
-    second: int  # since the run began; before it while the server starts
+    second: int  # since the run began; negative while the server starts
 
 
 def read(folder: Path, started_at: float) -> list[Point]:
-    """At most MOST points of each metric; the run began at `started_at` where nothing says when it did."""
+    """At most MOST points of each metric; `started_at` counts as the run's beginning if no file tells it."""
     entries = progress.Reader(folder).new()
     began = next((entry["time"] for entry in entries if entry.get("phase") == "run"), started_at)
     by_metric = defaultdict(list)
@@ -52,5 +52,5 @@ def _values(folder: Path, entries: list[dict[str, object]], began: float) -> Ite
 
 
 def number(text: str) -> float:
-    """What write_rows made of a number or a truth value."""
+    """A number or a boolean, as write_rows wrote it."""
     return float(text) if text not in ("True", "False") else float(text == "True")

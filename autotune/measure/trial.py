@@ -17,7 +17,7 @@ from autotune.measure import objective, runs, series
 from autotune.measure.backend import Engine
 from autotune.measure.prepare import gpu_count, prepare, prepare_samples
 from autotune.measure.result import Result, State
-from autotune.measure.runs import Run
+from autotune.measure.runs import RunResult
 from autotune.system.host import git_revision, recorded
 from autotune.system.leases import lease_for, leased
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def run(config: Config, overrides: list[str], folder: Path) -> Result:
     """Measure `config`; result.json and all logs go to `folder`.
 
-    Raises the AutotuneError that ended the trial, after it was written down.
+    Raises the AutotuneError that ended the trial, once result.json holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     result = Result(started_at=time.time(), overrides=redact(overrides))
@@ -51,12 +51,12 @@ def run(config: Config, overrides: list[str], folder: Path) -> Result:
 
 
 def as_yaml(config: Config) -> str:
-    """`config` as a trial leaves it in config.yaml, secrets hidden."""
+    """The text of a trial's config.yaml, with secrets hidden."""
     return OmegaConf.to_yaml(redact(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)))
 
 
 def names(config: Config) -> dict[str, str]:
-    """What was chosen of each group."""
+    """The options that `config` was composed of, by group."""
     return {
         "model": config.model.name,
         "dataset": config.dataset.name,
@@ -74,9 +74,9 @@ def _measure(config: Config, result: Result, folder: Path) -> None:
         "dataset_samples": str(len(loaded)),
         "autotune": git_revision(),
     }
-    # Beside the start: vLLM's answer, where a study has not asked already, takes an import of it, too.
-    with ThreadPoolExecutor(1) as beside:
-        answer = beside.submit(prepared.dry_run)
+    # The dry run takes an import of vLLM, unless the study has made it already: so it runs beside the start.
+    with ThreadPoolExecutor(1) as pool:
+        outcome = pool.submit(prepared.dry_run)
         with (
             lease_for(config.gpus, gpu_count(config)) as lease,
             prepared.backend.start(prepared.model, prepared.args, loaded, folder, lease) as engine,
@@ -84,16 +84,16 @@ def _measure(config: Config, result: Result, folder: Path) -> None:
             result.facts |= leased(lease)
             every_s = config.tracking.system_metrics_s if config.tracking.enabled and not engine.estimated else 0.0
             with recorded(folder / series.SYSTEM, every_s):
-                measure(config, engine, answer.result().resolved, folder, result)
+                measure(config, engine, outcome.result().resolved, folder, result)
             stopping = time.monotonic()
     if not result.estimated:
         result.phases["stop"] = time.monotonic() - stopping
 
 
-def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> Run:
+def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> RunResult:
     """Make the runs that `config` asks for on `engine`, and fill `result`; `flags` are vLLM's, resolved.
 
-    Returns the run that `result` tells of.
+    Returns the run that `result` describes.
     """
     result.estimated, result.command = engine.estimated, engine.command
     result.start = engine.start

@@ -15,7 +15,7 @@ from autotune.data.samples import Samples
 from autotune.errors import StartError
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
 from autotune.measure.result import Result, State
-from autotune.measure.runs import Run
+from autotune.measure.runs import RunResult
 from autotune.measure.trial import measure
 from autotune.search.space import Space, swept_flags
 from autotune.search.tell import tell_infeasible, tell_measured
@@ -41,7 +41,7 @@ def simulation(config: Config, backend: dict[str, Any]) -> Simulation:
 
 
 def estimate(
-    simulation: Simulation, params: Mapping[str, Any], observe: Callable[[Run], None] = lambda _: None
+    simulation: Simulation, params: Mapping[str, Any], observe: Callable[[RunResult], None] = lambda _: None
 ) -> Result:
     """The result of a trial with these parameters, by configuration key; without any it is the baseline's.
 
