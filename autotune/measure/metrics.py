@@ -3,27 +3,27 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import stdtrit  # scipy.stats would make each trial start a second later
 
 from autotune.measure import early_stopping
 from autotune.measure.backend import RequestTiming
 
-Limits = tuple[float | None, float | None]  # on TTFT and TPOT, s; None where there is none
+Limits = tuple[float | None, float | None]  # on TTFT and TPOT, s; None is no limit
 PERCENTILES = (50, 90, 95, 97, 99, 99.9)
 
 
 def summary(name: str, seconds: Sequence[float]) -> dict[str, float]:
     """Mean and percentiles of `seconds` in ms, as `<name>_mean_ms`, `<name>_p99_ms`, …"""
     values = np.asarray(seconds) * 1e3
-    found = {f"{name}_mean_ms": float(values.mean())}
-    # The smallest value that at least p % of the requests do not exceed, as LoadGen takes it.
+    figures = {f"{name}_mean_ms": float(values.mean())}
+    # The smallest of the values that at least p % of the requests do not exceed: LoadGen's definition.
     for percentile, value in zip(PERCENTILES, np.percentile(values, PERCENTILES, method="higher"), strict=True):
-        found[f"{name}_p{percentile:g}_ms"] = float(value)
-    return found
+        figures[f"{name}_p{percentile:g}_ms"] = float(value)
+    return figures
 
 
 def within(request: RequestTiming, limits: Limits) -> bool:
-    """Whether `request` holds both limits."""
+    """True if `request` keeps both limits."""
     ttft, tpot = limits
     return (ttft is None or request.ttft <= ttft) and (tpot is None or request.tpot <= tpot)
 
@@ -31,12 +31,12 @@ def within(request: RequestTiming, limits: Limits) -> bool:
 def from_requests(requests: Sequence[RequestTiming], limits: Limits, total: int | None = None) -> dict[str, float]:
     """Latencies and rates as the client saw them; `limits` decide goodput.
 
-    Rates are over the time from the first issue to the last token. `<name>_p99_upper_ms` is what p99 is below with 99 %
-    confidence, by which LoadGen's test of a run of `total` queries goes; it takes 459.
+    Rates are over the time from the first issue to the last token. With 99 % confidence p99 is below
+    `<name>_p99_upper_ms`: the bound that LoadGen's test of a run of `total` queries uses, which needs 459 of them.
     """
     duration = max(r.last_token for r in requests) - min(r.issued for r in requests)
     ttft, tpot = [r.ttft for r in requests], [r.tpot for r in requests]
-    found = {
+    figures = {
         "duration_s": duration,
         "requests": len(requests),
         "output_tokens": sum(r.output_tokens for r in requests),
@@ -49,8 +49,8 @@ def from_requests(requests: Sequence[RequestTiming], limits: Limits, total: int 
     }
     for name, latencies in (("ttft", ttft), ("tpot", tpot)):
         if (upper := early_stopping.upper_bound(latencies, total or len(requests))) is not None:
-            found[f"{name}_p99_upper_ms"] = upper * 1e3
-    return found
+            figures[f"{name}_p99_upper_ms"] = upper * 1e3
+    return figures
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, list[float] | None]:
