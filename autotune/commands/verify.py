@@ -207,7 +207,7 @@ def run(repeats: Sequence[Repeat], launcher: Launcher, on_end: Callable[[Repeat,
     waiting = [repeat for repeat in repeats if not repeat.is_complete()]
     running: list[tuple[Repeat, Job]] = []
     try:
-        with interrupt.held():  # a job that has started is always in `running`
+        with interrupt.deferred():  # a job that has started is always in `running`
             while waiting or running:
                 interrupt.check()
                 free = launcher.n_jobs - len(running)

@@ -171,7 +171,7 @@ class Sweep:
         config = self._config
         with tracking.study(config.tracking, config.study, self._folder) as self._tracker:
             try:
-                with interrupt.held():  # neither the storage nor the start of a job is cut off midway
+                with interrupt.deferred():  # neither the storage nor the start of a job is cut off midway
                     self._resume()
                     with Display(self._n_trials, config.objective) as self._display:
                         self._run_trials()

@@ -1,1 +1,1 @@
-"""Processes, signals, GPUs, files and the machine."""
+"""The operating system: processes, signals, leases of GPUs, files and the machine."""

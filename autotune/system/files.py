@@ -1,4 +1,4 @@
-"""Files that are written whole, tables as CSV, and where log lines go besides the terminal."""
+"""Files: written whole, as CSV, or as a copy of the log."""
 
 import csv
 import dataclasses
@@ -16,7 +16,7 @@ Row = TypeVar("Row", bound="DataclassInstance")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `path` so that a reader sees the old text or the new one, never a part; its folder is made if missing."""
+    """Write `path` so that readers see the old text or the new one, never a part; its folder is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(text)
@@ -24,7 +24,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
-    """Write dataclasses of `kind` as CSV: a header of the fields' names, then a line each."""
+    """Write dataclasses of `kind` as CSV: a header with the fields' names, then a line for each."""
     with path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow([field.name for field in dataclasses.fields(kind)])

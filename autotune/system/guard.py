@@ -1,11 +1,11 @@
-"""Runs a command and outlives it: when its own parent is gone, nothing the command started is left.
+"""Run a command, and leave nothing behind that it started, even if the guard's own parent dies.
 
     python guard.py GRACE_S COMMAND …
 
-Standard input is a pipe that the parent never writes to. Its end means that the parent has stopped the
-command, or has died in whatever way; SIGTERM means the same. The command then gets SIGTERM, GRACE_S later
-SIGKILL, and so does every process it left behind, also those that left its process group. Exits with the
-command's code, or 128 + the signal that ended it. Standard library only, so that it starts in milliseconds.
+Standard input is a pipe that the parent never writes to. Its end means that the parent wants the command to end, or has
+died in whatever way; SIGTERM means the same. The command then gets SIGTERM and, GRACE_S later, SIGKILL. Once it has
+ended, every process that it left behind gets SIGKILL, also those that left its process group. Exits with the command's
+code, or 128 + the signal that ended it. Uses the standard library only, so that it starts in milliseconds.
 """
 
 import ctypes
@@ -20,19 +20,19 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def children(pid: int) -> list[int]:
-    found = []
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         if int(fields[1]) == pid:
-            found.append(int(stat.parent.name))
-    return found
+            pids.append(int(stat.parent.name))
+    return pids
 
 
 def kill_descendants() -> None:
-    """SIGKILL what is left; as subreaper this process inherits each orphan, so the tree ends up empty."""
+    """Kill all descendants: as subreaper this process inherits each orphan, until none is left."""
     while pids := children(os.getpid()):
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
@@ -41,9 +41,9 @@ def kill_descendants() -> None:
 
 
 def guard(grace_s: float, parent: int) -> int | None:
-    """Fork. The child gets None; this process guards it until it ends, and gets its exit code.
+    """Fork. Returns None in the child; in this process, which guards the child until it ends, its exit code.
 
-    The end of what can be read from the descriptor `parent` means that the child is to end.
+    The child is to end once the descriptor `parent` reaches its end of file.
     """
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     wake, woken = os.pipe()
@@ -62,7 +62,7 @@ def guard(grace_s: float, parent: int) -> int | None:
     if ended not in ready:
         os.kill(pid, signal.SIGTERM)
         select.select([ended], [], [], grace_s)
-        os.kill(pid, signal.SIGKILL)  # it is still to be waited for, so this is no other's pid
+        os.kill(pid, signal.SIGKILL)  # not waited for yet, so the pid can't be another process's
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     kill_descendants()
     return 128 - code if code < 0 else code
@@ -73,7 +73,7 @@ def main() -> int:
     if code is None:
         assert os.open(os.devnull, os.O_RDONLY) == sys.stdin.fileno() == 0
         os.set_inheritable(0, True)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them
             signal.signal(number, signal.SIG_DFL)
         os.execvp(sys.argv[2], sys.argv[2:])
     return code

@@ -1,4 +1,4 @@
-"""The machine a trial runs on: hardware, driver and revision, and what it does meanwhile."""
+"""The machine that a trial runs on: its hardware, its load, and the revision of autotune on it."""
 
 import functools
 import json
@@ -20,16 +20,16 @@ MB = 1e6
 
 @functools.cache
 def hardware() -> dict[str, str]:
-    """`gpu`, `gpus` and `driver` where there is an NVIDIA GPU, else `cpu`; always `node`."""
-    facts = {"node": platform.node(), "cpu": _cpu()}
+    """`node` and `cpu`; where there is an NVIDIA GPU also `gpu`, `gpus` and `driver`."""
+    environment = {"node": platform.node(), "cpu": _cpu()}
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         done = subprocess.run(query, capture_output=True, text=True)
         if done.returncode == 0 and done.stdout.strip():
             lines = done.stdout.strip().splitlines()
             name, driver = (part.strip() for part in lines[0].split(","))
-            facts |= {"gpu": name, "gpus": str(len(lines)), "driver": driver}
-    return facts
+            environment |= {"gpu": name, "gpus": str(len(lines)), "driver": driver}
+    return environment
 
 
 def _cpu() -> str:
@@ -40,7 +40,7 @@ def _cpu() -> str:
 
 @functools.cache
 def git_revision() -> str:
-    """Revision of autotune itself, with `+changes` where the working tree has some; empty outside git."""
+    """Revision of autotune, with `+changes` if its working tree has some; empty outside git."""
     here = Path(__file__).parent
     if not shutil.which("git"):
         return ""
@@ -52,7 +52,7 @@ def git_revision() -> str:
 
 @contextmanager
 def recorded(path: Path, every_s: float) -> Iterator[None]:
-    """Write a line of JSON, `time` and `load`, to `path` every `every_s` seconds of the block; 0 writes none."""
+    """Write `time` and `load` as a line of JSON to `path` every `every_s` seconds of the block; 0 writes none."""
     if not every_s:
         yield
         return
@@ -75,7 +75,7 @@ def recorded(path: Path, every_s: float) -> Iterator[None]:
 
 
 def load(before: psutil._ntuples.snetio) -> dict[str, float]:
-    """What this machine does now, under MLflow's names of system metrics; traffic since `before`."""
+    """The machine's load now, by MLflow's names of system metrics; network traffic since `before`."""
     memory, disk, network = psutil.virtual_memory(), psutil.disk_usage("/"), psutil.net_io_counters()
     return {
         "cpu_utilization_percentage": psutil.cpu_percent(),

@@ -1,8 +1,8 @@
 """SIGINT and SIGTERM unwind every `with`, so that no server stays behind.
 
-The exception can be lost where Python ignores exceptions (a destructor, a callback), and comes amid whatever runs (a
-database's transaction). So whoever waits for long calls `check`, which raises it again, and whoever must not be cut
-anywhere else is `held`.
+The exception comes in the midst of whatever runs (a database's transaction), and is lost where Python ignores
+exceptions (in a destructor or a callback). So code that must not be cut short runs within `deferred`, and code that
+waits for long calls `check`, which raises the exception again.
 """
 
 import signal
@@ -12,35 +12,35 @@ from contextlib import contextmanager
 from types import FrameType
 
 _received: list[int] = []
-_held = False
+_deferred = False
 
 
 def install() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job starts with SIGINT ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # sets SIGINT, too: a shell's background job starts with it ignored
         signal.signal(number, _handle)
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """The first signal raises nothing until the next `check`, or the end of this; a second one does so at once."""
-    global _held
-    _held = True
+def deferred() -> Iterator[None]:
+    """Let the first signal wait for the next `check` or the end of the block; a second one raises at once."""
+    global _deferred
+    _deferred = True
     try:
         yield
     finally:
-        _held = False
+        _deferred = False
     check()
 
 
 def check() -> None:
-    """Raise what the first signal raised, if there was one."""
+    """Raise the first signal's exception again, if there was a signal."""
     if _received:
         _raise(_received[0])
 
 
 def _handle(number: int, _frame: FrameType | None) -> None:
     _received.append(number)
-    if not _held or len(_received) > 1:
+    if not _deferred or len(_received) > 1:
         _raise(number)
 
 

@@ -1,4 +1,4 @@
-"""GPUs for one trial at a time: a lock on a file for each, freed by the kernel when its holders are gone."""
+"""Leases of GPUs, each for one trial at a time: a lock on a file, freed by the kernel when its holders have ended."""
 
 import fcntl
 import os
@@ -12,18 +12,18 @@ from typing import Any, BinaryIO
 
 from autotune.errors import InputError
 
-FOLDER = Path(os.environ.get("AUTOTUNE_LEASES", "/tmp/autotune-leases"))  # one for all users of this machine
+FOLDER = Path(os.environ.get("AUTOTUNE_LEASES", "/tmp/autotune-leases"))  # shared by all users of this machine
 POLL_S = 0.1
 
 
 @dataclass(frozen=True)
 class Lease:
     gpus: tuple[int, ...]
-    files: tuple[int, ...]  # descriptors; a process that inherits them holds the lease, too
+    files: tuple[int, ...]  # descriptors of the locks; a process that inherits them holds the lease, too
 
 
 def devices(gpus: Any) -> list[int]:
-    """The GPU indices that `gpus` (a list or `all`) names. Raises InputError."""
+    """Indices of the GPUs that `gpus` (a list or `all`) names. Raises InputError."""
     if gpus != "all":
         if not isinstance(gpus, list) or not gpus or not all(type(gpu) is int and gpu >= 0 for gpu in gpus):
             raise InputError(f"gpus={gpus}: write a list of indices, gpus=[0,1], or gpus=all")
@@ -38,25 +38,25 @@ def devices(gpus: Any) -> list[int]:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
     except FileNotFoundError:
         listed = ""
-    found = list(range(listed.count("GPU ")))
-    if not found:
+    listed_gpus = list(range(listed.count("GPU ")))
+    if not listed_gpus:
         raise InputError("gpus=all: nvidia-smi lists no GPU here; write gpus=[0,1], or gpus=null for none")
-    return found
+    return listed_gpus
 
 
 @contextmanager
 def lease(gpus: Sequence[int], count: int) -> Iterator[Lease]:
-    """`count` of `gpus`, for as long as the block lasts; waits until that many are free.
+    """Lease `count` of `gpus` until the block ends; waits until that many are free.
 
-    Waiting is first come, first served, so that a trial of many GPUs is not overtaken for ever by small ones.
-    Raises InputError if there are not that many.
+    First come, first served, so that small trials can't keep one that needs many GPUs waiting for ever. Raises
+    InputError if there are not that many.
     """
     if count > len(gpus):
         raise InputError(f"this trial needs {count} GPUs (tensor × pipeline × data parallel), gpus has {len(gpus)}")
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with suppress(PermissionError):  # another user made it, and opened it to all
+    with suppress(PermissionError):  # another user has made it and opened it to all
         FOLDER.chmod(0o1777)
-    with ExitStack() as held:
+    with ExitStack() as locks:
         with _open("queue") as queue:
             fcntl.flock(queue, fcntl.LOCK_EX)
             taken: dict[int, BinaryIO] = {}
@@ -66,7 +66,7 @@ def lease(gpus: Sequence[int], count: int) -> Iterator[Lease]:
                         file = _open(f"gpu-{gpu}")
                         try:
                             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                            taken[gpu] = held.enter_context(file)
+                            taken[gpu] = locks.enter_context(file)
                         except BlockingIOError:
                             file.close()
                 if len(taken) < count:
@@ -76,16 +76,16 @@ def lease(gpus: Sequence[int], count: int) -> Iterator[Lease]:
 
 @contextmanager
 def lease_for(gpus: Any, count: int) -> Iterator[Lease | None]:
-    """`count` of the GPUs that `gpus` names (a list or `all`); null leases none. Raises InputError."""
+    """Lease `count` of the GPUs that `gpus` (a list or `all`) names; null leases none. Raises InputError."""
     if gpus is None:
         yield None
         return
-    with lease(devices(gpus), count) as held:
-        yield held
+    with lease(devices(gpus), count) as granted:
+        yield granted
 
 
 def leased(lease: Lease | None) -> dict[str, str]:
-    """The fact `leased_gpus` of a trial that leased some."""
+    """The entry `leased_gpus` for a result's `facts`; none without a lease."""
     return {"leased_gpus": ",".join(map(str, lease.gpus))} if lease else {}
 
 

@@ -19,10 +19,10 @@ GUARD = Path(__file__).with_name("guard.py")
 
 
 class GuardedProcess:
-    """`command` in its own session, under guard.py, with its output in `log`.
+    """A command in its own session, under guard.py, with its output in `log`.
 
-    `keep` are descriptors (a lease's locks) that stay open until the last of them has ended.
-    Leaving the `with` block ends it and everything it started; so does the death of this process.
+    The descriptors `keep` (a lease's locks) stay open until the command and everything it started have ended. Leaving
+    the `with` block ends them all; so does the death of this process.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class GuardedProcess:
 
     @property
     def session(self) -> int:
-        """Session id that the command and its children share, unless they leave it."""
+        """Id of the session that the command and its children share, unless they leave it."""
         return self._guard.pid
 
     def exit_code(self) -> int | None:
-        """None while it runs; 128 + n after signal n."""
+        """None while it runs; 128 + n if signal n ended it."""
         return self._guard.poll()
 
     def wait(self, timeout_s: float) -> int | None:
@@ -67,16 +67,16 @@ class GuardedProcess:
     def stop(self) -> None:
         assert self._guard.stdin
         self._guard.stdin.close()
-        # The guard needs a moment after its own SIGKILL; longer than that and it is stuck itself.
+        # The guard needs a moment after its own SIGKILL; if it takes longer than that, it is stuck itself.
         if self.wait(self.stop_timeout_s + 5) is None:
             os.killpg(self._guard.pid, 9)
             self._guard.wait()
 
 
 def fork(work: Callable[[socket.socket], None], close: Sequence[socket.socket] = ()) -> socket.socket:
-    """Start a copy of this process that runs `work` on one end of a socket, then ends; returns the other end.
+    """Start a copy of this process that runs `work` on one end of a socket and then ends; returns the other end.
 
-    It dies with the thread that makes it. `close` is what it must not keep open: the sockets of earlier copies.
+    The copy dies with the thread that started it. It closes the sockets `close`, those of earlier copies.
     """
     parent = os.getpid()
     ours, theirs = socket.socketpair()
@@ -100,49 +100,49 @@ def fork(work: Callable[[socket.socket], None], close: Sequence[socket.socket] =
 
 
 class ForkServer:
-    """A guarded process that has done its imports, and then forks itself for each request: see `serve`."""
+    """A guarded process that has done its imports and then forks itself for each request; see `serve`."""
 
     def __init__(self, command: Sequence[str], log: Path, stop_timeout_s: float) -> None:
-        """`command` gets the descriptor for `serve` and `stop_timeout_s` as its last words."""
+        """Start `command`, with the descriptor for `serve` and `stop_timeout_s` added as its last arguments."""
         self.log = log
         self._stop_timeout_s = stop_timeout_s
         self._requests, theirs = socket.socketpair()
         with theirs:
             words = [*command, str(theirs.fileno()), str(stop_timeout_s)]
-            # It ends after the last of its forks, which has stop_timeout_s.
+            # It ends after the last of its forks, which may take stop_timeout_s.
             self._process = GuardedProcess(words, log, {}, stop_timeout_s + 10, keep=[theirs.fileno()])
 
     def runs(self) -> bool:
         return self._process.exit_code() is None
 
     def fork(self, request: bytes) -> "Forked":
-        """A process in which `serve` returns `request`."""
-        content = os.memfd_create("request")  # no file, as it may hold secrets
+        """Start a process in which `serve` returns `request`."""
+        content = os.memfd_create("request")  # not a file: a request may hold secrets
         os.write(content, request)
         os.lseek(content, 0, os.SEEK_SET)
         alive, keep = os.pipe()
-        code, told = os.pipe()
+        code, report = os.pipe()
         try:
-            socket.send_fds(self._requests, [b"1"], [content, alive, told])
+            socket.send_fds(self._requests, [b"1"], [content, alive, report])
         except BrokenPipeError:
-            pass  # it has ended, and so has what it forked: `code` will say so
+            pass  # the server has ended, and its forks with it; `code` will tell
         finally:
-            for descriptor in (content, alive, told):
+            for descriptor in (content, alive, report):
                 os.close(descriptor)
         return Forked(keep, code, self._stop_timeout_s)
 
 
 class Forked:
-    """A process that a ForkServer made; it ends with this one."""
+    """A process that a ForkServer forked; it ends with this process."""
 
     def __init__(self, keep: int, code: int, stop_timeout_s: float) -> None:
-        self._keep = os.fdopen(keep, "wb")  # as long as it is open, the process may run
-        self._code = os.fdopen(code, "rb")  # ends with the process's guard, which writes the exit code first
+        self._keep = os.fdopen(keep, "wb")  # while it is open, the process may run
+        self._code = os.fdopen(code, "rb")  # the process's guard writes the exit code, then closes it
         self._stop_timeout_s = stop_timeout_s
         self._ended: int | None = None
 
     def exit_code(self) -> int | None:
-        """None while it runs; 128 + n after signal n."""
+        """None while it runs; 128 + n if signal n ended it."""
         return self.wait(0)
 
     def wait(self, timeout_s: float) -> int | None:
@@ -154,19 +154,19 @@ class Forked:
         return self._ended
 
     def stop(self) -> None:
-        """End it and everything it started."""
+        """End the process and everything it started."""
         self._keep.close()
-        self.wait(self._stop_timeout_s + 5)  # then its guard has long killed it, or is stuck itself
+        self.wait(self._stop_timeout_s + 5)  # by then its guard has killed it, or is stuck itself
 
 
 def serve(descriptor: int, stop_timeout_s: float) -> bytes:
-    """In a ForkServer's process: returns each request in a fork of its own, in its own session and under a guard.
+    """Serve a ForkServer's requests: returns each of them in a fork, in its own session and under a guard.
 
-    The process that calls this never returns, and must have no thread of its own (numpy's are stopped by a fork).
+    In the calling process it never returns. That process must have no threads (numpy stops its own at a fork).
     """
     requests = socket.socket(fileno=descriptor)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaves no zombies
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the forks end first
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends after its forks
     while True:
         message, descriptors, _, _ = socket.recv_fds(requests, 1, 3)
         if not message:
@@ -175,21 +175,21 @@ def serve(descriptor: int, stop_timeout_s: float) -> bytes:
             requests.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, before)
-            content, alive, told = descriptors
-            return _guarded(content, alive, told, stop_timeout_s)
+            content, alive, report = descriptors
+            return _guarded(content, alive, report, stop_timeout_s)
         for received in descriptors:
             os.close(received)
     with suppress(ChildProcessError):
-        os.wait()  # for all of them, as SIGCHLD is ignored
+        os.wait()  # returns once all have ended, as SIGCHLD is ignored
     sys.exit()
 
 
-def _guarded(content: int, alive: int, told: int, stop_timeout_s: float) -> bytes:
+def _guarded(content: int, alive: int, report: int, stop_timeout_s: float) -> bytes:
     os.setsid()
     code = guard(stop_timeout_s, alive)
     if code is not None:
-        os.write(told, str(code).encode())
+        os.write(report, str(code).encode())
         os._exit(code)
-    os.close(told)
+    os.close(report)
     with os.fdopen(content, "rb") as file:
         return file.read()
