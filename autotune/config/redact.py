@@ -1,4 +1,4 @@
-"""Secrets never reach a file, a log or MLflow."""
+"""Redaction: secrets never reach a file, a log or MLflow."""
 
 import re
 from typing import Any
@@ -9,7 +9,7 @@ HIDDEN = "***"
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """`value` without passwords in URLs and without what stands under a secret's name (`hf_token`, `API_KEY`)."""
+    """`value` without passwords in URLs and without the values of secrets, told by name (`hf_token`, `API_KEY`)."""
     if isinstance(value, dict):
         return {key: redact(item, str(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Hydra's configuration of the sweeper; `autotune.sweep` implements it."""
+"""Configuration of the sweeper, which `autotune.sweep` implements."""
 
 from dataclasses import dataclass
 

@@ -1,8 +1,8 @@
-"""Configurations that version 0.1 left in its studies, under today's names."""
+"""Configurations of version 0.1's studies, brought up to date."""
 
 from typing import Any
 
-# Where `_target_` pointed to, and points to now.
+# Old and new values of `_target_`.
 MOVED = {
     "autotune.cnn_dailymail.records": "autotune.data.cnn_dailymail.records",
     "autotune.models.build_shape": "autotune.data.models.build_shape",
@@ -15,11 +15,11 @@ MOVED = {
 
 
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
-    """`config`, a trial's config.yaml, as this version would have written it."""
+    """A trial's config.yaml as this version would have written it."""
     moved: dict[str, Any] = _moved(config)
     for backend in (moved.get("backend"), (moved.get("prior") or {}).get("backend")):
         if isinstance(backend, dict):
-            backend.pop("gpus", None)  # `gpus` of the trial says it alone
+            backend.pop("gpus", None)  # now only the trial's own `gpus` counts
     return moved
 
 

@@ -1,23 +1,23 @@
-"""vLLM's flags as they are configured: names with underscores, null for vLLM's default."""
+"""vLLM's flags as configured: names with underscores, null for vLLM's default."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
-FLAG = "engine.args."  # before a flag's name in configuration keys
+FLAG = "engine.args."  # prefix of flags in configuration keys
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 
 
 def gpus(args: Mapping[str, Any]) -> int:
-    """How many GPUs a server with these flags takes."""
+    """Number of GPUs that a server with these flags takes."""
     return prod(int(args.get(name) or 1) for name in PARALLEL)
 
 
 def command_line(args: Mapping[str, Any], is_switch: Callable[[str], bool] = lambda _: True) -> list[str]:
-    """`args` as words for `vllm serve`; null is left out, lists repeat, objects become JSON.
+    """Arguments of `vllm serve` for `args`: nulls are left out, lists become several words, objects JSON.
 
-    A boolean is written `--flag` or `--no-flag` where `is_switch(flag)`, else as a value.
+    A boolean becomes `--flag` or `--no-flag` if `is_switch(flag)`, else a value.
     """
     words: list[str] = []
     for name, value in args.items():
@@ -36,12 +36,12 @@ def command_line(args: Mapping[str, Any], is_switch: Callable[[str], bool] = lam
 
 
 def groups(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each flag of a command line, with hyphens and without the leading ones, and the words that follow it."""
-    found: list[tuple[str, list[str]]] = []
+    """Each flag of a command line, without its leading hyphens, and the words that follow it."""
+    flags: list[tuple[str, list[str]]] = []
     for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            found.append((name, [value] if equals else []))
+            flags.append((name, [value] if equals else []))
         else:
-            found[-1][1].append(word)
-    return found
+            flags[-1][1].append(word)
+    return flags

@@ -1,1 +1,1 @@
-"""Models and samples."""
+"""Models, and the samples that are sent to them."""

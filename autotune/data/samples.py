@@ -1,10 +1,9 @@
-"""Data sets → token ids and output lengths, checked record by record."""
+"""Samples: a data set as token ids and output lengths, checked record by record."""
 
 import functools
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +17,21 @@ from tokenizers import Tokenizer
 from autotune.config.schema import DatasetConfig, Output
 from autotune.data.models import Model
 from autotune.errors import InputError
+from autotune.system.files import draft_of
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What is sent: `prompts[i]` are token ids, `output_tokens[i]` the most that request i generates."""
+    """Requests: `prompts[i]` is the prompt of request i as token ids, `output_tokens[i]` the most that it generates."""
 
     name: str
     checksum: str  # sha256 of all token ids and lengths
     prompts: list[NDArray[np.int32]]
     output_tokens: NDArray[np.int32]
-    ignore_eos: bool  # generate exactly output_tokens
-    path: Path  # the file that holds them
+    ignore_eos: bool  # generate exactly `output_tokens`
+    path: Path  # their file in the cache
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -48,17 +48,16 @@ class Samples:
                 )
 
     def save(self) -> None:
-        draft = self.path.with_suffix(f".{os.getpid()}.npz")
-        np.savez(
-            draft,
-            name=self.name,
-            checksum=self.checksum,
-            tokens=np.concatenate(self.prompts),
-            lengths=np.array([len(prompt) for prompt in self.prompts]),
-            output_tokens=self.output_tokens,
-            ignore_eos=self.ignore_eos,
-        )
-        draft.rename(self.path)
+        with draft_of(self.path) as draft, draft.open("wb") as file:
+            np.savez(
+                file,
+                name=self.name,
+                checksum=self.checksum,
+                tokens=np.concatenate(self.prompts),
+                lengths=np.array([len(prompt) for prompt in self.prompts]),
+                output_tokens=self.output_tokens,
+                ignore_eos=self.ignore_eos,
+            )
 
     @classmethod
     def load(cls, path: Path) -> "Samples":
@@ -76,10 +75,10 @@ class Samples:
 def prepare(
     config: DatasetConfig, model: Model, cache_dir: Path, make: Callable[..., Iterable[Record]] | None
 ) -> Samples:
-    """`config`'s samples as `model` sees them; made once, then cached on disk.
+    """The samples of `config` as token ids of `model`; made once, then cached on disk.
 
-    A file at the data set's path holds the records, unless `config.records` has a `path` and so reads it itself;
-    else `make(tokenizer=…)` yields them, called with `model=…` too if it takes one. Raises InputError.
+    If the data set has a path, the records are read from there, unless `config.records` has a `path` and so reads the
+    file itself. Else `make(tokenizer=…)` yields them; it is given `model=…`, too, if it takes that. Raises InputError.
     """
     key = hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
     if config.path:
@@ -92,7 +91,6 @@ def prepare(
         key.update(file.read_bytes())
     path = cache_dir / "samples" / f"{config.name}-{key.hexdigest()[:16]}.npz"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = model.tokenizer()
         if config.path and "path" not in (config.records or {}):
             records: Iterable[Record] = read_records(Path(config.path).expanduser())
@@ -107,11 +105,11 @@ def prepare(
 
 @functools.lru_cache(maxsize=4)
 def _loaded(path: Path) -> Samples:
-    return Samples.load(path)  # named for its content
+    return Samples.load(path)  # its name holds a hash of all that it is made from
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The records of a JSON list or of JSON lines. Raises InputError, naming the record."""
+    """Yield the records of a file of JSON or JSON lines. Raises InputError, naming the record."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -182,7 +180,7 @@ def _prompt_text(record: Record, where: str) -> str:
 
 
 def _output_length(record: Record, config: DatasetConfig, tokenizer: Tokenizer, where: str) -> int:
-    """Tokens to generate: the reference output's length within the configured bounds."""
+    """Number of tokens to generate: the length of the reference output, within the configured bounds."""
     if config.output is Output.natural:
         return config.max_output_tokens
     output = record.get("tok_output") or record.get("output")

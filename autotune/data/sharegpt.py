@@ -1,4 +1,4 @@
-"""Conversations, as ShareGPT's or OpenAI's JSON has them: each answer is a request with all that came before it."""
+"""Conversations in ShareGPT's or OpenAI's JSON: each answer is a request, and all that came before it the prompt."""
 
 import json
 import logging
@@ -31,10 +31,11 @@ def records(
     max_prompt_tokens: int | None = None,
     model: Model | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a record for every answer, or for each conversation's first: `tok_input` is what led to it.
+    """Yield a record for each answer, or for the first one of each conversation.
 
-    That goes through `model`'s chat template, if it has one. Left out are answers to no one, empty ones, and those
-    whose prompt is longer than `max_prompt_tokens`. Raises InputError, naming the record.
+    Its `tok_input` is the conversation up to the answer, through `model`'s chat template if it has one. Answers without
+    a question, empty answers, and those with a prompt longer than `max_prompt_tokens` are left out. Raises InputError,
+    naming the record.
     """
     if path is None:
         raise InputError(f"dataset=sharegpt: no file; write dataset.path=<JSON list of {EXAMPLE}>")
@@ -61,7 +62,7 @@ def records(
 
 
 def _answered(messages: list[Message]) -> list[int]:
-    """Where the answers are that someone asked for and that have a text."""
+    """Indices of the answers that follow a question and have a text."""
     roles = [message["role"] for message in messages]
     return [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i] and messages[i]["content"]]
 
@@ -86,10 +87,10 @@ def _messages(conversation: Any, where: str) -> list[Message]:
 
 
 def _encoder(tokenizer: Tokenizer, model: Model | None) -> Callable[[list[Message], str], list[int]]:
-    """What turns a conversation into a prompt for its next answer, token ids."""
+    """A function that turns a conversation into the prompt for its next answer, as token ids."""
     if model is None or not _has_chat_template(model.folder):
         return lambda messages, where: tokenizer.encode(_as_lines(messages)).ids
-    from transformers import AutoTokenizer  # seconds to import
+    from transformers import AutoTokenizer  # takes seconds to import
 
     chat = AutoTokenizer.from_pretrained(model.folder)
 
@@ -98,7 +99,7 @@ def _encoder(tokenizer: Tokenizer, model: Model | None) -> Callable[[list[Messag
             text = chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program, and many refuse some orders of roles
             raise InputError(f"{where}: the model's chat template refuses it ({error}); leave the record out") from None
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids  # the template has written them
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids  # the template has added them
         return ids
 
     return encode

@@ -1,4 +1,4 @@
-"""Records with chosen lengths, in MLPerf's format; the text is our own and the same for the same seed."""
+"""Records of chosen lengths in MLPerf's format, of made-up text that is the same for the same seed."""
 
 import random
 from collections.abc import Iterator
@@ -30,11 +30,11 @@ def news(
     seed: int,
     shared_prefix: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
-    """Yield `count` records: prompt lengths lognormal around their median, output lengths normal.
+    """Yield `count` records: prompt lengths are lognormal around their median, output lengths normal around their mean.
 
-    Lengths are tokens of `tokenizer`, exact, clipped to their bounds. The first `shared_prefix` (0 to 1) of each
-    prompt's tokens, rounded to whole ones and at most up to TAIL, is the start of one text for all prompts of the same
-    seed, as a system prompt would be; it changes no length. Raises InputError.
+    Lengths are exact numbers of tokens of `tokenizer`, clipped to their bounds. The share `shared_prefix` (0 to 1) of
+    each prompt, from its start and at most up to TAIL, is the same text in all prompts of a seed, as a system prompt
+    would be; it changes no length. Raises InputError.
     """
     if not 0 <= shared_prefix <= 1:
         raise InputError(f"dataset.records.shared_prefix={shared_prefix}: write a share from 0 to 1")
@@ -43,9 +43,9 @@ def news(
     tail = tokenizer.encode(TAIL, add_special_tokens=False).ids
     prefix = _text(tokenizer, random.Random(f"prefix {seed}"), round(shared_prefix * prompt_bounds[1]))
     for _ in range(count):
-        wanted = _clip(prompt_tokens * draw.lognormvariate(0, prompt_sigma), prompt_bounds)
-        room = max(1, wanted - len(head) - len(tail))
-        shared = min(max(0, round(shared_prefix * wanted) - len(head)), room)  # `head` is shared already
+        length = _clip(prompt_tokens * draw.lognormvariate(0, prompt_sigma), prompt_bounds)
+        room = max(1, length - len(head) - len(tail))
+        shared = min(max(0, round(shared_prefix * length) - len(head)), room)  # `head` is shared already
         body = prefix[:shared] + _text(tokenizer, draw, room)[shared:]
         output = _text(tokenizer, draw, _clip(draw.normalvariate(output_tokens, output_deviation), output_bounds))
         yield {
@@ -62,7 +62,7 @@ def _clip(value: float, bounds: tuple[int, int]) -> int:
 
 
 def _text(tokenizer: Tokenizer, draw: random.Random, tokens: int) -> list[int]:
-    """Exactly `tokens` token ids of made-up news: a word is at least one token, so that many words suffice."""
+    """Exactly `tokens` token ids of made-up news; as each word is at least one token, as many words are enough."""
     words: list[str] = []
     while len(words) < tokens:
         parts = [draw.choice(part.split("|")) for part in (WHO, DID, WHAT, WHERE, WHEN, WHY)]

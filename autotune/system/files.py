@@ -15,12 +15,19 @@ if TYPE_CHECKING:
 Row = TypeVar("Row", bound="DataclassInstance")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write `path` so that readers see the old text or the new one, never a part; its folder is made if missing."""
+@contextmanager
+def draft_of(path: Path) -> Iterator[Path]:
+    """A file that takes the place of `path` when the block ends, so that readers see its old content or its new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text)
+    yield draft
     draft.rename(path)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to `path` by way of `draft_of`; its folder is made if missing."""
+    with draft_of(path) as draft:
+        draft.write_text(text)
 
 
 def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
