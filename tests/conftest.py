@@ -24,6 +24,7 @@ Main = Callable[..., Done]
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # what has been imported need not be looked at in every collection
+    gc.set_threshold(100_000)  # and what a test leaves need not be collected often
 
 
 @pytest.fixture

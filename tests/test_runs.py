@@ -23,8 +23,18 @@ def run(folder: Path, *arguments: str) -> Result:
     return trial.run(config, [], folder)
 
 
-def test_highest_load_is_certified_and_bracketed(tmp_path: Path):
-    result = run(tmp_path, "scenario=interactive", "objective=max_qps", "scenario.min_duration_s=30")
+SEARCH = ["scenario=interactive", "objective=max_qps", "scenario.min_duration_s=30"]
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A trial that has looked for the highest load: its folder and its result."""
+    folder = tmp_path_factory.mktemp("searched")
+    return folder, run(folder, *SEARCH)
+
+
+def test_highest_load_is_certified_and_bracketed(searched: tuple[Path, Result]):
+    folder, result = searched
     assert result.values == [result.metrics["max_qps"]] and result.verdict == "VALID" and result.feasible
     assert result.metrics["max_qps"] < result.metrics["failing_qps"] < 1.05 * result.metrics["max_qps"]
     certifying = {round(one.qps, 6): one for one in result.runs if one.role == "certify"}
@@ -36,8 +46,8 @@ def test_highest_load_is_certified_and_bracketed(tmp_path: Path):
     assert result.bound == broken and broken in ("ttft", "tpot")
     assert result.metrics["ttft_p99_ms"] == passed.metrics["ttft_p99_ms"]
     for one in result.runs:
-        assert (tmp_path / one.folder / "server.csv").exists()
-    assert Result.load(tmp_path) == result
+        assert (folder / one.folder / "server.csv").exists()
+    assert Result.load(folder) == result
     # What a run that was stopped costs is what it took.
     spent = sum(one.metrics["duration_s"] for one in result.runs)
     assert result.phases["run"] == pytest.approx(spent, rel=0.02)
@@ -97,10 +107,9 @@ def test_search_that_can_find_nothing_is_refused_before_a_server_starts(argument
         prepare(config)
 
 
-def test_search_that_begins_where_the_load_is_known_takes_fewer_runs(tmp_path: Path):
-    asked = ["scenario=interactive", "objective=max_qps", "scenario.min_duration_s=30"]
-    unknown = run(tmp_path / "a", *asked)
-    known = run(tmp_path / "b", *asked, f"scenario.search.start_qps={unknown.values[0]}")
+def test_search_that_begins_where_the_load_is_known_takes_fewer_runs(tmp_path: Path, searched: tuple[Path, Result]):
+    _, unknown = searched
+    known = run(tmp_path, *SEARCH, f"scenario.search.start_qps={unknown.values[0]}")
     assert known.values == unknown.values
     assert [one.role for one in known.runs] == ["certify", "certify"] and len(unknown.runs) > 4
 
