@@ -7,7 +7,8 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 WORDS = (
     "model=tiny backend/device=cpu scenario=offline scenario.min_queries=64 dataset=synthetic dataset.records.count=64 "
-    "prior.trials=8 prior.devices=2 engine.args.max_num_seqs=range(8,65,step=8) engine.args.max_num_batched_tokens=choice(32,256,1024)"
+    "prior.trials=8 prior.devices=2 "
+    "engine.args.max_num_seqs=range(8,65,step=8) engine.args.max_num_batched_tokens=choice(32,256,1024)"
 )
 
 

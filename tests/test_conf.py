@@ -50,23 +50,24 @@ def test_options_compose_and_their_targets_exist(options: list[str]):
 
 
 @pytest.mark.parametrize(
-    ("group", "option", "key", "value"),
+    ("group", "option", "fields"),
     [
-        ("backend", "live", "start_timeout_s", 5.0),
-        ("backend", "live", "env.X", "1"),
-        ("backend", "sim", "device.link_gbs", 30.0),
-        ("launcher", "gpus", "n_jobs", 2),
-        ("launcher", "slurm", "n_jobs", 2),
-        ("launcher", "slurm", "parameters.slurm_partition", "gpu"),
-        ("launcher", "slurm", "parameters.slurm_reservation", "mine"),
-        ("prior", "sim", "keep", 3),
-        ("prior", "sim", "backend.pace", 2.0),
-        ("tracking", "mlflow", "system_metrics_s", 0.0),
+        ("backend", "live", {"start_timeout_s": 5.0, "env.X": "1"}),
+        ("backend", "sim", {"device.link_gbs": 30.0}),
+        ("launcher", "gpus", {"n_jobs": 2}),
+        (
+            "launcher",
+            "slurm",
+            {"n_jobs": 2, "parameters.slurm_partition": "gpu", "parameters.slurm_reservation": "mine"},
+        ),
+        ("prior", "sim", {"keep": 3, "backend.pace": 2.0}),
+        ("tracking", "mlflow", {"system_metrics_s": 0.0}),
     ],
 )
-def test_field_is_set_without_a_plus(group: str, option: str, key: str, value: object):
-    config = composed("model=tiny", f"{group}={option}", f"{group}.{key}={value}")
-    assert OmegaConf.select(OmegaConf.structured(config), f"{group}.{key}") == value
+def test_field_is_set_without_a_plus(group: str, option: str, fields: dict[str, object]):
+    config = composed("model=tiny", f"{group}={option}", *(f"{group}.{key}={value}" for key, value in fields.items()))
+    made = OmegaConf.structured(config)
+    assert {key: OmegaConf.select(made, f"{group}.{key}") for key in fields} == fields
 
 
 def test_options_take_in_the_schemas_defaults():
