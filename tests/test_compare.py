@@ -57,7 +57,12 @@ def test_other_objective_is_said(first: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["s"], "name two studies or more"), (["s", "r"], "study=r: no such folder below multirun/; there is s")],
+    [
+        (["s"], "name two studies or more"),
+        (["s", "r"], "study=r: no such folder below multirun/; there is s"),
+        (["s", "s", "format=xml"], "Invalid value 'xml', expected one of [text, json]"),
+        (["s", "s", "output=."], "output=.: Is a directory; write a file's path"),
+    ],
 )
 def test_what_can_not_be_compared_is_one_line(first: Path, words: list[str], said: str):
     done = compare(first, *words)

@@ -42,7 +42,7 @@ def test_its_report_is_written(study: Study):
 
 
 def test_it_is_compared_exported_and_repeated(study: Study):
-    assert compare.column(study).trials == len(study.swept)
+    assert compare.column_of(study).trials == len(study.swept)
     trial = next(name for name in study.swept if not study.results[name].duplicate_of)
     assert export.deployment(study, trial).flags
     settings = verify.Verify(study.name, trials=[trial], n=2)

@@ -1,10 +1,11 @@
-"""What a plan says of a study before it takes a GPU."""
+"""`autotune plan`: a study simulated before it takes a GPU."""
 
 import pytest
 
 from autotune.commands import plan
 from autotune.config.command_line import compose
 from autotune.search.space import parse
+from tests.conftest import Main
 
 SEQS, MEMORY = "engine.args.max_num_seqs", "engine.args.gpu_memory_utilization"
 
@@ -29,3 +30,17 @@ def test_plan_says_what_runs_what_bounds_it_the_gain_and_the_hours(monkeypatch: 
 def test_plan_names_the_limit_that_binds(monkeypatch: pytest.MonkeyPatch):
     text = planned(monkeypatch, "scenario=interactive", "scenario.qps=45", f"{SEQS}=choice(64,256)")
     assert "the limit that binds is tpot p99" in text and "nothing that holds the limits" in text
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("prior=none", "prior=none: a plan needs a device to simulate; leave it out, or write prior=sim"),
+        ("model=gpt9", "In 'config': Could not find 'model/gpt9'"),
+        ("n_trials=many", "Value 'many' of type 'str' could not be converted to Integer"),
+    ],
+)
+def test_what_can_not_be_planned_is_one_line(main: Main, word: str, said: str):
+    done = main("plan", "model=llama8b", word)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert said in done.stderr and done.stderr.count("\n") == 1

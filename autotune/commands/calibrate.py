@@ -1,4 +1,4 @@
-"""Fits a device's constants to measured trials; see `autotune calibrate --help`."""
+"""Fit a device's constants to measured trials; see `autotune calibrate --help`."""
 
 from autotune.sim.calibrate import main
 

@@ -1,9 +1,11 @@
-"""Studies side by side: another model, GPU, vLLM or sampler.
+"""Show studies side by side, of different models, GPUs, versions of vLLM or samplers:
 
     autotune compare llama8b-h100 llama8b-h200
 
-names two or more studies below multirun/, or their folders. format=json prints the same for programs, output=<file>
-writes it.
+Name two or more studies below multirun/, or their folders.
+
+format  text, or json for programs
+output  a file; without it the terminal
 """
 
 import json
@@ -22,7 +24,7 @@ from autotune.measure.result import State
 from autotune.results.study import Study, load
 from autotune.text import aligned
 
-NOTHING = "–"
+ABSENT = "–"
 
 
 class Format(Enum):
@@ -38,7 +40,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Column:
-    """One study. Values are of the objective's first metric; null where there is none."""
+    """One study. Values are of the objective's first metric; null if there is none."""
 
     study: str
     objective: str  # metrics and directions
@@ -48,7 +50,7 @@ class Column:
     device: str
     vllm: str
     sampler: str
-    trials: int  # that completed, the baseline not counted
+    trials: int  # completed, without the baseline
     failed: int
     baseline: float | None
     best: float | None
@@ -58,7 +60,7 @@ class Column:
     params: dict[str, Any]  # of the best
 
 
-def column(study: Study) -> Column:
+def column_of(study: Study) -> Column:
     config, best = study.config, study.best
     states = [result.state for result in study.swept.values()]
     facts = next((result.facts for result in study.complete.values()), {})
@@ -79,7 +81,7 @@ def column(study: Study) -> Column:
         best=study.results[best].values[0] if best else None,
         best_trial=best,
         gain=study.gain(best) if best and baseline else None,
-        engine_s_to_best=_engine_s(study, best) if best else None,
+        engine_s_to_best=_engine_s_until(study, best) if best else None,
         params=study.results[best].params if best else {},
     )
 
@@ -90,54 +92,49 @@ def _scenario(config: Config) -> str:
     return ", ".join(filter(None, [scenario.name, offered_load(config.objective, scenario), *limits]))
 
 
-def _engine_s(study: Study, until: str) -> float:
-    """Seconds of start and run of everything that ended before `until` did, and of it."""
-    last = study.results[until].ended_at
+def _engine_s_until(study: Study, trial: str) -> float:
+    """Engine time, s, of `trial` and all that ended before it."""
+    last = study.results[trial].ended_at
     return sum(result.engine_s for result in study.results.values() if result.ended_at <= last)
 
 
 def render(columns: Sequence[Column]) -> str:
-    """The studies beside each other, what is not the same marked with ≠."""
-    lines = [["", "", *(one.study for one in columns)]]
+    """A table with a column for each study; ≠ marks a row where they differ."""
+    lines = [["", "", *(column.study for column in columns)]]
 
     def row(name: str, cells: Sequence[str]) -> None:
         lines.append(["≠" if len(set(cells)) > 1 else "", name, *cells])
 
     for name in ("objective", "model", "dataset", "scenario", "device", "vllm", "sampler"):
-        row(name, [getattr(one, name) or NOTHING for one in columns])
+        row(name, [getattr(column, name) or ABSENT for column in columns])
     lines.append([])
     figures = {
-        "trials": [f"{one.trials}, {one.failed} failed" for one in columns],
-        "baseline": [_number(one.baseline) for one in columns],
-        "best": [_number(one.best) for one in columns],
-        "gain": [f"{one.gain:+.1%}" if one.gain is not None else NOTHING for one in columns],
+        "trials": [f"{column.trials}, {column.failed} failed" for column in columns],
+        "baseline": [_shown(column.baseline, "{:,.4g}") for column in columns],
+        "best": [_shown(column.best, "{:,.4g}") for column in columns],
+        "gain": [_shown(column.gain, "{:+.1%}") for column in columns],
         "engine time to best": [
-            f"{one.engine_s_to_best / 60:.1f} min" if one.engine_s_to_best is not None else NOTHING for one in columns
+            _shown(column.engine_s_to_best and column.engine_s_to_best / 60, "{:.1f} min") for column in columns
         ],
     }
     lines += [["", name, *cells] for name, cells in figures.items()]
     lines.append([])
-    lines.append(["", "best configuration", *(one.best_trial or NOTHING for one in columns)])
-    for name in dict.fromkeys(name for one in columns for name in one.params):
-        row(
-            f"  {name.removeprefix(FLAG)}",
-            [_value(one.params[name]) if name in one.params else NOTHING for one in columns],
-        )
-    return "\n".join([*aligned(lines, left=True), *_different(columns)]) + "\n"
+    lines.append(["", "best configuration", *(column.best_trial or ABSENT for column in columns)])
+    for name in dict.fromkeys(name for column in columns for name in column.params):
+        row(f"  {name.removeprefix(FLAG)}", [_param(column, name) for column in columns])
+    text = aligned(lines, left=True)
+    if len({column.objective for column in columns}) > 1:
+        text += ["", "The objectives differ: the values of these studies can't be compared, only what each gained."]
+    return "\n".join(text) + "\n"
 
 
-def _different(columns: Sequence[Column]) -> list[str]:
-    if len({one.objective for one in columns}) == 1:
-        return []
-    return ["", "The objectives differ: the values of these studies can't be compared, only what each gained."]
-
-
-def _value(value: Any) -> str:
+def _param(column: Column, name: str) -> str:
+    value = column.params.get(name, ABSENT)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _number(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:,.4g}"
+def _shown(value: float | None, format: str) -> str:
+    return ABSENT if value is None else format.format(value)
 
 
 def main() -> None:
@@ -146,9 +143,12 @@ def main() -> None:
         chosen = options(Compare, [word for word in sys.argv[1:] if word not in names], __doc__)
         if len(names) < 2:
             raise InputError("name two studies or more: autotune compare A B")
-        columns = [column(load(name)) for name in names]
-        as_json = json.dumps([asdict(one) for one in columns], indent=1) + "\n"
-        write_out(as_json if chosen.format is Format.json else render(columns), chosen.output)
+        columns = [column_of(load(name)) for name in names]
+        as_json = json.dumps([asdict(column) for column in columns], indent=1) + "\n"
+        try:
+            write_out(as_json if chosen.format is Format.json else render(columns), chosen.output)
+        except OSError as error:
+            raise InputError(f"output={chosen.output}: {error.strerror}; write a file's path") from None
 
 
 if __name__ == "__main__":

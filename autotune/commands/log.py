@@ -1,15 +1,17 @@
-"""Logs to MLflow what it lacks of a study, or of a single trial: after its server was down, say.
+"""Log a study or a single trial to MLflow later, when the server was down for example:
 
-autotune log multirun/STUDY --uri http://host:5000
+    autotune log multirun/STUDY --uri http://host:5000
+
+What MLflow has already is left as it is.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from autotune.config.command_line import errors_in_one_line
 from autotune.config.redact import redact
 from autotune.config.schema import TrackingConfig
-from autotune.errors import TrackingError
+from autotune.errors import InputError
 from autotune.measure.result import Result
 from autotune.results.tracking import Tracker, check
 
@@ -22,22 +24,25 @@ def main() -> None:
     parser.add_argument("--uri", default="sqlite:///multirun/mlflow.db", help="MLflow tracking URI")
     parser.add_argument("--experiment", default="autotune", help="MLflow experiment")
     options = parser.parse_args()
-    found = {path.parent: Result.load(path.parent) for path in sorted(options.folder.glob("**/result.json"))}
-    trials = {folder: result for folder, result in found.items() if result.ran}
+    with errors_in_one_line():
+        count = log(options.folder, TrackingConfig(uri=options.uri, experiment=options.experiment))
+    print(f"{count} trials of {options.folder} are in MLflow at {redact(options.uri)}")
+
+
+def log(folder: Path, config: TrackingConfig) -> int:
+    """Log the trials in `folder` and below it; returns how many there are. Raises InputError and TrackingError."""
+    results = {path.parent: Result.load(path.parent) for path in sorted(folder.glob("**/result.json"))}
+    trials = {path: result for path, result in results.items() if result.ran}
     if not trials:
-        sys.exit(f"{options.folder}: no result.json below it")
-    single = list(trials) == [options.folder]
-    try:
-        config = TrackingConfig(uri=options.uri, experiment=options.experiment)
-        check(config)
-        tracker = Tracker(config, None if single else options.folder.name, options.folder)
-        for folder, result in trials.items():
-            tracker.log_trial(folder, folder.name, result)
-        tracker.summarise(options.folder)
-        tracker.end("FINISHED")
-    except TrackingError as error:
-        sys.exit(str(error))
-    print(f"{len(trials)} trials of {options.folder} are in MLflow at {redact(options.uri)}")
+        raise InputError(f"{folder}: no result.json below it")
+    check(config)
+    single = list(trials) == [folder]
+    tracker = Tracker(config, None if single else folder.name, folder)
+    for path, result in trials.items():
+        tracker.log_trial(path, path.name, result)
+    tracker.summarise(folder)
+    tracker.end("FINISHED")
+    return len(trials)
 
 
 if __name__ == "__main__":

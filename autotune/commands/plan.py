@@ -1,9 +1,9 @@
-"""What to expect of a study before it takes a GPU:
+"""Simulate a study before it takes a GPU:
 
     autotune plan model=llama8b scenario=interactive scenario.qps=28 space=default n_trials=40
 
-simulates the space and prints which share of it can run, what limits it, what there is to gain, and the hours it takes.
-Everything it prints is an estimate. `backend/device@prior.backend.device=a100` names the device; h100 is the default.
+Prints the share of the space that can run, what limits it, the gain to expect and the hours that the study will take;
+all are estimates. The device is an H100; backend/device@prior.backend.device=a100 names another.
 """
 
 import sys
@@ -17,6 +17,7 @@ import optuna
 from autotune.config import vllm_flags
 from autotune.config.command_line import compose, errors_in_one_line
 from autotune.config.schema import Config
+from autotune.errors import InputError
 from autotune.measure.result import Result
 from autotune.results.study import BASELINE, TRIAL, Study
 from autotune.results.summary import change
@@ -34,34 +35,34 @@ class Plan:
     device: str
     baseline: Result
     drawn: list[Result]  # over the whole space
-    study: Study  # simulated; `best` and `gain` are its
+    study: Study  # simulated
 
 
 def make(config: Config, space: Space) -> Plan:
     """Simulate `space`. Raises InputError."""
+    if config.prior.backend is None:
+        raise InputError("prior=none: a plan needs a device to simulate; leave it out, or write prior=sim")
     simulated = simulation(config, config.prior.backend)
     drawn = list(search(simulated, space, optuna.samplers.RandomSampler(seed=config.seed), DRAWS))
     baseline = estimate(simulated, {})
-    results = {BASELINE: baseline}
-    for number, found in enumerate(search_best(simulated, space, SEARCHED)):
-        found.params = found.params
-        results[f"{TRIAL}{number}"] = found
+    trials = search_best(simulated, space, SEARCHED)
+    results = {BASELINE: baseline} | {f"{TRIAL}{number}": result for number, result in enumerate(trials)}
     study = Study(Path(config.study), config, results)
     return Plan(space, config.prior.backend["device"]["name"], baseline, drawn, study)
 
 
 def render(plan: Plan) -> str:
-    """The plan for people."""
+    """The plan as text."""
     study = plan.study
-    runs = [found for found in plan.drawn if found.complete]
-    feasible = [found for found in runs if found.feasible]
+    runs = [result for result in plan.drawn if result.complete]
+    feasible = [result for result in runs if result.feasible]
     lines = [
         f"Plan of {study.config.model.name}, {study.config.scenario.name}, on {plan.device}: estimates of a simulation",
         "",
         f"space     {len(plan.space.parameters)} parameters; {_share(runs, plan.drawn)} of it can run",
         *(f"            {count / len(plan.drawn):.0%}: {why}" for why, count in _reasons(plan.drawn)),
         f"limits    {_share(feasible, runs)} of what runs holds them{_binding(runs)}",
-        f"bound by  {_bounds(runs)}",
+        f"bound by  {_bottlenecks(runs)}",
         f"baseline  {plan.baseline.reason or _outcome(plan.baseline, study.config)}",
     ]
     if study.best:
@@ -79,29 +80,29 @@ def _share(part: Sequence[Result], whole: Sequence[Result]) -> str:
 
 
 def _reasons(drawn: Sequence[Result]) -> list[tuple[str, int]]:
-    """Why points of the space can't run, the most frequent first; numbers in a reason make no other of it."""
-    kinds: dict[str, str] = {}
+    """Reasons why points of the space can't run, the most frequent first; those that differ in numbers count as one."""
+    examples: dict[str, str] = {}
     counts: Counter[str] = Counter()
-    for found in drawn:
-        if why := found.reason:
-            kind = "".join(letter for letter in why if not letter.isdigit())
-            kinds.setdefault(kind, why)
+    for result in drawn:
+        if result.reason:
+            kind = "".join(letter for letter in result.reason if not letter.isdigit())
+            examples.setdefault(kind, result.reason)
             counts[kind] += 1
-    return [(kinds[kind], count) for kind, count in counts.most_common(4)]
+    return [(examples[kind], count) for kind, count in counts.most_common(4)]
 
 
 def _binding(runs: Sequence[Result]) -> str:
-    broken = Counter(name for found in runs for name, value in found.constraints.items() if value > 0)
+    broken = Counter(name for result in runs for name, value in result.constraints.items() if value > 0)
     if not broken:
         return ""
     name, count = broken.most_common(1)[0]
     return f"; the limit that binds is {name.replace('_', ' ')}, broken by {count / len(runs):.0%}"
 
 
-def _bounds(runs: Sequence[Result]) -> str:
-    """What requests wait for, by the share of the trials in which they do (docs/measuring.md has the rules)."""
-    counts = Counter(found.bound for found in runs if found.bound)
-    return ", ".join(f"{bound} {count / len(runs):.0%}" for bound, count in counts.most_common()) or "nothing seen"
+def _bottlenecks(runs: Sequence[Result]) -> str:
+    """Each bottleneck and the share of the trials that have it (docs/measuring.md has the rules)."""
+    counts = Counter(result.bound for result in runs if result.bound)
+    return ", ".join(f"{name} {count / len(runs):.0%}" for name, count in counts.most_common()) or "nothing seen"
 
 
 def _outcome(result: Result, config: Config) -> str:
@@ -115,8 +116,8 @@ def _time(plan: Plan, runs: Sequence[Result]) -> str:
     measured = [*runs, *([plan.baseline] if plan.baseline.complete else [])]
     if not measured:
         return "nothing to run"
-    trial_s = sum(found.engine_s for found in measured) / len(measured)
-    gpu_s = sum(found.engine_s * vllm_flags.gpus(found.args) for found in measured) / len(measured)
+    trial_s = sum(result.engine_s for result in measured) / len(measured)
+    gpu_s = sum(result.engine_s * vllm_flags.gpus(result.args) for result in measured) / len(measured)
     trials = plan.study.config.n_trials + plan.study.config.baseline
     hours, gpu_hours = trials * trial_s / 3600, trials * gpu_s / 3600
     return f"{trials} trials of {trial_s:.0f} s: {hours:.1f} h one after another, {gpu_hours:.1f} GPU hours"

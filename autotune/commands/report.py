@@ -1,6 +1,8 @@
-"""A study as one HTML page that needs no network: writes multirun/NAME/report.html, as a study does at its end.
+"""Write a study's report again, one HTML page that needs no network, to report.html in the study's folder:
 
-autotune report study=NAME
+    autotune report study=demo
+
+study  its name below multirun/, or its folder
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A search space beside vLLM's defaults:
+"""List the parameters of a search space beside vLLM's defaults:
 
 autotune space model=smollm2 space=[scheduler,memory]
 """
