@@ -75,7 +75,7 @@ def typed_target(node: Mapping[str, Any], group: str) -> tuple[Any, Any]:
 
 
 def _field_hint(error: ConfigKeyError) -> str:
-    """What to write instead of the key of `error`."""
+    """Advice for the key of `error`: the field that it resembles, or all fields."""
     assert isinstance(error.parent_node, DictConfig)
     fields = [str(name) for name in error.parent_node if name != "_target_"]
     close = get_close_matches(str(error.key), fields, 1)

@@ -15,7 +15,7 @@ STOPPED = ("StoppedError", "KeyboardInterrupt", "SystemExit")
 
 
 class State(StrEnum):
-    """How a trial ended."""
+    """End of a trial."""
 
     complete = "complete"
     failed = "failed"
