@@ -4,9 +4,14 @@ It imports nothing but the command that is asked for: a study's own imports take
 """
 
 import sys
+import traceback
 from importlib import import_module
+from tempfile import NamedTemporaryFile
 
 from autotune import __version__, commands
+from autotune.config.redact import redact
+
+UNEXPECTED = 70  # exit code: EX_SOFTWARE in sysexits.h
 
 
 def main() -> None:
@@ -23,6 +28,11 @@ def main() -> None:
         import_module(f"autotune.commands.{name or 'tune'}").main()
     except KeyboardInterrupt:  # while a command still imports what it needs
         sys.exit(130)
+    except Exception as error:
+        with NamedTemporaryFile("w", prefix="autotune-", suffix=".log", delete=False) as log:
+            log.write(redact(traceback.format_exc()))
+        print(f"autotune: unexpected {type(error).__name__}; please report it with {log.name}", file=sys.stderr)
+        sys.exit(UNEXPECTED)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from autotune.config.schema import ScenarioConfig, SimConfig
 from autotune.data.models import Model
@@ -24,6 +24,7 @@ class Sleeper:
 
     Config = SimConfig
     needs_weights = False
+    facts: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: SimConfig, cache_dir: Path) -> None:
         self.config = config

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -33,6 +33,7 @@ class StandInConfig:
 class StandIn:
     Config = StandInConfig
     needs_weights = False
+    facts: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: StandInConfig, cache_dir: Path) -> None:
         self.config = config

@@ -158,7 +158,7 @@ def test_best_is_verified_in_jobs_that_a_lost_login_node_does_not_end(slurm: Slu
     lost.kill()
     lost.wait()
     output, _ = verify(slurm, tmp_path).communicate(timeout=90)
-    assert "No better than the defaults: nothing was, in 2 repeats" in output
+    assert "No configuration beat the defaults in 2 repeats" in output
     assert [job_in(repeat) for repeat in repeats] == jobs
     assert all(Result.load(repeat).complete for repeat in repeats)
     assert [slurm.state(job) for job in jobs] == ["COMPLETED"] * 4

@@ -145,10 +145,7 @@ def main() -> None:
             raise InputError("name two studies or more: autotune compare A B")
         columns = [column_of(load(name)) for name in names]
         as_json = json.dumps([asdict(column) for column in columns], indent=1) + "\n"
-        try:
-            write_out(as_json if chosen.format is Format.json else render(columns), chosen.output)
-        except OSError as error:
-            raise InputError(f"output={chosen.output}: {error.strerror}; write a file's path") from None
+        write_out(as_json if chosen.format is Format.json else render(columns), chosen.output)
 
 
 if __name__ == "__main__":

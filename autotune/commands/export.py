@@ -251,11 +251,7 @@ def text(options: Export) -> str:
 def main() -> None:
     with errors_in_one_line():
         chosen = options(Export, sys.argv[1:], __doc__)
-        exported = text(chosen)
-        try:
-            write_out(exported, chosen.output)
-        except OSError as error:
-            raise InputError(f"output={chosen.output}: {error.strerror}; write a file's path") from None
+        write_out(text(chosen), chosen.output)
 
 
 if __name__ == "__main__":

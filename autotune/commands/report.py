@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 
+import optuna
 from omegaconf import MISSING
 
 from autotune.config.command_line import errors_in_one_line, options
@@ -24,6 +25,7 @@ class Report:
 def main() -> None:
     with errors_in_one_line():
         chosen = options(Report, sys.argv[1:], __doc__)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         began = time.monotonic()
         path = report.write(load(chosen.study))
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, written in {time.monotonic() - began:.1f} s")

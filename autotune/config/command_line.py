@@ -1,4 +1,4 @@
-"""Hydra's side of every command: the schema and plugins made known, a command line turned into a Config."""
+"""The command line: its words as a Config or as a command's options, errors in one line."""
 
 import argparse
 import re
@@ -94,20 +94,28 @@ def options(kind: type[Options], words: Sequence[str], usage: str | None) -> Opt
     show_help(usage, words)
     if wrong := [word for word in words if "=" not in word]:
         raise InputError(f"{wrong[0]}: write key=value, or --help")
-    made = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.from_dotlist(list(words)))
+    made: Any = OmegaConf.structured(kind)
+    for word in words:
+        try:
+            made = OmegaConf.merge(made, OmegaConf.from_dotlist([word]))
+        except OmegaConfBaseException as error:
+            raise InputError(f"{word}: {one_line(error)}; see --help") from None
     if missing := OmegaConf.missing_keys(made):
         raise InputError(f"{min(missing)}= is missing; see --help")
-    found = OmegaConf.to_object(made)
-    assert isinstance(found, kind)
-    return found
+    options = OmegaConf.to_object(made)
+    assert isinstance(options, kind)
+    return options
 
 
 def write_out(text: str, output: str | None) -> None:
-    """To the file `output`, or to standard output."""
+    """Write `text` to the file `output`, or to standard output. Raises InputError."""
     if output is None:
         print(text, end="")
-    else:
+        return
+    try:
         Path(output).write_text(text)
+    except OSError as error:
+        raise InputError(f"output={output}: {error.strerror}; write a file's path") from None
 
 
 @contextmanager

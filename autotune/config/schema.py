@@ -158,7 +158,7 @@ class LiveConfig:
 
 @dataclass
 class Device:
-    """The cost of a simulated step on one GPU, or on a CPU; autotune.sim.calibrate fits the fields marked `fitted`."""
+    """The cost of a simulated step on one GPU, or on a CPU; `autotune calibrate` fits the fields marked `fitted`."""
 
     name: str = MISSING
     memory_gib: float = MISSING  # of which vLLM takes the share gpu_memory_utilization
@@ -196,7 +196,7 @@ class Device:
     gpus: int = 8  # in one machine
 
 
-# Device's constants that autotune.sim.calibrate fits.
+# Device's constants that `autotune calibrate` fits.
 FITTED = (
     *("math_efficiency", "fp8_tflops", "attention_efficiency", "bandwidth_efficiency"),
     *("step_s", "host_s", "host_sequence_s", "launch_s", "piecewise_s", "fp8_factor", "accept_s", "answer_s"),

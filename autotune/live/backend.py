@@ -48,6 +48,8 @@ class LiveBackend:
     def __init__(self, config: LiveConfig, cache_dir: Path) -> None:
         self.config = config
         self.vllm = find_vllm(config.python or sys.executable, tuple(sorted(config.env.items())), cache_dir)
+        loadgen = importlib.metadata.version("mlcommons-loadgen")
+        self.facts = {"vllm": self.vllm.version, "torch": self.vllm.torch, "loadgen": loadgen}
 
     def check(self, args: Mapping[str, Any]) -> None:
         self.vllm.check(args)
@@ -72,7 +74,7 @@ class LiveBackend:
                 has_metrics = not args.get("disable_log_stats")
                 if has_metrics:
                     metrics_page.check(server.url)
-                facts = self._facts() | ({"gpu_shared_with": others} if others else {})
+                facts = self.facts | hardware() | ({"gpu_shared_with": others} if others else {})
                 yield LiveEngine(
                     server=server,
                     samples=samples,
@@ -85,10 +87,6 @@ class LiveBackend:
                     folder=folder,
                     has_metrics=has_metrics,
                 )
-
-    def _facts(self) -> dict[str, str]:
-        loadgen = importlib.metadata.version("mlcommons-loadgen")
-        return {"vllm": self.vllm.version, "torch": self.vllm.torch, "loadgen": loadgen, **hardware()}
 
     def command(self, model: Model, args: Mapping[str, Any]) -> list[str]:
         """`vllm serve …` as a user types it for the same configuration."""

@@ -78,6 +78,7 @@ class Engine(Protocol):
 
 class Backend(Protocol):
     needs_weights: bool  # else the model's shape is enough
+    facts: dict[str, str]  # versions of what measures, as in result.json
 
     def check(self, args: Mapping[str, Any]) -> None:
         """Raise InputError for flags that vLLM can't be given. Fast; takes no GPU."""

@@ -39,6 +39,7 @@ class SimBackend:
 
     def __init__(self, config: SimConfig, cache_dir: Path) -> None:
         self.config = config
+        self.facts = {"simulated": config.device.name}
 
     def check(self, args: Mapping[str, Any]) -> None:
         unknown = [name for name in args if name not in MODELLED and name not in HARMLESS]
@@ -66,10 +67,9 @@ class SimBackend:
             raise StartError(missing, cost.start_s)
         revision = ["--revision", model.revision] if model.revision else []
         command = ["vllm", "serve", model.path, *revision, *vllm_flags.command_line(redact(args))]
-        facts = {"simulated": device.name}
         if self.config.pace:
             pass_time(cost.start_s, self.config.pace, "start", folder)
-        yield SimEngine(cost, samples, cost.start(), command, facts, self.config.pace, folder)
+        yield SimEngine(cost, samples, cost.start(), command, self.facts, self.config.pace, folder)
 
 
 @dataclass(frozen=True)

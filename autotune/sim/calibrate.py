@@ -90,7 +90,9 @@ class Case:
 
 
 def run() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="autotune calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, help="write the device's YAML here")
     parser.add_argument("--check", action="store_true", help="fit nothing: print the error that the device leaves")

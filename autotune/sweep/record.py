@@ -32,12 +32,13 @@ class Record:
     """The trials of one study, in Optuna's `storage`."""
 
     def __init__(self, storage: Any, name: str, space: Space, objective: ObjectiveConfig) -> None:
-        """Open the study `name`, or make it."""
+        """Open the study `name`, or make it. Raises InputError if it can't go on with this space and objective."""
         self.space = space
         self.objective = objective
         self._storage = storage
         directions: Any = list(objective.directions)
         self._study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
+        self._check_continues()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental since Optuna 3.2
             self._study.set_metric_names(objective.metrics)  # for whoever looks into the storage
@@ -63,7 +64,7 @@ class Record:
     def has_baseline(self) -> bool:
         return BASELINE in self._study.user_attrs
 
-    def check_continues(self) -> None:
+    def _check_continues(self) -> None:
         """Raise InputError if trials exist that this space and objective can't go on from."""
         name, other = self._study.study_name, "write another study=…, or what it was started with"
         if [direction.name.lower() for direction in self._study.directions] != list(self.objective.directions):

@@ -9,7 +9,6 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,13 @@ from autotune.results.study import Study as FinishedStudy
 from autotune.search import prior, warm_start
 from autotune.search.pruners import make_pruner
 from autotune.search.samplers import make_sampler
-from autotune.search.space import DEFAULT, check_flags, parse, swept_flags
+from autotune.search.space import DEFAULT, check_flags, parse
 from autotune.sweep import storage
 from autotune.sweep.display import Display
 from autotune.sweep.launchers import Job, Launcher, make_launcher
+from autotune.sweep.lookup import Lookup
 from autotune.sweep.record import EXPECTED, Record
+from autotune.sweep.resume import check_configuration, check_trials
 from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
 from autotune.system.files import log_to, write_whole
@@ -84,11 +85,15 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     config = typed(composed)
     budget_s = seconds(config.budget) if config.budget else None
     prepared = prepare(config)
-    prepare_samples(config, prepared)
+    samples = prepare_samples(config, prepared)
     check_flags(space, prepared.backend)
     launcher, pruner = make_launcher(config), make_pruner(config)
     tracking.check(config.tracking)
     folder = Path(job.hydra.sweep.dir)
+    results = results_in(folder)
+    if any(result.complete for result in results.values()):
+        facts = {**prepared.backend.facts, "dataset_checksum": samples.checksum}
+        check_configuration(load(str(folder)), config, space.parameters, facts)
     if config.resume and not folder.exists():
         raise InputError(f"resume=true: there is no study in {folder}; write study=<its name>")
     if config.warm_start and not folder.exists():
@@ -101,8 +106,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
         storage.opened(sweeper["storage"] or f"sqlite:///{folder}/study.db", sweeper["study_name"]) as opened,
     ):
         record = Record(opened, sweeper["study_name"], space, config.objective)
-        record.check_continues()
-        check_folder(record, folder)
+        check_trials(record.trials, folder, results)
         record.use(make_sampler(sweeper["sampler"], space, len(record.trials)), pruner)
         written = {name: json.loads(distribution_to_json(one)) for name, one in space.parameters.items()}
         write_whole(folder / SPACE, json.dumps(written, indent=1))
@@ -112,17 +116,6 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
         completed_any = any(result.complete for result in results_in(folder).values())
     if not completed_any:
         sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
-
-
-def check_folder(record: Record, folder: Path) -> None:
-    """Raise InputError if the results of trials that the record has are not in `folder`."""
-    for trial in record.trials:
-        swept = trial.state is TrialState.COMPLETE and BASELINE not in trial.user_attrs
-        if swept and not (folder / f"{TRIAL}{trial.number}" / "result.json").exists():
-            raise InputError(
-                f"study={folder.name} exists in that storage, and the results of its trials are not in {folder}; "
-                f"go on where it was started, or write another study=…"
-            )
 
 
 class Sweep:
@@ -151,6 +144,7 @@ class Sweep:
         if defaults.refusal:
             log.warning("vLLM refuses the configuration even without a sweep: %s", defaults.refusal)
         self._known = defaults.resolved
+        self._lookup = Lookup(prepared, record.space, self._known)
         self._defaults = {name: self._known.get(name.removeprefix(FLAG)) for name in record.space.parameters}
         self._n_trials = config.n_trials
         if record.is_grid:
@@ -162,7 +156,8 @@ class Sweep:
         self._count = 0  # of n_trials, in flight or ended
         self._engine_s = 0.0  # start and run of the trials that ended
         self._began = time.monotonic()
-        self._measured: dict[str, str] = {}  # name of the trial by its point
+        self._in_flight: set[str] = set()  # names of trials, from when they are asked until they have ended
+        self._repeats: list[tuple[PendingTrial, str]] = []  # trials that repeat one in flight, and its name
         self._exhausted = False  # the sampler has nothing new
         self._failed: list[str] = []  # reasons of the last trials, as long as they fail
         self._failed_on: dict[str, int] = {}  # the same by node
@@ -244,18 +239,19 @@ class Sweep:
         return [PendingTrial(f"{CANARY}{node}", {}, None, node) for node in self._launcher.nodes() if node not in known]
 
     def _ask(self) -> PendingTrial | None:
-        """The baseline, then what the sampler suggests and vLLM accepts; None if nothing more is to be run."""
+        """The baseline, then what the sampler suggests and vLLM accepts; None if nothing more is to be run now."""
         if self._wants_baseline:
             self._wants_baseline = False
             self._prepared.backend.prepare_dry_runs()  # while the baseline starts, not once it has ended
-            return PendingTrial(BASELINE, {}, None)
+            return self._claimed(PendingTrial(BASELINE, {}, None))
         refused = looked_up = 0  # in a row
         while not self._exhausted and self._count < self._n_trials and not self._spent():
+            if len(self._repeats) >= DUPLICATES_IN_A_ROW:  # wait for what they repeat
+                return None
             trial, params = self._record.ask(self._known)
             pending = PendingTrial(f"{TRIAL}{trial.number}", params, trial)
-            refusal, point = self._dry_run(params)
+            refusal, point = self._lookup.check(params)
             interrupt.check()
-            earlier = self._measured.get(point)
             if refusal:
                 self._refuse(pending, refusal)
                 refused += 1
@@ -263,8 +259,7 @@ class Sweep:
                     raise InputError(
                         f"{refused} combinations in a row can't be run; the last: {refusal}; narrow the space"
                     )
-            elif earlier and (result := Result.find(self._folder / earlier)):
-                self._look_up(pending, earlier, result)
+            elif (earlier := self._lookup.trial_at(point)) and self._repeat(pending, earlier):
                 looked_up += 1
                 self._exhausted = looked_up == DUPLICATES_IN_A_ROW and not self._record.is_grid
                 if self._exhausted:
@@ -272,8 +267,15 @@ class Sweep:
             else:
                 self._count += 1
                 log.info("%s (%d of %d): %s", pending.name, self._count, self._n_trials, shorten(params))
-                return pending
+                return self._claimed(pending)
         return None
+
+    def _claimed(self, pending: PendingTrial) -> PendingTrial:
+        """`pending`, whose configuration no other trial runs until it has ended."""
+        if self._config.duplicates is Duplicates.lookup:
+            self._in_flight.add(pending.name)
+            self._lookup.add(pending.name, pending.params)
+        return pending
 
     def _spent(self) -> bool:
         """True once the budget is spent: running trials may end, and no new one begins."""
@@ -282,29 +284,39 @@ class Sweep:
         engine = self._config.budget_of is BudgetOf.engine
         return (self._engine_s if engine else time.monotonic() - self._began) >= self._budget_s
 
-    def _dry_run(self, params: Mapping[str, Any]) -> tuple[str, str]:
-        """The reason why a combination can't run, empty if it can, and its point.
+    def _repeat(self, pending: PendingTrial, earlier: str) -> bool:
+        """Answer with what `earlier` measures, once it has; False if its result is gone.
 
-        The space's conditions and vLLM's own check refuse. Two combinations that vLLM would run alike have one point.
+        This takes no engine time and is none of the study's n_trials.
         """
-        if broken := self._record.space.violated(params, self._known):
-            return broken, ""
-        outcome = self._prepared.dry_run(swept_flags(params))
-        others = {name: value for name, value in params.items() if not name.startswith(FLAG)}
-        return outcome.refusal, json.dumps([outcome.resolved, others], sort_keys=True, default=str)
-
-    def _note_measured(self, name: str, params: Mapping[str, Any]) -> None:
-        if self._config.duplicates is Duplicates.lookup:
-            self._measured.setdefault(self._dry_run(params)[1], name)
-
-    def _look_up(self, pending: PendingTrial, earlier: str, result: Result) -> None:
-        """Answer with what `earlier` measured; this takes no engine time and is none of the study's n_trials."""
+        if earlier in self._in_flight:
+            log.info("%s repeats %s, which runs: %s", pending.name, earlier, shorten(pending.params))
+            self._repeats.append((pending, earlier))
+            return True
+        if not (result := Result.find(self._folder / earlier)):
+            self._lookup.remove(earlier)
+            return False
+        log.info("%s repeats %s: %s", pending.name, earlier, shorten(pending.params))
         self._count += self._record.is_grid
         now = time.time()
-        log.info("%s repeats %s: %s", pending.name, earlier, shorten(pending.params))
-        known = replace(result, phases={}, runs=[], duplicate_of=earlier, expected={}, started_at=now, ended_at=now)
-        known.facts = {**known.facts, "duplicate_of": earlier}
-        self._finish(pending, known)
+        facts = {**result.facts, "duplicate_of": earlier}
+        known = replace(result, phases={}, runs=[], duplicate_of=earlier, expected={}, facts=facts)
+        self._finish(pending, replace(known, started_at=now, ended_at=now))
+        return True
+
+    def _finish_repeats(self, name: str, result: Result) -> None:
+        """Answer the trials that repeat `name`, which has ended; if it measured nothing, their turn comes later."""
+        self._in_flight.discard(name)
+        repeats = [pending for pending, earlier in self._repeats if earlier == name]
+        self._repeats = [(pending, earlier) for pending, earlier in self._repeats if earlier != name]
+        if not result.complete:
+            self._lookup.remove(name)
+        for pending in repeats:
+            if result.complete:
+                self._repeat(pending, name)
+            else:
+                assert pending.trial
+                self._interrupted(pending, pending.trial.number)
 
     def _refuse(self, pending: PendingTrial, reason: str) -> None:
         """Record a combination that took no GPU: infeasible to the sampler, and none of the study's n_trials."""
@@ -370,12 +382,11 @@ class Sweep:
                 log.warning("%s: its canary failed: %s", pending.node, result.reason)
                 self._launcher.set_aside(pending.node)
             return
-        if result.complete and not result.duplicate_of:
-            self._note_measured(pending.name, pending.params)
         if pending.trial is None:
             self._record.tell_baseline(result)
         else:
             self._record.tell(pending.trial, result)
+        self._finish_repeats(pending.name, result)
         if not result.duplicate_of:
             self._count_failures(result, result.facts.get("node", node))
         try:
@@ -406,8 +417,8 @@ class Sweep:
         known_s = sum(result.engine_s for result in [*self._results.values(), *canaries_in(self._folder).values()])
         fresh = not self._record.trials and not self._record.is_grid
         for name, result in self._results.items():
-            if result.complete and not result.duplicate_of:
-                self._note_measured(name, result.params)
+            if result.complete and not result.duplicate_of and self._config.duplicates is Duplicates.lookup:
+                self._lookup.add(name, result.params)
         for trial in self._record.trials:
             if trial.state.is_finished():
                 self._count += self._record.counts(trial)
@@ -428,7 +439,8 @@ class Sweep:
         if not job:
             return self._settle(frozen)
         log.info("%s still runs; watching it again", name)
-        self._running.append(Running(self._pending(frozen), job, progress.Reader(self._folder / name)))
+        pending = self._claimed(self._pending(frozen))
+        self._running.append(Running(pending, job, progress.Reader(self._folder / name)))
         self._count += frozen is not None
         return True
 
