@@ -26,7 +26,7 @@ def test_study_does_not_go_on_with_what_can_not_be_compared(tmp_path: Path, chan
     with pytest.raises(InputError, match="was measured with") as refused:
         study(tmp_path, *SWEEP, "n_trials=3", changed)
     assert key in str(refused.value)
-    assert len(asked(tmp_path)) == 2  # the baseline is one
+    assert len(asked(tmp_path)) == 1
 
 
 def test_simulated_study_does_not_go_on_with_measurements(tmp_path: Path):
