@@ -64,7 +64,7 @@ class KvCache:
         return prefix
 
     def fits(self, tokens: int, prefix: Sequence[Block] = (), watermark: int = 0) -> bool:
-        """Whether blocks for `tokens` tokens, of which `prefix` is cached, leave `watermark` blocks free."""
+        """True if blocks for `tokens` tokens, of which `prefix` is cached, leave `watermark` blocks free."""
         unused = sum(not block.ref_count for block in prefix)
         return self.needs(tokens) - len(prefix) + unused + watermark <= self.free_blocks
 
