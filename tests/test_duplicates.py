@@ -1,10 +1,17 @@
 """A configuration that a study has measured already is looked up, and takes no engine time again."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from optuna.trial import FrozenTrial
+import pytest
+from optuna.trial import FrozenTrial, TrialState
 
+from autotune.errors import StartError
 from autotune.measure.result import Result
+from autotune.sweep.launchers import Inline
+from tests.standin import StandIn
 from tests.studies import SEQS, asked, study
 
 FEW = ["sampler=random", f"{SEQS}=choice(4,8,16)", "baseline=false"]
@@ -51,3 +58,28 @@ def test_flag_that_vllm_would_set_to_the_same_is_the_same_point(tmp_path: Path):
 def test_noise_is_measured_again_where_that_is_asked_for(tmp_path: Path):
     study(tmp_path, *FEW, "n_trials=5", "duplicates=measure")
     assert len(asked(tmp_path)) == 5 and not looked_up(tmp_path)
+
+
+def test_workers_that_are_asked_for_the_same_point_at_once_measure_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Inline, "n_jobs", 4)
+    said = study(tmp_path, *FEW, "n_trials=6", "backend.steps=5")
+    assert ", which runs: " in said
+    assert sorted(trial.params[SEQS] for trial in asked(tmp_path) if trial not in looked_up(tmp_path)) == [4, 8, 16]
+
+
+def test_trial_that_repeats_one_that_fails_has_failed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Inline, "n_jobs", 3)
+    monkeypatch.setattr(StandIn, "start", no_server)
+    with pytest.raises(SystemExit):
+        study(tmp_path, f"{SEQS}=choice(4)", "sampler=random", "baseline=false", "n_trials=2")
+    assert {trial.state for trial in asked(tmp_path)} == {TrialState.PRUNED}  # as what can't start
+    assert looked_up(tmp_path)
+
+
+@contextmanager
+def no_server(*_: object) -> Iterator[None]:
+    time.sleep(0.2)
+    raise StartError("no memory is left for the KV cache")
+    yield

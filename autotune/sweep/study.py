@@ -285,38 +285,35 @@ class Sweep:
         return (self._engine_s if engine else time.monotonic() - self._began) >= self._budget_s
 
     def _repeat(self, pending: PendingTrial, earlier: str) -> bool:
-        """Answer with what `earlier` measures, once it has; False if its result is gone.
-
-        This takes no engine time and is none of the study's n_trials.
-        """
+        """Answer with what `earlier` measures, now or once it has; False if its result is gone."""
         if earlier in self._in_flight:
             log.info("%s repeats %s, which runs: %s", pending.name, earlier, shorten(pending.params))
             self._repeats.append((pending, earlier))
-            return True
-        if not (result := Result.find(self._folder / earlier)):
+        elif result := Result.find(self._folder / earlier):
+            self._answer(pending, earlier, result)
+        else:
             self._lookup.remove(earlier)
             return False
+        return True
+
+    def _answer(self, pending: PendingTrial, earlier: str, result: Result) -> None:
+        """Finish a trial with the `result` of `earlier`: it takes no engine time and is none of the n_trials."""
         log.info("%s repeats %s: %s", pending.name, earlier, shorten(pending.params))
         self._count += self._record.is_grid
         now = time.time()
         facts = {**result.facts, "duplicate_of": earlier}
         known = replace(result, phases={}, runs=[], duplicate_of=earlier, expected={}, facts=facts)
         self._finish(pending, replace(known, started_at=now, ended_at=now))
-        return True
 
     def _finish_repeats(self, name: str, result: Result) -> None:
-        """Answer the trials that repeat `name`, which has ended; if it measured nothing, their turn comes later."""
+        """Answer the trials that repeat `name`, which has ended."""
         self._in_flight.discard(name)
         repeats = [pending for pending, earlier in self._repeats if earlier == name]
         self._repeats = [(pending, earlier) for pending, earlier in self._repeats if earlier != name]
         if not result.complete:
             self._lookup.remove(name)
         for pending in repeats:
-            if result.complete:
-                self._repeat(pending, name)
-            else:
-                assert pending.trial
-                self._interrupted(pending, pending.trial.number)
+            self._answer(pending, name, result)
 
     def _refuse(self, pending: PendingTrial, reason: str) -> None:
         """Record a combination that took no GPU: infeasible to the sampler, and none of the study's n_trials."""
