@@ -10,11 +10,13 @@ from tempfile import NamedTemporaryFile
 
 from autotune import __version__, commands
 from autotune.config.redact import redact
+from autotune.system.loopback import keep_off_proxies
 
 UNEXPECTED = 70  # exit code: EX_SOFTWARE in sysexits.h
 
 
 def main() -> None:
+    keep_off_proxies()
     if "--version" in sys.argv:
         print(f"autotune {__version__}")
         return

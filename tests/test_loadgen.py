@@ -303,3 +303,13 @@ def test_client_processes_die_with_loadgen(tmp_path: Path, url: str):
     process.communicate(timeout=10)
     _, alive = psutil.wait_procs(clients, timeout=5)
     assert len(clients) == 2 and not alive
+
+
+def test_audit_config_in_the_working_folder_changes_nothing(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "audit.config").write_text("*.*.min_query_count = 3\n*.*.max_query_count = 3\n")
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    done = run(folder, url, Kind.Server, [OK] * 30, min_queries=20)
+    assert done.returncode == 0, done.stderr
+    assert len(read_requests(folder / "requests.csv")) == 20

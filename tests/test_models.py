@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from autotune.config.schema import ModelConfig
-from autotune.data.models import build_shape, locate
+from autotune.data.models import Model, build_shape, locate
 from autotune.errors import InputError
 
 
@@ -154,3 +154,12 @@ def test_another_shape_is_another_model(tmp_path: Path):
         for size in (300, 400)
     }
     assert len(folders) == 2
+
+
+def test_tokenizer_neither_cuts_nor_fills_up_whatever_its_file_says(model: Model):
+    plain = len(model.tokenizer().encode("a long sentence").ids)
+    tokenizer = model.tokenizer()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=128)
+    tokenizer.save(str(model.folder / "tokenizer.json"))
+    assert len(model.tokenizer().encode("a long sentence").ids) == plain == 15

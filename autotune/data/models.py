@@ -42,12 +42,15 @@ class Model:
         return body
 
     def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, without the truncation and padding that its file may ask for."""
         if (self.folder / "tokenizer.json").exists():
             tokenizer: Tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-            return tokenizer
-        from transformers import AutoTokenizer  # takes seconds to import, and only older models need it
+        else:
+            from transformers import AutoTokenizer  # takes seconds to import, and only older models need it
 
-        tokenizer = AutoTokenizer.from_pretrained(self.folder).backend_tokenizer
+            tokenizer = AutoTokenizer.from_pretrained(self.folder).backend_tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         return tokenizer
 
 

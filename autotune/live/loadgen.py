@@ -260,7 +260,8 @@ def start_test(sut: Sut, test_settings: lg.TestSettings, samples: int, folder: P
     log.enable_trace = False
     library = lg.ConstructQSL(samples, samples, lambda _: None, lambda _: None)
     system = lg.ConstructSUT(sut.issue, sut.flush)
-    lg.StartTestWithLogSettings(system, library, test_settings, log)
+    # A path of its own, where none lies: LoadGen would obey an audit.config in the working folder.
+    lg.StartTestWithLogSettings(system, library, test_settings, log, str(folder / "audit.config"))
     lg.DestroySUT(system)
     lg.DestroyQSL(library)
 

@@ -126,7 +126,7 @@ class Study:
             return trial
         if not self.best:
             raise InputError(f"study={self.name}: no trial is feasible; name one: trial=baseline, trial=trial-3, …")
-        if len(self.front) > 1 and len(self.objective.metrics) > 1:
+        if len(self.objective.metrics) > 1 and len(self.front) > 1:
             raise InputError(f"study={self.name} has a Pareto front; choose from it: trial={' | '.join(self.front)}")
         return self.best
 
