@@ -2,7 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from autotune.errors import InputError
 from autotune.measure.result import Result
+from autotune.results.study import results_in
 
 
 def test_result_loads_as_it_was_saved(tmp_path: Path):
@@ -23,3 +25,20 @@ def test_feasible_is_complete_and_within_every_limit(state: str, over: float, fe
 def test_command_can_be_pasted_into_a_shell():
     result = Result(command=["vllm", "serve", "my model", "--compilation-config", '{"mode": 3}'])
     assert result.shell_command == """vllm serve 'my model' --compilation-config '{"mode": 3}'"""
+
+
+@pytest.mark.parametrize("body", ["", "{", "[]", "3", '{"state": "weird"}', '{"runs": [{"x": 1}]}', "\x00"])
+def test_broken_result_is_named_in_one_line(tmp_path: Path, body: str):
+    (tmp_path / "result.json").write_text(body)
+    with pytest.raises(InputError, match=r"result\.json: not the result of a trial") as error:
+        Result.find(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_broken_result_costs_its_own_trial_only(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for name in ("trial-1", "trial-2"):
+        (tmp_path / name).mkdir()
+        Result(state="complete", values=[1.0]).save(tmp_path / name)
+    (tmp_path / "trial-1/result.json").write_text("")
+    assert list(results_in(tmp_path)) == ["trial-2"]
+    assert "trial-1/result.json" in caplog.text

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from autotune.config.schema import DatasetConfig, Output
 from autotune.data.models import Model, build_shape
@@ -56,6 +57,7 @@ def test_json_list_and_json_lines_load_the_same(tmp_path: Path, model: Model):
         ([7], "record 1: int instead of an object"),
         ([{"tok_input": [1, 512], "output": "bb"}], "record 1: `tok_input` must be .* below the vocabulary's 512"),
         ([{"tok_input": [], "output": "bb"}], "record 1: the prompt is empty"),
+        ([{"input": "a", "output": ["a long sentence"]}], "record 1: `output` must be a text"),
         ([{"input": "a"}], "record 1: no `output` .* set dataset.output=natural"),
     ],
 )
@@ -79,6 +81,21 @@ def test_count_takes_the_first_and_refuses_too_few(tmp_path: Path, model: Model)
     assert len(load(tmp_path, model, records, count=2)) == 2
     with pytest.raises(InputError, match=r"3 records, fewer than dataset.count=4"):
         load(tmp_path, model, records, count=4)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_count_below_1_is_refused(tmp_path: Path, model: Model, count: int):
+    with pytest.raises(InputError, match=f"dataset.count={count}: write 1 or more"):
+        load(tmp_path, model, [{"input": "a", "output": "bb"}], count=count)
+
+
+def test_text_that_begins_with_the_first_token_gets_no_second_one(tmp_path: Path, model: Model):
+    tokenizer = model.tokenizer()
+    tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 510)])
+    tokenizer.save(str(model.folder / "tokenizer.json"))
+    plain, templated = (load(tmp_path, model, [{"input": text, "output": "b"}]) for text in ("hi", "<s>hi"))
+    assert plain.prompts[0].tolist() == [510, *tokenizer.encode("hi", add_special_tokens=False).ids]
+    assert templated.prompts[0].tolist().count(510) <= 1
 
 
 def test_sample_that_does_not_fit_is_named(tmp_path: Path, model: Model):

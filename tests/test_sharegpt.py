@@ -124,6 +124,12 @@ def test_a_broken_record_is_named_with_what_to_write(model: Model, write: Write,
     assert "\n" not in str(caught.value)
 
 
+def test_questions_without_an_answer_are_counted(model: Model, write: Write, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        assert len(made(model, write(chat(("user", "Hi"), ("gpt", "Hello"), ("user", "And?"))))) == 1
+    assert "1 conversations end with a question" in caplog.text
+
+
 def test_without_a_file_the_error_says_how_to_give_one(model: Model) -> None:
     with pytest.raises(InputError, match=r"dataset\.path="):
         list(sharegpt.records(model.tokenizer(), None))

@@ -248,6 +248,23 @@ def test_only_what_is_missing_is_logged_later(uri: str, trial: Path, monkeypatch
     assert len(all_runs(uri)) == 3 and set(runs(uri)) == {"s", "trial-0", "trial-1"}
 
 
+def test_database_that_was_deleted_since_gets_all_of_it_again(
+    uri: str, empty: Path, trial: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["log", str(trial.parent), "--uri", uri, "--experiment", "e"])
+    log.main()
+    shutil.copy(empty, uri.removeprefix("sqlite:///"))
+    log.main()
+    assert set(runs(uri)) == {"s", "trial-0"}
+
+
+def test_broken_note_of_a_run_costs_a_second_run_and_no_traceback(uri: str, trial: Path):
+    (trial / "mlflow_run.json").write_text("{")
+    with tracking.study(config(uri), "s", trial.parent) as tracker:
+        tracker.log_trial(trial, "trial-0", Result.load(trial))
+    assert set(runs(uri)) == {"s", "trial-0"}
+
+
 def test_trial_logged_at_one_server_can_be_logged_at_another(
     empty: Path, tmp_path: Path, trial: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -80,6 +80,8 @@ def prepare(
     If the data set has a path, the records are read from there, unless `config.records` has a `path` and so reads the
     file itself. Else `make(tokenizer=…)` yields them; it is given `model=…`, too, if it takes that. Raises InputError.
     """
+    if config.count is not None and config.count < 1:
+        raise InputError(f"dataset.count={config.count}: write 1 or more, or null for all records")
     key = hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
     if config.path:
         try:
@@ -159,12 +161,20 @@ def _prompt(record: Any, tokenizer: Tokenizer, where: str) -> list[int]:
         raise InputError(f"{where}: {type(record).__name__} instead of an object with `input` or `tok_input`")
     ids = record.get("tok_input")
     if ids is None:
-        ids = tokenizer.encode(_prompt_text(record, where)).ids
+        ids = encode(_prompt_text(record, where), tokenizer)
     vocabulary = tokenizer.get_vocab_size()
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
         raise InputError(f"{where}: `tok_input` must be a list of token ids below the vocabulary's {vocabulary}")
     if not ids:
         raise InputError(f"{where}: the prompt is empty")
+    return ids
+
+
+def encode(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a prompt; a text that begins with the token which `tokenizer` would put first gets no second one."""
+    added = tokenizer.encode("").ids
+    templated = bool(added) and text.startswith(tokenizer.id_to_token(added[0]) or "\0")
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=not templated).ids
     return ids
 
 
@@ -185,6 +195,8 @@ def _output_length(record: Record, config: DatasetConfig, tokenizer: Tokenizer, 
         return config.max_output_tokens
     output = record.get("tok_output") or record.get("output")
     if isinstance(output, list) and output:
+        if not all(type(token) is int for token in output):
+            raise InputError(f"{where}: `output` must be a text, and `tok_output` a list of token ids")
         length = len(output)
     elif isinstance(output, str) and output:
         length = len(tokenizer.encode(output, add_special_tokens=False).ids)

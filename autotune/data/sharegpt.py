@@ -42,23 +42,22 @@ def records(
     if turns not in ("all", "first"):
         raise InputError(f"dataset.records.turns={turns}: write all or first")
     encode = _encoder(tokenizer, model)
-    too_long = 0
+    too_long = unanswered = 0
     for number, conversation in enumerate(read_records(Path(path).expanduser()), 1):
         where = f"{path}, record {number}"
         messages = _messages(conversation, where)
+        unanswered += bool(messages) and messages[-1]["role"] == "user"
         for before in _answered(messages)[: 1 if turns == "first" else None]:
             prompt = encode(messages[:before], where)
             if max_prompt_tokens is None or len(prompt) <= max_prompt_tokens:
                 yield {"tok_input": prompt, "output": messages[before]["content"]}
             else:
                 too_long += 1
+    if unanswered:
+        log.info("%s: %d conversations end with a question; it has no answer, and is left out", path, unanswered)
     if too_long:
-        log.info(
-            "%s: %d prompts longer than dataset.records.max_prompt_tokens=%s left out",
-            path,
-            too_long,
-            max_prompt_tokens,
-        )
+        limit = f"dataset.records.max_prompt_tokens={max_prompt_tokens}"
+        log.info("%s: %d prompts longer than %s left out", path, too_long, limit)
 
 
 def _answered(messages: list[Message]) -> list[int]:

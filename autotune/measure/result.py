@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from autotune.errors import InputError
 from autotune.system.files import write_whole
 
 FILE = "result.json"
@@ -94,7 +95,7 @@ class Result:
 
     @classmethod
     def find(cls, folder: Path) -> "Result | None":
-        """The result in `folder`; None if there is none."""
+        """The result in `folder`; None if there is none. Raises InputError for a broken one."""
         try:
             return cls.load(folder)
         except FileNotFoundError:
@@ -102,7 +103,12 @@ class Result:
 
     @classmethod
     def load(cls, folder: Path) -> "Result":
-        return cls.of(json.loads((folder / FILE).read_text()))
+        """The result in `folder`. Raises FileNotFoundError if there is none, InputError for a broken one."""
+        try:
+            return cls.of(json.loads((folder / FILE).read_text()))
+        except (ValueError, TypeError, AttributeError, KeyError, IsADirectoryError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{folder / FILE}: not the result of a trial ({why}); delete it") from None
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> "Result":

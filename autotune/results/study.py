@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,8 @@ from autotune.config.schema import Config, ObjectiveConfig
 from autotune.errors import InputError
 from autotune.measure import objective
 from autotune.measure.result import Result, State
+
+log = logging.getLogger(__name__)
 
 MULTIRUN = Path("multirun")
 BASELINE = "baseline"
@@ -155,14 +158,22 @@ def results_in(folder: Path) -> dict[str, Result]:
     trials = [path.parent for path in folder.glob(f"{TRIAL}*/result.json")]
     numbered = [path for path in trials if path.name.removeprefix(TRIAL).isdigit()]
     paths = [folder / BASELINE, *sorted(numbered, key=lambda path: int(path.name.removeprefix(TRIAL)))]
-    found = {path.name: Result.find(path) for path in paths}
-    return {name: result for name, result in found.items() if result}
+    return {path.name: result for path in paths if (result := _result_in(path))}
+
+
+def _result_in(folder: Path) -> Result | None:
+    """The result of a trial; a broken one is left out, and named in the log."""
+    try:
+        return Result.find(folder)
+    except InputError as error:
+        log.warning("%s; left out", error)
+        return None
 
 
 def canaries_in(folder: Path) -> dict[str, Result]:
     """The short baselines of a study, by node."""
     paths = [path.parent for path in sorted(folder.glob(f"{CANARY}*/result.json"))]
-    return {path.name.removeprefix(CANARY): Result.load(path) for path in paths}
+    return {path.name.removeprefix(CANARY): result for path in paths if (result := _result_in(path))}
 
 
 def _config_file(folder: Path, trial: str) -> Path:

@@ -24,6 +24,7 @@ from autotune.config.schema import TrackingConfig
 from autotune.errors import TrackingError
 from autotune.measure import series
 from autotune.measure.result import Result
+from autotune.system.files import write_whole
 from autotune.text import shorten
 
 # A server that is gone is reported in seconds, not after MLflow's default of minutes.
@@ -46,6 +47,7 @@ ARTIFACTS = (
     series.GPU,
 )
 STUDY_ARTIFACTS = ("summary.txt", "report.html", "pareto.json")
+RUNS = "mlflow_run.json"  # in a trial's or a study's folder: its run's id, by tracking URI
 CONFIGURATION = "configuration"  # artifacts of the best trial that a registered version holds
 BATCH = 1000  # metrics that MLflow takes in one call
 
@@ -82,7 +84,7 @@ class Tracker:
         with self._errors():
             self._client, self._experiment = _connect(config)
             if study is not None:
-                known = _known_run(folder, self._uri)
+                known = self._logged_run(folder)
                 self._parent = known or self._create(folder, study, {"autotune.study": study}, time.time())
 
     def log_trial(self, folder: Path, name: str, result: Result) -> None:
@@ -90,11 +92,13 @@ class Tracker:
 
         Raises TrackingError.
         """
-        if not self._enabled or _known_run(folder, self._uri):
+        if not self._enabled:
             return
         from mlflow.entities import Metric, Param, RunTag
 
         with self._errors():
+            if self._logged_run(folder):
+                return
             tags = {
                 "trial": name,
                 "state": result.state,
@@ -132,6 +136,18 @@ class Tracker:
                         self._client.log_artifact(run, str(folder / one / file), one or None)
             self._client.set_terminated(run, "FINISHED" if result.complete else "FAILED", ended)
             _remember(folder, self._uri, run)
+
+    def _logged_run(self, folder: Path) -> str | None:
+        """The run that `folder` was logged as, if the store still has it."""
+        from mlflow.exceptions import MlflowException
+
+        run = _known_run(folder, self._uri)
+        try:
+            return run if run and self._client.get_run(run).info.lifecycle_stage == "active" else None
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
 
     def _log_dataset(self, run: str, folder: Path, result: Result) -> None:
         """The data set as MLflow knows one; its digest is the first 36 digits of the samples' checksum."""
@@ -292,12 +308,18 @@ def _sole_maker(uri: str) -> Iterator[None]:
 
 def _known_run(folder: Path, uri: str) -> str | None:
     """The run that `folder` was logged as at `uri`."""
-    file = folder / "mlflow_run.json"
-    found: str | None = json.loads(file.read_text()).get(uri) if file.exists() else None
-    return found
+    run: str | None = _runs(folder).get(uri)
+    return run
 
 
 def _remember(folder: Path, uri: str, run: str) -> None:
-    file = folder / "mlflow_run.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(known | {uri: run}))
+    write_whole(folder / RUNS, json.dumps(_runs(folder) | {uri: run}))
+
+
+def _runs(folder: Path) -> dict[str, str]:
+    """The runs that `folder` was logged as, by URI; none if the file that says so is broken."""
+    try:
+        known = json.loads((folder / RUNS).read_text())
+        return known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
+        return {}

@@ -25,9 +25,11 @@ def draft_of(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path` by way of `draft_of`; its folder is made if missing."""
-    with draft_of(path) as draft:
-        draft.write_text(text)
+    """Write `text` to `path` by way of `draft_of`, and wait for the disk; its folder is made if missing."""
+    with draft_of(path) as draft, draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a crash can leave an empty file under the new name
 
 
 def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
