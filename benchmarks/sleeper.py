@@ -25,6 +25,7 @@ class Sleeper:
     Config = SimConfig
     needs_weights = False
     facts: ClassVar[dict[str, str]] = {}
+    flags: ClassVar[tuple[str, ...]] = ("max_num_seqs",)
 
     def __init__(self, config: SimConfig, cache_dir: Path) -> None:
         self.config = config

@@ -34,6 +34,7 @@ class StandIn:
     Config = StandInConfig
     needs_weights = False
     facts: ClassVar[dict[str, str]] = {}
+    flags: ClassVar[tuple[str, ...]] = ("max_num_seqs", *DEFAULTS)
 
     def __init__(self, config: StandInConfig, cache_dir: Path) -> None:
         self.config = config

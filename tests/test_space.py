@@ -2,7 +2,7 @@ import optuna
 import pytest
 
 from autotune.errors import InputError
-from autotune.search.space import Space, describe, parse
+from autotune.search.space import Space, check_space, describe, parse
 
 
 def space(*arguments: str, conditions: dict[str, str] | None = None, only_if: dict[str, str] | None = None) -> Space:
@@ -81,3 +81,31 @@ def test_grid_needs_steps():
 def test_group_that_is_swept_is_said_to_need_studies_of_its_own():
     with pytest.raises(InputError, match="model=tiny,smollm2: a study sweeps fields, not groups"):
         parse({}, ["model=tiny,smollm2"], {}, {})
+
+
+class AnyFlag:
+    flags = ("max_num_seqs", "enable_chunked_prefill")
+
+    def check(self, args: dict[str, object]) -> None:
+        """Takes every flag."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "expression", "message"),
+    [
+        ("conditions", "max_num_seq <= 20", "conditions.mine: 'max_num_seq <= 20' names max_num_seq, .* max_num_seqs?"),
+        ("only_if", "enable_chunked_prefil", "did you mean enable_chunked_prefill?"),
+        ("conditions", "max_num_seqs <=", "can't be read"),
+        ("conditions", "1 / 0", "condition '1 / 0': "),
+    ],
+)
+def test_condition_that_can_not_be_told_is_refused(kind: str, expression: str, message: str):
+    name = "mine" if kind == "conditions" else "engine.args.max_num_seqs"
+    swept = space("engine.args.max_num_seqs=choice(4,8)", **{kind: {name: expression}})
+    with pytest.raises(InputError, match=message):
+        check_space(swept, AnyFlag(), {"max_num_seqs": 4})
+
+
+def test_condition_on_flags_and_swept_parameters_is_fine():
+    conditions = {"mine": "max_num_seqs <= 8 and int(block_size) > 4", "other": "not enable_chunked_prefill"}
+    check_space(space("engine.args.block_size=choice(16)", conditions=conditions), AnyFlag(), {})

@@ -8,7 +8,7 @@ import sys
 from autotune.config.command_line import compose, errors_in_one_line
 from autotune.config.vllm_flags import FLAG
 from autotune.measure.prepare import prepare
-from autotune.search.space import check_flags, describe, parse
+from autotune.search.space import check_space, describe, parse
 from autotune.text import aligned
 
 
@@ -17,8 +17,8 @@ def main() -> None:
         config, params, sweeps = compose(sys.argv[1:])
         space, _ = parse(params, sweeps, config.conditions, config.only_if)
         prepared = prepare(config)
-        check_flags(space, prepared.backend)
         outcome = prepared.dry_run()
+        check_space(space, prepared.backend, outcome.resolved)
     rows = [("parameter", "values", "vLLM's default")]
     for name, distribution in space.parameters.items():
         default = outcome.resolved.get(name.rpartition(".")[2], "set by vLLM") if name.startswith(FLAG) else ""

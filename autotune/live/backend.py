@@ -49,6 +49,7 @@ class LiveBackend:
         self.config = config
         self.vllm = find_vllm(config.python or sys.executable, tuple(sorted(config.env.items())), cache_dir)
         loadgen = importlib.metadata.version("mlcommons-loadgen")
+        self.flags = self.vllm.flags.keys()
         self.facts = {"vllm": self.vllm.version, "torch": self.vllm.torch, "loadgen": loadgen}
 
     def check(self, args: Mapping[str, Any]) -> None:

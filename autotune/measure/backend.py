@@ -1,6 +1,6 @@
 """The interface of backends: a backend starts a server, and each run on the server returns timings."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +79,7 @@ class Engine(Protocol):
 class Backend(Protocol):
     needs_weights: bool  # else the model's shape is enough
     facts: dict[str, str]  # versions of what measures, as in result.json
+    flags: Collection[str]  # the names of those that it knows
 
     def check(self, args: Mapping[str, Any]) -> None:
         """Raise InputError for flags that vLLM can't be given. Fast; takes no GPU."""

@@ -1,7 +1,9 @@
 """The search space: parameters, their distributions, and the conditions between them."""
 
+import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from simpleeval import InvalidExpression, simple_eval
+from simpleeval import DEFAULT_FUNCTIONS, InvalidExpression, simple_eval
 
 from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
@@ -106,7 +108,7 @@ def _holds(expression: str, known: Mapping[str, Any], chosen: Mapping[str, Any])
         return bool(simple_eval(expression, names=lambda node: names.get(node.id)))
     except TypeError:  # None ≤ 4
         return True
-    except (InvalidExpression, SyntaxError) as error:
+    except (InvalidExpression, SyntaxError, ArithmeticError, ValueError, AttributeError) as error:
         raise InputError(f"condition {expression!r}: {error}") from None
 
 
@@ -150,10 +152,32 @@ def describe(distribution: BaseDistribution) -> str:
     return f"{distribution.low:g}…{distribution.high:g}{', log' if distribution.log else step}"
 
 
-def check_flags(space: Space, backend: Any) -> None:
-    """Raise InputError for a parameter that the installed vLLM does not know, or a choice that it does not accept."""
+def check_space(space: Space, backend: Any, known: Mapping[str, Any]) -> None:
+    """Raise InputError for a parameter or a choice that vLLM does not know, and for a condition that can't be told.
+
+    `known` has the values of flags that are not swept.
+    """
     for name, distribution in space.parameters.items():
         if name.startswith(FLAG):
             choices = distribution.choices if isinstance(distribution, CategoricalDistribution) else ()
             values = [choice for choice in choices if choice != DEFAULT]
             backend.check({name.removeprefix(FLAG): values})
+    expressions = {f"conditions.{name}": expression for name, expression in space.conditions.items()}
+    expressions |= {f"only_if.{name}": expression for name, expression in space.only_if.items()}
+    names = {*known, *backend.flags, *map(_short, space.parameters)}
+    for where, expression in expressions.items():
+        for name in _names_in(expression, where):
+            if name not in names:
+                close = get_close_matches(name, sorted(names), 1)
+                hint = f"did you mean {close[0]}?" if close else "write a flag or a swept parameter"
+                raise InputError(f"{where}: {expression!r} names {name}, which is no flag and not swept; {hint}")
+        _holds(expression, known, {})
+
+
+def _names_in(expression: str, where: str) -> list[str]:
+    """The flags and parameters that a condition names."""
+    try:
+        nodes = ast.walk(ast.parse(expression, mode="eval"))
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"{where}: {expression!r} can't be read: {error}") from None
+    return [node.id for node in nodes if isinstance(node, ast.Name) and node.id not in DEFAULT_FUNCTIONS]

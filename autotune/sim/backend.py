@@ -36,13 +36,14 @@ PUBLISH_S = 2.0  # simulated; as often as a real run publishes
 class SimBackend:
     Config = SimConfig
     needs_weights = False
+    flags = (*MODELLED, *HARMLESS)
 
     def __init__(self, config: SimConfig, cache_dir: Path) -> None:
         self.config = config
         self.facts = {"simulated": config.device.name}
 
     def check(self, args: Mapping[str, Any]) -> None:
-        unknown = [name for name in args if name not in MODELLED and name not in HARMLESS]
+        unknown = [name for name in args if name not in self.flags]
         if unknown:
             log.warning("backend=sim leaves out what it does not model: engine.args.%s", ", ".join(unknown))
 

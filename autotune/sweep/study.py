@@ -32,7 +32,7 @@ from autotune.results.study import Study as FinishedStudy
 from autotune.search import prior, warm_start
 from autotune.search.pruners import make_pruner
 from autotune.search.samplers import make_sampler
-from autotune.search.space import DEFAULT, check_flags, parse
+from autotune.search.space import DEFAULT, check_space, parse
 from autotune.sweep import storage
 from autotune.sweep.display import Display
 from autotune.sweep.launchers import Job, Launcher, make_launcher
@@ -42,6 +42,7 @@ from autotune.sweep.resume import check_configuration, check_trials
 from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
 from autotune.system.files import log_to, write_whole
+from autotune.system.leases import devices
 from autotune.text import shorten
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,8 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     budget_s = seconds(config.budget) if config.budget else None
     prepared = prepare(config)
     samples = prepare_samples(config, prepared)
-    check_flags(space, prepared.backend)
+    check_space(space, prepared.backend, prepared.dry_run().resolved)
+    check_gpus(config)
     launcher, pruner = make_launcher(config), make_pruner(config)
     tracking.check(config.tracking)
     folder = Path(job.hydra.sweep.dir)
@@ -116,6 +118,12 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
         completed_any = any(result.complete for result in results_in(folder).values())
     if not completed_any:
         sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
+
+
+def check_gpus(config: Config) -> None:
+    """Raise InputError if the baseline's GPU is none of the study's."""
+    if config.baseline_gpu is not None and config.gpus is not None and config.baseline_gpu not in devices(config.gpus):
+        raise InputError(f"baseline_gpu={config.baseline_gpu}: gpus={config.gpus} does not hold it; write one of them")
 
 
 class Sweep:
