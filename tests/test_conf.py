@@ -193,3 +193,11 @@ def test_study_keeps_its_sweep():
 def test_composed_trial_of_a_study_is_shown(main: Main):
     done = main("-m", "model=tiny", "engine.args.block_size=choice(16,32)", "--cfg", "job")
     assert done.returncode == 0 and done.stdout.startswith("study: ")
+
+
+def test_mlflows_own_variables_are_taken(monkeypatch: pytest.MonkeyPatch):
+    assert composed("model=tiny").tracking.uri == "sqlite:///multirun/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "ours")
+    tracking = composed("model=tiny").tracking
+    assert (tracking.uri, tracking.experiment) == ("http://host:5000", "ours")

@@ -1,6 +1,8 @@
 """What the cluster launcher asks SLURM for; sinfo stands for a cluster of several nodes."""
 
+import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from autotune.config.command_line import compose
 from autotune.config.schema import ClusterConfig
 from autotune.errors import InputError
 from autotune.measure.prepare import gpu_count
-from autotune.sweep.cluster import Cluster, Queue
+from autotune.sweep.cluster import Cluster, Queue, as_new_job
 
 CONFIG = ClusterConfig(n_jobs=2, canary=True, poll_s=1.0, parameters={"timeout_min": 1})
 
@@ -48,6 +50,27 @@ def test_parameter_that_submitit_does_not_know_is_named(cluster: Cluster, tmp_pa
     cluster._parameters["slurm_partitoin"] = "gpu"
     with pytest.raises(InputError, match=r"launcher.parameters: .*partitoin"):
         cluster._executor(tmp_path, 1, "")
+
+
+@pytest.mark.parametrize("wrong", [{"mem_gb": "64GB"}, {"timeout_min": "2-00:00:00"}, {"cpus_per_task": "many"}])
+def test_parameter_of_the_wrong_kind_is_one_line(cluster: Cluster, tmp_path: Path, wrong: dict[str, str]):
+    cluster._parameters.update(wrong)
+    with pytest.raises(InputError, match=r"launcher.parameters: .*write timeout_min and mem_gb as numbers"):
+        cluster._executor(tmp_path, 1, "")
+
+
+def test_gpus_can_be_left_to_slurms_own_options(tmp_path: Path, cluster: Cluster):
+    other = Cluster(replace(CONFIG, parameters={"gpus_per_node": None, "slurm_gres": "gpu:h100:1"}), None)
+    assert "gpus_per_node" not in other._executor(tmp_path, 1, "")._executor.parameters
+    assert cluster._executor(tmp_path, 2, "")._executor.parameters["gpus_per_node"] == 2
+
+
+def test_job_that_is_submitted_from_a_job_is_a_new_one(monkeypatch: pytest.MonkeyPatch):
+    for name, value in {"SLURM_ARRAY_TASK_ID": "7", "SBATCH_PARTITION": "low", "SLURM_CONF": "/etc/slurm.conf"}.items():
+        monkeypatch.setenv(name, value)
+    with as_new_job():
+        assert {name for name in os.environ if name.startswith(("SLURM", "SBATCH"))} == {"SLURM_CONF"}
+    assert os.environ["SLURM_ARRAY_TASK_ID"] == "7"
 
 
 def test_gpus_are_the_clusters_to_give():

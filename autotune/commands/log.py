@@ -6,6 +6,7 @@ What MLflow has already is left as it is.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from autotune.config.command_line import errors_in_one_line
@@ -21,8 +22,14 @@ def main() -> None:
         prog="autotune log", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="multirun/STUDY, or one trial's folder")
-    parser.add_argument("--uri", default="sqlite:///multirun/mlflow.db", help="MLflow tracking URI")
-    parser.add_argument("--experiment", default="autotune", help="MLflow experiment")
+    parser.add_argument(
+        "--uri",
+        default=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///multirun/mlflow.db"),
+        help="MLflow tracking URI",
+    )
+    parser.add_argument(
+        "--experiment", default=os.environ.get("MLFLOW_EXPERIMENT_NAME", "autotune"), help="MLflow experiment"
+    )
     options = parser.parse_args()
     with errors_in_one_line():
         count = log(options.folder, TrackingConfig(uri=options.uri, experiment=options.experiment))

@@ -31,6 +31,7 @@ POLL_S = 0.1
 ENV = {
     "VLLM_SERVER_DEV_MODE": "1",  # for POST /reset_prefix_cache
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_API_KEY": "",  # the user's own would lock our client out
     "PYTHONUNBUFFERED": "1",  # so that the log is complete when vLLM dies
     "PYTHONDONTWRITEBYTECODE": "",  # else each of vLLM's three processes would compile all of it
 }

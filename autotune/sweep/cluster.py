@@ -3,11 +3,12 @@
 import json
 import logging
 import math
+import os
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Cluster(Launcher):
         self._array = config.array
         self._canary = config.canary
         self._parameters = {name: value for name, value in config.parameters.items() if value is not None}
+        self._asks_for_gpus = config.parameters.get("gpus_per_node", 0) is not None  # null leaves them to other options
         self._excluded: list[str] = []
         self._queue = Queue(config.poll_s)
 
@@ -63,7 +65,7 @@ class Cluster(Launcher):
         for (gpus, node), group in alike.items():
             executor = self._executor(group[0].folder.parent, gpus, node)
             try:
-                with executor.batch() if self._array and len(group) > 1 else nullcontext():
+                with as_new_job(), executor.batch() if self._array and len(group) > 1 else nullcontext():
                     submitted = [executor.submit(worker.run_job, trial) for trial in group]
                 ids = [job.job_id for job in submitted]
             except submitit.core.utils.FailedJobError as error:
@@ -103,16 +105,29 @@ class Cluster(Launcher):
         logs = folder / LOGS
         logs.mkdir(parents=True, exist_ok=True, mode=0o700)  # submitit pickles the trials there, secrets included
         executor = submitit.AutoExecutor(logs, cluster=self._cluster)
-        parameters = {"gpus_per_node": gpus, **self._parameters}
+        parameters = {**({"gpus_per_node": gpus} if self._asks_for_gpus else {}), **self._parameters}
         if node:
             parameters["slurm_nodelist"] = node
         elif self._excluded:
             parameters["slurm_exclude"] = ",".join(self._excluded)
         try:
             executor.update_parameters(**parameters)
-        except (NameError, ValueError) as error:
-            raise InputError(f"launcher.parameters: {one_line(error)}") from None
+        except (NameError, ValueError, TypeError, AssertionError) as error:
+            why = one_line(error) or f"submitit does not take {self._parameters}"
+            raise InputError(
+                f"launcher.parameters: {why}; write timeout_min and mem_gb as numbers, other options by SLURM's names"
+            ) from None
         return executor
+
+
+@contextmanager
+def as_new_job() -> Iterator[None]:
+    """Hide the job that this process runs in, if any, from those that it submits; SLURM_CONF is the cluster's."""
+    conf = os.environ.get("SLURM_CONF")
+    with submitit.helpers.clean_env():
+        if conf:
+            os.environ["SLURM_CONF"] = conf
+        yield
 
 
 class ClusterJob:
