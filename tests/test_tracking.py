@@ -299,7 +299,7 @@ def test_study_is_logged_later_by_hand(tmp_path: Path, trial: Path):
 @pytest.mark.slow
 def test_two_studies_that_start_together_make_one_database(tmp_path: Path) -> None:
     connect = (
-        "from autotune import tracking, schema; "
+        "from autotune.config import schema; from autotune.results import tracking; "
         "print(tracking._connect(schema.TrackingConfig(uri='sqlite:///new/mlflow.db', experiment='e'))[1])"
     )
     both = [

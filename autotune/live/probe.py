@@ -15,7 +15,9 @@ import importlib.metadata as metadata
 import inspect
 import json
 import os
+import select
 import sys
+import threading
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -159,9 +161,19 @@ def one_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__).partition(" [type=")[0].removeprefix("Value error, ")
 
 
+def end_with_parent() -> None:
+    """Wait for the end of standard input; if the parent is gone by then, end at once: vLLM takes long to import."""
+    parent, poller = os.getppid(), select.poll()
+    poller.register(sys.stdin, 0)  # its end is told without being asked for
+    poller.poll()
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 if __name__ == "__main__":
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     if sys.argv[1] == "answer":
+        threading.Thread(target=end_with_parent, daemon=True).start()
         answer()
     else:
         print(json.dumps(versions()))
