@@ -53,6 +53,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "samples"), CASES)
 def test_arrivals_are_those_of_loadgen(seen: Seen, kind: Kind, samples: int):
     issued = seen[kind, samples]

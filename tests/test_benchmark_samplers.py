@@ -12,6 +12,7 @@ WORDS = (
 )
 
 
+@pytest.mark.slow
 def test_regret_falls_to_the_grids_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

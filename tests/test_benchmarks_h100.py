@@ -26,6 +26,7 @@ def test_table_of_a_page_is_what_the_data_says(name: str):
     assert NAMED[name] == tables.TABLES[name]()
 
 
+@pytest.mark.slow
 def test_search_that_a_page_shows_as_simulated_is_simulated_the_same():
     measured = tables.repeated_of(tables.OPEN)["trial-0"][0]
     again = tables.number(tables.searched_again(measured, tables.slower_host(1.0)))

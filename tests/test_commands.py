@@ -105,12 +105,14 @@ def test_own_groups_are_found(written: list[str], tmp_path: Path, monkeypatch: p
     assert config.scenario.qps == 77
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["autotune.compare", "autotune.export", "autotune.verify", "autotune.report"])
 def test_command_is_a_module_too(module: str):
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and f"autotune {module.removeprefix('autotune.')}" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["autotune.tracking", "autotune.sim.calibrate"])
 def test_earlier_names_still_work(module: str):
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)

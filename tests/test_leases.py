@@ -60,6 +60,7 @@ def test_killed_holder_frees_its_gpus(folder: Path):
     holder.wait()
 
 
+@pytest.mark.slow
 def test_trial_of_many_gpus_is_not_overtaken(folder: Path):
     first = hold(folder, 1, 1.0)
     assert first.stdout and first.stdout.readline()

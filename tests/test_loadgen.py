@@ -143,6 +143,7 @@ def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: Kind
     assert log.reasons == (too_few if kind is Kind.Server else [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "words"),
     [
@@ -167,6 +168,7 @@ def test_failing_warmup_ends_the_run_in_one_line(tmp_path: Path, url: str):
     assert done.returncode == 1 and done.stderr.startswith("vLLM answered 500") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_latencies_are_what_the_server_took(tmp_path: Path, url: str):
     done = run(tmp_path, url, Kind.SingleStream, [SLOW], lengths=[6], min_queries=3)
     assert done.returncode == 0, done.stderr
@@ -181,6 +183,7 @@ def test_latencies_are_what_the_server_took(tmp_path: Path, url: str):
         assert loadgens[name] == pytest.approx(ours[name], rel=0.03)
 
 
+@pytest.mark.slow
 def test_tokens_are_counted_for_each_sample_on_its_own(tmp_path: Path, url: str):
     lengths = [2, 3, 9]
     done = run(tmp_path, url, Kind.Offline, [OK] * 3, lengths)
@@ -212,6 +215,7 @@ def test_request_asks_for_the_sample_and_its_length(tmp_path: Path, url: str, ig
     ) in Streaming.received
 
 
+@pytest.mark.slow
 def test_caches_are_reset_between_warmup_and_run(tmp_path: Path, url: str):
     Streaming.received.clear()
     run(tmp_path, url, Kind.SingleStream, [OK], warmup_requests=3, min_queries=4)
@@ -221,18 +225,21 @@ def test_caches_are_reset_between_warmup_and_run(tmp_path: Path, url: str):
     assert len(paths) == 4 * len(rounds) + len(read_requests(tmp_path / "requests.csv"))
 
 
+@pytest.mark.slow
 def test_warmup_goes_on_until_it_gets_no_faster(tmp_path: Path, url: str):
     Streaming.received.clear()
     run(tmp_path, url, Kind.SingleStream, [COLD], warmup_requests=3, min_queries=4)
     assert [path for path, _ in Streaming.received].count("/reset_prefix_cache") >= 3
 
 
+@pytest.mark.slow
 def test_server_that_is_warm_is_asked_for_one_round(tmp_path: Path, url: str):
     Streaming.received.clear()
     run(tmp_path, url, Kind.SingleStream, [COLD], warmup_requests=3, warmup_rounds=1, min_queries=4)
     assert [path for path, _ in Streaming.received].count("/reset_prefix_cache") == 1
 
 
+@pytest.mark.slow
 def test_run_that_can_pass_no_more_is_stopped(tmp_path: Path, url: str):
     done = run(tmp_path, url, Kind.Server, [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=500, total=500)
     assert done.returncode == 0, done.stderr
@@ -241,6 +248,7 @@ def test_run_that_can_pass_no_more_is_stopped(tmp_path: Path, url: str):
     assert 0 < len(read_requests(tmp_path / "requests.csv")) < 500
 
 
+@pytest.mark.slow
 def test_error_of_our_own_ends_the_process_though_loadgens_thread_goes_on(tmp_path: Path, url: str):
     (tmp_path / "requests.csv").mkdir()
     done = run(tmp_path, url, Kind.Server, [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=10_000, total=500)
@@ -254,6 +262,7 @@ def test_broken_limit_makes_the_run_invalid(tmp_path: Path, url: str):
     assert log.verdict == "INVALID" and "p99 of TTFT or TPOT is over its limit" in log.reasons
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Kind.Offline, Kind.Server])
 def test_client_processes_share_the_requests(tmp_path: Path, url: str, kind: Kind):
     done = run(tmp_path, url, kind, [OK] * 30, min_queries=64, client_processes=3, warmup_requests=4)
@@ -264,6 +273,7 @@ def test_client_processes_share_the_requests(tmp_path: Path, url: str, kind: Kin
     assert all(process["cpu_s"] > 0 for process in report["processes"])
 
 
+@pytest.mark.slow
 def test_run_audits_its_client(tmp_path: Path, url: str):
     done = run(tmp_path, url, Kind.Server, [SLOW], qps=50)
     assert done.returncode == 0, done.stderr
@@ -276,6 +286,7 @@ def test_run_audits_its_client(tmp_path: Path, url: str):
     assert report["reasons"] == []
 
 
+@pytest.mark.slow
 def test_client_that_stands_still_is_the_reason(tmp_path: Path, url: str):
     process = start(tmp_path, url, Kind.Server, [OK], qps=50, min_queries=100, ttft_ms=1000, client_ttft_share=0.1)
     (client,) = clients_of(process, tmp_path)
@@ -296,6 +307,7 @@ def test_client_process_that_dies_ends_the_run(tmp_path: Path, url: str):
     assert process.returncode == 1 and errors == "a client process ended in mid-run\n"
 
 
+@pytest.mark.slow
 def test_client_processes_die_with_loadgen(tmp_path: Path, url: str):
     process = start(tmp_path, url, Kind.Server, [SILENT], qps=50, min_queries=1000, client_processes=2)
     clients = clients_of(process, tmp_path)
@@ -305,6 +317,7 @@ def test_client_processes_die_with_loadgen(tmp_path: Path, url: str):
     assert len(clients) == 2 and not alive
 
 
+@pytest.mark.slow
 def test_audit_config_in_the_working_folder_changes_nothing(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "audit.config").write_text("*.*.min_query_count = 3\n*.*.max_query_count = 3\n")

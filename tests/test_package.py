@@ -35,6 +35,7 @@ def name(requirement: str) -> str:
     return re.sub("[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
 
 
+@pytest.mark.slow
 def test_every_import_is_of_a_declared_dependency():
     declared = {name(one) for one in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]}
     providers = packages_distributions()

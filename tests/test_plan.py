@@ -27,6 +27,7 @@ def test_plan_says_what_runs_what_bounds_it_the_gain_and_the_hours(monkeypatch: 
     assert "21 trials of" in text and "GPU hours" in text
 
 
+@pytest.mark.slow
 def test_plan_names_the_limit_that_binds(monkeypatch: pytest.MonkeyPatch):
     text = planned(monkeypatch, "scenario=interactive", "scenario.qps=45", f"{SEQS}=choice(64,256)")
     assert "the limit that binds is tpot p99" in text and "nothing that holds the limits" in text

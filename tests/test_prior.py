@@ -37,6 +37,7 @@ def test_choice_is_the_best_on_average_then_what_it_lacks():
     assert _complementary(scores, 5) == [0, 2, 1]
 
 
+@pytest.mark.slow
 def test_choice_is_spread_from_bold_to_safe_where_the_load_is_swept():
     config, params, sweeps = compose(
         [

@@ -148,6 +148,7 @@ def test_every_figure_is_drawn_of_a_study_that_has_all(tmp_path: Path):
     assert "limit 2000 ms" in drawn["Latency over load"].plots[0].figure
 
 
+@pytest.mark.slow
 def test_hover_over_the_front_shows_the_whole_configuration(tmp_path: Path):
     two = ("tokens_per_s", "latency_p99_ms")
     one = study(tmp_path, [result(value) for value in values(8)], metrics=two, directions=("maximize", "minimize"))
@@ -233,6 +234,7 @@ def test_page_asks_nothing_of_the_network(tmp_path: Path):
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
 
 
+@pytest.mark.slow
 def test_study_is_found_by_name_and_one_that_is_not_there_is_one_line(main: Main, tmp_path: Path):
     words = ["model=llama8b", "backend=sim", "space=none", "scenario.min_queries=64", "tracking=none", "study=found"]
     done = main("-m", *words, "engine.args.max_num_seqs=choice(8,64)", "n_trials=2")

@@ -59,6 +59,7 @@ def highest(folder: Path, seed: int, minutes: int) -> float:
     return run(folder, "scenario=interactive", "objective=max_qps", *length).values[0]
 
 
+@pytest.mark.slow
 def test_search_finds_what_its_own_schedule_allows(tmp_path: Path):
     """Of LoadGen's seeds, 5 is a quiet minute and 9 a busy one: whole runs hold 28.4 and 22.9 queries/s."""
     config, _, _ = compose([*SIMULATED, "scenario=interactive"])

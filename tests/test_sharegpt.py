@@ -64,6 +64,7 @@ def test_openais_form_is_the_same(model: Model, write: Write) -> None:
     assert made(model, write({"messages": messages})) == [("User: Hi\nAssistant:", "Hello")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
 def test_the_models_chat_template_makes_the_prompt(model: Model, write: Write, place: str) -> None:
     if place == "chat_template.jinja":

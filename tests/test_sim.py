@@ -29,6 +29,7 @@ def simulated(*arguments: str) -> Result:
     return estimate(simulation(config, config.backend), {})
 
 
+@pytest.mark.slow
 def test_device_agrees_with_the_trials_it_was_fitted_to():
     """The limits are those within which an estimate is worth having: 5 % of a rate, 15 % of a p99."""
     cases = [case for file in sorted(MEASURED.glob("*.json")) for case in calibrate.read(file, file.stem)]
@@ -108,6 +109,7 @@ def test_what_vllm_refuses_is_refused_with_the_reason(arguments: list[str], mess
     assert refused.state is State.refused and message in refused.reason
 
 
+@pytest.mark.slow
 def test_kv_cache_is_as_large_as_vllm_measured_it():
     """462,944 tokens with vLLM's defaults, 1,046,576 with fp8 and 16,384 tokens a step (vllm.log of the H100)."""
     default = simulated("scenario=offline", "scenario.min_queries=8")

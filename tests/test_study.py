@@ -103,6 +103,7 @@ def test_n_trials_is_the_total_of_a_study_run_again(tmp_path: Path):
     assert len(asked(tmp_path)) == 3
 
 
+@pytest.mark.slow
 def test_trials_run_side_by_side_in_processes_of_their_own(tmp_path: Path):
     words = ["launcher=gpus", "gpus=[0,1]", "backend.steps=10", "backend.pace_s=0.05", "sampler=grid", "baseline=false"]
     study(tmp_path, *words, f"{SEQS}=choice(10,11)")
@@ -152,6 +153,7 @@ def test_space_that_can_never_run_ends_with_the_reason(tmp_path: Path):
         study(tmp_path, "baseline=false", f"{SEQS}=choice(512)", f"{TOKENS}=128")
 
 
+@pytest.mark.slow
 def test_prior_starts_with_what_the_simulation_found_best(tmp_path: Path):
     space = [f"{SEQS}=tag(log, int(interval(1,1024)))", "prior=sim", "prior.trials=20", "prior.keep=3"]
     said = study(tmp_path, *space, "n_trials=4", "baseline=false", simulated=True)
@@ -162,6 +164,7 @@ def test_prior_starts_with_what_the_simulation_found_best(tmp_path: Path):
     assert "The simulation was right about all 3 trials" in said
 
 
+@pytest.mark.slow
 def test_what_contradicts_the_prior_is_reported(tmp_path: Path):
     space = [f"{SEQS}=choice(8,16,32)", "prior=sim", "prior.trials=10", "prior.keep=2"]
     said = study(tmp_path, *space, "n_trials=2", "baseline=false")

@@ -73,6 +73,7 @@ def winners(gains: list[float], noise: list[float], draws: int) -> float:
     return found / draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [[1, 1, 1], [1, 4, 0.2]], ids=["alike", "one far noisier"])
 def test_no_winner_is_seen_where_there_is_none(noise: list[float]):
     """At most 2.5 % (one side of 5 %), however differently they vary; 800 draws tell 2.5 % from 4.5 %."""
@@ -83,6 +84,7 @@ def test_winner_is_seen_where_there_is_one():
     assert winners([0, 6, 0], [1, 1, 1], 200) > 0.95
 
 
+@pytest.mark.slow
 def test_intervals_hold_together_as_often_as_they_say():
     draw = np.random.default_rng(2)
     held = 0
@@ -167,6 +169,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_study_without_a_better_configuration_ends_with_its_own_code(simulated: Path):
     done = run(simulated, "k=2", "n=3")
     assert done.returncode == 2, done.stderr
@@ -210,6 +213,7 @@ def test_job_does_not_outlive_a_signal_that_comes_while_it_is_started(simulated:
             job.cancel()
 
 
+@pytest.mark.slow
 def test_one_that_is_stopped_says_how_many_blocks_can_be_judged(simulated: Path, monkeypatch: pytest.MonkeyPatch):
     words = ["k=1", "scenario.seed=100"]
     whole, begun = SimEngine.run, 0
