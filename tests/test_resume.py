@@ -51,3 +51,10 @@ def test_results_that_the_storage_does_not_know_are_not_measured_over(tmp_path: 
     with pytest.raises(InputError, match=r"holds results that the study's storage does not know"):
         study(tmp_path, *SWEEP, "n_trials=2")
     assert {path: path.read_text() for path in folder.glob("*/result.json")} == before
+
+
+def test_broken_result_does_not_end_the_study(tmp_path: Path):
+    study(tmp_path, *SWEEP, "n_trials=2")
+    (tmp_path / "multirun/s/trial-1/result.json").write_text("")
+    said = study(tmp_path, *SWEEP, "n_trials=3")
+    assert "trial-1/result.json: not the result of a trial" in said and "Study s: 2 trials, 0 failed" in said

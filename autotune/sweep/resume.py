@@ -52,7 +52,8 @@ def check_trials(stored: Sequence[FrozenTrial], folder: Path, results: Mapping[s
     """Raise InputError unless the trials `stored` by Optuna are those that left their `results` in `folder`."""
     trials = {f"{TRIAL}{trial.number}": trial for trial in stored}
     for name, trial in trials.items():
-        if trial.state is TrialState.COMPLETE and BASELINE not in trial.user_attrs and name not in results:
+        swept = trial.state is TrialState.COMPLETE and BASELINE not in trial.user_attrs
+        if swept and not (folder / name / "result.json").exists():
             raise InputError(
                 f"study={folder.name} exists in that storage, and the results of its trials are not in {folder}; "
                 f"go on where it was started, or write another study=…"
