@@ -21,7 +21,7 @@ def usage(name: str, words: Sequence[str]) -> str | None:
 
 
 def mistake(words: Sequence[str]) -> str | None:
-    """What to say of a word that is no command, no key=value, no flag and no flag's value."""
+    """A line on the first word that is no command, no key=value, no flag and no flag's value; None without one."""
     for before, word in zip(["-m", *words], words, strict=False):
         is_value = before.startswith("-") and "=" not in before and before not in ALONE
         if "=" in word or word.startswith(("-", "~")) or is_value:

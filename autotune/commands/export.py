@@ -93,7 +93,7 @@ class Deployment:
         return SHM_GIB_PER_GPU * max(1, self.gpus)
 
     def arguments(self, host: str, port: int) -> list[str]:
-        """All that follows `vllm serve`."""
+        """The words that follow `vllm serve`."""
         return [self.model, *self.flags, "--host", host, "--port", str(port)]
 
 
@@ -176,7 +176,7 @@ def _as_mapping(flags: list[str]) -> dict[str, Any]:
 
 
 def _is_plain(word: str) -> bool:
-    """Whether it is a number that is written again as it stands here."""
+    """True for a number that YAML would write again as it stands here."""
     value = yaml.safe_load(word)
     return isinstance(value, (int, float)) and not isinstance(value, bool) and str(value) == word
 

@@ -73,7 +73,7 @@ class Repeat:
     trial: TrialSpec
 
     def is_complete(self) -> bool:
-        """Whether it completed already, with this very configuration."""
+        """True if it has completed already, with this very configuration."""
         folder, result = self.trial.folder, Result.find(self.trial.folder)
         if not (result and result.complete):
             return False
@@ -82,7 +82,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Row:
-    """All repeats of one configuration."""
+    """The repeats of one configuration."""
 
     name: str
     params: dict[str, Any]
@@ -256,7 +256,7 @@ def record(study: Study, tracker: tracking.Tracker, repeat: Repeat, result: Resu
 
 
 def complete_blocks(repeats: Sequence[Repeat]) -> int:
-    """How many blocks, from the first on, are complete."""
+    """The number of blocks, from the first on, that are complete."""
     missing = [repeat.block for repeat in repeats if not repeat.is_complete()]
     return min(missing) - 1 if missing else max(repeat.block for repeat in repeats)
 

@@ -81,7 +81,7 @@ class Sut:
                 raise
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no query is held back."""
 
     def on_messages(self, messages: Sequence[Message]) -> None:
         """Pass the clients' messages on to LoadGen, which times them as they come, then record them for ourselves."""
