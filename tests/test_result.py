@@ -22,6 +22,11 @@ def test_feasible_is_complete_and_within_every_limit(state: str, over: float, fe
     assert Result(state=state, constraints={"ttft_p99": -0.5, "tpot_p99": over}).feasible is feasible
 
 
+def test_trial_that_a_signal_failed_has_failed_when_it_is_read_again(tmp_path: Path):
+    Result(reason="SystemExit: 143").save(tmp_path)
+    assert Result.load(tmp_path).state == "failed"
+
+
 def test_command_can_be_pasted_into_a_shell():
     result = Result(command=["vllm", "serve", "my model", "--compilation-config", '{"mode": 3}'])
     assert result.shell_command == """vllm serve 'my model' --compilation-config '{"mode": 3}'"""

@@ -115,7 +115,8 @@ class Result:
         """The result in a result.json of this version or an earlier one."""
         known = {field.name for field in fields(cls)}
         result = cls(**{name: value for name, value in body.items() if name in known})
-        if result.state is State.failed and result.reason.startswith(STOPPED):
+        of_0_1 = "expected" not in body
+        if of_0_1 and result.state is State.failed and result.reason.startswith(STOPPED):
             result.state = State.interrupted
         result.duplicate_of = result.duplicate_of or result.facts.get("duplicate_of", "")
         result.runs = [RunRecord(**run) for run in body.get("runs", [])]
