@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 S = TypeVar("S", ServerState, GpuState)
 
 POLL_S = 0.1
+DYING_S = 10.0
 IDLE_S = 60.0  # for which requests of a stopped run may go on, at most
 
 
@@ -197,6 +198,7 @@ class LiveEngine:
                     states.append(state)
                 gpu_states += self.gpus.read(now)
         if code:
+            self.server.process.wait(DYING_S)  # a vLLM that dies takes a while to end, and its reason is the better one
             self.server.check_alive()
             raise MeasureError(f"LoadGen's process ended with exit code {code}: {loadgen.last_line()}")
         return states, gpu_states
