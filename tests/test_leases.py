@@ -1,6 +1,8 @@
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,42 @@ def test_trial_of_many_gpus_is_not_overtaken(folder: Path):
     assert large.stdout and large.stdout.readline()
     assert small.poll() is None
     assert small.wait(20) == large.wait(20) == first.wait(20) == 0
+
+
+def test_folder_and_locks_are_their_users_own_unless_told_otherwise(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    own = folder / "own"
+    monkeypatch.setattr(leases, "FOLDER", own)
+    monkeypatch.setattr(leases, "OWN", own)
+    with leases.lease([0], 1):
+        modes = {path.name: path.stat().st_mode & 0o7777 for path in (own, *own.iterdir())}
+    assert modes == {"own": 0o700, "queue.lock": 0o644, "gpu-0.lock": 0o644}
+    monkeypatch.setattr(os, "getuid", lambda: own.stat().st_uid + 1)
+    with pytest.raises(InputError, match=r"another user made it; name another folder in AUTOTUNE_LEASES"):
+        leases.lease([0], 1).__enter__()
+
+
+@pytest.mark.parametrize("make", [lambda lock, target: lock.symlink_to(target), lambda lock, _: os.mkfifo(lock)])
+def test_lock_that_is_a_link_or_a_pipe_is_refused_and_nothing_changes(make: Callable[[Path, Path], None], folder: Path):
+    target = folder / "secret"
+    make(folder / "gpu-0.lock", target)
+    with pytest.raises(InputError, match=r"gpu-0.lock: .*; delete it"):
+        leases.lease([0], 1).__enter__()
+    assert not target.exists()
+
+
+def test_folder_that_is_a_link_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    (folder / "link").symlink_to(folder)
+    monkeypatch.setattr(leases, "FOLDER", folder / "link")
+    with pytest.raises(InputError, match=r"leases in .*link: "):
+        leases.lease([0], 1).__enter__()
+
+
+def test_another_users_lock_is_taken_in_turn_and_left_as_it_is(folder: Path):
+    (folder / "gpu-0.lock").touch(mode=0o444)
+    for _ in range(2):
+        with leases.lease([0], 1) as held:
+            assert held.gpus == (0,)
+    assert (folder / "gpu-0.lock").stat().st_mode & 0o777 == 0o444
 
 
 def test_more_gpus_than_there_are_is_an_input_error():

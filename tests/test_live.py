@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,7 +24,7 @@ from optuna.trial import TrialState
 from autotune.config.command_line import compose
 from autotune.config.schema import Config, Kind, LocalConfig, ScenarioConfig
 from autotune.errors import MeasureError, StartError
-from autotune.live import metrics_page
+from autotune.live import key, metrics_page
 from autotune.live.backend import LiveBackend, LiveEngine
 from autotune.live.server import serve
 from autotune.measure import progress
@@ -78,9 +79,28 @@ def gone_within(seconds: float, gone: Callable[[], bool]) -> bool:
 
 
 def test_server_serves_one_model_under_a_name_of_its_own(engine: LiveEngine):
-    with urllib.request.urlopen(f"{engine.server.url}/v1/models") as answer:
+    with key.opened(engine.server.url, "/v1/models", timeout_s=5) as answer:
         assert [model["id"] for model in json.loads(answer.read())["data"]] == [engine.server.model]
     assert engine.server.model.startswith("autotune-")
+
+
+def test_stranger_is_refused_on_every_route_and_finds_no_key(engine: LiveEngine, tmp_path: Path):
+    url = engine.server.url
+    with key.opened(url, "/openapi.json", timeout_s=60) as answer:
+        routes = json.loads(answer.read())["paths"]
+    assert {"/collective_rpc", "/reset_prefix_cache", "/v1/completions", "/invocations"} <= routes.keys()
+    asked = [(path, method) for path, methods in routes.items() for method in methods]
+    for path, method in [*asked, ("/metrics", "get"), ("/docs", "get"), ("/nothing", "get"), ("/health", "options")]:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(url + path, method=method.upper()), timeout=60)
+        assert refused.value.code == 401, (path, method)
+    engine.run(scenario(Kind.Server), tmp_path)
+    shown = [word for process in psutil.process_iter(["cmdline"]) for word in process.info["cmdline"] or []]
+    written = [
+        path.read_text(errors="replace") for path in (*tmp_path.iterdir(), *engine.folder.iterdir()) if path.is_file()
+    ]
+    secret = key.header(url).rpartition(" ")[2]
+    assert not [text for text in [*shown, *written] if secret in text]
 
 
 def test_server_that_has_just_started_has_every_metric_that_a_run_reads(engine: LiveEngine):

@@ -134,7 +134,7 @@ def test_exact_command_is_written_before_it_runs(tmp_path: Path):
     assert command[0] == sys.executable
     assert command[3:] == [
         *("the/model", "--revision", "main", "--host", "127.0.0.1", "--port", server.url.rpartition(":")[2]),
-        *("--served-model-name", server.model, "--max-num-seqs", "8"),
+        *("--served-model-name", server.model, "--max-num-seqs", "8", "--middleware", "autotune_gate.Gate"),
     ]
 
 

@@ -19,7 +19,7 @@ from autotune.config.schema import Kind, LiveConfig, ScenarioConfig, Stop
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
-from autotune.live import audit, gpu, loadgen_log, metrics_page
+from autotune.live import audit, gpu, key, loadgen_log, metrics_page
 from autotune.live.gpu import Gpus, GpuState
 from autotune.live.installed_vllm import find_vllm
 from autotune.live.messages import WARMUP_ROUNDS, ClientReport, RunSpec
@@ -109,7 +109,7 @@ class LoadGen(GuardedProcess):
         self.folder = folder
         (folder / "run.json").unlink(missing_ok=True)
         command = [sys.executable, "-m", "autotune.live.loadgen", str(samples.path.resolve()), str(folder)]
-        super().__init__(command, folder / "loadgen.log", {}, stop_timeout_s=1.0)
+        super().__init__(command, folder / "loadgen.log", key.environment(), stop_timeout_s=1.0)
 
     def begin(self, spec: RunSpec) -> None:
         spec.save(self.folder / "run.json")

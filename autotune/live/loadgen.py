@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 import traceback
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -31,7 +30,7 @@ import numpy as np
 from autotune.config.schema import Kind, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
-from autotune.live import audit, loadgen_log, metrics_page
+from autotune.live import audit, key, loadgen_log, metrics_page
 from autotune.live.client import Clients, Message, MessageKind, bodies, requests
 from autotune.live.messages import ClientReport, RunSpec
 from autotune.measure import progress
@@ -230,7 +229,7 @@ def warm_up(clients: Clients, messages: Iterator[list[Message]], spec: RunSpec, 
 def reset_caches(url: str) -> None:
     """Empty vLLM's prefix cache. Raises MeasureError if vLLM refuses."""
     try:
-        urllib.request.urlopen(urllib.request.Request(f"{url}/reset_prefix_cache", method="POST"), timeout=60).close()
+        key.opened(url, "/reset_prefix_cache", timeout_s=60, method="POST").close()
     except OSError as error:
         raise MeasureError(f"vLLM's answer to /reset_prefix_cache: {error}") from None
 

@@ -1,10 +1,9 @@
 """vLLM's /metrics page, read while a run goes on."""
 
 import re
-import urllib.error
-import urllib.request
 
 from autotune.errors import MeasureError
+from autotune.live import key
 from autotune.measure.bottleneck import ServerState
 
 TIMEOUT_S = 2.0
@@ -34,11 +33,10 @@ class Page(dict[str, list[float]]):
 
 def read(server: str) -> Page | None:
     """The page of the server at this URL; None if it does not answer in time."""
-    url = f"{server}/metrics"
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
-            return Page(url, answer.read().decode())
-    except (urllib.error.URLError, OSError):
+        with key.opened(server, "/metrics", TIMEOUT_S) as answer:
+            return Page(f"{server}/metrics", answer.read().decode())
+    except OSError:
         return None
 
 

@@ -1,12 +1,11 @@
 """One `vllm serve` process: started, checked to be ours and healthy, and stopped with everything that it started."""
 
 import json
+import os
 import secrets
 import socket
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from autotune.config.redact import redact
 from autotune.config.schema import LiveConfig
 from autotune.data.models import Model
 from autotune.errors import MeasureError, StartError
-from autotune.live import vllm_log
+from autotune.live import key, vllm_log
 from autotune.live.installed_vllm import InstalledVllm
 from autotune.measure import progress
 from autotune.system.leases import Lease
@@ -65,12 +64,14 @@ def serve(
 ) -> Iterator[Server]:
     """Start vLLM with the flags `args`, and stop it after the block; its log and command are written to `folder`.
 
+    Only who knows the trial's key is answered.
+
     Raises StartError if it ends, is not healthy in time, or another server answers in its place.
     """
     port = _free_port() if config.port is None else config.port
     if config.port is not None and _answers(port):
         raise StartError(f"backend.port={port}: in use by another process; choose another, or null for a free one")
-    name = f"autotune-{secrets.token_hex(8)}"
+    url, name = f"http://{HOST}:{port}", f"autotune-{secrets.token_hex(8)}"
     flags = vllm.command_line(args)
     command = [
         *config.prefix,
@@ -81,27 +82,24 @@ def serve(
         *("--host", HOST, "--port", str(port), "--served-model-name", name),
         *flags,
     ]
-    shown = [*command[: len(command) - len(flags)], *vllm.command_line(redact(args))]
+    shown = [*command[: len(command) - len(flags)], *vllm.command_line(redact(args)), *key.FLAGS]
     (folder / "command.json").write_text(json.dumps({"command": shown, "env": redact(config.env)}, indent=1))
     log = folder / "vllm.log"
     started = time.monotonic()
     devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, lease.gpus))} if lease else {}
     keep = lease.files if lease else ()
-    with (
-        TemporaryDirectory(prefix="autotune-") as scratch,  # vLLM leaves sockets in it
-        GuardedProcess(
-            command, log, {**ENV, "TMPDIR": scratch, **devices, **config.env}, config.stop_timeout_s, keep
-        ) as process,
-    ):
-        url = f"http://{HOST}:{port}"
-        _await_healthy(url, name, process, log, config.start_timeout_s)
-        taken_s = time.monotonic() - started
-        yield Server(url, name, process, log, vllm_log.parts(log, datetime.now(), taken_s))
+    with TemporaryDirectory(prefix="autotune-") as scratch:  # vLLM leaves sockets in it
+        env = {**ENV, "TMPDIR": scratch, **devices, **config.env}
+        env |= key.gated(url, Path(scratch), config.env.get("PYTHONPATH", os.environ.get("PYTHONPATH", "")))
+        with GuardedProcess([*command, *key.FLAGS], log, env, config.stop_timeout_s, keep) as process:
+            _await_healthy(url, name, process, log, config.start_timeout_s)
+            taken_s = time.monotonic() - started
+            yield Server(url, name, process, log, vllm_log.parts(log, datetime.now(), taken_s))
 
 
 def _await_healthy(url: str, name: str, process: GuardedProcess, log: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
-    while _get(f"{url}/health") is None:
+    while _get(url, "/health") is None:
         code = process.wait(POLL_S)
         progress.check(log.parent)
         if code is not None:
@@ -111,18 +109,18 @@ def _await_healthy(url: str, name: str, process: GuardedProcess, log: Path, time
                 f"vLLM was not healthy after {timeout_s:.0f} s (backend.start_timeout_s); last line of {log}: "
                 f"{vllm_log.last_line(log)}"
             )
-    served = json.loads(_get(f"{url}/v1/models") or '{"data": []}')["data"]
+    served = json.loads(_get(url, "/v1/models") or '{"data": []}')["data"]
     if name not in [model["id"] for model in served] or process.exit_code() is not None:
         raise StartError(f"another server answers at {url}; set backend.port=null, or end that server")
 
 
-def _get(url: str) -> bytes | None:
+def _get(server: str, path: str) -> bytes | None:
     """The body of a 200 answer; None for any other, or for none."""
     try:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with key.opened(server, path, timeout_s=5) as response:
             body: bytes = response.read()
             return body
-    except (urllib.error.URLError, OSError):
+    except OSError:
         return None
 
 

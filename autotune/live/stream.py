@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from autotune.live import key
+
 EVENT = b"\ndata: {"  # JSON has no raw newline, so generated text can't look like this
 TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
 TAIL_BYTES = 512  # enough for the last event, which holds the usage
@@ -20,8 +22,8 @@ ERROR_BYTES = 300  # that are kept of an answer that is an error
 
 def completion(url: str, body: bytes) -> bytes:
     """A POST of `body` (JSON) to vLLM's /v1/completions, ready to send."""
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\n{key.header(url)}\r\n"
+    return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 class Stream:

@@ -2,17 +2,20 @@
 
 import fcntl
 import os
+import stat
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from autotune.errors import InputError
 
-FOLDER = Path(os.environ.get("AUTOTUNE_LEASES", "/tmp/autotune-leases"))  # shared by all users of this machine
+# Of this user alone. Users who share GPUs name a folder that all of them may write to (mode 1777).
+OWN = Path(f"/tmp/autotune-leases-{os.getuid()}")
+FOLDER = Path(os.environ.get("AUTOTUNE_LEASES", OWN))
 POLL_S = 0.1
 
 
@@ -53,17 +56,16 @@ def lease(gpus: Sequence[int], count: int) -> Iterator[Lease]:
     """
     if count > len(gpus):
         raise InputError(f"this trial needs {count} GPUs (tensor × pipeline × data parallel), gpus has {len(gpus)}")
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with suppress(PermissionError):  # another user has made it and opened it to all
-        FOLDER.chmod(0o1777)
     with ExitStack() as locks:
-        with _open("queue") as queue:
+        folder = _folder()
+        locks.callback(os.close, folder)
+        with _open(folder, "queue") as queue:
             fcntl.flock(queue, fcntl.LOCK_EX)
             taken: dict[int, BinaryIO] = {}
             while len(taken) < count:
                 for gpu in gpus:
                     if gpu not in taken and len(taken) < count:
-                        file = _open(f"gpu-{gpu}")
+                        file = _open(folder, f"gpu-{gpu}")
                         try:
                             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                             taken[gpu] = locks.enter_context(file)
@@ -89,8 +91,31 @@ def leased(lease: Lease | None) -> dict[str, str]:
     return {"leased_gpus": ",".join(map(str, lease.gpus))} if lease else {}
 
 
-def _open(name: str) -> BinaryIO:
-    descriptor = os.open(FOLDER / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
-    with suppress(PermissionError):
-        os.fchmod(descriptor, 0o666)
-    return os.fdopen(descriptor, "r+b")
+def _folder() -> int:
+    """A descriptor of the locks' folder. Raises InputError if it is not what it should be."""
+    try:
+        FOLDER.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = os.open(FOLDER, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise InputError(f"leases in {FOLDER}: {error.strerror}; name another folder in AUTOTUNE_LEASES") from None
+    if FOLDER == OWN and os.fstat(folder).st_uid != os.getuid():
+        os.close(folder)
+        raise InputError(f"leases in {FOLDER}: another user made it; name another folder in AUTOTUNE_LEASES")
+    return folder
+
+
+def _open(folder: int, name: str) -> BinaryIO:
+    """A lock's file, for reading: a lock needs no more, and so every user may take it, whoever made the file."""
+    file, safe = f"{name}.lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # neither a link nor a pipe is followed
+    try:
+        try:
+            descriptor = os.open(file, safe | os.O_CREAT | os.O_EXCL, dir_fd=folder)
+            os.fchmod(descriptor, 0o644)  # whatever the umask
+        except FileExistsError:
+            descriptor = os.open(file, safe, dir_fd=folder)
+    except OSError as error:
+        raise InputError(f"{FOLDER / file}: {error.strerror}; delete it") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{FOLDER / file}: not a file; delete it")
+    return os.fdopen(descriptor, "rb")
