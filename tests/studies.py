@@ -15,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from optuna.trial import FrozenTrial
 
 from autotune.config import command_line
+from autotune.config.overrides import typed
+from autotune.config.schema import Config
 from autotune.sweep import study as sweep
 from autotune.system import interrupt, leases
 from tests.in_process import as_it_was
@@ -56,6 +58,11 @@ class Composed:
 
     def load_sweep_config(self, job: DictConfig, overrides: list[str]) -> DictConfig:
         return self._job
+
+
+def configured(*words: str) -> Config:
+    """The configuration of a simulated trial, in a third of the time that Hydra takes for a command line."""
+    return typed(composed(list(words), simulated=True))
 
 
 def composed(words: list[str], simulated: bool) -> DictConfig:

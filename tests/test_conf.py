@@ -1,5 +1,6 @@
 """Every option of every group composes, is well typed, and names only what exists."""
 
+import re
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
@@ -11,8 +12,11 @@ from omegaconf import OmegaConf
 
 from autotune.config import command_line, schema
 from autotune.config.overrides import typed
+from autotune.errors import InputError, TrackingError
+from autotune.measure import trial
+from autotune.results import tracking
 from tests.conftest import Main
-from tests.in_process import Done
+from tests.studies import configured
 
 GROUPS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
@@ -116,43 +120,41 @@ def test_cfg_job_shows_the_composed_trial(main: Main):
             "Could not override 'n_trial': Key 'n_trial' not in 'Config'. Did you mean: 'n_trials'",
         ),
         (
-            ["model=tiny", "backend.prot=1"],
-            "backend.prot: autotune.live.backend.LiveBackend has no such field; did you mean port",
-        ),
-        (
-            ["model=tiny", "backend=sim", "backend.port=1"],
-            "backend.port: autotune.sim.backend.SimBackend has no such field; it has device, pace",
-        ),
-        (
             ["model=tiny", "backend=sim", "backend.device.link=1"],
             "Key 'link' not in 'Device'. Did you mean one of: 'link_s'",
         ),
         (
-            ["model=tiny", "backend._target_=none.None"],
-            "backend._target_=none.None: there is no such class; write backend=…",
-        ),
-        (
-            ["model=tiny", "launcher.n_jobs=2"],
-            "launcher.n_jobs: autotune.sweep.launchers.Inline has no such field; it has name",
-        ),
-        (["model=tiny", "launcher=slurm", "launcher.canry=1"], "has no such field; did you mean canary"),
-        (["model=tiny", "launcher=slurm", "launcher.n_jobs=0"], "launcher.n_jobs=0: write 1 or more trials at a time"),
-        (
             ["model=tiny", "budget_of=hours"],
             "override budget_of=hours; Invalid value 'hours', expected one of [engine, wall]",
         ),
-        (["model=tiny", "max_failures=0"], "max_failures=0: write 1 or more"),
         ([], "no model: write model=smollm2"),
     ],
 )
 def test_wrong_configuration_is_one_line(main: Main, arguments: list[str], words: str):
-    assert_one_line(main(*arguments), words)
-
-
-def assert_one_line(done: Done, words: str) -> None:
+    done = main(*arguments)
     assert done.returncode == 1
     assert words in done.stderr
     assert done.stderr.startswith("autotune: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["backend.prot=1"], "backend.prot: autotune.live.backend.LiveBackend has no such field; did you mean port"),
+        (
+            ["backend=sim", "backend.port=1"],
+            "backend.port: autotune.sim.backend.SimBackend has no such field; it has device, pace",
+        ),
+        (["backend._target_=none.None"], "backend._target_=none.None: there is no such class; write backend=…"),
+        (["launcher.n_jobs=2"], "launcher.n_jobs: autotune.sweep.launchers.Inline has no such field; it has name"),
+        (["launcher=slurm", "launcher.canry=1"], "has no such field; did you mean canary"),
+        (["launcher=slurm", "launcher.n_jobs=0"], "launcher.n_jobs=0: write 1 or more trials at a time"),
+        (["max_failures=0"], "max_failures=0: write 1 or more"),
+    ],
+)
+def test_wrong_field_or_value_is_refused(arguments: list[str], words: str):
+    with pytest.raises(InputError, match=re.escape(words)):
+        configured("model=tiny", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -168,14 +170,25 @@ def assert_one_line(done: Done, words: str) -> None:
         (["model.path=no/such/model"], "neither a local folder nor a Hub id"),
         (["model.path=./nothing"], "no model there; a model's folder holds a config.json"),
         (["gpus=2"], "write a list of indices, gpus=[0,1], or gpus=all"),
-        (["tracking=mlflow", "tracking.uri=http://127.0.0.1:9"], "no MLflow server answers"),
     ],
 )
-def test_bad_input_is_one_line(main: Main, tmp_path: Path, arguments: list[str], words: str):
+def test_bad_input_is_refused_before_a_server_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.jsonl").write_text('{"input": "a", "output": "b"}\n{"input": "a"\n')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "long.jsonl").write_text('{"input": "' + "a" * 5000 + '", "output": "b"}\n')
-    assert_one_line(main("model=tiny", "dataset=cnn_small", "tracking=none", *arguments), words)
+    config = configured("model=tiny", "dataset=cnn_small", "tracking=none", *arguments)
+    with pytest.raises(InputError, match=re.escape(words)):
+        trial.run(config, [], tmp_path / "trial")
+    assert not (tmp_path / "trial/server.log").exists()
+
+
+def test_tracking_server_that_does_not_answer_is_refused():
+    config = configured("model=tiny", "tracking=mlflow", "tracking.uri=http://127.0.0.1:9")
+    with pytest.raises(TrackingError, match="no MLflow server answers"):
+        tracking.check(config.tracking)
 
 
 @pytest.mark.parametrize("shows", [["--cfg", "job"], ["-c", "hydra"], ["--info"], ["--help"]])

@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import pytest
-from optuna_dashboard import wsgi
-from werkzeug.test import Client
 
 from autotune.measure.result import Result
 from tests.studies import SEQS, autotune
@@ -16,6 +14,9 @@ def test_dashboard_shows_a_studys_trials_and_draws_them(tmp_path: Path):
     done = autotune(tmp_path, "sampler=grid", f"{SEQS}=choice(4,64)", "engine.args.tensor_parallel_size=choice(1,3)")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "multirun/s"
+    from optuna_dashboard import wsgi  # seconds, with torch
+    from werkzeug.test import Client
+
     dashboard = Client(wsgi(f"sqlite:///{folder}/study.db"))
     (listed,) = dashboard.get("/api/studies").json["study_summaries"]
     assert (listed["study_name"], listed["directions"]) == ("s", ["maximize"])

@@ -10,6 +10,13 @@ from tests.studies import SEQS, asked, study
 SWEEP = [f"{SEQS}=choice(16,32,64,128)", "sampler=random"]
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("begun")
+    study(folder, *SWEEP, "n_trials=1")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("changed", "key"),
     [
@@ -21,12 +28,11 @@ SWEEP = [f"{SEQS}=choice(16,32,64,128)", "sampler=random"]
         ("engine.args.dtype=half", "engine.args.dtype=unset (now half)"),
     ],
 )
-def test_study_does_not_go_on_with_what_can_not_be_compared(tmp_path: Path, changed: str, key: str):
-    study(tmp_path, *SWEEP, "n_trials=1")
+def test_study_does_not_go_on_with_what_can_not_be_compared(begun: Path, changed: str, key: str):
     with pytest.raises(InputError, match="was measured with") as refused:
-        study(tmp_path, *SWEEP, "n_trials=3", changed)
+        study(begun, *SWEEP, "n_trials=3", changed)
     assert key in str(refused.value)
-    assert len(asked(tmp_path)) == 1
+    assert len(asked(begun)) == 1
 
 
 def test_simulated_study_does_not_go_on_with_measurements(tmp_path: Path):

@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 
-from autotune.config.command_line import compose
 from autotune.errors import InputError
 from autotune.measure import trial
 from autotune.measure.backend import DryRunOutcome, Measurement
 from autotune.measure.prepare import prepare
 from autotune.measure.result import Result, State
 from autotune.sim.backend import SimBackend, SimEngine
+from tests.studies import configured
 
 SIMULATED = ["model=llama8b", "backend=sim", "tracking=none"]
 
 
 def run(folder: Path, *arguments: str) -> Result:
-    config, _, _ = compose([*SIMULATED, *arguments])
+    config = configured(*SIMULATED, *arguments)
     return trial.run(config, [], folder)
 
 
@@ -62,7 +62,7 @@ def highest(folder: Path, seed: int, minutes: int) -> float:
 @pytest.mark.slow
 def test_search_finds_what_its_own_schedule_allows(tmp_path: Path):
     """Of LoadGen's seeds, 5 is a quiet minute and 9 a busy one: whole runs hold 28.4 and 22.9 queries/s."""
-    config, _, _ = compose([*SIMULATED, "scenario=interactive"])
+    config = configured(*SIMULATED, "scenario=interactive")
     for seed, allows in ((5, 28.4), (9, 22.9)):
         assert highest(tmp_path, seed, 1) == pytest.approx(allows, rel=config.scenario.search.precision)
 
@@ -103,7 +103,7 @@ def test_limits_that_no_load_holds_leave_an_infeasible_trial(tmp_path: Path):
     ],
 )
 def test_search_that_can_find_nothing_is_refused_before_a_server_starts(arguments: list[str], words: str):
-    config, _, _ = compose([*SIMULATED, *arguments, "objective=max_qps"])
+    config = configured(*SIMULATED, *arguments, "objective=max_qps")
     with pytest.raises(InputError, match=words):
         prepare(config)
 
@@ -165,7 +165,7 @@ def test_vllm_is_asked_about_its_flags_while_it_starts(tmp_path: Path, monkeypat
 
 
 def test_failed_start_costs_what_it_took():
-    config, _, _ = compose([*SIMULATED, "engine.args.gpu_memory_utilization=0.1"])
+    config = configured(*SIMULATED, "engine.args.gpu_memory_utilization=0.1")
     from autotune.search.simulate import estimate, simulation
 
     found = estimate(simulation(config, config.backend), {})

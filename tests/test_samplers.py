@@ -2,7 +2,6 @@
 
 import sys
 
-import hydra
 import numpy as np
 import optuna
 import pytest
@@ -13,22 +12,16 @@ from autotune.errors import InputError
 from autotune.measure import objective
 from autotune.search import optuna_private, samplers
 from autotune.search.space import parse
+from tests.studies import composed
 
 SAMPLERS = sorted(path.stem for path in (command_line.CONF / "sampler").glob("*.yaml"))
 SPACE, _ = parse({}, ["x.a=range(1,5,step=1)", "x.b=range(0.1,0.5,step=0.1)", "x.c=choice(x,y)"], {}, {})
 NUMERIC, _ = parse({}, ["x.a=range(1,5,step=1)", "x.b=range(0.1,0.5,step=0.1)"], {}, {})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    command_line.register()
-
-
 def sampler(name: str, seed: int = 3) -> optuna.samplers.BaseSampler:
-    with hydra.initialize_config_dir(str(command_line.CONF)):
-        overrides = ["model=tiny", f"sampler={name}", f"seed={seed}"]
-        composed = hydra.compose("config", overrides=overrides, return_hydra_config=True)
-        return samplers.make_sampler(composed.hydra.sweeper.sampler, NUMERIC if name == "cmaes" else SPACE)
+    made = composed(["model=tiny", f"sampler={name}", f"seed={seed}"], simulated=True)
+    return samplers.make_sampler(made.hydra.sweeper.sampler, NUMERIC if name == "cmaes" else SPACE)
 
 
 def asked(name: str, trials: int) -> list[dict]:
@@ -42,7 +35,9 @@ def asked(name: str, trials: int) -> list[dict]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "botorch"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "gp")) for name in SAMPLERS if name != "botorch"]
+)
 def test_same_seed_gives_the_same_trials(name: str):
     first = asked(name, 12)
     assert first == asked(name, 12)
@@ -50,6 +45,7 @@ def test_same_seed_gives_the_same_trials(name: str):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_tpe_asks_by_scipys_arithmetic_what_it_would_by_optunas(monkeypatch: pytest.MonkeyPatch):
     optunas, called = np.frompyfunc(_truncnorm._log_ndtr_single, 1, 1), 0
 

@@ -78,6 +78,7 @@ def test_the_models_chat_template_makes_the_prompt(model: Model, write: Write, p
     )
 
 
+@pytest.mark.slow  # transformers takes seconds to import
 def test_a_conversation_that_the_template_refuses_is_named(model: Model, write: Write) -> None:
     (model.folder / "chat_template.jinja").write_text(STRICT)
     path = write(chat(("human", "Hi"), ("gpt", "Hello")), TWO_TURNS)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,7 @@ def typed_target(node: Mapping[str, Any], group: str) -> tuple[Any, Any]:
     target = str(node.get("_target_", ""))
     try:
         target_class: Any = get_class(target)
-        schema = OmegaConf.structured(target_class.Config)
-        return target_class, OmegaConf.to_object(OmegaConf.merge(schema, dict(node)))
+        return target_class, OmegaConf.to_object(OmegaConf.merge(_schema(target_class.Config), dict(node)))
     except ConfigKeyError as error:
         raise InputError(f"{group}.{error.full_key}: {target} has no such field; {_field_hint(error)}") from None
     except OmegaConfBaseException as error:
@@ -108,15 +108,24 @@ def _check_field(config: Any, override: str) -> None:
         raise InputError(f"{override}: of a trial that ran, fields can be changed, not groups; write {fields}")
 
 
+@cache
+def _schema(kind: type) -> DictConfig:
+    """`kind`, a dataclass, as OmegaConf checks it: to make one takes as long as to use it."""
+    made = OmegaConf.structured(kind)
+    assert isinstance(made, DictConfig)
+    return made
+
+
 def _without_hydra(config: DictConfig) -> DictConfig:
     """A copy whose nodes are open, and plain where conf/ took a schema in: `_target_` alone decides their class."""
-    body: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    body: Any = OmegaConf.to_container(config)
+    body.pop("hydra", None)
     plain = OmegaConf.create(body)
     assert isinstance(plain, DictConfig)
     return plain
 
 
 def _to_object(body: DictConfig) -> Config:
-    made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), body))
+    made = OmegaConf.to_object(OmegaConf.merge(_schema(Config), body))
     assert isinstance(made, Config)
     return made

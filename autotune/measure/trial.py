@@ -4,6 +4,8 @@ import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,12 @@ def run(config: Config, overrides: list[str], folder: Path) -> Result:
 
 def as_yaml(config: Config) -> str:
     """The text of a trial's config.yaml, with secrets hidden."""
-    return OmegaConf.to_yaml(redact(OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)))
+    return OmegaConf.to_yaml(redact(asdict(config, dict_factory=_with_names)))
+
+
+def _with_names(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`fields` as a dict, each Enum by its name."""
+    return {key: value.name if isinstance(value, Enum) else value for key, value in fields}
 
 
 def names(config: Config) -> dict[str, str]:

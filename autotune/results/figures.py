@@ -20,7 +20,6 @@ from optuna.distributions import (
     IntDistribution,
     json_to_distribution,
 )
-from optuna.importance import BaseImportanceEvaluator, FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autotune.config.schema import ScenarioConfig
@@ -148,6 +147,8 @@ def importances(study: optuna.Study) -> dict[str, dict[str, float]]:
     some = optuna.create_study(direction=study.direction)
     some.add_trials(spread(trials, FOREST))
     everywhere = [name for name in varied if all(name in trial.params for trial in trials)]
+    from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator  # scikit-learn: 2 s
+
     found = {}
     if everywhere:
         found["fANOVA"] = _importance(some, FanovaImportanceEvaluator(seed=0), everywhere)
@@ -155,7 +156,7 @@ def importances(study: optuna.Study) -> dict[str, dict[str, float]]:
     return found
 
 
-def _importance(study: optuna.Study, evaluator: BaseImportanceEvaluator, params: list[str]) -> dict[str, float]:
+def _importance(study: optuna.Study, evaluator: Any, params: list[str]) -> dict[str, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of too few trials
         found: dict[str, float] = optuna.importance.get_param_importances(study, evaluator=evaluator, params=params)
