@@ -136,10 +136,10 @@ def test_tensor_parallelism_is_faster_and_less_than_twice_as_fast():
 
 
 def test_prefix_caching_saves_shared_prompts():
-    shared = ["dataset=synthetic", "dataset.records.shared_prefix=0.8", "scenario=offline", "scenario.min_queries=128"]
+    shared = ["dataset=synthetic", "dataset.records.shared_prefix=0.8", "scenario=offline", "scenario.min_queries=200"]
     without = simulated(*shared).metrics["samples_per_s"]
     cached = simulated(*shared, "engine.args.enable_prefix_caching=true").metrics["samples_per_s"]
-    assert cached > 1.2 * without
+    assert cached > 1.5 * without
 
 
 def test_single_stream_never_waits():
