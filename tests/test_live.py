@@ -140,16 +140,21 @@ def test_run_that_can_pass_no_more_is_stopped_and_the_next_one_finds_an_idle_ser
     assert json.loads((tmp_path / "next" / "run.json").read_text())["warmup_rounds"] == 1  # it is warm
 
 
-def test_vllm_killed_in_mid_run_ends_the_trial_and_leaves_nothing(config: Config, prepared: Prepared, tmp_path: Path):
+@pytest.mark.parametrize("killed", ["vLLM", "guard"])
+def test_vllm_or_guard_killed_in_mid_run_ends_the_trial_and_leaves_nothing(
+    killed: str, config: Config, prepared: Prepared, tmp_path: Path
+):
     samples = prepare_samples(config, prepared)
     with backend(prepared).start(prepared.model, prepared.args, samples, tmp_path, None) as running:
         server = running.server
-        children = [p.pid for p in psutil.Process(server.process.session).children(recursive=True)]
-        killer = subprocess.Popen(["sh", "-c", f"sleep 4; kill -9 {vllm_processes(server.model)[-1].pid}"])
+        children = psutil.Process(server.process.session).children(recursive=True)
+        assert {"VLLM::EngineCore", "VLLM::Worker"} <= {process.name() for process in children}
+        pid = server.process.session if killed == "guard" else vllm_processes(server.model)[-1].pid
+        killer = subprocess.Popen(["sh", "-c", f"sleep 4; kill -9 {pid}"])
         with pytest.raises(MeasureError, match="vLLM ended while it was measured"):
             running.run(scenario(Kind.Server, min_duration_s=60.0), tmp_path)
+        assert not any(process.is_running() for process in children)
     killer.wait()
-    assert gone_within(20, lambda: not any(psutil.pid_exists(pid) for pid in children))
 
 
 def test_trial_that_is_stopped_while_it_runs_is_gone_in_seconds(config: Config, tmp_path: Path):

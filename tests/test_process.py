@@ -1,6 +1,8 @@
 """Whatever happens to a trial, nothing that it started is left."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,10 +14,10 @@ import pytest
 from autotune.system.process import ForkServer, GuardedProcess
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-# Starts a grandchild in a session of its own, writes both pids, then does what its second argument says.
+# Starts a grandchild (in a session of its own, unless a third argument is given), writes both pids, then sleeps.
 FAMILY = """
 import json, os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=len(sys.argv) < 4)
 open(sys.argv[1] + ".draft", "w").write(json.dumps([os.getpid(), child.pid]))
 os.rename(sys.argv[1] + ".draft", sys.argv[1])
 time.sleep(float(sys.argv[2]))
@@ -99,13 +101,40 @@ def test_grandchildren_in_sessions_of_their_own_end_too(tmp_path: Path, lives_s:
     assert gone(family)
 
 
-def test_sigkill_of_the_parent_leaves_nothing(tmp_path: Path):
-    command = [sys.executable, "-c", FAMILY, str(tmp_path / "pids"), "60"]
+@pytest.mark.parametrize(
+    ("killed", "grandchild"),
+    [
+        *[(which, "leaves its session") for which in ([0], [1], [2], [0, 1], [0, 2])],
+        *[(which, "stays") for which in ([1, 2], [0, 1, 2])],
+    ],
+)
+def test_sigkill_of_the_parent_and_its_guards_leaves_nothing(tmp_path: Path, killed: list[int], grandchild: str):
+    command = [
+        sys.executable,
+        "-c",
+        FAMILY,
+        str(tmp_path / "pids"),
+        "60",
+        *(["stays"] if grandchild == "stays" else []),
+    ]
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path / "log"), *command])
-    family = pids(tmp_path / "pids")
+    started = pids(tmp_path / "pids")
+    guard = psutil.Process(parent.pid).children()[0]
+    above = [parent.pid, guard.pid, guard.children()[0].pid]
+    for which in killed:
+        os.kill(above[which], signal.SIGKILL)
+    assert gone(started)
     parent.kill()
     parent.wait()
-    assert gone(family)
+    assert gone(above)
+
+
+def test_killed_guard_is_an_end_once_nothing_is_left(tmp_path: Path):
+    with guarded(tmp_path, FAMILY, str(tmp_path / "pids"), "60") as process:
+        family = pids(tmp_path / "pids")
+        os.kill(process.session, signal.SIGKILL)
+        assert process.wait(10) == 137
+        assert not any(psutil.pid_exists(pid) for pid in family)
 
 
 # Each fork runs the Python that it was sent.

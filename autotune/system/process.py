@@ -16,6 +16,7 @@ from typing import Self
 from autotune.system.guard import PR_SET_PDEATHSIG, guard, libc
 
 GUARD = Path(__file__).with_name("guard.py")
+DRAIN_S = 86_400.0  # a fork server that is asked to end does so after the last of its forks
 
 
 class GuardedProcess:
@@ -29,10 +30,11 @@ class GuardedProcess:
         self, command: Sequence[str], log: Path, env: Mapping[str, str], stop_timeout_s: float, keep: Sequence[int] = ()
     ) -> None:
         self.stop_timeout_s = stop_timeout_s
-        with log.open("wb") as output:
+        self._alive, theirs = socket.socketpair()  # the guard watches one end, we the other
+        with log.open("wb") as output, theirs:
             self._guard = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(GUARD), str(stop_timeout_s), *command],
-                stdin=subprocess.PIPE,
+                stdin=theirs.fileno(),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **env},
@@ -54,23 +56,24 @@ class GuardedProcess:
         return self._guard.pid
 
     def exit_code(self) -> int | None:
-        """None while it runs; 128 + n if signal n ended it."""
-        return self._guard.poll()
+        """None while it, or what it left, runs; 128 + n if signal n ended it."""
+        return self.wait(0)
 
     def wait(self, timeout_s: float) -> int | None:
         """Exit code, or None if it still runs after `timeout_s`."""
-        try:
-            return self._guard.wait(timeout_s)
-        except subprocess.TimeoutExpired:
+        if self._guard.returncode is None and not select.select([self._alive], [], [], timeout_s)[0]:
             return None
+        code = self._guard.wait()
+        return 128 - code if code < 0 else code
 
     def stop(self) -> None:
-        assert self._guard.stdin
-        self._guard.stdin.close()
+        if self._guard.returncode is None:
+            self._alive.shutdown(socket.SHUT_WR)
         # The guard needs a moment after its own SIGKILL; if it takes longer than that, it is stuck itself.
         if self.wait(self.stop_timeout_s + 5) is None:
             os.killpg(self._guard.pid, 9)
             self._guard.wait()
+        self._alive.close()
 
 
 def fork(work: Callable[[socket.socket], None], close: Sequence[socket.socket] = ()) -> socket.socket:
@@ -109,8 +112,7 @@ class ForkServer:
         self._requests, theirs = socket.socketpair()
         with theirs:
             words = [*command, str(theirs.fileno()), str(stop_timeout_s)]
-            # It ends after the last of its forks, which may take stop_timeout_s.
-            self._process = GuardedProcess(words, log, {}, stop_timeout_s + 10, keep=[theirs.fileno()])
+            self._process = GuardedProcess(words, log, {}, DRAIN_S, keep=[theirs.fileno()])
 
     def runs(self) -> bool:
         return self._process.exit_code() is None
@@ -140,6 +142,7 @@ class Forked:
         self._code = os.fdopen(code, "rb")  # the process's guard writes the exit code, then closes it
         self._stop_timeout_s = stop_timeout_s
         self._ended: int | None = None
+        self.lost = False  # once it has ended: with its guard, so that nobody knows why
 
     def exit_code(self) -> int | None:
         """None while it runs; 128 + n if signal n ended it."""
@@ -148,7 +151,8 @@ class Forked:
     def wait(self, timeout_s: float) -> int | None:
         """Exit code, or None if it still runs after `timeout_s`."""
         if self._ended is None and select.select([self._code], [], [], timeout_s)[0]:
-            self._ended = int(self._code.read() or 128 + signal.SIGKILL)
+            code = self._code.read()
+            self._ended, self.lost = int(code or 128 + signal.SIGKILL), not code
             self._code.close()
             self._keep.close()
         return self._ended
@@ -166,7 +170,8 @@ def serve(descriptor: int, stop_timeout_s: float) -> bytes:
     """
     requests = socket.socket(fileno=descriptor)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaves no zombies
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends after its forks
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]  # it ends after its forks
     while True:
         message, descriptors, _, _ = socket.recv_fds(requests, 1, 3)
         if not message:
@@ -174,7 +179,8 @@ def serve(descriptor: int, stop_timeout_s: float) -> bytes:
         if os.fork() == 0:
             requests.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
             content, alive, report = descriptors
             return _guarded(content, alive, report, stop_timeout_s)
         for received in descriptors:
