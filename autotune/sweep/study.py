@@ -22,11 +22,11 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.config.overrides import typed, with_values
 from autotune.config.schema import BudgetOf, Config, Duplicates
 from autotune.config.vllm_flags import FLAG
-from autotune.errors import InputError, TrackingError
+from autotune.errors import InputError
 from autotune.measure import progress
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
 from autotune.measure.result import Result, State, is_complete
-from autotune.results import summary, tracking
+from autotune.results import beside, summary, tracking
 from autotune.results.study import BASELINE, CANARY, SPACE, TRIAL, canaries_in, load, results_in
 from autotune.results.study import Study as FinishedStudy
 from autotune.search import prior, warm_start
@@ -172,7 +172,7 @@ class Sweep:
 
     def run(self) -> None:
         config = self._config
-        with tracking.study(config.tracking, config.study, self._folder) as self._tracker:
+        with beside.study(config.tracking, config.study, self._folder) as self._tracker:
             try:
                 with interrupt.deferred():  # neither the storage nor the start of a job is cut off midway
                     self._resume()
@@ -186,7 +186,6 @@ class Sweep:
                 study = FinishedStudy(self._folder, config, results_in(self._folder), canaries_in(self._folder))
                 log.info("\n%s", summary.write(study))
                 self._write_report(study)
-                self._tracker.summarise(self._folder)
 
     def _write_report(self, study: FinishedStudy) -> None:
         """Write the page about the study; whatever goes wrong with it is no reason for a study to fail."""
@@ -394,10 +393,7 @@ class Sweep:
         self._finish_repeats(pending.name, result)
         if not result.duplicate_of:
             self._count_failures(result, result.facts.get("node", node))
-        try:
-            self._tracker.log_trial(folder, pending.name, result)
-        except TrackingError as error:
-            log.warning("%s", error)
+        self._tracker.log_trial(folder)
 
     def _count_failures(self, result: Result, node: str) -> None:
         """Count failures in a row; sets aside a node on which nothing works. Raises InputError after max_failures."""
