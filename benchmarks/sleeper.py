@@ -30,8 +30,9 @@ class Sleeper:
     def __init__(self, config: SimConfig, cache_dir: Path) -> None:
         self.config = config
 
-    def check(self, args: Mapping[str, Any]) -> None:
-        """Takes every flag."""
+    def read(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Take every flag as it is."""
+        return dict(args)
 
     def prepare_dry_runs(self) -> None:
         """They take no time."""

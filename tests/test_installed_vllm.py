@@ -6,14 +6,10 @@ from typing import Any
 import pytest
 
 from autotune.config.schema import LiveConfig
+from autotune.config.vllm_flags import MANAGED, Flag
 from autotune.errors import InputError
 from autotune.live.backend import LiveBackend
-from autotune.live.installed_vllm import MANAGED, Flag, InstalledVllm, Probe, find_vllm, open_probe
-
-
-def flag(choices: list[Any] | None = None, negatable: bool = False, takes_value: bool = True) -> Flag:
-    return Flag(None, choices, negatable, takes_value)
-
+from autotune.live.installed_vllm import InstalledVllm, Probe, find_vllm, open_probe
 
 VLLM = InstalledVllm(
     python="python",
@@ -21,11 +17,11 @@ VLLM = InstalledVllm(
     torch="2.0",
     serve=["serve"],
     flags={
-        "max_num_seqs": flag(),
-        "enable_prefix_caching": flag(negatable=True, takes_value=False),
-        "disable_log_stats": flag(takes_value=False),
-        "kv_cache_dtype": flag(choices=["auto", "fp8"]),
-        "compilation_config": flag(),
+        "max_num_seqs": Flag("int"),
+        "enable_prefix_caching": Flag("switch", negatable=True),
+        "disable_log_stats": Flag("switch"),
+        "kv_cache_dtype": Flag(choices=["auto", "fp8"]),
+        "compilation_config": Flag("parse_dataclass"),
     },
 )
 
@@ -53,24 +49,23 @@ def test_values_become_the_command_line_that_vllm_reads(args: dict[str, Any], wo
     [
         ({"max_num_seq": 8}, r"engine.args.max_num_seq: vLLM 1.0 has no such flag; did you mean max_num_seqs\?"),
         ({"kv_cache_dtype": "fp9"}, "engine.args.kv_cache_dtype=fp9: vLLM 1.0 accepts auto, fp8"),
-        ({"kv_cache_dtype": ["auto", "fp9"]}, "kv_cache_dtype=fp9"),
         ({"port": 8000}, "engine.args.port: set by autotune itself; write backend.port instead"),
     ],
 )
 def test_flag_that_vllm_would_not_take_is_named(args: dict[str, Any], message: str):
     with pytest.raises(InputError, match=message):
-        VLLM.check(args)
+        VLLM.read(args)
 
 
 @pytest.mark.parametrize("name", ["max-num-seqs", "max_num_seqs"])
 def test_flag_is_known_with_hyphens_and_underscores(name: str):
-    VLLM.check({name: 8, "kv_cache_dtype": None, "enable-prefix-caching": False})
+    VLLM.read({name: 8, "kv_cache_dtype": None, "enable-prefix-caching": False})
 
 
 @pytest.mark.parametrize("name", MANAGED)
 def test_flag_that_autotune_sets_is_refused(name: str):
     with pytest.raises(InputError, match=f"engine.args.{name}: set by autotune itself; write .+ instead"):
-        VLLM.check({name: "x"})
+        VLLM.read({name: "x"})
 
 
 def test_installed_vllm_is_read_once_and_then_cached():

@@ -34,11 +34,15 @@ def dry_run(probe: Probe, model: Path, *words: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "flag"),
     [
-        ("max_num_seqs", {"takes_value": True, "negatable": False}),
-        ("enable_prefix_caching", {"takes_value": False, "negatable": True}),
+        ("max_num_seqs", {"kind": "int", "negatable": False, "bounds": {"ge": 1}}),
+        ("enable_prefix_caching", {"kind": "switch", "negatable": True}),
         ("no_enable_prefix_caching", None),
-        ("disable_log_stats", {"takes_value": False, "negatable": False, "default": False}),
-        ("gpu_memory_utilization", {"default": 0.92}),
+        ("disable_log_stats", {"kind": "switch", "negatable": False}),
+        ("gpu_memory_utilization", {"kind": "float", "bounds": {"gt": 0, "le": 1}}),
+        ("max_model_len", {"kind": "human_readable_int_or_auto"}),
+        ("speculative_config", {"kind": "loads", "optional": True}),
+        ("compilation_config", {"kind": "parse_dataclass"}),
+        ("cudagraph_capture_sizes", {"kind": "int", "many": True}),
     ],
 )
 def test_flags_are_read_from_vllms_parser(probe: Probe, name: str, flag: dict[str, Any] | None):

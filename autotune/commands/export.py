@@ -213,7 +213,7 @@ def diff(config: Config, result: Result) -> str:
     if defaults.refusal:
         raise InputError(f"vLLM refuses its own defaults for this model: {defaults.refusal}")
     choices = {
-        "the sampler": {name.rpartition(".")[2] for name in result.params},
+        "the sampler": {name.removeprefix(vllm_flags.FLAG).partition(".")[0] for name in result.params},
         "engine": config.engine.args,
         "model": config.model.args,
     }

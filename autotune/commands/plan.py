@@ -22,7 +22,7 @@ from autotune.measure.result import Result
 from autotune.results.study import BASELINE, TRIAL, Study
 from autotune.results.summary import change
 from autotune.search.simulate import estimate, search, search_best, simulation
-from autotune.search.space import Space, parse
+from autotune.search.space import Space, check_space, parse
 from autotune.text import shorten
 
 DRAWS = 200  # random points of the space
@@ -43,6 +43,7 @@ def make(config: Config, space: Space) -> Plan:
     if config.prior.backend is None:
         raise InputError("prior=none: a plan needs a device to simulate; leave it out, or write prior=sim")
     simulated = simulation(config, config.prior.backend)
+    space = check_space(space, simulated.prepared.backend, simulated.known)
     drawn = list(search(simulated, space, optuna.samplers.RandomSampler(seed=config.seed), DRAWS))
     baseline = estimate(simulated, {})
     trials = search_best(simulated, space, SEARCHED)

@@ -8,7 +8,7 @@ import sys
 from autotune.config.command_line import compose, errors_in_one_line
 from autotune.config.vllm_flags import FLAG
 from autotune.measure.prepare import prepare
-from autotune.search.space import check_space, describe, parse
+from autotune.search.space import check_space, default_of, describe, parse
 from autotune.text import aligned
 
 
@@ -18,10 +18,11 @@ def main() -> None:
         space, _ = parse(params, sweeps, config.conditions, config.only_if)
         prepared = prepare(config)
         outcome = prepared.dry_run()
-        check_space(space, prepared.backend, outcome.resolved)
+        space = check_space(space, prepared.backend, outcome.resolved)
     rows = [("parameter", "values", "vLLM's default")]
     for name, distribution in space.parameters.items():
-        default = outcome.resolved.get(name.rpartition(".")[2], "set by vLLM") if name.startswith(FLAG) else ""
+        found = default_of(name, outcome.resolved)
+        default = "" if not name.startswith(FLAG) else "set by vLLM" if found is None else found
         condition = f"  only if {space.only_if[name]}" if name in space.only_if else ""
         rows.append((name, describe(distribution) + condition, str(default)))
     print("\n".join(aligned(rows, left=True)))

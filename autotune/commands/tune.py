@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hydra
@@ -14,10 +15,11 @@ from autotune import sweep
 from autotune.config import schema
 from autotune.config.command_line import CONF, errors_in_one_line, register, without_sweep
 from autotune.config.overrides import typed
+from autotune.errors import TrackingError
 from autotune.measure import trial
 from autotune.measure.prepare import prepare
 from autotune.measure.result import Result
-from autotune.results import beside, summary, tracking
+from autotune.results import summary, tracking
 from autotune.system import interrupt
 
 log = logging.getLogger(__name__)
@@ -36,11 +38,14 @@ def single(composed: DictConfig) -> float | list[float]:
     config, overrides, folder = inputs(composed)
     prepare(config)
     tracking.check(config.tracking)
-    tracker = beside.TrackingProcess(config.tracking, None, folder)  # ends with this process, too
-    result = trial.run(config, overrides, folder)
+    with ThreadPoolExecutor(1) as pool:  # MLflow takes seconds to import; vLLM takes longer to start
+        tracker = pool.submit(tracking.Tracker, config.tracking, None, folder)
+        result = trial.run(config, overrides, folder)
     log.info(summary.single(result, config, folder))
-    tracker.log_trial(folder)
-    tracker.end("FINISHED")
+    try:
+        tracker.result().log_trial(folder, config.study, result)
+    except TrackingError as error:
+        log.warning("%s", error)
     return values(result)
 
 

@@ -53,8 +53,8 @@ class LiveBackend:
         self.flags = self.vllm.flags.keys()
         self.facts = {"vllm": self.vllm.version, "torch": self.vllm.torch, "loadgen": loadgen}
 
-    def check(self, args: Mapping[str, Any]) -> None:
-        self.vllm.check(args)
+    def read(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        return self.vllm.read(args)
 
     def prepare_dry_runs(self) -> None:
         self.vllm.probe()

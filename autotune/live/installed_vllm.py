@@ -1,7 +1,6 @@
 """The installed vLLM: its version, its flags, its command line, and dry runs of a configuration. Takes no GPU."""
 
 import atexit
-import difflib
 import functools
 import hashlib
 import json
@@ -14,38 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from autotune.config import vllm_flags
+from autotune.config.vllm_flags import Flag
 from autotune.errors import InputError
 from autotune.measure.backend import DryRunOutcome
 from autotune.system.files import write_whole
-
-# Flags that autotune sets for each trial, and what a user writes instead.
-MANAGED = {
-    "model": "model.path",
-    "host": "nothing (servers listen on 127.0.0.1)",
-    "port": "backend.port",
-    "served_model_name": "nothing (it identifies the trial's server)",
-    "api_key": "nothing (servers listen on 127.0.0.1)",
-    "hf_token": "the environment variable HF_TOKEN (vLLM logs its flags)",
-    "revision": "model.revision",
-    "tokenizer_revision": "model.revision",
-    "uds": "nothing (servers listen on 127.0.0.1)",
-}
 
 Env = tuple[tuple[str, str], ...]  # names and values, hashable
 
 PROBE = Path(__file__).with_name("probe.py")
 # Where the environment forbids to write bytecode, Python would compile all of vLLM at each import.
 ENV = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A flag of `vllm serve`."""
-
-    default: Any
-    choices: list[Any] | None
-    negatable: bool  # has a --no-… form
-    takes_value: bool
 
 
 @dataclass(frozen=True)
@@ -60,34 +37,13 @@ class InstalledVllm:
     env: Env = ()  # added to its environment
     cache_dir: Path = field(default_factory=Path)  # for the outcomes of dry runs
 
-    def check(self, args: Mapping[str, Any]) -> None:
-        """Raise InputError for a flag that this vLLM does not have, or a choice that a flag does not accept."""
-        for written, value in args.items():
-            name = written.replace("-", "_")
-            where = f"engine.args.{written}"
-            if name in MANAGED:
-                raise InputError(f"{where}: set by autotune itself; write {MANAGED[name]} instead")
-            if name not in self.flags:
-                close = difflib.get_close_matches(name, self.flags, n=3, cutoff=0.6)
-                hint = f"did you mean {', '.join(close)}?" if close else "see `vllm serve --help=all`"
-                raise InputError(f"{where}: vLLM {self.version} has no such flag; {hint}")
-            choices = self.flags[name].choices
-            for item in value if isinstance(value, list) else [value]:
-                if choices and item is not None and str(item) not in map(str, choices):
-                    accepted = ", ".join(map(str, choices))
-                    raise InputError(f"{where}={item}: vLLM {self.version} accepts {accepted}")
+    def read(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """`args` as this vLLM reads them. Raises InputError for a flag or a value that it does not take."""
+        return vllm_flags.read(args, self.flags, f"vLLM {self.version}")
 
     def command_line(self, args: Mapping[str, Any]) -> list[str]:
-        """Words for `vllm serve` that set `args`; false is left out for a flag that has no --no-… form."""
-
-        def is_switch(name: str) -> bool:
-            return name in self.flags and not self.flags[name].takes_value
-
-        def has_words(name: str, value: Any) -> bool:
-            return value is not False or not is_switch(name) or self.flags[name].negatable
-
-        expressible = {name: value for name, value in args.items() if has_words(name.replace("-", "_"), value)}
-        return vllm_flags.command_line(expressible, is_switch)
+        """Words for `vllm serve` that set `args`."""
+        return vllm_flags.command_line(args, self.flags)
 
     def probe(self) -> "Probe":
         """Open this vLLM's interpreter for dry runs and return at once; the first dry run waits for its import."""

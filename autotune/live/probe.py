@@ -2,7 +2,7 @@
 
     probe.py versions    vLLM's and torch's versions, and the command that starts `serve`
     probe.py answer      an answer to each question on standard input, which is a line of JSON:
-        "flags"          the flags of `vllm serve` with defaults and choices
+        "flags"          the flags of `vllm serve`, and what values each takes
         ["--model", …]   a dry run of this command line: the resolved flags, or vLLM's refusal
 
 It takes no GPU memory: vLLM's configuration is built, its engine is not. All that autotune uses of vLLM besides its
@@ -20,6 +20,8 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any, NoReturn
+
+BOUNDS = ("ge", "gt", "le", "lt")
 
 
 def versions() -> dict[str, Any]:
@@ -58,21 +60,45 @@ def make_parser() -> Any:
 
 
 def flags(parser: Any) -> dict[str, Any]:
-    by_name = {}
+    by_name, limits = {}, bounds()
     for action in parser._actions:  # noqa: SLF001
         names = [option for option in action.option_strings if option.startswith("--")]
         if not names or action.dest == "help":
             continue
+        kind, optional = kind_of(action)
         flag = {
-            "default": action.default,
+            "kind": kind,
+            "many": action.nargs not in (None, 0, "?"),
+            "optional": optional,
             "choices": list(action.choices) if action.choices else None,
             "negatable": any(name.startswith("--no-") for name in names),
-            "takes_value": action.nargs != 0,
+            "bounds": limits.get(action.dest, {}),
         }
         for name in names:
             if not (name.startswith("--no-") and flag["negatable"]):
                 by_name[name[2:].replace("-", "_")] = flag
     return {"flags": by_name}
+
+
+def kind_of(action: Any) -> tuple[str, bool]:
+    """The name of the function that reads a flag's value, `switch` for a flag without one; and if it may read None."""
+    read, optional = action.type, False
+    while (name := getattr(read, "__name__", "str")) in ("_optional_type", "_parse_type"):
+        optional |= name == "_optional_type"
+        read = inspect.getclosurevars(read).nonlocals["return_type"]
+    return "switch" if action.nargs == 0 else name, optional
+
+
+def bounds() -> dict[str, dict[str, float]]:
+    """The least and the largest value, by the names in BOUNDS, of each field of vLLM's configuration that has any."""
+    found: dict[str, dict[str, float]] = {}
+    for part in vars(importlib.import_module("vllm.config")).values():
+        for field in getattr(part, "__dataclass_fields__", {}).values():
+            metadata = getattr(field.default, "metadata", ())  # pydantic's
+            limits = {name: getattr(one, name) for one in metadata for name in BOUNDS if hasattr(one, name)}
+            if limits:
+                found.setdefault(field.name, limits)
+    return found
 
 
 def dry_run(parser: Any, words: list[str]) -> dict[str, Any]:

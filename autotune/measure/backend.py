@@ -81,8 +81,8 @@ class Backend(Protocol):
     facts: dict[str, str]  # versions of what measures, as in result.json
     flags: Collection[str]  # the names of those that it knows
 
-    def check(self, args: Mapping[str, Any]) -> None:
-        """Raise InputError for flags that vLLM can't be given. Fast; takes no GPU."""
+    def read(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """`args` as vLLM reads them. Raises InputError for flags that it can't be given. Fast; takes no GPU."""
 
     def prepare_dry_runs(self) -> None:
         """Begin whatever the first dry run would wait for, and return at once."""

@@ -41,10 +41,9 @@ def prepare(config: Config) -> Prepared:
     cache = Path(config.cache_dir).expanduser()
     backend_class, settings = typed_target(config.backend, "backend")
     backend: Backend = backend_class(settings, cache)
-    args = configured_flags(config)
     objective.check(config.objective)
     runs.check(config)
-    backend.check(args)
+    args = backend.read(configured_flags(config))
     shape = None if backend.needs_weights else _partial(config.model.shape)
     return Prepared(models.locate(config.model, cache, _partial(config.model.build), shape), backend, args)
 
@@ -65,7 +64,7 @@ def prepare_samples(config: Config, prepared: Prepared) -> Samples:
     cache = Path(config.cache_dir).expanduser()
     loaded = samples.prepare(config.dataset, prepared.model, cache, _partial(config.dataset.records))
     longest = prepared.args.get("max_model_len") or prepared.model.config.get("max_position_embeddings")
-    if isinstance(longest, int):
+    if isinstance(longest, int) and longest > 0:  # -1 lets vLLM choose
         loaded.check_fits(longest)
     return loaded
 

@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, QuotedString, Transformer
 from hydra_plugins.hydra_optuna_sweeper._impl import create_optuna_distribution_from_override
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+
+from autotune.config.vllm_flags import as_text
 
 
 def distribution_of(override: Override) -> BaseDistribution:
@@ -12,6 +14,22 @@ def distribution_of(override: Override) -> BaseDistribution:
 
     Raises ValueError, AssertionError or NotImplementedError for one that it does not take.
     """
+    if override.is_choice_sweep():
+        return CategoricalDistribution([_choice(value) for value in override.sweep_iterator(Transformer.identity)])
     made: Any = create_optuna_distribution_from_override(override)
     assert isinstance(made, BaseDistribution)
     return made
+
+
+def _choice(value: Any) -> Any:
+    """A choice as Optuna can store it: objects and lists as JSON."""
+    plain = _plain(value)
+    return as_text(plain) if isinstance(plain, (dict, list)) else plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, dict):
+        return {str(_plain(name)): _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value

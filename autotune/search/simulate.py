@@ -17,7 +17,7 @@ from autotune.measure.prepare import Prepared, prepare, prepare_samples
 from autotune.measure.result import Result, State
 from autotune.measure.runs import RunResult
 from autotune.measure.trial import measure
-from autotune.search.space import Space, swept_flags
+from autotune.search.space import Space, swept_flags, value_of
 from autotune.search.tell import tell_infeasible, tell_measured
 from autotune.system import interrupt
 
@@ -49,10 +49,11 @@ def estimate(
     """
     interrupt.check()
     prepared = simulation.prepared
-    fields = {key: value for key, value in params.items() if not key.startswith(FLAG)}
-    config, args = with_fields(simulation.config, fields), prepared.args | swept_flags(params)
+    fields = {key: value_of(value) for key, value in params.items() if not key.startswith(FLAG)}
+    flags = swept_flags(params, prepared.args)
+    config, args = with_fields(simulation.config, fields), prepared.args | flags
     result = Result(args=args, params=dict(params), estimated=True)
-    outcome = prepared.dry_run(swept_flags(params))
+    outcome = prepared.dry_run(flags)
     if outcome.refusal:
         return replace(result, state=State.refused, reason=outcome.refusal)
     try:

@@ -1,24 +1,25 @@
 """The search space: parameters, their distributions, and the conditions between them."""
 
-import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
+from itertools import islice, product
 from math import prod
 from typing import Any
 
 import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from simpleeval import DEFAULT_FUNCTIONS, InvalidExpression, simple_eval
 
-from autotune.config.vllm_flags import FLAG
+from autotune.config.vllm_flags import FLAG, as_text, changes, unpacked, value_at
 from autotune.errors import InputError
+from autotune.search.conditions import holds, names_in
 from autotune.search.hydra_private import distribution_of
 
 # A choice that leaves the flag to vLLM; Hydra's choice() takes no null.
 DEFAULT = "default"
+POINTS = 1000  # of the space, at which a condition is tried before the study starts
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,19 @@ class Space:
         """
         chosen: dict[str, Any] = {}
         for name, distribution in self.parameters.items():
-            if name not in self.only_if or _holds(self.only_if[name], known, chosen):
+            if name not in self.only_if or holds(self.only_if[name], values(known, chosen), f"only_if.{name}"):
                 chosen[name] = _suggest(trial, name, distribution)
         return chosen
 
     def violated(self, chosen: Mapping[str, Any], known: Mapping[str, Any]) -> str:
         """The first condition that `chosen` breaks, as a reason; empty if all hold."""
+        named = values(known, chosen)
         for name, expression in self.conditions.items():
-            if not _holds(expression, known, chosen):
-                return f"conditions.{name}: not {expression}"
+            try:
+                if not holds(expression, named, f"conditions.{name}"):
+                    return f"conditions.{name}: not {expression}"
+            except InputError as error:  # of these values alone: check_space has tried others
+                return str(error)
         return ""
 
     @cached_property
@@ -88,28 +93,27 @@ def parse(
     return Space(parameters, dict(conditions), dict(only_if)), list(fixed.values())
 
 
-def swept_flags(params: Mapping[str, Any]) -> dict[str, Any]:
-    """vLLM's flags among `params`, by name; null where the choice is vLLM's default."""
-    return {
-        name.removeprefix(FLAG).replace("-", "_"): None if value == DEFAULT else value
-        for name, value in params.items()
-        if name.startswith(FLAG)
-    }
+def value_of(choice: Any) -> Any:
+    """The value that a choice stands for: Optuna's choices are text where the configuration has objects and lists."""
+    return None if choice == DEFAULT else unpacked(choice)
 
 
-def _short(name: str) -> str:
-    return name.rpartition(".")[2]
+def swept_flags(params: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's flags that `params` change in `args`, by name; null where the choice is vLLM's default."""
+    fields = {name.removeprefix(FLAG): value_of(value) for name, value in params.items() if name.startswith(FLAG)}
+    return changes(args, fields)
 
 
-def _holds(expression: str, known: Mapping[str, Any], chosen: Mapping[str, Any]) -> bool:
-    """Evaluate `expression`; an unknown flag is None, and a comparison with None holds."""
-    names = {**known, **{_short(name): value for name, value in chosen.items()}}
-    try:
-        return bool(simple_eval(expression, names=lambda node: names.get(node.id)))
-    except TypeError:  # None ≤ 4
-        return True
-    except (InvalidExpression, SyntaxError, ArithmeticError, ValueError, AttributeError) as error:
-        raise InputError(f"condition {expression!r}: {error}") from None
+def default_of(name: str, known: Mapping[str, Any]) -> Any:
+    """The value that a parameter has where it is not swept, as its choices are written; None if it is unknown."""
+    found = value_at(known, name.removeprefix(FLAG).replace("-", "_")) if name.startswith(FLAG) else None
+    return as_text(found) if isinstance(found, (dict, list)) else found
+
+
+def values(known: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Values that a condition may name: flags, and parameters by the last part of their keys."""
+    short = {name.rpartition(".")[2]: value_of(value) for name, value in chosen.items()}
+    return {**known, **swept_flags(chosen, known), **short}
 
 
 def _suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
@@ -152,32 +156,53 @@ def describe(distribution: BaseDistribution) -> str:
     return f"{distribution.low:g}…{distribution.high:g}{', log' if distribution.log else step}"
 
 
-def check_space(space: Space, backend: Any, known: Mapping[str, Any]) -> None:
-    """Raise InputError for a parameter or a choice that vLLM does not know, and for a condition that can't be told.
+def check_space(space: Space, backend: Any, known: Mapping[str, Any]) -> Space:
+    """`space` with its flags' values as vLLM reads them; `known` has the values of flags that are not swept.
 
-    `known` has the values of flags that are not swept.
+    Raises InputError for a parameter or a value that vLLM does not take, and for a condition that can't be told.
     """
-    for name, distribution in space.parameters.items():
-        if name.startswith(FLAG):
-            choices = distribution.choices if isinstance(distribution, CategoricalDistribution) else ()
-            values = [choice for choice in choices if choice != DEFAULT]
-            backend.check({name.removeprefix(FLAG): values})
+    parameters = {
+        name: _as_read(name, distribution, backend) if name.startswith(FLAG) else distribution
+        for name, distribution in space.parameters.items()
+    }
+    checked = replace(space, parameters=parameters)
     expressions = {f"conditions.{name}": expression for name, expression in space.conditions.items()}
     expressions |= {f"only_if.{name}": expression for name, expression in space.only_if.items()}
-    names = {*known, *backend.flags, *map(_short, space.parameters)}
+    nameable = {*known, *backend.flags}
+    nameable |= {part for key in parameters for part in (key.rpartition(".")[2], key.removeprefix(FLAG))}
     for where, expression in expressions.items():
-        for name in _names_in(expression, where):
-            if name not in names:
-                close = get_close_matches(name, sorted(names), 1)
+        names = names_in(expression, where)
+        for name in names:
+            if name not in nameable and value_at(known, name) is None:
+                close = get_close_matches(name, sorted(nameable), 1)
                 hint = f"did you mean {close[0]}?" if close else "write a flag or a swept parameter"
                 raise InputError(f"{where}: {expression!r} names {name}, which is no flag and not swept; {hint}")
-        _holds(expression, known, {})
+        named = [key for key in parameters if key.rpartition(".")[2] in names or key.removeprefix(FLAG) in names]
+        points = product(*(_ends(parameters[key]) for key in named))
+        for point in islice(points, POINTS):
+            holds(expression, values(known, dict(zip(named, point, strict=True))), where)
+    return checked
 
 
-def _names_in(expression: str, where: str) -> list[str]:
-    """The flags and parameters that a condition names."""
-    try:
-        nodes = ast.walk(ast.parse(expression, mode="eval"))
-    except (SyntaxError, ValueError) as error:
-        raise InputError(f"{where}: {expression!r} can't be read: {error}") from None
-    return [node.id for node in nodes if isinstance(node, ast.Name) and node.id not in DEFAULT_FUNCTIONS]
+def _as_read(name: str, distribution: BaseDistribution, backend: Any) -> BaseDistribution:
+    """The distribution of a flag, each of its values as vLLM reads it. Raises InputError."""
+    field = name.removeprefix(FLAG)
+
+    def read(value: Any) -> Any:
+        found = value_at(backend.read(changes({}, {field: value_of(value)})), field.replace("-", "_"))
+        return as_text(found) if isinstance(found, (dict, list)) else found
+
+    if isinstance(distribution, CategoricalDistribution):
+        choices = [choice if choice == DEFAULT else read(choice) for choice in distribution.choices]
+        return CategoricalDistribution(list(dict.fromkeys(choices)))
+    for value in _ends(distribution):
+        read(value)
+    return distribution
+
+
+def _ends(distribution: BaseDistribution) -> Sequence[Any]:
+    """Every choice, or the ends of a range."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    return [distribution.low, distribution.high]

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from autotune.measure.early_stopping import watched
 from autotune.measure.metrics import within
 from autotune.sim.cost import GIB, Cost
 from autotune.sim.engine import serve
-from autotune.sim.flags import HARMLESS, MODELLED, refusal, resolve
+from autotune.sim.flags import AUTO, HARMLESS, MODELLED, refusal, resolve
 from autotune.sim.kv_cache import KvCache, prefix_keys
 from autotune.sim.scheduler import Request, Scheduler
 from autotune.sim.shape import Shape
@@ -36,16 +36,17 @@ PUBLISH_S = 2.0  # simulated; as often as a real run publishes
 class SimBackend:
     Config = SimConfig
     needs_weights = False
-    flags = (*MODELLED, *HARMLESS)
 
     def __init__(self, config: SimConfig, cache_dir: Path) -> None:
         self.config = config
+        self.flags = vllm_flags.recorded()
         self.facts = {"simulated": config.device.name}
 
-    def check(self, args: Mapping[str, Any]) -> None:
-        unknown = [name for name in args if name not in self.flags]
-        if unknown:
+    def read(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        made = vllm_flags.read(args, self.flags, "vLLM")
+        if unknown := [name for name in made if name not in (*MODELLED, *HARMLESS)]:
             log.warning("backend=sim leaves out what it does not model: engine.args.%s", ", ".join(unknown))
+        return made
 
     def prepare_dry_runs(self) -> None:
         """They take no time."""
@@ -64,10 +65,13 @@ class SimBackend:
         if reason := refusal(flags, device, shape):
             raise StartError(reason)
         cost = Cost(device, shape, flags)
+        if args.get("max_model_len") == AUTO and 0 < cost.kv_tokens() < flags.max_model_len:
+            flags = replace(flags, max_model_len=cost.kv_tokens())
+            cost = Cost(device, shape, flags)
         if missing := out_of_memory(cost):
             raise StartError(missing, cost.start_s)
         revision = ["--revision", model.revision] if model.revision else []
-        command = ["vllm", "serve", model.path, *revision, *vllm_flags.command_line(redact(args))]
+        command = ["vllm", "serve", model.path, *revision, *vllm_flags.command_line(redact(args), self.flags)]
         if self.config.pace:
             pass_time(cost.start_s, self.config.pace, "start", folder)
         yield SimEngine(cost, samples, cost.start(), command, self.facts, self.config.pace, folder)

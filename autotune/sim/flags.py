@@ -52,6 +52,7 @@ class Flags:
         return tuple(size for size in sorted(sizes) if size <= largest)
 
 
+AUTO = -1  # max_model_len: as long as the model and the memory allow
 MODELLED = frozenset(field.name for field in fields(Flags))
 # Flags that change nothing in a simulation.
 HARMLESS = ("load_format", "dtype", "seed", "disable_log_stats", "enable_logging_iteration_details")
@@ -60,7 +61,9 @@ HARMLESS = ("load_format", "dtype", "seed", "disable_log_stats", "enable_logging
 def resolve(args: Mapping[str, Any], device: Device, shape: Shape) -> Flags:
     """The modelled flags with the values that vLLM would run with, given `args`; null and missing ones are its own."""
     given = {name: value for name, value in args.items() if name in MODELLED and value is not None}
-    max_len = given.setdefault("max_model_len", shape.max_len)
+    if given.get("max_model_len", AUTO) == AUTO:
+        given["max_model_len"] = shape.max_len
+    max_len = given["max_model_len"]
     given.setdefault("block_size", device.block_size)
     least = 0 if given.get("enable_chunked_prefill", Flags.enable_chunked_prefill) else max_len
     tokens = given.setdefault("max_num_batched_tokens", max(device.max_num_batched_tokens, least))
@@ -85,6 +88,10 @@ def refusal(flags: Flags, device: Device, shape: Shape) -> str:
         return f"tensor × pipeline × data parallel size {gpus}, and {device.name} has {device.gpus}"
     if flags.pipeline_parallel_size > 1:
         return "the simulator has no pipeline parallelism"
+    if flags.quantization not in (None, "fp8"):
+        return f"the simulator has no quantization={flags.quantization}"
+    if longest < 1:
+        return f"max_model_len={longest} leaves no token"
     if flags.block_size % device.block_size:
         return f"block_size {flags.block_size}: {device.name} takes multiples of {device.block_size}"
     if device.fp8_tflops is None and flags.fp8_weights:

@@ -8,6 +8,22 @@ from autotune.errors import InputError
 
 FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
+STATE = ("mamba", "ssm", "rwkv", "linear_", "conv_")  # how fields of layers without attention begin
+# Models whose layers have two matrices after the attention, not three.
+NOT_GATED = (
+    "bloom",
+    "codegen",
+    "falcon",
+    "gpt_bigcode",
+    "gpt_neox",
+    "gptj",
+    "mpt",
+    "nemotron",
+    "opt",
+    "phi",
+    "starcoder2",
+)
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -26,9 +42,7 @@ class Shape:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Shape":
         """The shape in a config.json. Raises InputError for a model that is not a dense decoder."""
-        missing = [name for name in FIELDS if not isinstance(config.get(name), int)]
-        if missing or any("expert" in name for name in config):
-            why = f"config.json has no {missing[0]}" if missing else "it has experts"
+        if why := _unlike(config):
             raise InputError(f"backend=sim knows dense decoders, and this model is none ({why}); use backend=live")
         heads = config["num_attention_heads"]
         return cls(
@@ -53,3 +67,21 @@ class Shape:
     def embedding(self) -> int:
         """Parameters of the embedding."""
         return self.hidden * self.vocab
+
+
+def _unlike(config: Mapping[str, Any]) -> str:
+    """The reason why the model of a config.json is none that Shape describes; empty if it is one."""
+    for name in FIELDS:
+        if not isinstance(size := config.get(name), int) or size < 1:
+            return f"config.json has no {name}" if size is None else f"config.json has {name}={size!r}"
+    kind, architecture = config.get("model_type"), str(config.get("architectures"))
+    layers = str(config.get("layer_types"))
+    if "ForCausalLM" not in architecture or config.get("is_encoder_decoder"):
+        return f"config.json has architectures={architecture}, where …ForCausalLM is one"
+    if any("expert" in name for name in config):
+        return "it has experts"
+    if config.get("kv_lora_rank"):
+        return "it keeps a compressed KV cache"
+    if "linear" in layers or any(name.startswith(STATE) for name in config):
+        return "some of its layers keep a state, and no KV cache"
+    return f"{kind} has layers without a gate" if kind in NOT_GATED else ""

@@ -26,7 +26,7 @@ class Lookup:
         """
         if broken := self._space.violated(params, self._known):
             return broken, ""
-        outcome = self._prepared.dry_run(swept_flags(params))
+        outcome = self._prepared.dry_run(swept_flags(params, self._prepared.args))
         others = {name: value for name, value in params.items() if not name.startswith(FLAG)}
         return outcome.refusal, json.dumps([outcome.resolved, others], sort_keys=True, default=str)
 

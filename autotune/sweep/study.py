@@ -22,17 +22,17 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.config.overrides import typed, with_values
 from autotune.config.schema import BudgetOf, Config, Duplicates
 from autotune.config.vllm_flags import FLAG
-from autotune.errors import InputError
+from autotune.errors import InputError, TrackingError
 from autotune.measure import progress
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
 from autotune.measure.result import Result, State, is_complete
-from autotune.results import beside, summary, tracking
+from autotune.results import summary, tracking
 from autotune.results.study import BASELINE, CANARY, SPACE, TRIAL, canaries_in, load, results_in
 from autotune.results.study import Study as FinishedStudy
 from autotune.search import prior, warm_start
 from autotune.search.pruners import make_pruner
 from autotune.search.samplers import make_sampler
-from autotune.search.space import DEFAULT, check_space, parse
+from autotune.search.space import Space, check_space, default_of, parse, swept_flags, value_of
 from autotune.sweep import storage
 from autotune.sweep.display import Display
 from autotune.sweep.launchers import Job, Launcher, make_launcher
@@ -87,7 +87,8 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     budget_s = seconds(config.budget) if config.budget else None
     prepared = prepare(config)
     samples = prepare_samples(config, prepared)
-    check_space(space, prepared.backend, prepared.dry_run().resolved)
+    space = check_space(space, prepared.backend, prepared.dry_run().resolved)
+    check_values(space, prepared)
     check_gpus(config)
     launcher, pruner = make_launcher(config), make_pruner(config)
     tracking.check(config.tracking)
@@ -126,6 +127,20 @@ def check_gpus(config: Config) -> None:
         raise InputError(f"baseline_gpu={config.baseline_gpu}: gpus={config.gpus} does not hold it; write one of them")
 
 
+def check_values(space: Space, prepared: Prepared) -> None:
+    """Raise InputError for fixed flags, and for values of swept objects, that vLLM's command line does not take."""
+    objects = [
+        {name: choice}
+        for name, distribution in space.parameters.items()
+        for choice in getattr(distribution, "choices", ())
+        if isinstance(value_of(choice), dict) or name.count(".") > FLAG.count(".")
+    ]
+    for params in [{}, *objects]:
+        refusal = prepared.dry_run(swept_flags(params, prepared.args)).refusal
+        if refusal.startswith("argument -"):
+            raise InputError(f"{shorten(params)}: vLLM refuses it: {refusal}".removeprefix(": "))
+
+
 class Sweep:
     """The trials of one study, from the first question to the summary."""
 
@@ -153,7 +168,7 @@ class Sweep:
             log.warning("vLLM refuses the configuration even without a sweep: %s", defaults.refusal)
         self._known = defaults.resolved
         self._lookup = Lookup(prepared, record.space, self._known)
-        self._defaults = {name: self._known.get(name.removeprefix(FLAG)) for name in record.space.parameters}
+        self._defaults = {name: default_of(name, self._known) for name in record.space.parameters}
         self._n_trials = config.n_trials
         if record.is_grid:
             self._n_trials = record.space.grid_size
@@ -172,7 +187,7 @@ class Sweep:
 
     def run(self) -> None:
         config = self._config
-        with beside.study(config.tracking, config.study, self._folder) as self._tracker:
+        with tracking.study(config.tracking, config.study, self._folder) as self._tracker:
             try:
                 with interrupt.deferred():  # neither the storage nor the start of a job is cut off midway
                     self._resume()
@@ -186,6 +201,7 @@ class Sweep:
                 study = FinishedStudy(self._folder, config, results_in(self._folder), canaries_in(self._folder))
                 log.info("\n%s", summary.write(study))
                 self._write_report(study)
+                self._tracker.summarise(self._folder)
 
     def _write_report(self, study: FinishedStudy) -> None:
         """Write the page about the study; whatever goes wrong with it is no reason for a study to fail."""
@@ -337,7 +353,9 @@ class Sweep:
     def _start(self, pending: list[PendingTrial]) -> None:
         specs = []
         for one in pending:
-            changed = {name: None if value == DEFAULT else value for name, value in one.params.items()}
+            changed = {name: value_of(value) for name, value in one.params.items() if not name.startswith(FLAG)}
+            flags = swept_flags(one.params, self._prepared.args)
+            changed |= {f"{FLAG}{flag}": value for flag, value in flags.items()}
             if one.node:
                 changed = CANARY_RUN
             elif one.trial is None and self._config.baseline_gpu is not None:
@@ -393,7 +411,10 @@ class Sweep:
         self._finish_repeats(pending.name, result)
         if not result.duplicate_of:
             self._count_failures(result, result.facts.get("node", node))
-        self._tracker.log_trial(folder)
+        try:
+            self._tracker.log_trial(folder, pending.name, result)
+        except TrackingError as error:
+            log.warning("%s", error)
 
     def _count_failures(self, result: Result, node: str) -> None:
         """Count failures in a row; sets aside a node on which nothing works. Raises InputError after max_failures."""
@@ -507,6 +528,10 @@ def as_override(value: Any) -> str:
     """A parameter's value as Hydra reads it."""
     if value is None:
         return "null"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{as_override(item)}' for name, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(as_override, value))}]"
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return str(value)

@@ -20,11 +20,8 @@ def draft_of(path: Path) -> Iterator[Path]:
     """A file that takes the place of `path` when the block ends, so that readers see its old content or its new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield draft
-        draft.rename(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    yield draft
+    draft.rename(path)
 
 
 def write_whole(path: Path, text: str) -> None:
