@@ -16,10 +16,12 @@ from check_jsonschema.builtin_schemas import get_builtin_schema
 from jsonschema import validate
 from omegaconf import OmegaConf
 
-from autotune.commands import export
+from autotune.commands import export, verify
 from autotune.commands.export import Export, Format, deployment
+from autotune.commands.verify import Verify
 from autotune.config import vllm_flags
 from autotune.config.command_line import compose
+from autotune.config.schema import Config
 from autotune.errors import InputError
 from autotune.measure.result import Result
 from autotune.results.study import load
@@ -249,6 +251,42 @@ def test_exports_of_a_real_trial_start_vllm(autotune: Autotune, tmp_path: Path):
     environment = [f"{name}={value}" for name, value in what.env.items()]
     assert_serves(["env", *environment, *server, "--config", str(tmp_path / "vllm.yaml")], port, tmp_path)
     assert "max_num_seqs" in exported(study, Format.diff)
+
+
+def test_diff_starts_nothing_that_the_studys_folder_names(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    program.chmod(0o755)
+    made: list[Config] = []
+    monkeypatch.setattr(export, "prepare", lambda config: made.append(config) or pytest.fail("as far as it may come"))
+    for file in study.glob("*/config.yaml"):
+        text = file.read_text().replace("python: null", f"python: {program}")
+        file.write_text(text.replace("prefix: []", f"prefix: [{program}]"))
+    with pytest.raises(pytest.fail.Exception):
+        exported(study, Format.diff)
+    assert not {"python", "prefix", "env"} & made[0].backend.keys() and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("group", ["backend", "launcher", "pruner"])
+def test_class_that_is_not_autotunes_own_is_not_even_imported(group: str, study: Path):
+    for file in study.glob("*/config.yaml"):
+        body = OmegaConf.load(file)
+        OmegaConf.update(body, f"{group}._target_", "antigravity.Backend")
+        OmegaConf.save(body, file)
+    with pytest.raises(InputError, match=rf"trial-1: {group}._target_=antigravity.Backend is not autotune's own; add"):
+        exported(study, Format.diff)
+    words = ["backend.env.MY_API_KEY=x"]
+    with pytest.raises(InputError, match="not autotune's own"):
+        verify.configurations(load(str(study)), Verify("s"), words)
+    verify.configurations(load(str(study)), Verify("s"), [*words, f"{group}._target_=antigravity.Backend"])
+    assert "antigravity" not in sys.modules
+
+
+def test_what_looks_like_an_interpolation_in_a_folder_is_text(study: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PRIVATE", "4711")
+    for file in study.glob("*/config.yaml"):
+        file.write_text(file.read_text().replace("path: meta-llama/L", "path: ${oc.env:PRIVATE}"))
+    assert load(str(study)).config.model.path == "${oc.env:PRIVATE}"
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@ format  command      a line of shell
         compose      a file for `docker compose up`
         kubernetes   a Deployment and its Service for `kubectl apply -f`
         diff         what differs from vLLM's defaults, and who chose it; needs the vLLM and the model of the study
+python  for diff: an interpreter with that vLLM; without it this one
 output  a file; without it the terminal
 host    address to listen on; 127.0.0.1 for command and vllm, 0.0.0.0 within a container
 port    8000
@@ -22,7 +23,7 @@ import math
 import re
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ import yaml
 from omegaconf import MISSING
 
 from autotune.config import vllm_flags
-from autotune.config.command_line import errors_in_one_line, options, write_out
+from autotune.config.command_line import compose, errors_in_one_line, options, write_out
+from autotune.config.overrides import check_trusted
 from autotune.config.redact import HIDDEN
 from autotune.config.schema import Config
 from autotune.errors import InputError
@@ -67,6 +69,7 @@ class Export:
     host: str | None = None
     port: int = 8000
     image: str | None = None
+    python: str | None = None
 
 
 @dataclass(frozen=True)
@@ -203,12 +206,15 @@ def _scalar(value: str) -> str:
     return text.strip().removeprefix("[").removesuffix("]")
 
 
-def diff(config: Config, result: Result) -> str:
+def diff(config: Config, result: Result, python: str | None) -> str:
     """Each flag whose value is not vLLM's default for this model, and which part of the configuration chose it.
 
-    Raises InputError if the vLLM or the model that it was measured with is not here.
+    vLLM is that of the interpreter `python`; no program or folder is taken from `config`. Raises InputError if the
+    vLLM or the model that it was measured with is not here.
     """
-    prepared = prepare(config)
+    backend = {key: value for key, value in config.backend.items() if key not in ("python", "prefix", "env")}
+    backend |= {"python": python} if python else {}
+    prepared = prepare(replace(config, backend=backend, cache_dir=compose([])[0].cache_dir))
     defaults = prepared.backend.dry_run(prepared.model, {})
     if defaults.refusal:
         raise InputError(f"vLLM refuses its own defaults for this model: {defaults.refusal}")
@@ -240,7 +246,9 @@ def text(options: Export) -> str:
     study = load(options.study)
     trial = study.chosen(options.trial)
     if options.format is Format.diff:
-        return diff(study.config_of(trial), study.results[trial])
+        config = study.config_of(trial)
+        check_trusted(config, (), study.folder / trial)
+        return diff(config, study.results[trial], options.python)
     served = deployment(study, trial, options.image)
     if options.format in CONTAINERS:
         return in_container(CONTAINERS[options.format], served, options.host or EVERYWHERE, options.port)

@@ -29,7 +29,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from autotune.config.command_line import errors_in_one_line, options
-from autotune.config.overrides import with_fields
+from autotune.config.overrides import check_trusted, with_fields
 from autotune.config.redact import HIDDEN
 from autotune.config.schema import Config
 from autotune.errors import InputError, MeasureError, TrackingError
@@ -110,6 +110,8 @@ def configurations(study: Study, settings: Verify, overrides: Sequence[str]) -> 
     """The configurations to repeat, by trial: the baseline's, then those compared with it. Raises InputError."""
     configs = {name: study.config_of(name, overrides) for name in [BASELINE, *compared(study, settings)]}
     check_secrets(shared(configs), study)
+    for name, config in configs.items():
+        check_trusted(config, overrides, study.folder / name)
     return configs
 
 

@@ -16,12 +16,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from autotune.config import overrides, schema, sweeper
+from autotune.config.overrides import CONF as CONF
 from autotune.errors import AutotuneError, InputError
 from autotune.text import one_line
 
-PACKAGE = Path(__file__).parents[1]
-# A wheel has it in the package, a checkout beside it.
-CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 SHOW = {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help"}  # Hydra's flags that run nothing
 STARTED = time.localtime()
 Options = TypeVar("Options")

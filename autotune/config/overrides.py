@@ -1,7 +1,7 @@
 """A configuration as dataclasses: composed by Hydra, changed by key, or read back from a trial's folder."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import cache
@@ -17,6 +17,10 @@ from autotune.config.schema import Config
 from autotune.config.upgrade import upgraded
 from autotune.errors import InputError
 from autotune.text import one_line
+
+PACKAGE = Path(__file__).parents[1]
+# A wheel has it in the package, a checkout beside it.
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 
 
 def typed(config: DictConfig) -> Config:
@@ -82,13 +86,48 @@ def _field_hint(error: ConfigKeyError) -> str:
     return f"did you mean {close[0]}" if close else f"it has {', '.join(fields)}"
 
 
+def check_trusted(config: Config, overrides: Sequence[str], path: Path) -> None:
+    """Raise InputError if `config`, read from `path`, would run code that is neither autotune's own nor in `overrides`.
+
+    A study's folder may come from anyone; to run one more class of it takes a word on the command line.
+    """
+    given = {override.partition("=")[2] for override in overrides}
+
+    def targets(node: Any, key: str) -> Iterator[tuple[str, str]]:
+        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        for name, item in items:
+            if name == "_target_":
+                yield f"{key}{name}", str(item)
+            yield from targets(item, f"{key}{name}.")
+
+    for key, target in targets(OmegaConf.to_container(OmegaConf.structured(config)), ""):
+        if target not in _own_targets() | given:
+            raise InputError(f"{path}: {key}={target} is not autotune's own; add {key}={target} if you trust it")
+
+
+@cache
+def _own_targets() -> frozenset[str]:
+    """The classes and functions that conf/ names."""
+    texts = (file.read_text(encoding="utf-8") for file in CONF.rglob("*.yaml"))
+    return frozenset(target for text in texts for target in re.findall(r"_target_: (\S+)", text))
+
+
+def _literally(node: Any) -> Any:
+    """`node` of a file that was written without interpolations: what looks like one is text."""
+    if isinstance(node, dict):
+        return {key: _literally(item) for key, item in node.items()}
+    if isinstance(node, list):
+        return [_literally(item) for item in node]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", node) if isinstance(node, str) else node
+
+
 def read(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config.yaml that a trial left at `path`, changed by `overrides` (`key=value`). Raises InputError."""
     if not path.exists():
         raise InputError(f"{path}: no such file; the folder of a trial holds one")
     try:
         written: Any = OmegaConf.to_container(OmegaConf.load(path))
-        config = OmegaConf.create(upgraded(written))
+        config = OmegaConf.create(_literally(upgraded(written)))
         for override in overrides:
             _check_field(config, override)
         changed = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))

@@ -31,7 +31,7 @@ def check_configuration(study: Study, config: Config, swept: Collection[str], fa
     What `swept` names, and what a trial of the study chose itself, may differ.
     """
     chosen = {*swept, *(name for result in study.results.values() for name in result.params)}
-    then, now = _fields(study.config, chosen), _fields(config, chosen)
+    then, now = (_fields(one, chosen, config.backend["_target_"]) for one in (study.config, config))
     measured = next((result.facts for result in study.complete.values()), {})
     then |= {fact: measured[fact] for fact in FACTS if fact in measured}
     now |= {fact: facts[fact] for fact in FACTS if fact in measured and fact in facts}
@@ -71,10 +71,14 @@ def _is_known(trial: FrozenTrial | None, result: Result) -> bool:
     return trial is not None and (not trial.params or not result.params or trial.params == result.params)
 
 
-def _fields(config: Config, left_out: Collection[str]) -> dict[str, Any]:
-    """The fields of `config` by key, secrets hidden, without those that are free, swept or null."""
-    _, backend = typed_target(config.backend, "backend")  # with its defaults, whichever of them were written
-    typed = replace(config, backend=asdict(backend))
+def _fields(config: Config, left_out: Collection[str], backend: str) -> dict[str, Any]:
+    """The fields of `config` by key, secrets hidden, without those that are free, swept or null.
+
+    A `backend` of this class has its defaults, whichever of them were written; another class is not even imported.
+    """
+    typed = config
+    if config.backend.get("_target_") == backend:
+        typed = replace(config, backend=asdict(typed_target(config.backend, "backend")[1]))
     body = redact(OmegaConf.to_container(OmegaConf.structured(typed), enum_to_str=True))
     found: dict[str, Any] = {}
 
