@@ -51,7 +51,7 @@ def test_json_list_and_json_lines_load_the_same(tmp_path: Path, model: Model):
     ("records", "message"),
     [
         ('{"input": "a", "output": "bb"}\n{"input"', "record 2: not JSON"),
-        ('[{"input": "a"', "line 1: not JSON"),
+        ('[{"input": "a"', "record 1: not JSON .*line 1"),
         ("", "no records"),
         ([{"input": "a", "output": "bb"}, {"output": "bb"}], "record 2: no prompt"),
         ([7], "record 1: int instead of an object"),

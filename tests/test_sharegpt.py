@@ -112,7 +112,10 @@ def test_prompts_over_the_limit_are_left_out_and_counted(
         ({"text": "Hi"}, "record 2: no conversation; write"),
         ({"conversations": "Hi"}, "record 2: no conversation; write"),
         ({"conversations": ["Hi"]}, "record 2, turn 1: not an object"),
-        (chat(("human", "Hi"), ("robot", "Hello")), "record 2, turn 2: from 'robot'; write one of system, human"),
+        (
+            chat(("human", "Hi"), ("robot", "Hello")),
+            "record 2, turn 2: from 'robot'; write one of system, developer, human",
+        ),
         ({"conversations": [{"value": "Hi"}]}, "record 2, turn 1: from None"),
         ({"conversations": [{"from": "human"}]}, "record 2, turn 1: no text; write `value`"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "record 2, turn 1: no text"),

@@ -26,7 +26,6 @@ MANAGED = {
     "api_key": "nothing (servers listen on 127.0.0.1)",
     "hf_token": "the environment variable HF_TOKEN (vLLM logs its flags)",
     "revision": "model.revision",
-    "tokenizer_revision": "model.revision",
     "uds": "nothing (servers listen on 127.0.0.1)",
 }
 FACTORS = {letter: 1000**power for power, letter in enumerate("kmgt", 1)}

@@ -16,6 +16,7 @@ from pyarrow import parquet
 from tokenizers import Tokenizer
 
 from autotune.errors import InputError
+from autotune.system.files import expanded
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def records(tokenizer: Tokenizer, folder: str, revision: str | None, expected: i
     They are kept in `folder` as `cnn_eval-<hash of the tokenizer>.json`, with its sha256 in a file beside it, and made
     again if the two disagree. Raises InputError.
     """
-    home = Path(folder).expanduser()
+    home = expanded(folder)
     path = home / f"cnn_eval-{hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]}.json"
     if not _is_intact(path):
         _write(path, tokenizer, _shards(home / "cnn_dailymail", revision), expected)

@@ -7,15 +7,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants as hub
-from huggingface_hub import hf_hub_download, model_info, snapshot_download
+from huggingface_hub import model_info, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -25,7 +26,19 @@ from huggingface_hub.errors import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from autotune.config.schema import ModelConfig
+from autotune.data import tokenizer
 from autotune.errors import InputError
+from autotune.system.files import expanded, read_json
+
+# Fields of a config.json that are 1 or more.
+COUNTS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings"),
+)
+PARTS = ("text_config", "language_config", "llm_config")  # where models of more than text keep these fields
+FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.py", "tokenizer*"]  # of a model without its weights
+SMALL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 
 
 @dataclass(frozen=True)
@@ -35,23 +48,39 @@ class Model:
     path: str  # argument of `vllm serve`: a folder or a Hub id
     revision: str | None
     folder: Path  # local folder with config.json and the tokenizer
+    tokenizer_folder: Path | None = None  # if not `folder`
+    config_folder: Path | None = None  # if not `folder`
+    tokenizer_mode: str | None = None  # vLLM's
+    trusted: bool = False  # code that comes with the tokenizer may run
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
-        body: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        """Its config.json; what it says of the text part of a model of several stands beside the rest."""
+        file = (self.config_folder or self.folder) / "config.json"
+        body = read_json(file)
+        body |= next((body[part] for part in PARTS if isinstance(body.get(part), dict)), {})
+        for name in COUNTS:
+            value = body.get(name)
+            if not (value is None or isinstance(value, list) or (type(value) is int and 0 < value < 2**31)):
+                raise InputError(f"{file}: {name}={value!r}; it must be a whole number from 1")
         return body
 
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer, without the truncation and padding that its file may ask for."""
-        if (self.folder / "tokenizer.json").exists():
-            tokenizer: Tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-        else:
-            from transformers import AutoTokenizer  # takes seconds to import, and only older models need it
+        return tokenizer.load(self.tokenizer_folder or self.folder, self.trusted, self.tokenizer_mode)
 
-            tokenizer = AutoTokenizer.from_pretrained(self.folder).backend_tokenizer
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
+    def chat(self) -> Any:
+        """The tokenizer as transformers' own, if it has a chat template; else None."""
+        folder = self.tokenizer_folder or self.folder
+        has_template = tokenizer.has_chat_template(folder)
+        return tokenizer.load_transformers(folder, self.trusted, self.tokenizer_mode) if has_template else None
+
+    def fingerprint(self) -> bytes:
+        """A hash of everything that decides how a text becomes tokens."""
+        key = hashlib.sha256(json.dumps([self.config, self.tokenizer_mode]).encode())
+        folder = self.tokenizer_folder or self.folder
+        for file in sorted({file for pattern in FILES for file in folder.glob(pattern) if file.is_file()}):
+            key.update(file.read_bytes())
+        return key.digest()
 
 
 def locate(
@@ -69,25 +98,74 @@ def locate(
         folder = _built(shape, config.name, config.shape, cache_dir)
         return Model(config.path or str(folder), config.revision, folder)
     if config.path:
-        folder = Path(config.path).expanduser()
-        if (folder / "config.json").exists():
-            return Model(str(folder), None, folder)
-        if folder.exists() or config.path.startswith(("/", "./", "../", "~")):
+        folder = _found("model.path", config.path, config.revision, [*FILES, "*.safetensors"])
+        if not (folder / "config.json").exists():
             raise InputError(f"model.path={config.path}: no model there; a model's folder holds a config.json")
-        return Model(config.path, config.revision, _download(config.path, config.revision))
+        is_local = folder == expanded(config.path)
+        return Model(str(folder) if is_local else config.path, None if is_local else config.revision, folder)
     if build is None:
         raise InputError("no model: write model=smollm2 (see --help) or model.path=<Hub id or local folder>")
     folder = _built(build, config.name, config.build, cache_dir)
     return Model(str(folder), None, folder)
 
 
-def _download(path: str, revision: str | None) -> Path:
+def as_served(model: Model, flags: Mapping[str, Any]) -> Model:
+    """`model` with the tokenizer and the configuration that vLLM's `flags` name. Raises InputError."""
+
+    def folder(flag: str, revision: str | None) -> Path | None:
+        return _found(f"engine.args.{flag}", str(flags[flag]), revision, FILES) if flags.get(flag) else None
+
+    served = replace(
+        model,
+        tokenizer_folder=folder("tokenizer", flags.get("tokenizer_revision") or model.revision),
+        config_folder=folder("hf_config_path", model.revision),
+        tokenizer_mode=flags.get("tokenizer_mode"),
+        trusted=flags.get("trust_remote_code") is True,
+    )
+    for name in SMALL:
+        if (file := (served.tokenizer_folder or model.folder) / name).exists():
+            read_json(file)  # vLLM reads it, too
+    return served
+
+
+def check_weights(model: Model) -> None:
+    """Raise InputError for a safetensors file of `model` that is missing or cut off, or a folder without weights."""
+    if model.path == str(model.folder) and not any(file.suffix in WEIGHTS for file in model.folder.iterdir()):
+        raise InputError(f"{model.folder}: no weights there; get the model again, or set engine.args.load_format=dummy")
+    index = model.folder / "model.safetensors.index.json"
+    names = read_json(index).get("weight_map") if index.exists() else {}
+    if not isinstance(names, dict):
+        raise InputError(f"{index}: no `weight_map` of files; get it again")
+    for file in sorted({model.folder / str(name) for name in names.values()} | {*model.folder.glob("*.safetensors")}):
+        try:
+            with file.open("rb") as weights:
+                length = int.from_bytes(weights.read(8), "little")
+                tensors: Any = json.loads(weights.read(length) if 8 + length <= file.stat().st_size else b"")
+            ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
+            whole = 8 + length + max(ends, default=0) <= file.stat().st_size
+        except OSError as error:
+            raise InputError(f"{file}: {error.strerror}; get the model again") from None
+        except (ValueError, LookupError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise InputError(f"{file}: no whole safetensors file; get the model again")
+
+
+def _found(where: str, path: str, revision: str | None, patterns: list[str]) -> Path:
+    """The local folder `path`, or the Hub's snapshot of it with the files that match `patterns`."""
+    folder = expanded(path)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or path.startswith(("/", "./", "../", "~")):
+        raise InputError(f"{where}={path}: no model there; a model's folder holds a config.json and a tokenizer")
+    return _download(f"{where}={path}", path, revision, patterns)
+
+
+def _download(where: str, path: str, revision: str | None, patterns: list[str]) -> Path:
     """The Hub's snapshot of `path` in the local cache, downloaded if it is missing."""
-    where = f"model.path={path}"
     try:
         if not hub.HF_HUB_OFFLINE:
             model_info(path, revision=revision, timeout=15)
-        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja", "*.tiktoken"]
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except HFValidationError:
         raise InputError(f"{where}: neither a local folder nor a Hub id (owner/name)") from None
@@ -102,17 +180,16 @@ def _download(path: str, revision: str | None) -> Path:
             f"{where}: the Hub has no such model, or it is private; check the spelling, or run `hf auth login`"
         ) from None
     except Exception as error:  # no connection; its class depends on the HTTP library, which differs between versions
-        return _cached(path, revision, error)
+        return _cached(where, path, revision, error)
 
 
-def _cached(path: str, revision: str | None, error: Exception) -> Path:
+def _cached(where: str, path: str, revision: str | None, error: Exception) -> Path:
     try:
-        return Path(hf_hub_download(path, "config.json", revision=revision, local_files_only=True)).parent
+        return Path(snapshot_download(path, revision=revision, local_files_only=True))
     except Exception:
         reason = "HF_HUB_OFFLINE is set" if hub.HF_HUB_OFFLINE else f"the Hub can't be reached ({type(error).__name__})"
         raise InputError(
-            f"model.path={path}: {reason} and the model is not in the local cache; "
-            f"go online once, or give a local folder"
+            f"{where}: {reason} and the model is not in the local cache; go online once, or give a local folder"
         ) from None
 
 
@@ -153,10 +230,10 @@ def build_shape(folder: Path, vocab_size: int, **shape: Any) -> None:
     # A token for each byte; fillers complete the vocabulary, so that every id that the model can emit decodes.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = alphabet + [f"<fill{i}>" for i in range(vocab_size - 2 - len(alphabet))] + ["<s>", "</s>"]
-    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    made = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.save(str(folder / "tokenizer.json"))
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
 

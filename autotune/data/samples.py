@@ -3,8 +3,8 @@
 import functools
 import hashlib
 import inspect
-import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,16 @@ from tokenizers import Tokenizer
 
 from autotune.config.schema import DatasetConfig, Output
 from autotune.data.models import Model
+from autotune.data.records import Record, read_bytes, read_records, text_field
 from autotune.errors import InputError
-from autotune.system.files import draft_of
+from autotune.system.files import draft_of, expanded
 
-Record = dict[str, Any]
+# Fields that may hold a prompt, what goes before it, an answer, its number of tokens; the first that is given counts.
+PROMPTS = ("input", "prompt", "question", "text")
+INSTRUCTIONS = ("instruction", "system_prompt", "system")
+ANSWERS = ("output", "completion", "response", "answer")
+COUNTS = ("output_tokens", "output_tokens_count", "completion_tokens_count", "completion_tokens")
+CONVERSATIONS = ("conversations", "conversation", "messages", "prompt")
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,15 @@ class Samples:
                     f"dataset {self.name}, record {i + 1}: {len(prompt)} prompt + {self.output_tokens[i]} output "
                     f"tokens exceed max_model_len={max_model_len}; raise engine.args.max_model_len, lower "
                     f"dataset.max_output_tokens or leave the record out"
+                )
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise InputError for the first sample with a token id that a model of `size` tokens does not have."""
+        for number, prompt in enumerate(self.prompts, 1):
+            if prompt.max() >= size:
+                raise InputError(
+                    f"dataset {self.name}, record {number}: token id {prompt.max()}, and the model has {size} tokens; "
+                    f"set engine.args.tokenizer to the model's own"
                 )
 
     def save(self) -> None:
@@ -84,23 +99,18 @@ def prepare(
         raise InputError(f"dataset.count={config.count}: write 1 or more, or null for all records")
     key = hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
     if config.path:
-        try:
-            key.update(Path(config.path).expanduser().read_bytes())
-        except OSError as error:
-            raise InputError(f"dataset.path={config.path}: {error.strerror or error}") from None
-    key.update((model.folder / "config.json").read_bytes())
-    for file in sorted([*model.folder.glob("tokenizer*"), *model.folder.glob("chat_template*")]):
-        key.update(file.read_bytes())
+        key.update(read_bytes(expanded(config.path)))
+    key.update(model.fingerprint())
     path = cache_dir / "samples" / f"{config.name}-{key.hexdigest()[:16]}.npz"
     if not path.exists():
         tokenizer = model.tokenizer()
         if config.path and "path" not in (config.records or {}):
-            records: Iterable[Record] = read_records(Path(config.path).expanduser())
+            records: Iterable[Record] = read_records(expanded(config.path))
         elif make:
             takes_model = "model" in inspect.signature(make).parameters
             records = make(tokenizer=tokenizer, model=model) if takes_model else make(tokenizer=tokenizer)
         else:
-            raise InputError("no data set: write dataset=cnn_shaped (see --help) or dataset.path=<JSON or JSONL>")
+            raise InputError("no data set: write dataset=cnn_shaped (see --help) or dataset.path=<file>")
         _samples(config, records, tokenizer, path).save()
     return _loaded(path)
 
@@ -108,25 +118,6 @@ def prepare(
 @functools.lru_cache(maxsize=4)
 def _loaded(path: Path) -> Samples:
     return Samples.load(path)  # its name holds a hash of all that it is made from
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """Yield the records of a file of JSON or JSON lines. Raises InputError, naming the record."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}, byte {error.start + 1}: not UTF-8 text; write JSON or JSON lines") from None
-    if text.lstrip().startswith("["):
-        try:
-            yield from json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-        return
-    for number, line in enumerate(filter(str.strip, text.split("\n")), 1):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, record {number}: not JSON ({error.msg})") from None
 
 
 def _samples(config: DatasetConfig, records: Iterable[Record], tokenizer: Tokenizer, path: Path) -> Samples:
@@ -158,16 +149,20 @@ def _samples(config: DatasetConfig, records: Iterable[Record], tokenizer: Tokeni
 
 def _prompt(record: Any, tokenizer: Tokenizer, where: str) -> list[int]:
     if not isinstance(record, dict):
-        raise InputError(f"{where}: {type(record).__name__} instead of an object with `input` or `tok_input`")
-    ids = record.get("tok_input")
-    if ids is None:
+        raise InputError(f"{where}: {type(record).__name__} instead of an object with `input` or `prompt`")
+    name = "prompt" if _is_list_of_ids(record.get("prompt")) else "tok_input"
+    if (ids := record.get(name)) is None:
         ids = encode(_prompt_text(record, where), tokenizer)
-    vocabulary = tokenizer.get_vocab_size()
-    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < vocabulary for i in ids):
-        raise InputError(f"{where}: `tok_input` must be a list of token ids below the vocabulary's {vocabulary}")
-    if not ids:
+    if ids == []:
         raise InputError(f"{where}: the prompt is empty")
+    vocabulary = tokenizer.get_vocab_size()
+    if not _is_list_of_ids(ids) or not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise InputError(f"{where}: `{name}` must be a list of token ids below the vocabulary's {vocabulary}")
     return ids
+
+
+def _is_list_of_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
 def encode(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -179,27 +174,53 @@ def encode(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _prompt_text(record: Record, where: str) -> str:
-    text, instruction = record.get("input"), record.get("instruction") or ""
-    if isinstance(instruction, dict):  # MLPerf's own file: {"llama": "… {input} …"}
-        instruction = next(iter(instruction.values()), "")
-    if not isinstance(text, str) or not isinstance(instruction, str):
-        raise InputError(f"{where}: no prompt; give `input` (text) or `tok_input` (token ids)")
+    if isinstance(first := record.get("instruction"), dict):  # MLPerf's own file: {"llama": "… {input} …"}
+        record = {**record, "instruction": next(iter(first.values()), None)}
+    instruction, text = (_first_text(record, names, where) for names in (INSTRUCTIONS, PROMPTS))
+    if not (text or instruction) or (not text and "{input}" in instruction):
+        raise InputError(f"{where}: no prompt among {', '.join(map(str, record)) or 'no fields'}; {_advice(record)}")
     if "{input}" in instruction:
         return instruction.replace("{input}", text)
-    return f"{instruction}\n\n{text}" if instruction else text
+    return "\n\n".join(part for part in (instruction, text) if part)
+
+
+def _first_text(record: Record, names: Sequence[str], where: str) -> str:
+    texts = (text_field(record, name, where) or "" for name in names)
+    return next(filter(None, texts), "")
+
+
+def _advice(record: Record) -> str:
+    if any(isinstance(record.get(name), list) for name in CONVERSATIONS):
+        return "it is a conversation: write dataset=sharegpt"
+    return "give `input` or `prompt` (text), or `tok_input` (token ids)"
 
 
 def _output_length(record: Record, config: DatasetConfig, tokenizer: Tokenizer, where: str) -> int:
     """Number of tokens to generate: the length of the reference output, within the configured bounds."""
     if config.output is Output.natural:
         return config.max_output_tokens
-    output = record.get("tok_output") or record.get("output")
-    if isinstance(output, list) and output:
-        if not all(type(token) is int for token in output):
-            raise InputError(f"{where}: `output` must be a text, and `tok_output` a list of token ids")
-        length = len(output)
-    elif isinstance(output, str) and output:
-        length = len(tokenizer.encode(output, add_special_tokens=False).ids)
-    else:
-        raise InputError(f"{where}: no `output` to take the length from; give one, or set dataset.output=natural")
+    length = _token_count(record, where) or len(
+        tokenizer.encode(_first_text(record, ANSWERS, where), add_special_tokens=False).ids
+    )
+    if not length:
+        raise InputError(
+            f"{where}: no `output` to take the length from; give one, or `output_tokens` (how many), "
+            f"or set dataset.output=natural"
+        )
     return min(max(length, config.min_output_tokens), config.max_output_tokens)
+
+
+def _token_count(record: Record, where: str) -> int | None:
+    """Length of the output where the record says it in tokens: as their ids or as their number."""
+    for name in ("tok_output", "output"):
+        if _is_list_of_ids(record.get(name)):
+            return len(record[name])
+    if record.get("tok_output"):
+        raise InputError(f"{where}: `tok_output` must be a list of token ids")
+    name = next((name for name in COUNTS if record.get(name) is not None), "")
+    if not name:
+        return None
+    written = str(record[name]).removesuffix(".0")  # a table's numbers may be texts, or floats
+    if not (re.fullmatch(r"[0-9]{1,18}", written) and int(written) > 0):
+        raise InputError(f"{where}: `{name}` must be a whole number from 1, and is {str(record[name])[:40]!r}")
+    return int(written)

@@ -3,25 +3,29 @@
 import json
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
+from autotune.config.schema import Output
 from autotune.data.models import Model
-from autotune.data.samples import read_records
+from autotune.data.records import read_records, text_field
+from autotune.data.samples import CONVERSATIONS
 from autotune.errors import InputError
+from autotune.system.files import expanded
+from autotune.text import one_line
 
 log = logging.getLogger(__name__)
 
 ROLES = {
-    "system": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
 }
 EXAMPLE = '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}'
 
-Message = dict[str, str]  # `role`: system, user or assistant; `content`
+Message = dict[str, Any]  # `role`: system, user, assistant or tool; `content`; what tools need, in OpenAI's form
 
 
 def records(
@@ -29,30 +33,38 @@ def records(
     path: str | None,
     turns: str = "all",
     max_prompt_tokens: int | None = None,
+    output: Output | str = Output.reference,
     model: Model | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a record for each answer, or for the first one of each conversation.
 
     Its `tok_input` is the conversation up to the answer, through `model`'s chat template if it has one. Answers without
-    a question, empty answers, and those with a prompt longer than `max_prompt_tokens` are left out. Raises InputError,
-    naming the record.
+    a question, empty answers, and those with a prompt longer than `max_prompt_tokens` are left out. A question at the
+    end has no answer: it is a request if `output` is natural, else left out. Raises InputError, naming the record.
     """
     if path is None:
         raise InputError(f"dataset=sharegpt: no file; write dataset.path=<JSON list of {EXAMPLE}>")
     if turns not in ("all", "first"):
         raise InputError(f"dataset.records.turns={turns}: write all or first")
     encode = _encoder(tokenizer, model)
-    too_long = unanswered = 0
-    for number, conversation in enumerate(read_records(Path(path).expanduser()), 1):
+    too_long = unanswered = found = 0
+    for number, record in enumerate(read_records(expanded(path)), 1):
         where = f"{path}, record {number}"
-        messages = _messages(conversation, where)
-        unanswered += bool(messages) and messages[-1]["role"] == "user"
-        for before in _answered(messages)[: 1 if turns == "first" else None]:
-            prompt = encode(messages[:before], where)
+        messages = _messages(record, where)
+        tools = _parsed(record.get("tools"), f"{where}, `tools`")
+        ends = _answered(messages)
+        if messages and messages[-1]["role"] in ("user", "tool"):
+            ends += [len(messages)] if Output(output) is Output.natural else []
+            unanswered += Output(output) is Output.reference
+        for end in ends[: 1 if turns == "first" else None]:
+            prompt = encode(messages[:end], tools, where)
             if max_prompt_tokens is None or len(prompt) <= max_prompt_tokens:
-                yield {"tok_input": prompt, "output": messages[before]["content"]}
+                found += 1
+                yield {"tok_input": prompt, "output": _said(messages[end]) if end < len(messages) else ""}
             else:
                 too_long += 1
+    if unanswered and not found:
+        raise InputError(f"{path}: no answer to a question; give some, or set dataset.output=natural")
     if unanswered:
         log.info("%s: %d conversations end with a question; it has no answer, and is left out", path, unanswered)
     if too_long:
@@ -63,53 +75,101 @@ def records(
 def _answered(messages: list[Message]) -> list[int]:
     """Indices of the answers that follow a question and have a text."""
     roles = [message["role"] for message in messages]
-    return [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i] and messages[i]["content"]]
+    return [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i] and _said(messages[i])]
 
 
-def _messages(conversation: Any, where: str) -> list[Message]:
+def _messages(record: Any, where: str) -> list[Message]:
     turns = None
-    if isinstance(conversation, dict):
-        turns = conversation.get("conversations", conversation.get("messages"))
+    if isinstance(record, dict):
+        turns = next((record[name] for name in CONVERSATIONS if record.get(name) is not None), None)
+        if turns is record.get("prompt") and isinstance(turns, list) and isinstance(record.get("completion"), list):
+            turns = [*turns, *record["completion"]]
     if not isinstance(turns, list):
         raise InputError(f"{where}: no conversation; write {EXAMPLE}, or `messages` with `role` and `content`")
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise InputError(f"{where}, turn {number}: not an object; write {EXAMPLE}")
-        role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if not isinstance(role, str) or role not in ROLES:
-            raise InputError(f"{where}, turn {number}: from {role!r}; write one of {', '.join(ROLES)}")
-        if not isinstance(text, str):
-            raise InputError(f"{where}, turn {number}: no text; write `value` (with `from`) or `content` (with `role`)")
-        messages.append({"role": ROLES[role], "content": text})
-    return messages
+    return [_message(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
 
 
-def _encoder(tokenizer: Tokenizer, model: Model | None) -> Callable[[list[Message], str], list[int]]:
-    """A function that turns a conversation into the prompt for its next answer, as token ids."""
-    if model is None or not _has_chat_template(model.folder):
-        return lambda messages, where: tokenizer.encode(_as_lines(messages)).ids
-    from transformers import AutoTokenizer  # takes seconds to import
+def _message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise InputError(f"{where}: not an object; write {EXAMPLE}")
+    role = turn.get("from") or turn.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise InputError(f"{where}: from {role!r}; write one of {', '.join(ROLES)}")
+    name = "value" if turn.get("value") is not None else "content"
+    if isinstance(turn.get(name), list):
+        text: str | None = "\n".join(_part(part, f"{where}, `{name}`") for part in turn[name])
+    else:
+        text = text_field(turn, name, where)
+    calls = _calls(turn, where)
+    if text is None and not calls:
+        raise InputError(f"{where}: no text; write `value` (with `from`) or `content` (with `role`)")
+    tools = {key: turn[key] for key in ("name", "tool_call_id") if turn.get(key)}
+    return {"role": ROLES[role], "content": text or "", **({"tool_calls": calls} if calls else {}), **tools}
 
-    chat = AutoTokenizer.from_pretrained(model.folder)
 
-    def encode(messages: list[Message], where: str) -> list[int]:
+def _part(part: Any, where: str) -> str:
+    """The text of a part of OpenAI's `content`."""
+    part = {"type": "text", "text": part} if isinstance(part, str) else part
+    if not isinstance(part, dict) or "text" not in str(part.get("type", "text")):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        raise InputError(f"{where}: a part of type {kind}; only text can be sent")
+    text = text_field(part, "text", where)
+    if text is None:
+        raise InputError(f"{where.rpartition(',')[0]}: no text in a part of `content`; write `text`")
+    return text
+
+
+def _calls(turn: Message, where: str) -> list[dict[str, Any]]:
+    """Calls of tools in OpenAI's form, their arguments as objects: vLLM gives them so to templates, too."""
+    old = turn.get("function_call")
+    try:
+        calls = turn.get("tool_calls") or ([{"type": "function", "function": old}] if old else [])
+        functions = [dict(call["function"]) for call in calls]
+    except (LookupError, TypeError, ValueError):
+        raise InputError(f"{where}: `tool_calls` must be OpenAI's: a list with a `function` in each") from None
+    parsed = [{**one, "arguments": _parsed(one.get("arguments"), f"{where}, `arguments`")} for one in functions]
+    return [{**call, "function": function} for call, function in zip(calls, parsed, strict=True)]
+
+
+def _parsed(value: Any, where: str) -> Any:
+    """`value`, or what it is as JSON where it is a text."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value else value
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error})") from None
+
+
+def _said(message: Message) -> str:
+    """The text of an answer; a call of a tool counts as its JSON."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join(text for text in (message["content"], *calls) if text)
+
+
+def _encoder(tokenizer: Tokenizer, model: Model | None) -> Callable[[list[Message], Any, str], list[int]]:
+    """A function that turns a conversation and its tools into the prompt for its next answer, as token ids."""
+    chat = model.chat() if model else None
+    if chat is None:
+        return lambda messages, tools, where: tokenizer.encode(_checked(_as_lines(messages, tools), where)).ids
+
+    def encode(messages: list[Message], tools: Any, where: str) -> list[int]:
         try:
-            text = chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = chat.apply_chat_template(messages, tools=tools or None, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program, and many refuse some orders of roles
-            raise InputError(f"{where}: the model's chat template refuses it ({error}); leave the record out") from None
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids  # the template has added them
+            reason = one_line(error)
+            problem = f"the model's chat template refuses it ({reason})"
+            raise InputError(f"{where}: {problem}; leave the record out") from None
+        # The template has added the special tokens.
+        ids: list[int] = tokenizer.encode(_checked(text, where), add_special_tokens=False).ids
         return ids
 
     return encode
 
 
-def _has_chat_template(folder: Path) -> bool:
-    config = folder / "tokenizer_config.json"
-    named = config.exists() and "chat_template" in json.loads(config.read_text())
-    return named or (folder / "chat_template.jinja").exists()
+def _checked(text: str, where: str) -> str:
+    return text_field({"conversation": text}, "conversation", where) or ""
 
 
-def _as_lines(messages: list[Message]) -> str:
-    lines = [f"{message['role'].capitalize()}: {message['content']}" for message in messages]
-    return "\n".join([*lines, "Assistant:"])
+def _as_lines(messages: list[Message], tools: Any) -> str:
+    lines = [f"{message['role'].capitalize()}: {_said(message)}" for message in messages]
+    offered = [f"Tools: {json.dumps(tools, ensure_ascii=False)}"] if tools else []
+    return "\n".join([*offered, *lines, "Assistant:"])

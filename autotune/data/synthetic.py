@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from autotune.errors import InputError
 
+MOST = 1_000_000  # records, and tokens of one
 HEAD, TAIL = "Summarize:\n", "\nSummary:"
 
 WHO = "the council|a ferry captain|two engineers|the museum|a young goalkeeper|the harbour union|a retired judge"
@@ -36,8 +37,19 @@ def news(
     each prompt, from its start and at most up to TAIL, is the same text in all prompts of a seed, as a system prompt
     would be; it changes no length. Raises InputError.
     """
-    if not 0 <= shared_prefix <= 1:
-        raise InputError(f"dataset.records.shared_prefix={shared_prefix}: write a share from 0 to 1")
+    for name, value, least, most in (
+        ("count", count, 1, MOST),
+        ("prompt_tokens", prompt_tokens, 1, MOST),
+        ("prompt_sigma", prompt_sigma, 0, 10),
+        ("output_tokens", output_tokens, 1, MOST),
+        ("output_deviation", output_deviation, 0, MOST),
+        ("shared_prefix", shared_prefix, 0, 1),
+    ):
+        if not least <= value <= most:
+            raise InputError(f"dataset.records.{name}={value}: write a number from {least} to {most:,}")
+    for name, (low, high) in (("prompt_bounds", prompt_bounds), ("output_bounds", output_bounds)):
+        if not 1 <= low <= high <= MOST:
+            raise InputError(f"dataset.records.{name}=[{low},{high}]: write the lower one first, from 1 to {MOST:,}")
     draw = random.Random(seed)
     head = tokenizer.encode(HEAD).ids
     tail = tokenizer.encode(TAIL, add_special_tokens=False).ids

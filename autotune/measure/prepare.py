@@ -1,10 +1,16 @@
 """Preparation of a trial before it takes a GPU: the model, the backend, vLLM's flags, the samples."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from functools import partial
+from inspect import Parameter, signature
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.utils import instantiate
 
@@ -14,10 +20,14 @@ from autotune.config.schema import Config
 from autotune.data import models, samples
 from autotune.data.models import Model
 from autotune.data.samples import Samples
+from autotune.errors import InputError
 from autotune.measure import objective, runs
 from autotune.measure.backend import Backend, DryRunOutcome
+from autotune.system.files import expanded
 
 WHITELIST = ("autotune.*",)  # where the functions lie that a `_target_` in conf/ may name
+KINDS = {int: "a whole number", float: "a finite number", str: "a text", tuple[int, int]: "two whole numbers"}
+GIVEN = ("tokenizer", "model", "folder")  # arguments that these functions get beside those in conf/
 
 
 @dataclass(frozen=True)
@@ -38,14 +48,32 @@ class Prepared:
 
 def prepare(config: Config) -> Prepared:
     """Check `config`, and locate or build its model. Raises InputError."""
-    cache = Path(config.cache_dir).expanduser()
-    backend_class, settings = typed_target(config.backend, "backend")
-    backend: Backend = backend_class(settings, cache)
-    objective.check(config.objective)
-    runs.check(config)
-    args = backend.read(configured_flags(config))
-    shape = None if backend.needs_weights else _partial(config.model.shape)
-    return Prepared(models.locate(config.model, cache, _partial(config.model.build), shape), backend, args)
+    with cache_of(config) as cache:
+        backend_class, settings = typed_target(config.backend, "backend")
+        backend: Backend = backend_class(settings, cache)
+        objective.check(config.objective)
+        runs.check(config)
+        args = backend.read(configured_flags(config))
+        shape = None if backend.needs_weights else _partial(config.model.shape, "model.shape")
+        found = models.locate(config.model, cache, _partial(config.model.build, "model.build"), shape)
+        model = models.as_served(found, args)
+        if backend.needs_weights and args.get("load_format") in (None, "auto", "hf", "safetensors"):
+            models.check_weights(model)
+        return Prepared(model, backend, args)
+
+
+@contextmanager
+def cache_of(config: Config) -> Iterator[Path]:
+    """The cache's folder, made if missing. Raises InputError if it, or what the block reads, can't be used."""
+    folder = expanded(config.cache_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            yield folder
+    except OSError as error:
+        if error.filename and not Path(error.filename).is_relative_to(folder) and folder.is_dir():
+            raise InputError(f"{error.filename}: {error.strerror}") from None
+        raise InputError(f"cache_dir={folder}: {error.strerror or error}; write a folder with room") from None
 
 
 def configured_flags(config: Config) -> dict[str, Any]:
@@ -61,17 +89,47 @@ def gpu_count(config: Config) -> int:
 
 def prepare_samples(config: Config, prepared: Prepared) -> Samples:
     """The data set as token ids of the model. Raises InputError."""
-    cache = Path(config.cache_dir).expanduser()
-    loaded = samples.prepare(config.dataset, prepared.model, cache, _partial(config.dataset.records))
+    with cache_of(config) as cache:
+        records = _partial(config.dataset.records, "dataset.records")
+        loaded = samples.prepare(config.dataset, prepared.model, cache, records)
+    if isinstance(vocabulary := prepared.model.config.get("vocab_size"), int):
+        loaded.check_vocabulary(vocabulary)
     longest = prepared.args.get("max_model_len") or prepared.model.config.get("max_position_embeddings")
     if isinstance(longest, int) and longest > 0:  # -1 lets vLLM choose
         loaded.check_fits(longest)
     return loaded
 
 
-def _partial(node: Any) -> Callable[..., Any] | None:
+def _partial(node: Any, where: str) -> Callable[..., Any] | None:
+    """The function that `node._target_` names with the arguments that stand beside it, checked by its signature."""
     if node is None:
         return None
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise InputError(f"{where}={node}: write a _target_, and its arguments beside it")
     made = instantiate({**node, "_partial_": True}, _convert_="all", _execution_whitelist_=WHITELIST)
     assert isinstance(made, partial)
+    parameters, hints = signature(made.func).parameters, get_type_hints(made.func)
+    is_open = any(one.kind is Parameter.VAR_KEYWORD for one in parameters.values())
+    for name, value in made.keywords.items():
+        if name not in parameters and not is_open:
+            raise InputError(f"{where}.{name}: no such argument; did you mean {_closest(name, parameters)}?")
+        if name in parameters and not _is_a(hints[name], value):
+            raise InputError(f"{where}.{name}={value}: write {KINDS.get(hints[name], hints[name])}")
+    needed = [name for name, one in parameters.items() if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
+    if missing := [name for name in needed if name not in made.keywords and name not in GIVEN]:
+        raise InputError(f"{where}.{missing[0]} is missing; write a value")
     return made
+
+
+def _closest(name: str, names: Iterable[str]) -> str:
+    return max(set(names) - set(GIVEN), key=lambda one: SequenceMatcher(None, name, one).ratio())
+
+
+def _is_a(hint: Any, value: Any) -> bool:
+    """Tell whether `value` has the type `hint`; a number must be finite, and a list may stand for a tuple."""
+    if isinstance(hint, UnionType):
+        return any(_is_a(one, value) for one in get_args(hint))
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        return isinstance(value, list | tuple) and len(value) == len(kinds) and all(map(_is_a, kinds, value))
+    return type(value) in (int, float) and isfinite(value) if hint is float else type(value) is hint

@@ -55,7 +55,10 @@ class Flags:
 AUTO = -1  # max_model_len: as long as the model and the memory allow
 MODELLED = frozenset(field.name for field in fields(Flags))
 # Flags that change nothing in a simulation.
-HARMLESS = ("load_format", "dtype", "seed", "disable_log_stats", "enable_logging_iteration_details")
+HARMLESS = (
+    *("load_format", "dtype", "seed", "disable_log_stats", "enable_logging_iteration_details"),
+    *("tokenizer", "tokenizer_mode", "tokenizer_revision", "hf_config_path", "trust_remote_code"),  # data.models knows
+)
 
 
 def resolve(args: Mapping[str, Any], device: Device, shape: Shape) -> Flags:

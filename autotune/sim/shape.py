@@ -7,7 +7,7 @@ from typing import Any
 from autotune.errors import InputError
 
 FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-
+OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 STATE = ("mamba", "ssm", "rwkv", "linear_", "conv_")  # how fields of layers without attention begin
 # Models whose layers have two matrices after the attention, not three.
 NOT_GATED = (
@@ -44,17 +44,17 @@ class Shape:
         """The shape in a config.json. Raises InputError for a model that is not a dense decoder."""
         if why := _unlike(config):
             raise InputError(f"backend=sim knows dense decoders, and this model is none ({why}); use backend=live")
-        heads = config["num_attention_heads"]
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return cls(
-            hidden=config["hidden_size"],
+            hidden=hidden,
             intermediate=config["intermediate_size"],
             layers=config["num_hidden_layers"],
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
-            head_size=config.get("head_dim") or config["hidden_size"] // heads,
+            head_size=config.get("head_dim") or hidden // heads,
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings")),
-            max_len=config.get("max_position_embeddings", 4096),
+            max_len=config.get("max_position_embeddings") or 4096,
         )
 
     @property
@@ -74,6 +74,12 @@ def _unlike(config: Mapping[str, Any]) -> str:
     for name in FIELDS:
         if not isinstance(size := config.get(name), int) or size < 1:
             return f"config.json has no {name}" if size is None else f"config.json has {name}={size!r}"
+    for name in OPTIONAL:
+        if not isinstance(size := config.get(name) or 1, int):
+            return f"config.json has {name}={size!r}"
+    heads = config["num_attention_heads"]
+    if heads % (kv_heads := config.get("num_key_value_heads") or heads) or heads > config["hidden_size"]:
+        return f"config.json has {heads} heads, {kv_heads} for keys and values, hidden_size={config['hidden_size']}"
     kind, architecture = config.get("model_type"), str(config.get("architectures"))
     layers = str(config.get("layer_types"))
     if "ForCausalLM" not in architecture or config.get("is_encoder_decoder"):

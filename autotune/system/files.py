@@ -2,12 +2,15 @@
 
 import csv
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from autotune.errors import InputError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -20,8 +23,31 @@ def draft_of(path: Path) -> Iterator[Path]:
     """A file that takes the place of `path` when the block ends, so that readers see its old content or its new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    yield draft
-    draft.rename(path)
+    try:
+        yield draft
+        draft.rename(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def expanded(path: str) -> Path:
+    """`path` with its ~ resolved; that of a user who does not exist stays."""
+    with suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`. Raises InputError, naming it."""
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
+        raise InputError(f"{path}: not JSON ({error}); it may be cut off: get or make it again") from None
+    if not isinstance(body, dict):
+        raise InputError(f"{path}: a JSON {type(body).__name__}, not an object; get or make it again")
+    return body
 
 
 def write_whole(path: Path, text: str) -> None:
