@@ -148,8 +148,8 @@ def test_wrong_configuration_is_one_line(main: Main, arguments: list[str], words
         (["backend._target_=none.None"], "backend._target_=none.None: there is no such class; write backend=…"),
         (["launcher.n_jobs=2"], "launcher.n_jobs: autotune.sweep.launchers.Inline has no such field; it has name"),
         (["launcher=slurm", "launcher.canry=1"], "has no such field; did you mean canary"),
-        (["launcher=slurm", "launcher.n_jobs=0"], "launcher.n_jobs=0: write 1 or more trials at a time"),
-        (["max_failures=0"], "max_failures=0: write 1 or more"),
+        (["launcher=slurm", "launcher.n_jobs=0"], "launcher.n_jobs=0: write a number from 1 to 100000"),
+        (["max_failures=0"], "max_failures=0: write a number from 1 to 10000000"),
     ],
 )
 def test_wrong_field_or_value_is_refused(arguments: list[str], words: str):

@@ -99,7 +99,6 @@ def test_limits_that_no_load_holds_leave_an_infeasible_trial(tmp_path: Path):
         (["scenario=offline"], "has no arrival rate"),
         (["scenario=server", "scenario.ttft_ms=null", "scenario.tpot_ms=null"], "has no limits"),
         (["scenario=server", "scenario.search.certify_queries=458"], "write 459 or more"),
-        (["scenario=server", "scenario.search.start_qps=0"], "write queries/s"),
     ],
 )
 def test_search_that_can_find_nothing_is_refused_before_a_server_starts(arguments: list[str], words: str):

@@ -83,12 +83,6 @@ def test_count_takes_the_first_and_refuses_too_few(tmp_path: Path, model: Model)
         load(tmp_path, model, records, count=4)
 
 
-@pytest.mark.parametrize("count", [0, -1])
-def test_count_below_1_is_refused(tmp_path: Path, model: Model, count: int):
-    with pytest.raises(InputError, match=f"dataset.count={count}: write 1 or more"):
-        load(tmp_path, model, [{"input": "a", "output": "bb"}], count=count)
-
-
 def test_text_that_begins_with_the_first_token_gets_no_second_one(tmp_path: Path, model: Model):
     tokenizer = model.tokenizer()
     tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 510)])

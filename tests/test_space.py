@@ -3,7 +3,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from autotune.config.schema import SimConfig
+from autotune.config.schema import Config, SimConfig
 from autotune.errors import InputError
 from autotune.search.space import Space, check_space, describe, parse, swept_flags
 from autotune.sim.backend import SimBackend
@@ -126,17 +126,19 @@ def test_condition_that_can_not_be_told_is_refused(kind: str, expression: str, m
     name = "mine" if kind == "conditions" else "engine.args.max_num_seqs"
     swept = space("engine.args.max_num_seqs=choice(4,8)", **{kind: {name: expression}})
     with pytest.raises(InputError, match=message):
-        check_space(swept, AnyFlag(), {"max_num_seqs": 4})
+        check_space(swept, Config(), AnyFlag(), {"max_num_seqs": 4})
 
 
 def test_condition_on_flags_and_swept_parameters_is_fine():
     conditions = {"mine": "max_num_seqs <= 8 and int(block_size) > 4", "other": "not enable_chunked_prefill"}
-    check_space(space("engine.args.block_size=choice(16)", conditions=conditions), AnyFlag(), {})
+    check_space(space("engine.args.block_size=choice(16)", conditions=conditions), Config(), AnyFlag(), {})
 
 
 def read(*arguments: str, **rules: dict[str, str]) -> Space:
     """The space of `arguments` as the recorded vLLM reads it."""
-    return check_space(space(*arguments, **rules), SimBackend(SimConfig(), Path()), {"max_num_batched_tokens": 8192})
+    return check_space(
+        space(*arguments, **rules), Config(), SimBackend(SimConfig(), Path()), {"max_num_batched_tokens": 8192}
+    )
 
 
 @pytest.mark.parametrize(

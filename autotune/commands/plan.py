@@ -43,7 +43,7 @@ def make(config: Config, space: Space) -> Plan:
     if config.prior.backend is None:
         raise InputError("prior=none: a plan needs a device to simulate; leave it out, or write prior=sim")
     simulated = simulation(config, config.prior.backend)
-    space = check_space(space, simulated.prepared.backend, simulated.known)
+    space = check_space(space, config, simulated.prepared.backend, simulated.known)
     drawn = list(search(simulated, space, optuna.samplers.RandomSampler(seed=config.seed), DRAWS))
     baseline = estimate(simulated, {})
     trials = search_best(simulated, space, SEARCHED)

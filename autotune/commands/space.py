@@ -18,7 +18,7 @@ def main() -> None:
         space, _ = parse(params, sweeps, config.conditions, config.only_if)
         prepared = prepare(config)
         outcome = prepared.dry_run()
-        space = check_space(space, prepared.backend, outcome.resolved)
+        space = check_space(space, config, prepared.backend, outcome.resolved)
     rows = [("parameter", "values", "vLLM's default")]
     for name, distribution in space.parameters.items():
         found = default_of(name, outcome.resolved)

@@ -29,7 +29,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from autotune.config.command_line import errors_in_one_line, options
-from autotune.config.overrides import check_trusted, with_fields
+from autotune.config.overrides import check, check_trusted, with_fields
 from autotune.config.redact import HIDDEN
 from autotune.config.schema import Config
 from autotune.errors import InputError, MeasureError, TrackingError
@@ -112,6 +112,7 @@ def configurations(study: Study, settings: Verify, overrides: Sequence[str]) -> 
     check_secrets(shared(configs), study)
     for name, config in configs.items():
         check_trusted(config, overrides, study.folder / name)
+        check(config)
     return configs
 
 

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from autotune.config import overrides, schema, sweeper
+from autotune.config import bounds, overrides, schema, sweeper
 from autotune.config.overrides import CONF as CONF
 from autotune.errors import AutotuneError, InputError
 from autotune.text import one_line
@@ -29,11 +29,23 @@ def register() -> None:
     """Make resolvers, schema and sweeper known to Hydra; a second call changes nothing."""
     if OmegaConf.has_resolver("model_name"):
         return
-    OmegaConf.register_resolver("model_name", lambda path: Path(path or "model").name.lower())
+    OmegaConf.register_resolver("model_name", model_name)
+    OmegaConf.register_resolver("file_name", study_name)  # Hydra makes the folder before anything else is checked
     # Hydra's ${now:…} moves on between a study's name and its trials' names.
     OmegaConf.register_resolver("started", lambda pattern: time.strftime(pattern, STARTED))
     schema.register()
     sweeper.register()
+
+
+def model_name(path: str | None) -> str:
+    """A short name for the model at `path`, fit for a file."""
+    return re.sub(r"[^\w.-]+", "-", Path(path or "model").name.lower()).strip("-.")[:100] or "model"
+
+
+def study_name(name: str) -> str:
+    """`name`, if a folder of multirun/ may have it. Raises InputError."""
+    bounds.check(name, "study", bounds.file_name)
+    return name
 
 
 def compose(arguments: Sequence[str]) -> tuple[schema.Config, dict[str, Any], list[str]]:
@@ -122,5 +134,9 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except (AutotuneError, HydraException, OmegaConfBaseException) as error:
         sys.exit(f"autotune: {one_line(error)}")
+    except OSError as error:  # a folder in a file's place, no permission, no space, a name that is too long
+        if error.filename is None:
+            raise
+        sys.exit(f"autotune: {error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)

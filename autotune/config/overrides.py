@@ -13,6 +13,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from autotune.config import bounds
 from autotune.config.schema import Config
 from autotune.config.upgrade import upgraded
 from autotune.errors import InputError
@@ -24,16 +25,19 @@ CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if 
 
 
 def typed(config: DictConfig) -> Config:
-    """The composed configuration with its interpolations resolved. Raises InputError for what no study can run with."""
+    """The composed configuration with its interpolations resolved, checked."""
     made = _to_object(_without_hydra(config))
-    if made.max_failures < 1:
-        raise InputError(f"max_failures={made.max_failures}: write 1 or more")
-    typed_target(made.backend, "backend")
-    _, launcher = typed_target(made.launcher, "launcher")
-    n_jobs = getattr(launcher, "n_jobs", None)
-    if n_jobs is not None and n_jobs < 1:
-        raise InputError(f"launcher.n_jobs={n_jobs}: write 1 or more trials at a time")
+    check(made)
     return made
+
+
+def check(config: Config) -> None:
+    """Raise InputError for a field that `config`'s backend or launcher lacks, and for a value outside its bounds."""
+    groups = {"backend": config.backend, "launcher": config.launcher, "prior.backend": config.prior.backend}
+    for group, node in groups.items():
+        if node is not None:
+            bounds.check(typed_target(node, group)[1], group)
+    bounds.check(config)
 
 
 def with_values(config: DictConfig, values: Mapping[str, Any], composed: Config) -> Config:
@@ -48,24 +52,49 @@ def with_values(config: DictConfig, values: Mapping[str, Any], composed: Config)
 
 
 def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
-    """`config` with `values` at their keys; what was interpolated from these keys keeps its value."""
+    """`config` with `values` at their keys; what was interpolated from these keys keeps its value.
+
+    Raises InputError for a key that is no field, and for a value of another type than its field.
+    """
     if not values:
         return config
     changed = deepcopy(config)
     for key, value in values.items():
         *path, last = key.split(".")
         node: Any = changed
-        for part in path:
-            node = node[part] if isinstance(node, dict) else getattr(node, part)
+        try:
+            for part in path:
+                node = node[part] if isinstance(node, dict) else getattr(node, part)
+        except (KeyError, AttributeError):
+            raise InputError(f"{key}: there is no such field") from None
         if isinstance(node, dict):
             node[last] = value
         else:
-            setattr(node, last, value)
+            setattr(node, last, _as_field(node, last, value, key))
     return changed
+
+
+def _as_field(node: Any, name: str, value: Any, key: str) -> Any:
+    """`value` as the type of the field `name` of `node` has it: an Enum of its name. Raises InputError."""
+    try:
+        kind: Any = type(node)
+        typed = _fields_of(kind)
+        OmegaConf.update(typed, name, value)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{key}={value}: {one_line(error)}") from None
+    made = typed[name]
+    return OmegaConf.to_object(made) if OmegaConf.is_config(made) else made
+
+
+@cache
+def _fields_of(kind: Any) -> Any:
+    return OmegaConf.structured(kind)
 
 
 def typed_target(node: Mapping[str, Any], group: str) -> tuple[Any, Any]:
     """The class that `node._target_` names, and `node` as that class's `Config`. Raises InputError, naming `group`."""
+    if not isinstance(node, Mapping):
+        raise InputError(f"{group}={node}: write an option of the group (--help)")
     target = str(node.get("_target_", ""))
     try:
         target_class: Any = get_class(target)

@@ -11,6 +11,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+from autotune.config.bounds import DAY_S, bounded, duration, file_name, positive, within
+
 
 class Kind(Enum):
     """LoadGen's scenarios."""
@@ -49,12 +51,15 @@ class BudgetOf(Enum):
     wall = "wall"  # the time since the study began
 
 
+MOST_QUERIES = 2_000_000  # of one run: each is kept in memory
+
+
 @dataclass
 class Limit:
     """Limits on latencies at p99; null is no limit."""
 
-    ttft_ms: float | None = None  # issue to first token, ms
-    tpot_ms: float | None = None  # (latency - TTFT) / (output tokens - 1), ms
+    ttft_ms: float | None = positive(None)  # issue to first token, ms
+    tpot_ms: float | None = positive(None)  # (latency - TTFT) / (output tokens - 1), ms
 
     def in_seconds(self) -> tuple[float | None, float | None]:
         ttft, tpot = (None if limit is None else limit / 1e3 for limit in (self.ttft_ms, self.tpot_ms))
@@ -71,7 +76,7 @@ class Limits:
 
 @dataclass
 class ModelConfig:
-    name: str = MISSING  # short name, used in study names
+    name: str = bounded(MISSING, file_name)  # short name, used in study names
     path: str | None = None  # Hugging Face id or local folder
     revision: str | None = None  # git revision on the Hub
     build: Any = None  # its `_target_` makes the model's folder where no path is given
@@ -82,44 +87,51 @@ class ModelConfig:
 
 @dataclass
 class DatasetConfig:
-    name: str = MISSING
+    name: str = bounded(MISSING, file_name)
     path: str | None = None  # JSON or JSON lines; used instead of `records`, unless these have a `path` of their own
     records: Any = None  # its `_target_` yields the records where no path is given
-    count: int | None = None  # samples to use; null is all
+    count: int | None = within(None, 1, 1e7)  # samples to use; null is all
     output: Output = Output.reference
-    max_output_tokens: int = 128  # upper bound of a request's output length, tokens
-    min_output_tokens: int = 2  # lower bound; TPOT is undefined for one token
+    max_output_tokens: int = within(128, 1, 1e6)  # upper bound of a request's output length, tokens
+    min_output_tokens: int = within(2, 1, 1e6)  # lower bound; TPOT is undefined for one token
 
 
 @dataclass
 class LoadSearch:
     """Settings of objective=max_qps: the search, on one server, for the highest load that keeps the limits."""
 
-    start_qps: float | None = None  # first load, if the result is roughly known; null: a burst and short runs find it
-    precision: float = 0.04  # a load that is higher than the certified one by this share fails
-    burst: int = 200  # requests sent at once, to measure the most that the server can take
-    first_s: float = 10.0  # length of the shortest runs, s; a certifying run lasts scenario.min_duration_s
-    growth: float = 3.0  # factor by which runs grow longer on the way from the shortest to the certifying ones
-    certify_queries: int = 1000  # least queries of a certifying run; LoadGen's test needs 459, with none over a limit
-    max_runs: int = 25  # most runs; after them the highest load that is certified by then counts
+    # First load, if the result is roughly known; null: a burst and short runs find it.
+    start_qps: float | None = positive(None, 1e6)
+    precision: float = positive(0.04, 1)  # a load that is higher than the certified one by this share fails
+    burst: int = within(200, 1, MOST_QUERIES)  # requests sent at once, to measure the most that the server can take
+    # Length of the shortest runs, s; a certifying run lasts scenario.min_duration_s.
+    first_s: float = positive(10.0, DAY_S)
+    # Factor by which runs grow longer on the way from the shortest to the certifying ones.
+    growth: float = within(3.0, 1.01, 1000)
+    # Least queries of a certifying run; LoadGen's test needs 459, with none over a limit.
+    certify_queries: int = within(1000, 1, MOST_QUERIES)
+    max_runs: int = within(25, 1, 1000)  # most runs; after them the highest load that is certified by then counts
 
 
 @dataclass
 class ScenarioConfig:
-    name: str = MISSING
+    name: str = bounded(MISSING, file_name)
     kind: Kind = MISSING
-    qps: float = 1.0  # queries/s. Server: rate of Poisson arrivals; Offline: expected rate, which sets the query's size
-    ttft_ms: float | None = None  # limit on p99 TTFT, ms; null is no limit
-    tpot_ms: float | None = None  # limit on p99 TPOT, ms; null is no limit
-    min_duration_s: float = 60.0  # LoadGen's min_duration, s
-    max_duration_s: float = 0.0  # LoadGen's max_duration, s; 0 is no limit
-    min_queries: int = 100  # LoadGen's min_query_count
-    max_queries: int = 0  # LoadGen's max_query_count; 0 is no limit
-    warmup_requests: int = 16  # sent together before LoadGen starts, again and again until they get no faster
+    # Queries/s. Server: rate of Poisson arrivals; Offline: expected rate, which sets the query's size.
+    qps: float = positive(1.0, 1e6)
+    ttft_ms: float | None = positive(None)  # limit on p99 TTFT, ms; null is no limit
+    tpot_ms: float | None = positive(None)  # limit on p99 TPOT, ms; null is no limit
+    min_duration_s: float = within(60.0, 0, 7 * DAY_S)  # LoadGen's min_duration, s
+    max_duration_s: float = within(0.0, 0, 7 * DAY_S)  # LoadGen's max_duration, s; 0 is no limit
+    min_queries: int = within(100, 1, MOST_QUERIES)  # LoadGen's min_query_count
+    max_queries: int = within(0, 0, MOST_QUERIES)  # LoadGen's max_query_count; 0 is no limit
+    # Sent together before LoadGen starts, again and again until they get no faster.
+    warmup_requests: int = within(16, 0, 1e5)
     seed: int = 1  # of LoadGen's order of samples and its arrival times
     stop: Stop = Stop.failed  # when a Server run ends early
-    over_share: float | None = None  # share of queries that may exceed a limit; null: what LoadGen's test allows
-    repeats: int = 1  # runs of LoadGen on one server, each with the next seed; metrics are their means
+    # Share of queries that may exceed a limit; null: what LoadGen's test allows.
+    over_share: float | None = within(None, 0, 1)
+    repeats: int = within(1, 1, 1000)  # runs of LoadGen on one server, each with the next seed; metrics are their means
     search: LoadSearch = field(default_factory=LoadSearch)
     args: dict[str, Any] = field(default_factory=dict)  # flags of `vllm serve` that the scenario's rules demand
 
@@ -141,16 +153,17 @@ class LiveConfig:
     _target_: str = MISSING
     python: str | None = None  # interpreter that has vLLM; null is the one that runs autotune
     prefix: list[str] = field(default_factory=list)  # words before vLLM's command: [srun, --overlap], a container's
-    port: int | None = None  # vLLM's port on the loopback interface; null takes a free one
+    port: int | None = within(None, 1, 65535)  # vLLM's port on the loopback interface; null takes a free one
     env: dict[str, str] = field(default_factory=dict)  # added to vLLM's environment
-    start_timeout_s: float = 900.0  # from launch to healthy, s
+    start_timeout_s: float = positive(900.0)  # from launch to healthy, s
     stop_timeout_s: float = 10.0  # from SIGTERM to SIGKILL, s
-    request_timeout_s: float = 600.0  # one HTTP request, s
-    run_timeout_s: float = 7200.0  # one run of LoadGen with its warm-up, s
-    observe_s: float = 1.0  # between two observations of vLLM's /metrics and the GPU during a run, s
-    client_processes: int | None = None  # that send requests; null: one for each 16 cores, at least 1, at most 8
+    request_timeout_s: float = positive(600.0)  # one HTTP request, s
+    run_timeout_s: float = positive(7200.0)  # one run of LoadGen with its warm-up, s
+    observe_s: float = positive(1.0, 3600)  # between two observations of vLLM's /metrics and the GPU during a run, s
+    # That send requests; null: one for each 16 cores, at least 1, at most 8.
+    client_processes: int | None = within(None, 1, 1024)
     # A run is INVALID if its client was too slow. A process that is busy nearly all the time delays tokens:
-    client_cpu_limit: float = 0.9  # share of a core, for the busiest client process and for LoadGen's own
+    client_cpu_limit: float = positive(0.9)  # share of a core, for the busiest client process and for LoadGen's own
     # The client's own part of TTFT must be small beside the limit. Null: 0.05 with a GPU. Without one, vLLM computes on
     # the cores that the client waits for, so the figures are recorded, not judged.
     client_ttft_share: float | None = None  # of scenario.ttft_ms: p99 lateness, p99 loop lag, mean TTFT beyond vLLM's
@@ -161,39 +174,42 @@ class Device:
     """The cost of a simulated step on one GPU, or on a CPU; `autotune calibrate` fits the fields marked `fitted`."""
 
     name: str = MISSING
-    memory_gib: float = MISSING  # of which vLLM takes the share gpu_memory_utilization
-    kv_gib: float | None = None  # size of the KV cache, for a CPU; null: the memory that the weights leave
+    memory_gib: float = positive(MISSING, 1e5)  # of which vLLM takes the share gpu_memory_utilization
+    # Size of the KV cache, for a CPU; null: the memory that the weights leave.
+    kv_gib: float | None = positive(None, 1e5)
     other_gib: float = 0.22  # memory outside torch's allocator
     workspace_gib: float = 0.44  # besides a step's activations
     activations_gib: float = 1.01  # least that vLLM's memory profile takes for activations and workspace
     graph_gib: float = 0.019  # one CUDA graph
-    tflops: float = MISSING  # of a large, dense matrix product in bf16
-    fp8_tflops: float | None = None  # the same in fp8; null: the device multiplies no fp8
-    bandwidth_gbs: float = MISSING  # memory, GB/s
-    link_gbs: float = 450.0  # one GPU's link to the others, GB/s in each direction
+    tflops: float = positive(MISSING)  # of a large, dense matrix product in bf16
+    fp8_tflops: float | None = positive(None)  # the same in fp8; null: the device multiplies no fp8
+    bandwidth_gbs: float = positive(MISSING)  # memory, GB/s
+    link_gbs: float = positive(450.0)  # one GPU's link to the others, GB/s in each direction
     link_s: float = 1e-5  # latency of one all-reduce, s
-    math_efficiency: float = 0.91  # fitted: share of tflops that a model's matrix products reach
-    attention_efficiency: float = 0.8  # fitted: speed of attention, as a share of what the matrix products reach
-    bandwidth_efficiency: float = 0.83  # fitted: share of bandwidth_gbs
+    math_efficiency: float = positive(0.91, 2)  # fitted: share of tflops that a model's matrix products reach
+    # Fitted: speed of attention, as a share of what the matrix products reach.
+    attention_efficiency: float = positive(0.8, 2)
+    bandwidth_efficiency: float = positive(0.83, 2)  # fitted: share of bandwidth_gbs
     step_s: float = 0.0013  # fitted: constant part of each step on the GPU, s
     host_s: float = 0.0016  # fitted: to schedule and prepare a step, s
     host_sequence_s: float = 8e-6  # fitted: the same, for each sequence in the step, s
     launch_s: float = 4.6e-4  # fitted: to launch a layer outside CUDA graphs, s
     piecewise_s: float = 2e-4  # fitted: the same in a step with prefill, where graphs hold all but attention, s
-    fp8_factor: float = 2.4  # fitted: launches of a layer that quantises its inputs, relative to one that does not
-    eager_factor: float = 3.0  # launches of a layer with enforce_eager, relative to a compiled one
+    # Fitted: launches of a layer that quantises its inputs, relative to one that does not.
+    fp8_factor: float = positive(2.4)
+    eager_factor: float = positive(3.0)  # launches of a layer with enforce_eager, relative to a compiled one
     accept_s: float = 9e-4  # fitted: for the API server to take in one request, s
     answer_s: float = 0.017  # fitted: from a step's end to the client, s
     import_s: float = 45.0  # parts of a server's start from here on, s
-    load_gbs: float = 8.0  # speed at which weights are loaded, GB/s
+    load_gbs: float = positive(8.0)  # speed at which weights are loaded, GB/s
     compile_s: float = 27.0
     capture_s: float = 0.12  # for each CUDA graph
     warmup_s: float = 18.0
-    max_num_batched_tokens: int = 8192  # vLLM's defaults on this device, for a server
-    max_num_seqs: int = 1024
-    block_size: int = 16  # the smallest, and the default
+    max_num_batched_tokens: int = within(8192, 1, 1e7)  # vLLM's defaults on this device, for a server
+    max_num_seqs: int = within(1024, 1, 1e6)
+    block_size: int = within(16, 1, 1e5)  # the smallest, and the default
     async_scheduling: bool = True  # vLLM schedules a step while the last one runs
-    gpus: int = 8  # in one machine
+    gpus: int = within(8, 1, 1e4)  # in one machine
 
 
 # Device's constants that `autotune calibrate` fits.
@@ -210,7 +226,7 @@ class SimConfig:
 
     _target_: str = MISSING
     device: Device = field(default_factory=Device)
-    pace: float = 0.0  # real seconds that pass for each simulated one; 0: as fast as it computes
+    pace: float = within(0.0, 0, 100)  # real seconds that pass for each simulated one; 0: as fast as it computes
 
 
 @dataclass
@@ -227,7 +243,7 @@ class LocalConfig:
 
     _target_: str = MISSING
     name: str = "gpus"
-    n_jobs: int | None = None  # trials at a time; null: one for each of `gpus`
+    n_jobs: int | None = within(None, 1, 1024)  # trials at a time; null: one for each of `gpus`
 
 
 @dataclass
@@ -237,10 +253,10 @@ class ClusterConfig:
     _target_: str = MISSING
     name: str = "slurm"
     cluster: str = "slurm"  # or another cluster that submitit has an executor for
-    n_jobs: int = 4  # trials at a time, those in SLURM's queue included
+    n_jobs: int = within(4, 1, 1e5)  # trials at a time, those in SLURM's queue included
     array: bool = False  # submit trials that start together as one job array
     canary: bool = False  # run a short baseline on each node first; slow nodes are named, broken ones get no trials
-    poll_s: float = 5.0  # between two calls of squeue, s
+    poll_s: float = positive(5.0, 3600)  # between two calls of squeue, s
     parameters: dict[str, Any] = field(default_factory=dict)  # submitit's, by its names; null is the cluster's default
 
 
@@ -254,12 +270,13 @@ class ObjectiveConfig:
 @dataclass
 class PriorConfig:
     backend: Any = None  # it simulates the study; null: no prior
-    trials: int = 200  # simulated ones
-    keep: int = 5  # best distinct ones, with which the study starts
+    trials: int = within(200, 1, 1e5)  # simulated ones
+    keep: int = within(5, 1, 1000)  # best distinct ones, with which the study starts
     # The best are simulated again on this many devices, as the device's fitted constants may be off:
-    devices: int = 8
-    sigma: float = 0.15  # how far off: the standard deviation of each constant's logarithm
-    host_sigma: float = 0.5  # of a factor that the host's share: those were off by 1.8 and more, the GPU's were not
+    devices: int = within(8, 0, 1000)
+    sigma: float = within(0.15, 0, 2)  # how far off: the standard deviation of each constant's logarithm
+    # Of a factor that the host's share: those were off by 1.8 and more, the GPU's were not.
+    host_sigma: float = within(0.5, 0, 2)
 
 
 @dataclass
@@ -272,12 +289,13 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    study: str = MISSING  # name of the study and of its folder in multirun/
-    n_trials: int = 20  # trials of a study, beside the baseline
+    study: str = bounded(MISSING, file_name)  # name of the study and of its folder in multirun/
+    n_trials: int = within(20, 1, 1e7)  # trials of a study, beside the baseline
     baseline: bool = True  # run vLLM's defaults first
-    budget: str | None = None  # 30m, 2h: after it no trial starts, and those that run may end; null is no limit
+    # 30m, 2h: after it no trial starts, and those that run may end; null is no limit.
+    budget: str | None = bounded(None, duration)
     budget_of: BudgetOf = BudgetOf.engine
-    max_failures: int = 10  # trials that fail in a row end the study
+    max_failures: int = within(10, 1, 1e7)  # trials that fail in a row end the study
     duplicates: Duplicates = Duplicates.lookup
     resume: bool = False  # refuse to begin a new study; one that exists is continued in any case
     sampler: str = "tpe"  # its name; conf/sampler/ sets it

@@ -95,8 +95,6 @@ def prepare(
     If the data set has a path, the records are read from there, unless `config.records` has a `path` and so reads the
     file itself. Else `make(tokenizer=…)` yields them; it is given `model=…`, too, if it takes that. Raises InputError.
     """
-    if config.count is not None and config.count < 1:
-        raise InputError(f"dataset.count={config.count}: write 1 or more, or null for all records")
     key = hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
     if config.path:
         key.update(read_bytes(expanded(config.path)))

@@ -8,7 +8,9 @@ from autotune.measure.result import Result
 
 
 def check(objective: ObjectiveConfig) -> None:
-    """Raise InputError unless each metric has its direction."""
+    """Raise InputError unless there are metrics, each of them once and with its direction."""
+    if not objective.metrics or len(set(objective.metrics)) < len(objective.metrics):
+        raise InputError(f"objective.metrics=[{','.join(objective.metrics)}]: write one metric or more, each once")
     wrong = [direction for direction in objective.directions if direction not in ("minimize", "maximize")]
     if wrong:
         raise InputError(f"objective.directions: {wrong[0]} is neither minimize nor maximize")

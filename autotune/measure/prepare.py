@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.utils import instantiate
 
-from autotune.config import vllm_flags
+from autotune.config import overrides, vllm_flags
 from autotune.config.overrides import typed_target
 from autotune.config.schema import Config
 from autotune.data import models, samples
@@ -51,8 +51,7 @@ def prepare(config: Config) -> Prepared:
     with cache_of(config) as cache:
         backend_class, settings = typed_target(config.backend, "backend")
         backend: Backend = backend_class(settings, cache)
-        objective.check(config.objective)
-        runs.check(config)
+        check_together(config)
         args = backend.read(configured_flags(config))
         shape = None if backend.needs_weights else _partial(config.model.shape, "model.shape")
         found = models.locate(config.model, cache, _partial(config.model.build, "model.build"), shape)
@@ -74,6 +73,24 @@ def cache_of(config: Config) -> Iterator[Path]:
         if error.filename and not Path(error.filename).is_relative_to(folder) and folder.is_dir():
             raise InputError(f"{error.filename}: {error.strerror}") from None
         raise InputError(f"cache_dir={folder}: {error.strerror or error}; write a folder with room") from None
+
+
+def check(config: Config) -> None:
+    """Raise InputError for what can be told from `config` alone: values out of bounds, what does not go together."""
+    overrides.check(config)
+    check_together(config)
+
+
+def check_together(config: Config) -> None:
+    """Raise InputError for values of which each is allowed, but not beside the others."""
+    objective.check(config.objective)
+    runs.check(config)
+    dataset = config.dataset
+    if dataset.min_output_tokens > dataset.max_output_tokens:
+        raise InputError(
+            f"dataset.min_output_tokens={dataset.min_output_tokens}: write at most "
+            f"dataset.max_output_tokens={dataset.max_output_tokens}"
+        )
 
 
 def configured_flags(config: Config) -> dict[str, Any]:

@@ -1,16 +1,24 @@
 """The runs of LoadGen that a trial makes on its server: one, several repeats, or a search for the highest load."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from autotune.config.schema import Config, Kind, ScenarioConfig, Stop
+from autotune.config.schema import MOST_QUERIES, Config, Kind, ScenarioConfig, Stop
 from autotune.errors import InputError
 from autotune.measure import bottleneck, early_stopping, max_qps, metrics, objective, progress
-from autotune.measure.backend import Engine, Measurement
+from autotune.measure.arrivals import OFFLINE_SLACK
+from autotune.measure.backend import Engine, Measurement, RequestTiming
 from autotune.measure.result import Result, RunRecord
 
+# Metrics that depend on what could be observed of the server, the GPU and the client.
+OBSERVED = re.compile(
+    r"(gpu|client)_|((running|waiting)_mean|kv_use_max|preemptions|prefix_hit_share|step_ms|tokens_per_step|failing_qps"
+    r"|queued_tpot_p99_ms|scheduled_samples_per_s)$"
+)
 CLIENT = "client"  # first word of a reason that says that the load generator itself was too slow
 
 
@@ -74,25 +82,53 @@ def repeated(config: Config, engine: Engine, flags: Mapping[str, Any], folder: P
 
 
 def check(config: Config) -> None:
-    """Raise InputError for a load that can't be sent, or a search for the highest load that could find none."""
-    scenario, settings = config.scenario, config.scenario.search
-    if not objective.searches(config.objective):
-        if scenario.kind is Kind.Server and scenario.qps <= 0:
-            raise InputError(f"scenario.qps={scenario.qps:g}: write queries/s above 0")
-        return
+    """Raise InputError for a load that can't be sent, a search that could find none, a metric that no run has."""
+    scenario = config.scenario
+    searches = objective.searches(config.objective)
+    if searches:
+        _check_search(scenario)
+    for unit in ("duration_s", "queries"):
+        least, most = (getattr(scenario, f"{end}_{unit}") for end in ("min", "max"))
+        if 0 < most < least:
+            raise InputError(f"scenario.max_{unit}={most:g}: write scenario.min_{unit}={least:g} or more, or 0")
+    queries = planned(scenario)
+    if queries > MOST_QUERIES and not searches:
+        raise InputError(
+            f"scenario.qps={scenario.qps:g}: {queries:.3g} queries in {scenario.min_duration_s:g} s; lower it or "
+            f"scenario.min_duration_s, to at most {MOST_QUERIES} queries"
+        )
+    known = measured(queries, searches)
+    if missing := [name for name in config.objective.metrics if name not in known and not OBSERVED.match(name)]:
+        close = get_close_matches(missing[0], known, 1)
+        hint = f"did you mean {close[0]}" if close else f"a run has {', '.join(sorted(known))}"
+        raise InputError(f"objective.metrics: scenario={scenario.name} gives no {missing[0]}; {hint}")
+
+
+def planned(scenario: ScenarioConfig) -> int:
+    """The number of queries of a run of `scenario`; of a SingleStream its least."""
+    rate = {Kind.Offline: OFFLINE_SLACK * scenario.qps, Kind.Server: scenario.qps, Kind.SingleStream: 0.0}
+    return max(scenario.min_queries, int(rate[scenario.kind] * scenario.min_duration_s))
+
+
+def measured(queries: int, searches: bool) -> set[str]:
+    """The names of what is known of any run of so many `queries`."""
+    names = {"failed_requests", "tokens_per_s_per_gpu"}
+    names |= metrics.from_requests([RequestTiming(0, 0.0, 1.0, 2.0, 2)], (None, None), queries).keys()
+    return names | ({"max_qps", "max_qps_per_gpu"} if searches else set())
+
+
+def _check_search(scenario: ScenarioConfig) -> None:
     if scenario.kind is not Kind.Server or not any(scenario.limits_s()):
         raise InputError(
             f"objective.metrics: max_qps is the highest load under limits, and scenario={scenario.name} has no "
             f"{'limits' if scenario.kind is Kind.Server else 'arrival rate'}; write scenario=interactive or server"
         )
     fewest = early_stopping.queries_needed(0)
-    if settings.certify_queries < fewest:
+    if scenario.search.certify_queries < fewest:
         raise InputError(
-            f"scenario.search.certify_queries={settings.certify_queries}: LoadGen's test passes no run of so few "
-            f"queries; write {fewest} or more"
+            f"scenario.search.certify_queries={scenario.search.certify_queries}: LoadGen's test passes no run of so "
+            f"few queries; write {fewest} or more"
         )
-    if settings.start_qps is not None and settings.start_qps <= 0:
-        raise InputError(f"scenario.search.start_qps={settings.start_qps:g}: write queries/s above 0, or null")
 
 
 def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> RunResult:

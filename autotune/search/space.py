@@ -1,5 +1,6 @@
 """The search space: parameters, their distributions, and the conditions between them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -10,13 +11,22 @@ from typing import Any
 
 import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from autotune.config.overrides import with_fields
+from autotune.config.schema import Config
 from autotune.config.vllm_flags import FLAG, as_text, changes, unpacked, value_at
 from autotune.errors import InputError
+from autotune.measure.prepare import check as check_config
 from autotune.search.conditions import holds, names_in
 from autotune.search.hydra_private import distribution_of
+from autotune.text import one_line
 
+# Groups whose fields decide what a trial measures, and fields of them that a study has one of.
+SWEPT = ("engine", "scenario", "dataset", "backend")
+NEVER_SWEPT = ("name", "_target_", "args", "env", "prefix", "python", "device", "search", "records")
+MOST_POINTS = 1_000_000  # of a range
 # A choice that leaves the flag to vLLM; Hydra's choice() takes no null.
 DEFAULT = "default"
 POINTS = 1000  # of the space, at which a condition is tried before the study starts
@@ -69,28 +79,54 @@ def parse(
     """
     parameters: dict[str, BaseDistribution] = {}
     fixed: dict[str, str] = {}
-    written = [f"{name}={value}" for name, value in space.items()] + list(arguments)
-    for override in OverridesParser.create().parse_overrides(written):
-        name = override.get_key_element()
-        assert override.input_line is not None
-        if not override.is_sweep_override():
-            fixed[name] = override.input_line
+    written = [f"{name}={value}" for name, value in space.items()]
+    for at, override in enumerate(OverridesParser.create().parse_overrides([*written, *arguments])):
+        name = _field_name(override.get_key_element())
+        line = override.input_line
+        assert line is not None
+        before = [_field_name(other.partition("=")[0]) for other in arguments[: max(0, at - len(written))]]
+        if name in before and (override.is_sweep_override() or name in parameters):
+            raise InputError(f"{line}: {name} is written twice, and swept; write it once")
+        if override.is_sweep_override():
+            parameters[name] = _distribution(override, name)
+            fixed.pop(name, None)
+        else:
+            fixed[name] = line
             parameters.pop(name, None)
-            continue
-        if "." not in name:
-            raise InputError(
-                f"{override.input_line}: a study sweeps fields, not groups; start one study for each {name}"
-            )
-        try:
-            parameters[name] = distribution_of(override)
-        except (AssertionError, ValueError, NotImplementedError) as error:
-            raise InputError(f"{override.input_line}: {error}") from None
-        fixed.pop(name, None)
     if not parameters:
         raise InputError(
             "nothing to tune: choose space=scheduler, or sweep a flag: 'engine.args.block_size=choice(16,32)'"
         )
     return Space(parameters, dict(conditions), dict(only_if)), list(fixed.values())
+
+
+def _field_name(key: str) -> str:
+    """A configuration key, a flag's with underscores."""
+    key = key.lstrip("+")
+    flag, dot, field = key.removeprefix(FLAG).partition(".")
+    return f"{FLAG}{flag.replace('-', '_')}{dot}{field}" if key.startswith(FLAG) else key
+
+
+def _distribution(override: Override, name: str) -> BaseDistribution:
+    """The distribution that a sweep means. Raises InputError."""
+    group, _, field = name.partition(".")
+    if not field:
+        raise InputError(f"{override.input_line}: a study sweeps fields, not groups; start one study for each {name}")
+    if group not in SWEPT or field in NEVER_SWEPT or (field.startswith("args.") and group != "engine"):
+        raise InputError(
+            f"{override.input_line}: {name} can't be swept; sweep a flag ({FLAG}…) or a field of {', '.join(SWEPT[1:])}"
+        )
+    sweep: Any = override.value()
+    ends = [value for end in ("start", "stop", "end") if (value := getattr(sweep, end, None)) is not None]
+    if not all(math.isfinite(value) for value in ends):
+        raise InputError(f"{override.input_line}: write two numbers")
+    if override.is_range_sweep() and sweep.step and abs(ends[1] - ends[0]) > MOST_POINTS * abs(sweep.step):
+        raise InputError(f"{override.input_line}: more than {MOST_POINTS} steps; write interval(…) or a larger step")
+    try:
+        return distribution_of(override)
+    except (ArithmeticError, AssertionError, ValueError, TypeError, NotImplementedError) as error:
+        why = one_line(error) or "write choice(…), range(…) or interval(…)"
+        raise InputError(f"{override.input_line}: {why}") from None
 
 
 def value_of(choice: Any) -> Any:
@@ -156,7 +192,7 @@ def describe(distribution: BaseDistribution) -> str:
     return f"{distribution.low:g}…{distribution.high:g}{', log' if distribution.log else step}"
 
 
-def check_space(space: Space, backend: Any, known: Mapping[str, Any]) -> Space:
+def check_space(space: Space, config: Config, backend: Any, known: Mapping[str, Any]) -> Space:
     """`space` with its flags' values as vLLM reads them; `known` has the values of flags that are not swept.
 
     Raises InputError for a parameter or a value that vLLM does not take, and for a condition that can't be told.
@@ -166,6 +202,9 @@ def check_space(space: Space, backend: Any, known: Mapping[str, Any]) -> Space:
         for name, distribution in space.parameters.items()
     }
     checked = replace(space, parameters=parameters)
+    for name, distribution in parameters.items():
+        for value in [] if name.startswith(FLAG) else map(value_of, _ends(distribution)):
+            check_config(with_fields(config, {name: value}))
     expressions = {f"conditions.{name}": expression for name, expression in space.conditions.items()}
     expressions |= {f"only_if.{name}": expression for name, expression in space.only_if.items()}
     nameable = {*known, *backend.flags}
@@ -201,8 +240,12 @@ def _as_read(name: str, distribution: BaseDistribution, backend: Any) -> BaseDis
 
 
 def _ends(distribution: BaseDistribution) -> Sequence[Any]:
-    """Every choice, or the ends of a range."""
+    """Values that are in their field's bounds only if all of `distribution` is: each choice, or a range's ends.
+
+    Of a range without steps also one that is no whole number.
+    """
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices
     assert isinstance(distribution, (IntDistribution, FloatDistribution))
-    return [distribution.low, distribution.high]
+    low, high = distribution.low, distribution.high
+    return [low, high] if distribution.step else [low, high, low + 0.3819 * (high - low)]

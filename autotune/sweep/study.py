@@ -6,7 +6,6 @@ next one is asked. Trials report through files in their folders, so a job can ou
 
 import json
 import logging
-import re
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from omegaconf import DictConfig
 from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 
+from autotune.config.bounds import seconds
 from autotune.config.overrides import typed, with_values
 from autotune.config.schema import BudgetOf, Config, Duplicates
 from autotune.config.vllm_flags import FLAG
@@ -87,7 +87,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     budget_s = seconds(config.budget) if config.budget else None
     prepared = prepare(config)
     samples = prepare_samples(config, prepared)
-    space = check_space(space, prepared.backend, prepared.dry_run().resolved)
+    space = check_space(space, config, prepared.backend, prepared.dry_run().resolved)
     check_values(space, prepared)
     check_gpus(config)
     launcher, pruner = make_launcher(config), make_pruner(config)
@@ -514,14 +514,6 @@ class Sweep:
         for trial in self._record.trials:
             if trial.state is TrialState.RUNNING:
                 self._settle(trial)
-
-
-def seconds(budget: str) -> float:
-    """`90s`, `30m`, `2h`, `1.5d` in seconds. Raises InputError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", budget.strip())
-    if not found:
-        raise InputError(f"budget={budget}: write a duration such as 30m or 2h")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def as_override(value: Any) -> str:

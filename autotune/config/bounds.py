@@ -1,0 +1,91 @@
+"""Bounds of fields: what is allowed stands beside each field in schema.py, and one check holds for all of them."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import field, fields, is_dataclass
+from typing import Any
+
+from autotune.errors import InputError
+
+Rule = Callable[[Any], str]  # what to write instead of a value, empty for one that is allowed
+MOST = 2.0**31 - 1  # also the largest seed: NumPy takes twice that, and repeats count on from it
+DAY_S = 86400.0
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY_S}
+LONGEST_S = 1000 * DAY_S
+NAME_BYTES = 200  # a file's name may have 255, and some get an ending
+
+
+def number(least: float = 0.0, most: float = MOST, above: float | None = None) -> Rule:
+    """The rule of numbers from `least`, or `above` a number, to `most`."""
+    words = f"above {above:g}, at most" if above is not None else f"from {least:g} to"
+
+    def rule(value: Any) -> str:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return ""
+        within = value > above if above is not None else value >= least
+        return "" if within and value <= most else f"write a number {words} {most:.10g}"
+
+    return rule
+
+
+def finite(value: Any) -> str:
+    """The rule of values that others read: vLLM, Optuna, a function of the user's own."""
+    return "write a number" if isinstance(value, float) and not math.isfinite(value) else ""
+
+
+def file_name(value: Any) -> str:
+    """The rule of names that become a file's or a folder's."""
+    fits = len(str(value).encode(errors="replace")) <= NAME_BYTES
+    if fits and re.fullmatch(r"\w([\w .,+=@-]*[\w+=@-])?", str(value)):
+        return ""
+    return f"write at most {NAME_BYTES} letters, digits and . _ - + = @, a letter or digit first"
+
+
+def duration(value: Any) -> str:
+    """The rule of durations, for `seconds`."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhd])", str(value).strip(), re.ASCII)
+    length_s = float(found[1]) * UNITS[found[2]] if found else 0.0
+    return "" if 0 < length_s <= LONGEST_S else "write a duration such as 30m or 2h, at most 1000d"
+
+
+def seconds(budget: str) -> float:
+    """`90s`, `30m`, `2h`, `1.5d` in seconds. Raises InputError."""
+    if wrong := duration(budget):
+        raise InputError(f"budget={budget}: {wrong}")
+    return float(budget.strip()[:-1]) * UNITS[budget.strip()[-1]]
+
+
+def bounded(default: Any, rule: Rule) -> Any:
+    """A dataclass's field whose values, other than null, `rule` allows."""
+    return field(default=default, metadata={"rule": rule})
+
+
+def positive(default: Any, most: float = MOST) -> Any:
+    return bounded(default, number(most=most, above=0))
+
+
+def within(default: Any, least: float, most: float) -> Any:
+    return bounded(default, number(least, most))
+
+
+ANY_NUMBER = number()
+
+
+def check(value: Any, key: str = "", rule: Rule = ANY_NUMBER) -> None:
+    """Raise InputError, naming its key, for the first value in a configuration that the rule of its field forbids.
+
+    A number's field without a rule of its own takes ANY_NUMBER.
+    """
+    if is_dataclass(value):
+        for one in fields(value):
+            own = one.metadata.get("rule", rule)
+            check(getattr(value, one.name), f"{key}.{one.name}".removeprefix("."), own)
+    elif isinstance(value, dict):
+        for part, item in value.items():
+            check(item, f"{key}.{part}", finite)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            check(item, key, finite)
+    elif value is not None and (wrong := rule(value)):
+        raise InputError(f"{key}={str(value)[:NAME_BYTES]}: {wrong}")
