@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from autotune.config.vllm_flags import Flag, recorded
 from autotune.data.models import build_shape
 from autotune.live.installed_vllm import PROBE, Probe, open_probe
 
@@ -92,3 +94,10 @@ def test_versions_are_read_without_an_import(tmp_path: Path):
     assert done.returncode == 0, f"probe.versions: {done.stderr}"
     for key in ("vllm", "torch", "serve"):
         assert f'"{key}"' in done.stdout, f"probe.versions: no {key} in {done.stdout}"
+
+
+def test_recorded_flags_are_those_of_the_installed_vllm(probe: Probe):
+    found = {name: Flag(**flag) for name, flag in probe.ask("flags")["flags"].items()}
+    found["mm_processor_device"] = replace(found["mm_processor_device"], choices=None)  # they differ by platform
+    differ = sorted(name for name in found.keys() | recorded().keys() if found.get(name) != recorded().get(name))
+    assert not differ, f"renew autotune/config/vllm_flags.json from probe.py's answer to `flags`: {differ}"

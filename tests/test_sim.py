@@ -1,6 +1,5 @@
 """The simulator against what it stands for: LoadGen's schedule, measured trials, vLLM's memory."""
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -147,10 +146,47 @@ def test_single_stream_never_waits():
     assert found["requests"] == 20 and found["ttft_p99_ms"] < 150
 
 
-def test_model_that_is_no_dense_decoder_is_said_so(tmp_path: Path):
-    (tmp_path / "config.json").write_text('{"hidden_size": 8, "num_experts": 4}')
-    with pytest.raises(InputError, match="knows dense decoders"):
-        Shape.of(json.loads((tmp_path / "config.json").read_text()))
+DECODER = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    **{
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 512,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "architectures=.'BertForMaskedLM'."),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "where …ForCausalLM is one"),
+        ({"architectures": None}, "where …ForCausalLM is one"),
+        ({"is_encoder_decoder": True}, "where …ForCausalLM is one"),
+        ({"hidden_size": None}, "config.json has no hidden_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"vocab_size": "many"}, "vocab_size='many'"),
+        ({"num_experts": 4}, "it has experts"),
+        ({"kv_lora_rank": 512}, "compressed KV cache"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "keep a state"),
+        ({"mamba_d_state": 16}, "keep a state"),
+        ({"model_type": "gpt_neox"}, "gpt_neox has layers without a gate"),
+    ],
+)
+def test_model_that_is_no_dense_decoder_is_said_so(change: dict[str, object], why: str):
+    assert Shape.of(DECODER).heads == 4
+    with pytest.raises(InputError, match=f"knows dense decoders, and this model is none.*{why}.*; use backend=live"):
+        Shape.of(DECODER | change)
+
+
+def test_longest_request_is_left_to_the_model_and_the_memory():
+    automatic = simulated("scenario=offline", "scenario.min_queries=8", "engine.args.max_model_len=auto")
+    assert automatic.complete and automatic.args["max_model_len"] == -1
+    tight = ["engine.args.max_model_len=-1", "engine.args.gpu_memory_utilization=0.25"]
+    assert simulated("scenario=offline", "scenario.min_queries=8", *tight).complete
 
 
 def test_start_error_is_raised_to_the_trial():

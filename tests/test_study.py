@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 
 from autotune.errors import InputError
 from autotune.measure.result import Result
+from autotune.results.study import results_in
 from tests.studies import SEQS, asked, autotune, study, trials
 
 MEMORY, TOKENS = "engine.args.gpu_memory_utilization", "engine.args.max_num_batched_tokens"
@@ -194,3 +195,34 @@ def test_signal_amid_a_question_to_the_sampler_ends_the_study_in_order_and_loses
     study(tmp_path, *words)
     complete = [trial for trial in trials(tmp_path) if trial.state is TrialState.COMPLETE]
     assert len(complete) == 3 and lost in [trial.params[SEQS] for trial in complete]
+
+
+MODE, SIZES = "engine.args.compilation_config.cudagraph_mode", "engine.args.compilation_config.cudagraph_capture_sizes"
+SPECULATIVE = "engine.args.speculative_config"
+
+
+@pytest.mark.parametrize(
+    "sampler", ["tpe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("grid", "random", "nsga2", "botorch"))]
+)
+def test_objects_and_lists_are_swept_by_every_sampler_and_go_on(tmp_path: Path, sampler: str):
+    swept = [
+        f"sampler={sampler}",
+        f"{MODE}=choice(FULL,PIECEWISE)",
+        f"{SIZES}=choice([1,2],[1,2,4])",
+        f"{SPECULATIVE}=choice({{method:ngram,num_speculative_tokens:4}},default)",
+        "engine.args.compilation_config.mode=3",
+        "conditions.mine=\"cudagraph_mode == 'FULL' or len(compilation_config.cudagraph_capture_sizes) > 2\"",
+    ]
+    study(tmp_path, *swept, "n_trials=3")
+    study(tmp_path, *swept, "n_trials=4")
+    results = [one for one in results_in(tmp_path / "multirun/s").values() if one.params and one.complete]
+    assert len({json.dumps(one.params) for one in results if not one.duplicate_of}) >= 4
+    for one in results:
+        assert one.args["compilation_config"] == {
+            "mode": 3,
+            "cudagraph_mode": one.params[MODE],
+            "cudagraph_capture_sizes": json.loads(one.params[SIZES]),
+        }
+        assert one.params[MODE] == "FULL" or one.params[SIZES] == "[1, 2, 4]"
+        chosen = one.params[SPECULATIVE]
+        assert one.args["speculative_config"] == (None if chosen == "default" else json.loads(chosen))
