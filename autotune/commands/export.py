@@ -232,7 +232,7 @@ def diff(config: Config, result: Result, python: str | None) -> str:
         if value == default:
             same.append(flag)
         else:
-            rows.append((flag, str(default), str(value), chosen_by.get(flag, "scenario")))
+            rows.append((flag, vllm_flags.as_text(default), vllm_flags.as_text(value), chosen_by.get(flag, "scenario")))
     lines = aligned(rows, left=True)
     if same:
         lines.append(f"The same as vLLM's default: {', '.join(same)}")
