@@ -1,13 +1,15 @@
+import json
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from autotune.config.schema import ModelConfig
-from autotune.data.models import Model, build_shape, locate
+from autotune.data.models import Model, as_served, build_shape, check_weights, locate
 from autotune.errors import InputError
 
 
@@ -163,3 +165,170 @@ def test_tokenizer_neither_cuts_nor_fills_up_whatever_its_file_says(model: Model
     tokenizer.enable_padding(length=128)
     tokenizer.save(str(model.folder / "tokenizer.json"))
     assert len(model.tokenizer().encode("a long sentence").ids) == plain == 15
+
+
+FIELDS = {
+    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "max_position_embeddings": 4096},
+}
+BROKEN = {
+    "cut off": lambda body: body[: len(body) // 2],
+    "empty": lambda _: b"",
+    "with a BOM": lambda body: b"\xef\xbb\xbf" + body,
+    "binary": lambda _: b"\x80\x81\x00",
+    "a list": lambda _: b"[]",
+    "a folder": lambda _: None,
+}
+
+
+def read_all(folder: Path, **flags: Any) -> Model:
+    """The model in `folder`, served with `flags`, of which everything was read."""
+    served = as_served(locate(ModelConfig(name="m", path=str(folder)), folder / "cache"), flags)
+    served.tokenizer()
+    served.fingerprint()
+    return served
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "made"
+    made.mkdir()
+    build_shape(made, vocab_size=400, **FIELDS)
+    (made / "generation_config.json").write_text("{}")
+    return made
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_file_of_a_model_is_named(folder: Path, how: str) -> None:
+    read_all(folder)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        file = folder / name
+        good = file.read_bytes()
+        bad = BROKEN[how](good)
+        file.unlink()
+        if bad is None:
+            file.mkdir()
+        else:
+            file.write_bytes(bad)
+        with pytest.raises(InputError, match=f"^{file}: ") as caught:
+            read_all(folder)
+        assert "\n" not in str(caught.value)
+        if file.is_dir():
+            file.rmdir()
+        file.write_bytes(good)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_attention_heads", 0),
+        ("num_attention_heads", "4"),
+        ("hidden_size", -64),
+        ("hidden_size", 1.5),
+        ("num_hidden_layers", True),
+        ("vocab_size", 0),
+        ("vocab_size", 10**30),
+        ("max_position_embeddings", "4k"),
+    ],
+)
+def test_a_size_that_is_none_is_named_with_its_file(folder: Path, name: str, value: Any) -> None:
+    body = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**body, name: value}))
+    with pytest.raises(InputError, match=f"^{folder}/config.json: {name}={value!r}; it must be a whole number from 1$"):
+        read_all(folder)
+
+
+def test_sizes_of_the_text_part_count_where_a_model_has_several(folder: Path) -> None:
+    body = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"vision_config": {}, "text_config": body}))
+    assert read_all(folder).config["max_position_embeddings"] == 4096
+    (folder / "config.json").write_text(json.dumps({"text_config": {**body, "vocab_size": 0}}))
+    with pytest.raises(InputError, match="vocab_size=0"):
+        read_all(folder)
+
+
+def save_tensor(file: Path) -> None:
+    """A safetensors file of one tensor."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+
+
+def test_weights_that_are_missing_or_cut_off_are_named(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    one, two = folder / "one.safetensors", folder / "two.safetensors"
+
+    def refused(message: str) -> None:
+        with pytest.raises(InputError, match=f"^{message}"):
+            check_weights(read_all(folder))
+
+    refused(f"{folder}: no weights there; .*load_format=dummy")
+    save_tensor(one)
+    index.write_text(json.dumps({"weight_map": {"a": one.name, "b": two.name}}))
+    refused(f"{two}: No such file")
+    save_tensor(two)
+    check_weights(read_all(folder))
+    whole = two.read_bytes()
+    for bad in (whole[:-1], whole[:20], whole[:3], b"", b"version https://git-lfs.github.com/spec/v1\n"):
+        two.write_bytes(bad)
+        refused(f"{two}: no whole safetensors file")
+    two.write_bytes(whole)
+    for text, message in (("{", "not JSON"), ("{}", "no `weight_map`"), ('{"weight_map": [1]}', "no `weight_map`")):
+        index.write_text(text)
+        refused(f"{index}: {message}")
+
+
+def test_flags_that_name_a_tokenizer_or_a_configuration_are_followed(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    build_shape(other, vocab_size=300, **FIELDS)
+    own, named = read_all(folder), read_all(folder, tokenizer=str(other))
+    assert (own.tokenizer().get_vocab_size(), named.tokenizer().get_vocab_size()) == (400, 300)
+    assert own.config == named.config and own.fingerprint() != named.fingerprint()
+    assert read_all(folder, hf_config_path=str(other)).config["vocab_size"] == 300
+    for flag in ("tokenizer", "hf_config_path"):
+        with pytest.raises(InputError, match=rf"^engine\.args\.{flag}=/nowhere: no model there"):
+            read_all(folder, **{flag: "/nowhere"})
+
+
+CODE = """
+from transformers import PreTrainedTokenizer
+
+class OwnTokenizer(PreTrainedTokenizer):
+    vocab_files_names = {}
+    vocab_size = 256
+    def get_vocab(self):
+        return {chr(i): i for i in range(256)}
+    def _tokenize(self, text):
+        return list(text)
+    def _convert_token_to_id(self, token):
+        return ord(token)
+    def _convert_id_to_token(self, index):
+        return chr(index)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_of_a_tokenizer_runs_only_if_it_is_trusted_and_nobody_is_asked(
+    folder: Path, trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenization_own.py").write_text(CODE)
+    auto = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    written = {"tokenizer_class": "OwnTokenizer", "auto_map": auto, "chat_template": "{{ messages[0]['content'] }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(written))
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("it asks"))
+    if trusted:
+        served = read_all(folder, trust_remote_code=True)
+        assert served.tokenizer().encode("Hi").ids == [72, 105]
+        assert served.chat().apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi"
+    else:
+        with pytest.raises(InputError, match=r"code of its own; set engine\.args\.trust_remote_code=true"):
+            read_all(folder)
+
+
+@pytest.mark.slow
+def test_a_folder_without_a_tokenizer_says_which_flag_names_one(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=rf"^{folder}: no tokenizer .*engine\.args\.tokenizer=<Hub id or folder>$"):
+        read_all(folder)

@@ -88,7 +88,7 @@ class ModelConfig:
 @dataclass
 class DatasetConfig:
     name: str = bounded(MISSING, file_name)
-    path: str | None = None  # JSON or JSON lines; used instead of `records`, unless these have a `path` of their own
+    path: str | None = None  # a file of records; used instead of `records`, unless these have a `path` of their own
     records: Any = None  # its `_target_` yields the records where no path is given
     count: int | None = within(None, 1, 1e7)  # samples to use; null is all
     output: Output = Output.reference
