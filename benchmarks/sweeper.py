@@ -4,23 +4,26 @@
                                          beside hydra-optuna-sweeper with submitit's local launcher on the same trials
     python benchmarks/sweeper.py cost    the sweep's own time for a trial as a study grows to 1,000, and its memory
     python benchmarks/sweeper.py kills   100 studies that get a random signal (SIGKILL, SIGTERM, SIGINT; the process,
-                                         its group or its child) and go on afterwards: --launcher gpus|inline
+                                         its group or its fork server) and go on afterwards: --launcher gpus|inline|slurm
 
 Each prints what it found and exits with 1 if a target is missed.
 """
 
 import argparse
+import contextlib
 import heapq
 import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +34,7 @@ from optuna.trial import TrialState
 
 from autotune.sweep.launchers import Inline, Job
 from autotune.sweep.worker import TrialSpec, run
+from autotune.system import leases
 
 ROOT = Path(__file__).parent.parent
 KEY = "engine.args.max_num_seqs"
@@ -195,22 +199,62 @@ def cost(trials: int) -> bool:
     return wall_ms <= 50
 
 
-SIGNALS = {
-    "KILL": lambda study: study.kill(),
-    "TERM": lambda study: study.terminate(),
-    "INT": lambda study: study.send_signal(signal.SIGINT),
-    "INT to the group": lambda study: os.killpg(study.pid, signal.SIGINT),
-    "TERM to a child": lambda study: [child.terminate() for child in children(study)[:1]],
-    "KILL to a child": lambda study: [child.kill() for child in children(study)[:1]],
+# What gets the signal: the study, its process group, or one of the processes that fork its trials and their guards.
+TARGETS = {"study": 4, "group": 2, "fork server": 3}  # and how often of nine times
+PLACES = {
+    "inline": ["launcher=inline"],
+    "gpus": ["launcher=gpus", "gpus=[0,1,2]"],
+    "slurm": ["launcher=slurm", "launcher.n_jobs=3", "launcher.poll_s=1", "launcher.parameters.cpus_per_task=1"],
 }
 
 
-def children(study: "subprocess.Popen[bytes]") -> list[psutil.Process]:
-    """The processes that a study started itself: the one that forks its trials, with launcher=gpus."""
-    try:
-        return psutil.Process(study.pid).children()
-    except psutil.NoSuchProcess:
-        return []
+def forked(folder: Path, arguments: Sequence[str]) -> int:
+    """The pid of a study that runs in a copy of this process, which has done the imports, in a session of its own.
+
+    Its report is an empty file.
+    """
+    import autotune.commands.tune
+    from autotune.__main__ import main as autotune
+    from autotune.sweep.study import Sweep
+
+    pid = os.fork()
+    if pid == 0:
+        Sweep._write_report = lambda sweep, study: (study.folder / "report.html").touch()
+        os.setsid()
+        os.environ.update(environment(folder))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        os.chdir(folder)
+        leases.FOLDER = folder / "leases"
+        log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.argv = ["autotune", *command(*arguments)[3:]]
+        try:
+            autotune()
+        except SystemExit as end:
+            print(end)
+        except BaseException:
+            traceback.print_exc()
+        finally:  # and not through the callers' `finally`
+            sys.stdout.flush()
+            os._exit(0)
+    return pid
+
+
+def ended(pid: int) -> bool:
+    """Whether the study `pid` has ended; it is still to be waited for."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+
+
+def fork_server(study: int) -> list[int]:
+    """The processes that fork a study's trials: the two guards and what they guard."""
+    found: list[int] = []
+    with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+        process = psutil.Process(study)
+        for _ in range(3):
+            process = process.children()[0]
+            found.append(process.pid)
+    return found
 
 
 def complete(folder: Path) -> dict[str, int]:
@@ -219,43 +263,52 @@ def complete(folder: Path) -> dict[str, int]:
     return {name: body["params"].get(KEY, 0) for name, body in results.items() if body["state"] == "complete"}
 
 
-def interrupted(folder: Path, arguments: Sequence[str], kind: str, after_s: float) -> dict[str, int]:
-    """Start a study, send it a signal, wait for its end; returns what had completed by then."""
-    log = (folder / "log").open("ab")
-    study = subprocess.Popen(
-        command(*arguments), cwd=folder, env=environment(folder), stdout=log, stderr=log, start_new_session=True
-    )
-    time.sleep(after_s)
-    SIGNALS[kind](study)
-    study.wait()
-    return complete(folder)
+def interrupted(folder: Path, arguments: Sequence[str], draw: random.Random, trials: int) -> str:
+    """Start a study, send it a signal at a random moment, wait for its end; returns what it got and when."""
+    study, count, pause_s = forked(folder, arguments), draw.randrange(trials), draw.uniform(0, 0.4)
+    while len(complete(folder)) < count and not ended(study):
+        time.sleep(0.02)
+    time.sleep(pause_s)
+    number = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    (target,) = draw.choices(list(TARGETS), list(TARGETS.values()))
+    with contextlib.suppress(ProcessLookupError):
+        if target == "group":
+            os.killpg(study, number)
+        else:
+            pids = (target == "fork server" and fork_server(study)) or [study]
+            os.kill(draw.choice(pids), number)
+    os.waitpid(study, 0)
+    return f"{number.name} to the {target} {pause_s:.1f} s after trial {count}"
 
 
-def kills(trials: int, rounds: int, launcher: str) -> bool:
+def kills(trials: int, rounds: int, launcher: str, seed: int) -> bool:
     """Whether studies that get a signal each, and go on afterwards, end with each point run once, and nothing lost."""
-    draw, bad = random.Random(0), 0
-    places = {"inline": ["launcher=inline"], "gpus": ["launcher=gpus", "gpus=[0,1,2]"]}
-    arguments = ["sampler=grid", f"{KEY}=range(1,{trials + 1})", "backend.pace=0.1", *places[launcher]]
+    draw, bad = random.Random(seed), 0
+    arguments = ["sampler=grid", f"{KEY}=range(1,{trials + 1})", "backend.pace=0.1", *PLACES[launcher]]
     for number in range(rounds):
-        kind, after_s = draw.choice(list(SIGNALS)), draw.uniform(0.5, 6)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            before = interrupted(folder, arguments, kind, after_s)
-            sweep(folder, *arguments)
+            what = interrupted(folder, arguments, draw, trials)
+            before = complete(folder)
+            os.waitpid(forked(folder, arguments), 0)
+            if not (folder / "multirun/s/study.db").exists():
+                sys.exit((folder / "log").read_text())
             kept = optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/multirun/s/study.db").trials
             left = [p for p in psutil.process_iter(["cwd"]) if str(p.info["cwd"] or "").startswith(temporary)]
             points = [trial.params[KEY] for trial in kept if trial.state is TrialState.COMPLETE]
+            log = (folder / "log").read_text()
             wrong = {
                 "points that did not complete exactly once": sorted(points) != list(range(1, trials + 1)),
                 "completed trials that were lost or run again": not before.items() <= complete(folder).items(),
                 "processes left": bool(left),
-                "a traceback": b"Traceback" in (folder / "log").read_bytes(),
+                "a traceback": "Traceback" in log,
+                "no report": not (folder / "multirun/s/report.html").exists(),
             }
-        found = [what for what, is_so in wrong.items() if is_so]
-        bad += bool(found)
-        print(
-            f"round {number}: SIG{kind} after {after_s:.1f} s, {len(before)} complete: {found or 'clean'}", flush=True
-        )
+            found = [what for what, is_so in wrong.items() if is_so]
+            if found:
+                bad += 1
+                shutil.copytree(folder, f"{tempfile.gettempdir()}/kills-{launcher}-{seed}-{number}")
+        print(f"round {number}: {what}, {len(before)} complete: {found or 'clean'}", flush=True)
     print(f"launcher={launcher}: {rounds - bad} of {rounds} rounds are clean")
     return not bad
 
@@ -270,14 +323,15 @@ def main() -> None:
     )
     parser.add_argument("--alone", action="store_true", help="without hydra-optuna-sweeper (busy)")
     parser.add_argument("--rounds", type=int, default=100, help="of kills")
-    parser.add_argument("--launcher", choices=["gpus", "inline"], default="gpus", help="of kills")
+    parser.add_argument("--launcher", choices=list(PLACES), default="gpus", help="of kills")
+    parser.add_argument("--seed", type=int, default=0, help="of kills")
     options = parser.parse_args()
     if options.what == "busy":
         met = busy(options.workers, options.trials or 200, options.median_s, not options.alone)
     elif options.what == "cost":
         met = cost(options.trials or 1000)
     else:
-        met = kills(options.trials or 12, options.rounds, options.launcher)
+        met = kills(options.trials or 12, options.rounds, options.launcher, options.seed)
     sys.exit(not met)
 
 
