@@ -4,7 +4,7 @@
                                          beside hydra-optuna-sweeper with submitit's local launcher on the same trials
     python benchmarks/sweeper.py cost    the sweep's own time for a trial as a study grows to 1,000, and its memory
     python benchmarks/sweeper.py kills   100 studies that get a random signal (SIGKILL, SIGTERM, SIGINT; the process,
-                                         its group or its fork server) and go on afterwards: --launcher gpus|inline|slurm
+                                         its group, its fork server) and go on after it: --launcher gpus|inline|slurm
 
 Each prints what it found and exits with 1 if a target is missed.
 """
