@@ -43,7 +43,7 @@ KEY = "engine.args.max_num_seqs"
 class Done:
     """A job that has ended."""
 
-    node = ""
+    node, lost = "", False
 
     def done(self) -> bool:
         return True
@@ -257,10 +257,10 @@ def fork_server(study: int) -> list[int]:
     return found
 
 
-def complete(folder: Path) -> dict[str, int]:
-    """The point of each trial of study s that has a complete result, by the trial's name."""
+def complete(folder: Path) -> dict[str, float]:
+    """When each trial of study s began that has a complete result, by the trial's name."""
     results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("multirun/s/trial-*/result.json")}
-    return {name: body["params"].get(KEY, 0) for name, body in results.items() if body["state"] == "complete"}
+    return {name: body["started_at"] for name, body in results.items() if body["state"] == "complete"}
 
 
 def interrupted(folder: Path, arguments: Sequence[str], draw: random.Random, trials: int) -> str:

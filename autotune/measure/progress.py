@@ -49,6 +49,19 @@ def _append(folder: Path, entry: dict[str, Any]) -> None:
         file.write(json.dumps({"time": time.time(), **entry}) + "\n")
 
 
+def _entry(line: bytes) -> dict[str, Any]:
+    """What `phase` or `publish` wrote as `line`; nothing if it is neither."""
+    try:
+        match json.loads(line):
+            case {"phase": str(name)}:
+                return {"phase": name}
+            case {"step": int(step), "values": dict(values)} if step >= 0:
+                return {"step": step, "values": {name: float(value) for name, value in values.items()}}
+    except (ValueError, TypeError):
+        pass
+    return {}
+
+
 class Reader:
     """Reads a trial's progress as it is written."""
 
@@ -59,11 +72,11 @@ class Reader:
     def new(self) -> list[dict[str, Any]]:
         """The entries since the last call."""
         try:
-            with self._path.open() as file:
+            with self._path.open("rb") as file:
                 file.seek(self._at)
                 text = file.read()
-        except FileNotFoundError:
+        except OSError:
             return []
-        whole = text[: text.rfind("\n") + 1]
+        whole = text[: text.rfind(b"\n") + 1]
         self._at += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        return [entry for line in whole.splitlines() if (entry := _entry(line))]

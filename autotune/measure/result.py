@@ -125,5 +125,7 @@ class Result:
 
 def is_complete(folder: Path) -> bool:
     """True if the trial in `folder` has completed."""
-    result = Result.find(folder)
-    return result is not None and result.complete
+    try:
+        return Result.load(folder).complete
+    except (FileNotFoundError, InputError):
+        return False

@@ -3,7 +3,7 @@
 import difflib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -149,8 +149,13 @@ def load(name: str, key: str = "study") -> Study:
     results = {folder.resolve().name: single} if single else results_in(folder)
     if not results:
         raise InputError(f"{key}={name}: no trial has ended in {folder}")
+    return Study(folder, config_in(folder, results), results, canaries_in(folder))
+
+
+def config_in(folder: Path, results: Mapping[str, Result]) -> Config:
+    """The configuration of the study in `folder`: that of its first trial which has one. Raises InputError."""
     left = [trial for trial in results if _config_file(folder, trial).exists()]
-    return Study(folder, read(_config_file(folder, (left or list(results))[0])), results, canaries_in(folder))
+    return read(_config_file(folder, (left or list(results))[0]))
 
 
 def results_in(folder: Path) -> dict[str, Result]:
@@ -158,10 +163,10 @@ def results_in(folder: Path) -> dict[str, Result]:
     trials = [path.parent for path in folder.glob(f"{TRIAL}*/result.json")]
     numbered = [path for path in trials if path.name.removeprefix(TRIAL).isdigit()]
     paths = [folder / BASELINE, *sorted(numbered, key=lambda path: int(path.name.removeprefix(TRIAL)))]
-    return {path.name: result for path in paths if (result := _result_in(path))}
+    return {path.name: result for path in paths if (result := result_in(path))}
 
 
-def _result_in(folder: Path) -> Result | None:
+def result_in(folder: Path) -> Result | None:
     """The result of a trial; a broken one is left out, and named in the log."""
     try:
         return Result.find(folder)
@@ -173,7 +178,7 @@ def _result_in(folder: Path) -> Result | None:
 def canaries_in(folder: Path) -> dict[str, Result]:
     """The short baselines of a study, by node."""
     paths = [path.parent for path in sorted(folder.glob(f"{CANARY}*/result.json"))]
-    return {path.name.removeprefix(CANARY): result for path in paths if (result := _result_in(path))}
+    return {path.name.removeprefix(CANARY): result for path in paths if (result := result_in(path))}
 
 
 def _config_file(folder: Path, trial: str) -> Path:

@@ -1,7 +1,7 @@
 """Private names of Optuna, all that are used; tests/test_private_names.py says what broke."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,11 @@ class Grid(GridSampler):
     def point(self, trial: FrozenTrial) -> dict[str, Any]:
         """The parameters of `trial`, also if it was interrupted before they were noted."""
         return dict(zip(self._param_names, self._all_grids[trial.system_attrs["grid_id"]], strict=True))
+
+    def place(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The system attributes of a trial that has asked for the point `params`."""
+        number = self._all_grids.index(tuple(params[name] for name in self._param_names))
+        return {"search_space": self._search_space, "grid_id": number}
 
 
 class SingleWriterStorage(_CachedStorage):

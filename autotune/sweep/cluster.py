@@ -133,6 +133,8 @@ def as_new_job() -> Iterator[None]:
 class ClusterJob:
     """A job that submitit itself knows the state of."""
 
+    lost = False
+
     def __init__(self, folder: Path, job: Any) -> None:
         self.folder = folder
         self.job = job

@@ -24,6 +24,10 @@ class Job(Protocol):
     def node(self) -> str:
         """The node that it runs on; empty on this machine, or if it is not known."""
 
+    @property
+    def lost(self) -> bool:
+        """Tell of a job that is done whether something else than its trial ended it."""
+
     def done(self) -> bool: ...
 
     def wait(self, timeout_s: float) -> None:
@@ -79,7 +83,7 @@ class Inline(Launcher):
 class Thread:
     """A trial beside the sweep, which watches it."""
 
-    node = ""
+    node, lost = "", False
 
     def __init__(self, trial: TrialSpec) -> None:
         self._folder = trial.folder
@@ -130,6 +134,10 @@ class LocalJob:
     def __init__(self, trial: TrialSpec, server: ForkServer) -> None:
         self._process = server.fork(pickle.dumps(trial))
         self._logs = (trial.folder / worker.LOG, server.log)
+
+    @property
+    def lost(self) -> bool:
+        return self._process.lost
 
     def done(self) -> bool:
         return self._process.exit_code() is not None

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.config.schema import ObjectiveConfig
 from autotune.errors import InputError, StartError
 from autotune.measure.result import Result, State
-from autotune.results.study import BASELINE
+from autotune.results.study import BASELINE, TRIAL
 from autotune.search.optuna_private import Grid, SingleWriterStorage
 from autotune.search.pruners import watched
 from autotune.search.space import Space, contains
@@ -106,6 +106,27 @@ class Record:
         self._storage.set_trial_user_attr(trial_id, LOST, True)
         self._storage.set_trial_user_attr(trial_id, "reason", "interrupted: the process that ran it ended")
         self._study.tell(number, state=TrialState.FAIL)
+
+    def rebuild(self, results: Mapping[str, Result]) -> None:
+        """Note the trials of `results`, whose storage is gone; none of them if this space could not have asked one."""
+        ended = {int(name.removeprefix(TRIAL)): result for name, result in results.items() if name != BASELINE}
+        known, sampler = self.space.parameters, self._study.sampler
+        for result in ended.values():
+            if not all(name in known and contains(known[name], value) for name, value in result.params.items()):
+                return
+        for number in range(max(ended, default=-1) + 1):
+            result = ended.get(number, Result(State.interrupted))
+            distributions = {name: known[name] for name in result.params}
+            trial = optuna.trial.create_trial(
+                state=TrialState.RUNNING,
+                params=result.params,
+                distributions=distributions,
+                system_attrs=sampler.place(result.params) if isinstance(sampler, Grid) and result.params else {},
+            )
+            self._study.add_trial(trial)
+            if result.state is State.interrupted:
+                self.reopen(number).set_user_attr(LOST, True)
+            self.tell(self.reopen(number), result)
 
     # Telling
 

@@ -13,7 +13,7 @@ from autotune.config.redact import redact
 from autotune.config.schema import Config
 from autotune.errors import InputError
 from autotune.measure.result import Result
-from autotune.results.study import BASELINE, TRIAL, Study
+from autotune.results.study import BASELINE, TRIAL, config_in
 
 # Fields that decide what is asked, or how trials are run, but not what a trial measures.
 FREE = (
@@ -25,14 +25,18 @@ FREE = (
 FACTS = ("vllm", "torch", "loadgen", "simulated", "dataset_checksum")  # of a result, that decide what it measured
 
 
-def check_configuration(study: Study, config: Config, swept: Collection[str], facts: Mapping[str, str]) -> None:
-    """Raise InputError if `study` was measured with another configuration than `config` and other `facts`.
+def check_configuration(
+    folder: Path, results: Mapping[str, Result], config: Config, swept: Collection[str], facts: Mapping[str, str]
+) -> None:
+    """Raise InputError if the `results` in `folder` were measured with another configuration, or other `facts`.
 
     What `swept` names, and what a trial of the study chose itself, may differ.
     """
-    chosen = {*swept, *(name for result in study.results.values() for name in result.params)}
-    then, now = (_fields(one, chosen, config.backend["_target_"]) for one in (study.config, config))
-    measured = next((result.facts for result in study.complete.values()), {})
+    measured = next((result.facts for result in results.values() if result.complete), None)
+    if measured is None:
+        return
+    chosen = {*swept, *(name for result in results.values() for name in result.params)}
+    then, now = (_fields(one, chosen, config.backend["_target_"]) for one in (config_in(folder, results), config))
     then |= {fact: measured[fact] for fact in FACTS if fact in measured}
     now |= {fact: facts[fact] for fact in FACTS if fact in measured and fact in facts}
     changed = [
@@ -43,7 +47,7 @@ def check_configuration(study: Study, config: Config, swept: Collection[str], fa
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise InputError(
-            f"study={study.name} was measured with {', '.join(changed[:3])}{more}; "
+            f"study={folder.name} was measured with {', '.join(changed[:3])}{more}; "
             f"results of both can't be compared: write another study=…, or what it was started with"
         )
 

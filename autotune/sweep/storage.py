@@ -19,7 +19,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from autotune.config.redact import redact
 from autotune.errors import InputError
 from autotune.search.optuna_private import SingleWriterStorage
+from autotune.text import one_line
 
+KEPT = "what was measured is kept, and the same command continues the study"
+LOCKED_S = 60.0  # for which SQLite waits for another process that holds its file
 JOURNAL = "journal://"
 DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql"}  # the extras' ones, for a URL that names none
 # One row with true for whoever gets the lock; the server frees it with the connection.
@@ -32,14 +35,16 @@ def opened(url: str, study: str) -> Iterator[Any]:
 
     Raises InputError.
     """
-    with ExitStack() as held:
+    with _errors(url, f"; {KEPT}"), ExitStack() as held:
         if url.startswith(JOURNAL):
             path = Path(url.removeprefix(JOURNAL))
             path.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(_lock_beside(path, study))
             yield optuna.storages.JournalStorage(JournalFileBackend(str(path)))
         else:
-            yield _database(url, study, held)
+            with _errors(url):
+                database = _database(url, study, held)
+            yield database
 
 
 def readable(url: str) -> Any:
@@ -51,16 +56,18 @@ def readable(url: str) -> Any:
 
 
 def _database(url: str, study: str, held: ExitStack) -> SingleWriterStorage:
-    with _errors(url):
-        at = _with_driver(url)
-        kind = at.get_backend_name()
-        if kind in LOCKS:
-            held.enter_context(_lock_on_server(at, kind, study))
-        elif kind == "sqlite" and at.database:
+    at = _with_driver(url)
+    kind = at.get_backend_name()
+    engine: dict[str, Any] = {"pool_pre_ping": True}
+    if kind in LOCKS:
+        held.enter_context(_lock_on_server(at, kind, study))
+    elif kind == "sqlite":
+        engine = {"connect_args": {"timeout": LOCKED_S}}
+        if at.database:
             held.enter_context(_lock_beside(Path(at.database), study))
-        backend = RDBStorage(at.render_as_string(hide_password=False), {"pool_pre_ping": kind != "sqlite"})
-        held.callback(backend.engine.dispose)
-        return SingleWriterStorage(backend)
+    backend = RDBStorage(at.render_as_string(hide_password=False), engine)
+    held.callback(backend.engine.dispose)
+    return SingleWriterStorage(backend)
 
 
 def _with_driver(url: str) -> sqlalchemy.URL:
@@ -69,17 +76,27 @@ def _with_driver(url: str) -> sqlalchemy.URL:
 
 
 @contextmanager
-def _errors(url: str) -> Iterator[None]:
+def _errors(url: str, more: str = "") -> Iterator[None]:
     where = f"hydra.sweeper.storage={redact(url)}"
     try:
         yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise InputError(
             f"{where}: {error}; install that database's driver "
             f"(for PostgreSQL and MySQL: uv pip install -e '.[databases]')"
         ) from None
     except (SQLAlchemyError, StorageInternalError) as error:
-        raise InputError(f"{where}: {redact(str(error).splitlines()[0])}") from None
+        why = error.__cause__ if isinstance(error, StorageInternalError) else error
+        raise InputError(f"{where}: {redact(one_line(why or error))}{more}") from None
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Raise InputError for what a disk does amid the study in `folder`: it is full, read-only, or gone."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or folder}: {error.strerror or error}; {KEPT}") from None
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,11 @@ from autotune.config.schema import BudgetOf, Config, Duplicates
 from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError, TrackingError
 from autotune.measure import progress
+from autotune.measure.backend import DryRunOutcome
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
-from autotune.measure.result import Result, State, is_complete
+from autotune.measure.result import Result, State
 from autotune.results import summary, tracking
-from autotune.results.study import BASELINE, CANARY, SPACE, TRIAL, canaries_in, load, results_in
+from autotune.results.study import BASELINE, CANARY, SPACE, TRIAL, canaries_in, load, result_in, results_in
 from autotune.results.study import Study as FinishedStudy
 from autotune.search import prior, warm_start
 from autotune.search.pruners import make_pruner
@@ -37,19 +40,20 @@ from autotune.sweep import storage
 from autotune.sweep.display import Display
 from autotune.sweep.launchers import Job, Launcher, make_launcher
 from autotune.sweep.lookup import Lookup
-from autotune.sweep.record import EXPECTED, Record
+from autotune.sweep.record import AGAIN, EXPECTED, Record
 from autotune.sweep.resume import check_configuration, check_trials
 from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
 from autotune.system.files import log_to, write_whole
 from autotune.system.leases import devices
-from autotune.text import shorten
+from autotune.text import one_line, shorten
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 REFUSALS_IN_A_ROW = 100  # then the space is at fault
 DUPLICATES_IN_A_ROW = 50  # then the sampler has nothing new
+ENDING_S = 10.0  # for which a study that was stopped waits for the ends of its jobs; the next one settles the others
 NODE_FAILURES = 3  # in a row, then a node is set aside
 CANARY_RUN: dict[str, Any] = {"scenario.min_duration_s": 10.0, "scenario.min_queries": 32}  # enough to compare nodes by
 
@@ -84,41 +88,46 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     space, fixed = parse(sweeper["params"] or {}, arguments, job.conditions, job.only_if)
     composed = config_loader.load_sweep_config(job, fixed)
     config = typed(composed)
-    budget_s = seconds(config.budget) if config.budget else None
     prepared = prepare(config)
     samples = prepare_samples(config, prepared)
-    space = check_space(space, config, prepared.backend, prepared.dry_run().resolved)
+    defaults = prepared.dry_run()
+    space = check_space(space, config, prepared.backend, defaults.resolved)
     check_values(space, prepared)
     check_gpus(config)
     launcher, pruner = make_launcher(config), make_pruner(config)
     tracking.check(config.tracking)
     folder = Path(job.hydra.sweep.dir)
-    results = results_in(folder)
-    if any(result.complete for result in results.values()):
-        facts = {**prepared.backend.facts, "dataset_checksum": samples.checksum}
-        check_configuration(load(str(folder)), config, space.parameters, facts)
     if config.resume and not folder.exists():
         raise InputError(f"resume=true: there is no study in {folder}; write study=<its name>")
     if config.warm_start and not folder.exists():
         load(config.warm_start, "warm_start")  # says now that it does not exist
-    folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with (
-        storage.lock(folder / ".lock", str(folder)),
-        log_to(folder / "autotune.log", "%(asctime)s %(message)s"),
-        storage.opened(sweeper["storage"] or f"sqlite:///{folder}/study.db", sweeper["study_name"]) as opened,
-    ):
-        record = Record(opened, sweeper["study_name"], space, config.objective)
-        check_trials(record.trials, folder, results)
-        record.use(make_sampler(sweeper["sampler"], space, len(record.trials)), pruner)
-        written = {name: json.loads(distribution_to_json(one)) for name, one in space.parameters.items()}
-        write_whole(folder / SPACE, json.dumps(written, indent=1))
-        # Each trial is composed from this study, and must not make up a name of its own.
-        overrides = [*fixed, f"study={config.study}"]
-        Sweep(record, config, composed, overrides, prepared, launcher, folder, budget_s).run()
-        completed_any = any(result.complete for result in results_in(folder).values())
-    if not completed_any:
+    with storage.disk_errors(folder), opened(folder):
+        results = results_in(folder)
+        facts = {**prepared.backend.facts, "dataset_checksum": samples.checksum}
+        check_configuration(folder, results, config, space.parameters, facts)
+        url = sweeper["storage"] or f"sqlite:///{folder}/study.db"
+        with storage.opened(url, sweeper["study_name"]) as trials:
+            record = Record(trials, sweeper["study_name"], space, config.objective)
+            record.use(make_sampler(sweeper["sampler"], space, len(record.trials) or len(results)), pruner)
+            if results and not record.trials:
+                record.rebuild(results)
+            check_trials(record.trials, folder, results)
+            written = {name: json.loads(distribution_to_json(one)) for name, one in space.parameters.items()}
+            write_whole(folder / SPACE, json.dumps(written, indent=1))
+            # Each trial is composed from this study, and must not make up a name of its own.
+            overrides = [*fixed, f"study={config.study}"]
+            study = Sweep(record, config, composed, overrides, prepared, defaults, launcher, folder).run(results)
+    if not study.complete:
         sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[None]:
+    """Make a study's folder if it is missing, and keep it for this process alone, with a log of the block in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with storage.lock(folder / ".lock", str(folder)), log_to(folder / "autotune.log", "%(asctime)s %(message)s"):
+        yield
 
 
 def check_gpus(config: Config) -> None:
@@ -151,10 +160,11 @@ class Sweep:
         composed: DictConfig,
         overrides: list[str],
         prepared: Prepared,
+        defaults: DryRunOutcome,
         launcher: Launcher,
         folder: Path,
-        budget_s: float | None,
     ) -> None:
+        """`defaults` are vLLM's flags without a sweep, resolved."""
         self._record = record
         self._config = config
         self._composed = composed
@@ -162,8 +172,7 @@ class Sweep:
         self._prepared = prepared
         self._launcher = launcher
         self._folder = folder
-        self._budget_s = budget_s
-        defaults = prepared.dry_run()
+        self._budget_s = seconds(config.budget) if config.budget else None
         if defaults.refusal:
             log.warning("vLLM refuses the configuration even without a sweep: %s", defaults.refusal)
         self._known = defaults.resolved
@@ -185,37 +194,45 @@ class Sweep:
         self._failed: list[str] = []  # reasons of the last trials, as long as they fail
         self._failed_on: dict[str, int] = {}  # the same by node
 
-    def run(self) -> None:
+    def run(self, results: dict[str, Result]) -> FinishedStudy:
+        """Go on from the `results` of an earlier process, if any, to the end; returns what was measured."""
         config = self._config
-        with tracking.study(config.tracking, config.study, self._folder) as self._tracker:
+        # Neither the storage nor the start of a job is cut off midway, nor what is to be written in the end.
+        with interrupt.deferred(), tracking.study(config.tracking, config.study, self._folder) as self._tracker:
             try:
-                with interrupt.deferred():  # neither the storage nor the start of a job is cut off midway
-                    self._resume()
-                    with Display(self._n_trials, config.objective) as self._display:
-                        self._run_trials()
+                self._resume(results)
+                with Display(self._n_trials, config.objective) as self._display:
+                    self._run_trials()
             except (KeyboardInterrupt, SystemExit):
                 log.info("stopped; results are kept, and the same command continues the study")
                 raise
             finally:
-                self._abandon()
-                study = FinishedStudy(self._folder, config, results_in(self._folder), canaries_in(self._folder))
-                log.info("\n%s", summary.write(study))
-                self._write_report(study)
-                self._tracker.summarise(self._folder)
+                study = self._end()
+        return study
+
+    def _end(self) -> FinishedStudy:
+        """Leave nothing running, and write what was measured; the storage or the disk may be what ended the study."""
+        for one in self._running:
+            one.job.cancel()
+        self._attempt("the last trials were not recorded", self._abandon)
+        study = FinishedStudy(self._folder, self._config, results_in(self._folder), canaries_in(self._folder))
+        self._attempt("no summary", lambda: log.info("\n%s", summary.render(study)))
+        self._attempt("no summary.txt", summary.write, study)
+        self._attempt(f"no report, `autotune report study={self._config.study}` writes it", self._write_report, study)
+        self._attempt("no summary in MLflow", self._tracker.summarise, self._folder)
+        return study
+
+    def _attempt(self, otherwise: str, work: Callable[..., object], *arguments: Any) -> None:
+        """Do what must not end a study when it fails."""
+        try:
+            work(*arguments)
+        except Exception as error:
+            log.warning("%s: %s: %s", otherwise, type(error).__name__, one_line(error))
 
     def _write_report(self, study: FinishedStudy) -> None:
-        """Write the page about the study; whatever goes wrong with it is no reason for a study to fail."""
-        try:
-            from autotune.results import report  # plotly takes a second to import
+        from autotune.results import report  # plotly takes a second to import
 
-            log.info("Report: %s", report.write(study))
-        except Exception as error:
-            log.warning(
-                "no report: %s: %s; `autotune report study=%s` writes it",
-                type(error).__name__,
-                error,
-                self._config.study,
-            )
+        log.info("Report: %s", report.write(study))
 
     def _run_trials(self) -> None:
         """Keep the launcher's n_jobs trials in flight until n_trials were run or the budget is spent."""
@@ -238,16 +255,28 @@ class Sweep:
         ended = [one for one in self._running if one.job.done()]
         for one in ended:
             self._running.remove(one)
-            self._finish(one.pending, self._result_of(one), one.job.node)
+            if not one.job.lost or not self._again(one.pending):
+                self._finish(one.pending, self._result_of(one), one.job.node)
         for one in self._running:
             self._watch(one)
         self._display.show(self._running, FinishedStudy(self._folder, self._config, self._results), self._count)
         if not ended:
             self._running[0].job.wait(POLL_S)
 
+    def _again(self, pending: PendingTrial) -> bool:
+        """Finish a trial that ended with what had started it, or queue it again, once; False if that was done."""
+        if pending.trial is None or AGAIN in pending.trial.user_attrs:
+            return False
+        self._lookup.remove(pending.name)
+        self._count -= 1
+        for one in [pending, *self._repeats_of(pending.name)]:
+            assert one.trial
+            self._settle(self._record.trials[one.trial.number])
+        return True
+
     def _result_of(self, one: Running) -> Result:
         """The result that a trial left in its folder, or the reason why it left none."""
-        result = Result.find(self._folder / one.pending.name) or Result(reason=one.job.reason())
+        result = result_in(self._folder / one.pending.name) or Result(reason=one.job.reason())
         if one.pruned and not result.complete:
             result.state, result.reason = State.pruned, "ended early by the pruner"
         elif result.state is State.interrupted:  # by a time limit of the cluster, say, and not by the study
@@ -312,7 +341,7 @@ class Sweep:
         if earlier in self._in_flight:
             log.info("%s repeats %s, which runs: %s", pending.name, earlier, shorten(pending.params))
             self._repeats.append((pending, earlier))
-        elif result := Result.find(self._folder / earlier):
+        elif result := result_in(self._folder / earlier):
             self._answer(pending, earlier, result)
         else:
             self._lookup.remove(earlier)
@@ -328,15 +357,12 @@ class Sweep:
         known = replace(result, phases={}, runs=[], duplicate_of=earlier, expected={}, facts=facts)
         self._finish(pending, replace(known, started_at=now, ended_at=now))
 
-    def _finish_repeats(self, name: str, result: Result) -> None:
-        """Answer the trials that repeat `name`, which has ended."""
+    def _repeats_of(self, name: str) -> list[PendingTrial]:
+        """The trials that repeat `name`, which has ended; they wait no more."""
         self._in_flight.discard(name)
         repeats = [pending for pending, earlier in self._repeats if earlier == name]
         self._repeats = [(pending, earlier) for pending, earlier in self._repeats if earlier != name]
-        if not result.complete:
-            self._lookup.remove(name)
-        for pending in repeats:
-            self._answer(pending, name, result)
+        return repeats
 
     def _refuse(self, pending: PendingTrial, reason: str) -> None:
         """Record a combination that took no GPU: infeasible to the sampler, and none of the study's n_trials."""
@@ -408,7 +434,10 @@ class Sweep:
             self._record.tell_baseline(result)
         else:
             self._record.tell(pending.trial, result)
-        self._finish_repeats(pending.name, result)
+        if not result.complete:
+            self._lookup.remove(pending.name)
+        for repeat in self._repeats_of(pending.name):
+            self._answer(repeat, pending.name, result)
         if not result.duplicate_of:
             self._count_failures(result, result.facts.get("node", node))
         try:
@@ -433,9 +462,9 @@ class Sweep:
 
     # Going on after an earlier process
 
-    def _resume(self) -> None:
+    def _resume(self, results: dict[str, Result]) -> None:
         """Finish what ended meanwhile, watch what still runs, queue again what was interrupted."""
-        self._results = results_in(self._folder)
+        self._results = results
         known_s = sum(result.engine_s for result in [*self._results.values(), *canaries_in(self._folder).values()])
         fresh = not self._record.trials and not self._record.is_grid
         for name, result in self._results.items():
@@ -469,12 +498,13 @@ class Sweep:
     def _settle(self, frozen: FrozenTrial | None) -> bool:
         """Finish a trial that nothing runs any more if it has completed, or queue it again; True if it has."""
         pending = self._pending(frozen)
-        if is_complete(self._folder / pending.name):
+        result = result_in(self._folder / pending.name)
+        if result and result.complete:
             self._count += frozen is not None
-            self._finish(pending, Result.load(self._folder / pending.name))
+            self._finish(pending, result)
             return True
         if frozen:
-            self._interrupted(pending, frozen.number)
+            self._interrupted(pending, frozen.number, result or Result(reason="the process that ran it ended"))
         return False
 
     def _pending(self, frozen: FrozenTrial | None) -> PendingTrial:
@@ -482,12 +512,10 @@ class Sweep:
             return PendingTrial(BASELINE, {}, None)
         return PendingTrial(f"{TRIAL}{frozen.number}", dict(frozen.params), self._record.reopen(frozen.number))
 
-    def _interrupted(self, pending: PendingTrial, number: int) -> None:
+    def _interrupted(self, pending: PendingTrial, number: int, result: Result) -> None:
         """Mark a trial as interrupted, and queue its parameters again, once; it counts for nothing."""
-        folder = self._folder / pending.name
-        result = Result.find(folder) or Result(reason="the process that ran it ended")
         result.state, result.params = State.interrupted, pending.params
-        result.save(folder)
+        result.save(self._folder / pending.name)
         self._record.queue_again(number)
         log.info("%s was interrupted; queued again", pending.name)
 
@@ -507,12 +535,15 @@ class Sweep:
         log.info("prior: the first %d trials are the best of %d simulated ones", len(candidates), simulated)
 
     def _abandon(self) -> None:
-        """End what still runs, jobs of a cluster too; keep what has completed meanwhile, queue the rest again."""
-        for one in self._running:
-            one.job.cancel()
-        self._running.clear()
+        """Keep what has completed of the trials that ran, queue the rest again; a cluster's jobs end a little later."""
+        deadline = time.monotonic() + ENDING_S
+        left = {one.pending.name: one.job for one in self._running}
+        while left and time.monotonic() < deadline:
+            left = {name: job for name, job in left.items() if not job.done()}
+            for job in left.values():
+                job.wait(POLL_S)
         for trial in self._record.trials:
-            if trial.state is TrialState.RUNNING:
+            if trial.state is TrialState.RUNNING and f"{TRIAL}{trial.number}" not in left:
                 self._settle(trial)
 
 

@@ -71,6 +71,7 @@ def log_to(path: Path, pattern: str = "%(message)s") -> Iterator[None]:
     """Copy everything that is logged within the block to `path`."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter(pattern))
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: the terminal has it, too
     logging.getLogger().addHandler(handler)
     try:
         yield
