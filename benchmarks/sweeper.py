@@ -281,6 +281,16 @@ def interrupted(folder: Path, arguments: Sequence[str], draw: random.Random, tri
     return f"{number.name} to the {target} {pause_s:.1f} s after trial {count}"
 
 
+def left_in(folder: Path) -> bool:
+    """Whether a process that was started below `folder` still runs after some seconds."""
+    deadline = time.monotonic() + 10
+    while any(str(p.info["cwd"] or "").startswith(str(folder)) for p in psutil.process_iter(["cwd"])):
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def kills(trials: int, rounds: int, launcher: str, seed: int) -> bool:
     """Whether studies that get a signal each, and go on afterwards, end with each point run once, and nothing lost."""
     draw, bad = random.Random(seed), 0
@@ -294,13 +304,13 @@ def kills(trials: int, rounds: int, launcher: str, seed: int) -> bool:
             if not (folder / "multirun/s/study.db").exists():
                 sys.exit((folder / "log").read_text())
             kept = optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/multirun/s/study.db").trials
-            left = [p for p in psutil.process_iter(["cwd"]) if str(p.info["cwd"] or "").startswith(temporary)]
+            left = left_in(folder)
             points = [trial.params[KEY] for trial in kept if trial.state is TrialState.COMPLETE]
             log = (folder / "log").read_text()
             wrong = {
                 "points that did not complete exactly once": sorted(points) != list(range(1, trials + 1)),
                 "completed trials that were lost or run again": not before.items() <= complete(folder).items(),
-                "processes left": bool(left),
+                "processes left": left,
                 "a traceback": "Traceback" in log,
                 "no report": not (folder / "multirun/s/report.html").exists(),
             }

@@ -166,6 +166,7 @@ def test_fork_ends_with_its_own_exit_code(tmp_path: Path):
     codes = {"exit(7)": 7, "pass": 0, "import os; os.kill(os.getpid(), 9)": 137, "1 / 0": 1}
     running = {code: server.fork(program.encode()) for program, code in codes.items()}
     assert {code: fork.wait(20) for code, fork in running.items()} == {code: code for code in running}
+    assert not any(fork.lost for fork in running.values())
     assert server.runs()
 
 
@@ -201,8 +202,9 @@ def test_sigkill_of_the_parent_leaves_no_fork(tmp_path: Path):
 
 def test_fork_of_a_server_that_is_gone_has_ended(tmp_path: Path):
     server = ForkServer([sys.executable, "-c", "import nothing"], tmp_path / "forks.log", stop_timeout_s=1.0)
-    assert server.fork(b"pass").wait(20) == 137
-    while server.runs():
-        time.sleep(0.05)
-    assert server.fork(b"pass").wait(20) == 137
+    for _ in range(2):
+        fork = server.fork(b"pass")
+        assert fork.wait(20) == 137 and fork.lost
+        while server.runs():
+            time.sleep(0.05)
     assert "No module named" in (tmp_path / "forks.log").read_text()

@@ -1,11 +1,21 @@
 """A study goes on only with what its measurements depend on, and only where its results and its storage agree."""
 
+import resource
+import sqlite3
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from optuna.trial import TrialState
 
 from autotune.errors import InputError
-from tests.studies import SEQS, asked, study
+from autotune.measure.backend import Measurement
+from autotune.results.study import results_in
+from autotune.sweep import storage
+from tests.standin import StandInEngine
+from tests.studies import JOURNAL, SEQS, asked, study
 
 SWEEP = [f"{SEQS}=choice(16,32,64,128)", "sampler=random"]
 
@@ -46,17 +56,93 @@ def test_study_goes_on_with_more_trials_another_sampler_and_a_budget(tmp_path: P
     study(tmp_path, f"{SEQS}=choice(16,32,64,128)", "sampler=tpe", "seed=4", "n_trials=2", "budget=1h")
 
 
-@pytest.mark.parametrize("lost", ["gone", "empty"])
-def test_results_that_the_storage_does_not_know_are_not_measured_over(tmp_path: Path, lost: str):
-    study(tmp_path, *SWEEP, "n_trials=2")
-    folder = tmp_path / "multirun/s"
-    before = {path: path.read_text() for path in folder.glob("*/result.json")}
-    (folder / "study.log").unlink()
+def measured(folder: Path) -> dict[str, float]:
+    """When each trial of study s began that was measured to its end."""
+    results = results_in(folder / "multirun/s")
+    return {name: result.started_at for name, result in results.items() if result.complete and not result.duplicate_of}
+
+
+@pytest.mark.parametrize(("lost", "sampler"), [("gone", "grid"), ("empty", "random")])
+def test_study_whose_storage_is_gone_goes_on_from_its_results(tmp_path: Path, lost: str, sampler: str):
+    words = [f"{SEQS}=choice(16,32,64,128)", f"sampler={sampler}"]
+    study(tmp_path, *words, "n_trials=2")
+    before = measured(tmp_path)
+    storage = tmp_path / JOURNAL
+    storage.unlink()
     if lost == "empty":
-        (folder / "study.log").touch()
+        storage.touch()
+    study(tmp_path, *words, "n_trials=3")
+    assert before.items() <= measured(tmp_path).items()
+    assert len(measured(tmp_path)) == (5 if sampler == "grid" else 4)  # with the baseline
+    states = {f"trial-{trial.number}": trial.state for trial in asked(tmp_path)}
+    assert all(states[name] is TrialState.COMPLETE for name in measured(tmp_path) if name != "baseline")
+
+
+def test_results_that_the_storage_does_not_know_are_not_measured_over(tmp_path: Path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for folder, points in (tmp_path, "16,32"), (other, "64,128"):
+        study(folder, f"{SEQS}=choice({points})", "sampler=random", "n_trials=2")
+    before = measured(tmp_path)
+    (other / JOURNAL).rename(tmp_path / JOURNAL)
     with pytest.raises(InputError, match=r"holds results that the study's storage does not know"):
-        study(tmp_path, *SWEEP, "n_trials=2")
-    assert {path: path.read_text() for path in folder.glob("*/result.json")} == before
+        study(tmp_path, f"{SEQS}=choice(64,128)", "sampler=random", "n_trials=3")
+    assert measured(tmp_path) == before
+
+
+def in_second_trial(patch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Do something while the second trial of a study runs."""
+    whole, begun = StandInEngine.run, 0
+
+    def run(engine: StandInEngine, *arguments: Any) -> Measurement:
+        nonlocal begun
+        begun += 1
+        if begun == 2:
+            act()
+        return whole(engine, *arguments)
+
+    patch.setattr(StandInEngine, "run", run)
+
+
+DATABASE = "multirun/s/study.db"
+
+
+def lock(folder: Path, held: ExitStack) -> None:
+    other = held.enter_context(closing(sqlite3.connect(folder / DATABASE, check_same_thread=False)))
+    other.execute("BEGIN IMMEDIATE")
+
+
+def delete(folder: Path, held: ExitStack) -> None:
+    (folder / DATABASE).unlink()
+
+
+def fill(folder: Path, held: ExitStack) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    held.callback(resource.setrlimit, resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, before[1]))  # more than a result takes, less than a database
+
+
+@pytest.mark.parametrize(
+    ("happens", "said"),
+    [
+        pytest.param(lock, "database is locked", id="locked", marks=pytest.mark.slow),
+        pytest.param(delete, "readonly database", id="deleted"),
+        pytest.param(fill, "disk", id="disk full", marks=pytest.mark.slow),
+    ],
+)
+def test_storage_that_fails_amid_a_study_ends_it_in_one_line_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happens: Callable[[Path, ExitStack], None], said: str
+):
+    words = [*SWEEP, "hydra.sweeper.storage=null", "baseline=false"]
+    monkeypatch.setattr(storage, "LOCKED_S", 0.1)
+    with ExitStack() as held:
+        in_second_trial(monkeypatch, lambda: happens(tmp_path, held))
+        with pytest.raises(InputError, match=rf"{said}.*; what was measured is kept, and the same command continues"):
+            study(tmp_path, *words, "n_trials=4")
+    before = measured(tmp_path)
+    assert len(before) == 2
+    study(tmp_path, *words, "n_trials=4")
+    assert before.items() <= measured(tmp_path).items() and len(measured(tmp_path)) == 4
 
 
 def test_broken_result_does_not_end_the_study(tmp_path: Path):

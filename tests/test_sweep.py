@@ -15,7 +15,9 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.errors import InputError
 from autotune.measure import progress
 from autotune.measure.backend import Measurement
-from autotune.sweep import storage
+from autotune.results import summary
+from autotune.results.study import Study
+from autotune.sweep import launchers, storage, worker
 from autotune.sweep.study import seconds
 from tests.conftest import processes_in
 from tests.standin import StandInEngine
@@ -121,6 +123,46 @@ def test_stopped_study_keeps_what_it_has_and_goes_on_with_the_rest(
     monkeypatch.undo()
     study(tmp_path, *SHORT_GRID, "resume=true")
     assert complete(asked(tmp_path)) == [4, 5, 6, 7]
+
+
+def test_signal_in_the_end_of_a_study_waits_until_all_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    render, signals = summary.render, [signal.SIGTERM]
+
+    def interrupted(found: Study) -> str:
+        if signals:
+            signal.raise_signal(signals.pop())
+        return render(found)
+
+    monkeypatch.setattr(summary, "render", interrupted)
+    with pytest.raises(SystemExit):
+        study(tmp_path, *SHORT_GRID)
+    assert complete(asked(tmp_path)) == [4, 5, 6, 7] and (tmp_path / "multirun/s/summary.txt").exists()
+
+
+def test_trial_that_ends_with_what_had_started_it_is_asked_again_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launchers.Thread, "lost", True)
+    monkeypatch.setattr(worker, "run", lambda _: "the guard has ended")
+    with pytest.raises(SystemExit, match="no trial of s completed"):
+        study(tmp_path, f"{SEQS}=range(4,500)", "sampler=random", "baseline=false", "n_trials=1")
+    first, again = asked(tmp_path)
+    assert first.user_attrs["lost"] and again.params == first.params
+    assert again.user_attrs["reason"] == "the guard has ended"
+
+
+@pytest.mark.parametrize("ending", [b"\n", b" \xc3\xa9\xff\n"])
+@pytest.mark.parametrize(
+    "line", [b"{", b"[1]", b"7", b'{"step": -1, "values": {}}', b'{"step": 1, "values": {"a": "b"}}', b'{"phase": 1}']
+)
+def test_line_of_progress_that_is_none_is_left_out(tmp_path: Path, line: bytes, ending: bytes):
+    reader = progress.Reader(tmp_path)
+    progress.phase(tmp_path, "start")
+    with (tmp_path / progress.FILE).open("ab") as file:
+        file.write(line + ending)
+    progress.publish(tmp_path, 3, {"tokens_per_s": 1.5})
+    expected = [{"phase": "start"}, {"step": 3, "values": {"tokens_per_s": 1.5}}]
+    assert reader.new() == expected
+    progress.phase(tmp_path, "run")
+    assert reader.new() == [{"phase": "run"}]
 
 
 @pytest.mark.slow
