@@ -32,7 +32,16 @@ def test_command_can_be_pasted_into_a_shell():
     assert result.shell_command == """vllm serve 'my model' --compilation-config '{"mode": 3}'"""
 
 
-@pytest.mark.parametrize("body", ["", "{", "[]", "3", '{"state": "weird"}', '{"runs": [{"x": 1}]}', "\x00"])
+BROKEN = ["", "{", "[]", "3", '{"state": "weird"}', '{"runs": [{"x": 1}]}', "\x00", "[" * 10**5, '{"values": "1"}']
+BROKEN += [
+    '{"state": "complete"}',
+    '{"state": "complete", "values": [NaN]}',
+    '{"metrics": {"a": "b"}}',
+    '{"state": []}',
+]
+
+
+@pytest.mark.parametrize("body", BROKEN)
 def test_broken_result_is_named_in_one_line(tmp_path: Path, body: str):
     (tmp_path / "result.json").write_text(body)
     with pytest.raises(InputError, match=r"result\.json: not the result of a trial") as error:

@@ -112,7 +112,6 @@ def configurations(study: Study, settings: Verify, overrides: Sequence[str]) -> 
     check_secrets(shared(configs), study)
     for name, config in configs.items():
         check_trusted(config, overrides, study.folder / name)
-        check(config)
     return configs
 
 
@@ -376,6 +375,8 @@ def render(verdict: Verdict) -> str:
 def verify(study: Study, settings: Verify, overrides: Sequence[str]) -> Verdict:
     """Run the repeats that are missing, judge all, and leave verify.json and verify.txt in the study's folder."""
     configs = configurations(study, settings, overrides)
+    for one in configs.values():
+        check(one)
     repeats = plan(study, settings, configs, overrides)
     config, folder = shared(configs), study.folder / FOLDER
     tracking.check(config.tracking)

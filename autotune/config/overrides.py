@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from autotune.config import bounds
 from autotune.config.schema import Config
@@ -156,6 +157,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path}: no such file; the folder of a trial holds one")
     try:
         written: Any = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(written, dict):
+            raise InputError(f"{path}: a {type(written).__name__}, not the configuration of a trial")
         config = OmegaConf.create(_literally(upgraded(written)))
         for override in overrides:
             _check_field(config, override)
@@ -165,6 +168,8 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         where = "the command line, or " if overrides else ""
         raise InputError(f"{where}{path}: {str(error).splitlines()[0]}") from None
+    except (YAMLError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: not the configuration of a trial ({one_line(error)})") from None
 
 
 def _check_field(config: Any, override: str) -> None:

@@ -1,11 +1,13 @@
 """result.json: what a trial leaves for the study, for MLflow and for the report."""
 
 import json
+import math
 import shlex
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from autotune.errors import InputError
 from autotune.system.files import write_whole
@@ -106,21 +108,49 @@ class Result:
         """The result in `folder`. Raises FileNotFoundError if there is none, InputError for a broken one."""
         try:
             return cls.of(json.loads((folder / FILE).read_text()))
-        except (ValueError, TypeError, AttributeError, KeyError, IsADirectoryError) as error:
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             why = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{folder / FILE}: not the result of a trial ({why}); delete it") from None
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> "Result":
-        """The result in a result.json of this version or an earlier one."""
-        known = {field.name for field in fields(cls)}
+        """The result in a result.json of this version or an earlier one. Raises ValueError, TypeError or KeyError."""
+        own: Any = cls
+        known = _kinds(own)
+        for name in known.keys() & body.keys():
+            if not _fits(body[name], known[name]):
+                raise ValueError(f"`{name}` is {str(body[name])[:40]}")
         result = cls(**{name: value for name, value in body.items() if name in known})
+        if result.complete and not (result.values and all(map(math.isfinite, result.values))):
+            raise ValueError("it is complete without a value")
         of_0_1 = "expected" not in body
         if of_0_1 and result.state is State.failed and result.reason.startswith(STOPPED):
             result.state = State.interrupted
         result.duplicate_of = result.duplicate_of or result.facts.get("duplicate_of", "")
         result.runs = [RunRecord(**run) for run in body.get("runs", [])]
         return result
+
+
+@cache
+def _kinds(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, by name."""
+    return get_type_hints(kind)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """True if `value`, read from JSON, is of the type `kind`."""
+    outer, inner = get_origin(kind) or kind, get_args(kind)
+    if outer is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if outer is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if is_dataclass(outer):
+        return isinstance(value, dict) and all(_fits(value[name], _kinds(kind)[name]) for name in value)
+    if outer is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return outer is Any or isinstance(value, str if outer is State else outer)
 
 
 def is_complete(folder: Path) -> bool:

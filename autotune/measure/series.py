@@ -2,12 +2,15 @@
 
 import csv
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from autotune.measure import progress
+
+log = logging.getLogger(__name__)
 
 SYSTEM = "system.jsonl"  # a line for each sample of the machine, with its `time`
 SERVER, GPU = "server.csv", "gpu.csv"  # columns as in vLLM's /metrics and in nvidia-smi, `time_s` since the run began
@@ -38,17 +41,29 @@ def _values(folder: Path, entries: list[dict[str, object]], began: float) -> Ite
         assert isinstance(values, dict) and isinstance(entry["time"], float)
         for name, value in values.items():
             yield entry["time"], f"run/{name}", value
-    for file, group in ((SERVER, "server"), (GPU, "gpu")):
-        if (folder / file).exists():
-            with (folder / file).open(newline="") as rows:
-                for row in csv.DictReader(rows):
-                    time = began + float(row.pop("time_s"))
-                    yield from ((time, f"{group}/{name}", number(value)) for name, value in row.items() if value)
-    if (folder / SYSTEM).exists():
-        for line in (folder / SYSTEM).read_text().splitlines():
-            sample = json.loads(line)
-            time = sample.pop("time")
-            yield from ((time, f"system/{name}", value) for name, value in sample.items())
+    for file, group in ((SERVER, "server"), (GPU, "gpu"), (SYSTEM, "system")):
+        try:
+            yield from _system(folder / file) if group == "system" else _rows(folder / file, group, began)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
+            log.warning(
+                "%s: broken (%s: %s); what follows in it is left out", folder / file, type(error).__name__, error
+            )
+
+
+def _rows(path: Path, group: str, began: float) -> Iterator[tuple[float, str, float]]:
+    with path.open(newline="") as rows:
+        for row in csv.DictReader(rows):
+            time = began + float(row.pop("time_s"))
+            yield from ((time, f"{group}/{name}", number(value)) for name, value in row.items() if value)
+
+
+def _system(path: Path) -> Iterator[tuple[float, str, float]]:
+    for line in path.read_text().splitlines():
+        sample = json.loads(line)
+        time = float(sample.pop("time"))
+        yield from ((time, f"system/{name}", float(value)) for name, value in sample.items())
 
 
 def number(text: str) -> float:

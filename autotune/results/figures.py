@@ -7,6 +7,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import optuna
@@ -27,6 +28,7 @@ from autotune.config.vllm_flags import FLAG
 from autotune.measure.result import Result
 from autotune.results import summary
 from autotune.results.study import BASELINE, SPACE, TRIAL, Study
+from autotune.system.files import left_in
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
@@ -88,16 +90,19 @@ def _optuna_trial(
 
 def distributions(study: Study) -> dict[str, BaseDistribution]:
     """The space that `study` was drawn from, as its folder has it, widened to every value that a trial had."""
-    file = study.folder / SPACE
-    written = json.loads(file.read_text()) if file.exists() else {}  # version 0.1 left none
+    written = left_in(study.folder / SPACE)  # version 0.1 left none
     seen: dict[str, list[Any]] = {}
     for result in study.results.values():
         for key, value in result.params.items():
             seen.setdefault(key, []).append(value)
-    return {
-        key: _widened(json_to_distribution(json.dumps(written[key])) if key in written else None, values)
-        for key, values in seen.items()
-    }
+    return {key: _widened(_distribution(written.get(key)), values) for key, values in seen.items()}
+
+
+def _distribution(written: Any) -> BaseDistribution | None:
+    """The distribution that a line of space.json holds; None for none, and for one of another version."""
+    with suppress(ValueError, TypeError, KeyError):
+        return json_to_distribution(json.dumps(written))
+    return None
 
 
 def _widened(distribution: BaseDistribution | None, values: Sequence[Any]) -> BaseDistribution:

@@ -161,7 +161,7 @@ def config_in(folder: Path, results: Mapping[str, Result]) -> Config:
 def results_in(folder: Path) -> dict[str, Result]:
     """The results of a study's trials, by folder: the baseline, then trials by number."""
     trials = [path.parent for path in folder.glob(f"{TRIAL}*/result.json")]
-    numbered = [path for path in trials if path.name.removeprefix(TRIAL).isdigit()]
+    numbered = [path for path in trials if path.name.removeprefix(TRIAL).isdecimal()]
     paths = [folder / BASELINE, *sorted(numbered, key=lambda path: int(path.name.removeprefix(TRIAL)))]
     return {path.name: result for path in paths if (result := result_in(path))}
 

@@ -11,7 +11,7 @@ from autotune.config.schema import Config
 from autotune.measure import objective
 from autotune.measure.result import Result, State
 from autotune.results.study import BASELINE, Study
-from autotune.system.files import write_whole
+from autotune.system.files import left_in, write_whole
 from autotune.text import aligned, shorten
 
 SLOW = 0.1  # share of the median node's value that a slow one is worse by
@@ -166,8 +166,7 @@ def edge(served: Result | None, config: Config) -> str:
 
 def verified(folder: Path) -> str:
     """The verdict of `autotune verify` on the study in `folder`; empty without one."""
-    file = folder / VERDICT
-    return str(json.loads(file.read_text())["line"]) if file.exists() else ""
+    return str(left_in(folder / VERDICT).get("line", ""))
 
 
 def _surprises(study: Study) -> list[str]:

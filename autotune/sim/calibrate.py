@@ -8,7 +8,6 @@ change until rates and latencies agree. Prints the device's YAML with the error 
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,6 +34,7 @@ from autotune.sim.backend import SimBackend, simulate
 from autotune.sim.cost import Cost
 from autotune.sim.flags import resolve
 from autotune.sim.shape import Shape
+from autotune.system.files import read_json
 
 BOUNDS = {
     "math_efficiency": (0.3, 1.1),
@@ -133,12 +133,13 @@ def names(files: Sequence[Path]) -> dict[Path, str]:
 def read(file: Path, name: str) -> list[Case]:
     """The runs of the trial in `file`; none if it is another kind of file, or the trial measured nothing."""
     try:
-        body = json.loads(file.read_text())
-    except json.JSONDecodeError:
+        body = read_json(file)
+        if body.get("state") != "complete" or body.get("estimated"):
+            return []
+        result = Result.of(body)
+    except (InputError, ValueError, TypeError, KeyError) as error:
+        print(f"{file} left out: {error}", file=sys.stderr)
         return []
-    if not isinstance(body, dict) or body.get("state") != "complete" or body.get("estimated"):
-        return []
-    result = Result.of(body)
     try:
         config, _, _ = compose([*kept(result.overrides), "backend=sim"])
         prepared = prepare(config)

@@ -22,6 +22,7 @@ from autotune.measure.result import is_complete
 from autotune.sweep import worker
 from autotune.sweep.launchers import Job, Launcher
 from autotune.sweep.worker import TrialSpec
+from autotune.system.files import left_in
 from autotune.text import one_line
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,8 @@ class Cluster(Launcher):
     def attach(self, folder: Path) -> Job | None:
         if self._cluster != "slurm" or not (folder / JOB).exists():
             return None
-        job_id = json.loads((folder / JOB).read_text())["id"]
+        if not (job_id := left_in(folder / JOB).get("id")):
+            return None
         job = self._job(folder, submitit.SlurmJob(folder.parent / LOGS, job_id))
         return None if job.done() else job
 

@@ -15,6 +15,8 @@ from autotune.errors import InputError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+log = logging.getLogger(__name__)
+
 Row = TypeVar("Row", bound="DataclassInstance")
 
 
@@ -48,6 +50,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise InputError(f"{path}: a JSON {type(body).__name__}, not an object; get or make it again")
     return body
+
+
+def left_in(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`; empty if there is none, or if it is broken, which the log says."""
+    if not path.exists():
+        return {}
+    try:
+        return read_json(path)
+    except InputError as error:
+        log.warning("%s; left out", error)
+        return {}
 
 
 def write_whole(path: Path, text: str) -> None:
