@@ -8,6 +8,7 @@ import pytest
 from autotune.config.schema import LiveConfig
 from autotune.config.vllm_flags import MANAGED, Flag
 from autotune.errors import InputError
+from autotune.live import installed_vllm
 from autotune.live.backend import LiveBackend
 from autotune.live.installed_vllm import InstalledVllm, Probe, find_vllm, open_probe
 
@@ -83,9 +84,28 @@ def test_interpreter_that_ended_is_said_not_to_answer():
         ended.ask("flags")
 
 
-def test_interpreter_without_vllm_says_what_to_do(tmp_path: Path):
-    with pytest.raises(InputError, match=r"no usable vLLM for /usr/bin/python3 \(vllm is not installed\); run `make"):
-        find_vllm("/usr/bin/python3", (), tmp_path)
+@pytest.mark.parametrize(
+    ("python", "reason"),
+    [
+        ("/usr/bin/python3", "vllm is not installed"),
+        ("/bin/true", "it prints nothing"),
+        ("/bin/false", "it prints nothing"),
+        ("/bin/echo", ".*probe.py versions"),
+        ("/no/such/python", ".*No such file or directory"),
+        ("/tmp", ".*Permission denied"),
+        ("hangs", "no answer in 0.5 s"),
+    ],
+)
+def test_interpreter_without_vllm_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python: str, reason: str
+):
+    if python == "hangs":
+        monkeypatch.setattr(installed_vllm, "VERSIONS_S", 0.5)
+        python = str(tmp_path / "hangs")
+        Path(python).write_text("#!/bin/sh\nsleep 60\n")
+        Path(python).chmod(0o755)
+    with pytest.raises(InputError, match=rf"no usable vLLM for {python} \({reason}\); run `make"):
+        find_vllm(python, (), tmp_path)
 
 
 def test_interpreter_for_dry_runs_opens_without_waiting_for_its_import():

@@ -5,11 +5,13 @@ import functools
 import hashlib
 import json
 import os
+import select
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from autotune.config import vllm_flags
@@ -17,9 +19,12 @@ from autotune.config.vllm_flags import Flag
 from autotune.errors import InputError
 from autotune.measure.backend import DryRunOutcome
 from autotune.system.files import write_whole
+from autotune.system.process import GuardedProcess
 
 Env = tuple[tuple[str, str], ...]  # names and values, hashable
 
+VERSIONS_S = 60.0  # for an interpreter to start and find two packages
+ANSWER_S = 600.0  # for the import of vLLM from a slow disk
 PROBE = Path(__file__).with_name("probe.py")
 # Where the environment forbids to write bytecode, Python would compile all of vLLM at each import.
 ENV = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
@@ -83,17 +88,15 @@ class Probe:
     def ask(self, question: str | list[str]) -> dict[str, Any]:
         """The answer to "flags", or to the words of a dry run. Raises InputError if there is none."""
         assert self._process.stdin and self._process.stdout
-        answer = ""
-        with suppress(BrokenPipeError):  # it has ended
+        with suppress(BrokenPipeError, ValueError):  # it has ended, or is no Python
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        if not answer:
-            self._process.kill()
-            self._process.wait()
-            raise InputError(f"vLLM does not answer; see `echo '\"flags\"' | {self.python} {PROBE} answer`")
-        body: dict[str, Any] = json.loads(answer)
-        return body
+            if select.select([self._process.stdout], [], [], ANSWER_S)[0]:
+                body: dict[str, Any] = json.loads(self._process.stdout.readline())
+                return body
+        self._process.kill()
+        self._process.wait()
+        raise InputError(f"vLLM does not answer; see `echo '\"flags\"' | {self.python} {PROBE} answer`")
 
 
 @functools.cache
@@ -128,13 +131,17 @@ def find_vllm(python: str, env: Env, cache_dir: Path) -> InstalledVllm:
 
 
 def _versions(python: str) -> dict[str, Any]:
-    command: Sequence[str] = [python, str(PROBE), "versions"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENV)
-    except OSError as error:
-        raise InputError(f"backend.python={python}: {error.strerror}") from None
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise InputError(f"no usable vLLM for {python} ({reason}); run `make setup`, or set backend.python")
-    body: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return body
+    """The answer of `python` to `probe.py versions`. Raises InputError for whatever is no Python with vLLM."""
+    with TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with GuardedProcess([python, str(PROBE), "versions"], log, ENV, stop_timeout_s=1.0) as process:
+            code = process.wait(VERSIONS_S)
+        last = (log.read_text(errors="replace").strip().splitlines() or ["it prints nothing"])[-1]
+    if code is None:
+        last = f"no answer in {VERSIONS_S:g} s"
+    elif code == 0:
+        with suppress(ValueError):
+            match json.loads(last):
+                case {"vllm": str(), "torch": str(), "serve": list()} as body:
+                    return dict(body)
+    raise InputError(f"no usable vLLM for {python} ({last[:200]}); run `make setup`, or set backend.python")

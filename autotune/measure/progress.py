@@ -50,7 +50,7 @@ def _append(folder: Path, entry: dict[str, Any]) -> None:
 
 
 def _entry(line: bytes) -> dict[str, Any]:
-    """What `phase` or `publish` wrote as `line`; nothing if it is neither."""
+    """Read a `line` that `phase` or `publish` wrote; nothing if it is neither."""
     try:
         match json.loads(line):
             case {"phase": str(name)}:
