@@ -9,7 +9,7 @@ from importlib import import_module
 from tempfile import NamedTemporaryFile
 
 from autotune import __version__, commands
-from autotune.config.redact import redact
+from autotune.config.redact import install, redact
 from autotune.system.loopback import keep_off_proxies
 
 UNEXPECTED = 70  # exit code: EX_SOFTWARE in sysexits.h
@@ -17,6 +17,7 @@ UNEXPECTED = 70  # exit code: EX_SOFTWARE in sysexits.h
 
 def main() -> None:
     keep_off_proxies()
+    install(sys.argv[1:])
     if "--version" in sys.argv:
         print(f"autotune {__version__}")
         return

@@ -15,12 +15,14 @@ from autotune import sweep
 from autotune.config import schema
 from autotune.config.command_line import CONF, errors_in_one_line, register, without_sweep
 from autotune.config.overrides import typed
+from autotune.config.redact import redact
 from autotune.errors import TrackingError
 from autotune.measure import trial
 from autotune.measure.prepare import prepare
 from autotune.measure.result import Result
 from autotune.results import summary, tracking
 from autotune.system import interrupt
+from autotune.system.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,8 @@ def job(composed: DictConfig) -> float | list[float]:
 
 def single(composed: DictConfig) -> float | list[float]:
     config, overrides, folder = inputs(composed)
+    for file in (folder / (HydraConfig.get().output_subdir or "")).glob("*.yaml"):
+        write_whole(file, redact(file.read_text()))  # Hydra's own, with hydra.output_subdir=.hydra
     prepare(config)
     tracking.check(config.tracking)
     with ThreadPoolExecutor(1) as pool:  # MLflow takes seconds to import; vLLM takes longer to start

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from autotune.config import bounds, overrides, schema, sweeper
 from autotune.config.overrides import CONF as CONF
+from autotune.config.redact import redact
 from autotune.errors import AutotuneError, InputError
 from autotune.text import one_line
 
@@ -123,7 +124,7 @@ def write_out(text: str, output: str | None) -> None:
         print(text, end="")
         return
     try:
-        Path(output).write_text(text)
+        Path(output).write_text(redact(text))
     except OSError as error:
         raise InputError(f"output={output}: {error.strerror}; write a file's path") from None
 

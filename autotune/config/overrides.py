@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import asdict
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from autotune.config import bounds
+from autotune.config import bounds, redact
 from autotune.config.schema import Config
 from autotune.config.upgrade import upgraded
 from autotune.errors import InputError
@@ -28,6 +29,7 @@ CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if 
 def typed(config: DictConfig) -> Config:
     """The composed configuration with its interpolations resolved, checked."""
     made = _to_object(_without_hydra(config))
+    learn_secrets(made)
     check(made)
     return made
 
@@ -39,6 +41,12 @@ def check(config: Config) -> None:
         if node is not None:
             bounds.check(typed_target(node, group)[1], group)
     bounds.check(config)
+
+
+def learn_secrets(config: Config) -> None:
+    """Hide the secrets of `config` in all that this process writes from here on."""
+    redact.add_names(config.secrets)
+    redact.redact(asdict(config))
 
 
 def with_values(config: DictConfig, values: Mapping[str, Any], composed: Config) -> Config:
@@ -164,12 +172,14 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Config:
             _check_field(config, override)
         changed = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides)))
         assert isinstance(changed, DictConfig)
-        return _to_object(changed)
+        made = _to_object(changed)
     except OmegaConfBaseException as error:
         where = "the command line, or " if overrides else ""
         raise InputError(f"{where}{path}: {str(error).splitlines()[0]}") from None
     except (YAMLError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not the configuration of a trial ({one_line(error)})") from None
+    learn_secrets(made)
+    return made
 
 
 def _check_field(config: Any, override: str) -> None:

@@ -305,6 +305,7 @@ class Config:
     baseline_gpu: int | None = None  # GPU for the baseline; null is any of `gpus`
     conditions: dict[str, str] = field(default_factory=dict)  # rules between parameters, by name
     only_if: dict[str, str] = field(default_factory=dict)  # parameter → condition without which it is not swept
+    secrets: list[str] = field(default_factory=list)  # fields and variables to hide beside those whose names say so
     cache_dir: str = MISSING  # built models, prepared samples, what is known of the installed vLLM
 
     model: ModelConfig = field(default_factory=ModelConfig)

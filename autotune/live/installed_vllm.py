@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from autotune.config import vllm_flags
+from autotune.config.redact import redact
 from autotune.config.vllm_flags import Flag
 from autotune.errors import InputError
 from autotune.measure.backend import DryRunOutcome
@@ -63,7 +64,7 @@ class InstalledVllm:
         cached = self.cache_dir / "vllm" / "dry-run" / f"{key}.json"
         if cached.exists():
             return DryRunOutcome(**json.loads(cached.read_text()))
-        answer = self.probe().ask(words)
+        answer = redact(self.probe().ask(words))
         write_whole(cached, json.dumps(answer))
         return DryRunOutcome(**answer)
 

@@ -21,6 +21,7 @@ from autotune.errors import MeasureError, StartError
 from autotune.live import key, vllm_log
 from autotune.live.installed_vllm import InstalledVllm
 from autotune.measure import progress
+from autotune.system.files import write_whole
 from autotune.system.leases import Lease
 from autotune.system.process import GuardedProcess
 
@@ -72,7 +73,6 @@ def serve(
     if config.port is not None and _answers(port):
         raise StartError(f"backend.port={port}: in use by another process; choose another, or null for a free one")
     url, name = f"http://{HOST}:{port}", f"autotune-{secrets.token_hex(8)}"
-    flags = vllm.command_line(args)
     command = [
         *config.prefix,
         config.python or sys.executable,
@@ -80,21 +80,25 @@ def serve(
         model.path,
         *(["--revision", model.revision] if model.revision else []),
         *("--host", HOST, "--port", str(port), "--served-model-name", name),
-        *flags,
+        *vllm.command_line(args),
+        *key.FLAGS,
     ]
-    shown = [*command[: len(command) - len(flags)], *vllm.command_line(redact(args)), *key.FLAGS]
-    (folder / "command.json").write_text(json.dumps({"command": shown, "env": redact(config.env)}, indent=1))
+    (folder / "command.json").write_text(json.dumps(redact({"command": command, "env": config.env}), indent=1))
     log = folder / "vllm.log"
+    log.touch(mode=0o600)  # vLLM writes its flags there
     started = time.monotonic()
     devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, lease.gpus))} if lease else {}
     keep = lease.files if lease else ()
     with TemporaryDirectory(prefix="autotune-") as scratch:  # vLLM leaves sockets in it
         env = {**ENV, "TMPDIR": scratch, **devices, **config.env}
         env |= key.gated(url, Path(scratch), config.env.get("PYTHONPATH", os.environ.get("PYTHONPATH", "")))
-        with GuardedProcess([*command, *key.FLAGS], log, env, config.stop_timeout_s, keep) as process:
-            _await_healthy(url, name, process, log, config.start_timeout_s)
-            taken_s = time.monotonic() - started
-            yield Server(url, name, process, log, vllm_log.parts(log, datetime.now(), taken_s))
+        try:
+            with GuardedProcess(command, log, env, config.stop_timeout_s, keep) as process:
+                _await_healthy(url, name, process, log, config.start_timeout_s)
+                taken_s = time.monotonic() - started
+                yield Server(url, name, process, log, vllm_log.parts(log, datetime.now(), taken_s))
+        finally:
+            write_whole(log, redact(log.read_text(errors="replace")))
 
 
 def _await_healthy(url: str, name: str, process: GuardedProcess, log: Path, timeout_s: float) -> None:

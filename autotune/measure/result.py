@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from autotune.config.redact import redact
 from autotune.errors import InputError
 from autotune.system.files import write_whole
 
@@ -69,6 +70,7 @@ class Result:
 
     def __post_init__(self) -> None:
         self.state = State(self.state)
+        self.reason = redact(self.reason)
 
     @property
     def complete(self) -> bool:
@@ -93,7 +95,7 @@ class Result:
         return shlex.join(self.command)
 
     def save(self, folder: Path) -> None:
-        write_whole(folder / FILE, json.dumps(asdict(self), indent=1))
+        write_whole(folder / FILE, json.dumps(redact(asdict(self)), indent=1))
 
     @classmethod
     def find(cls, folder: Path) -> "Result | None":

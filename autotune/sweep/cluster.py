@@ -4,12 +4,14 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import submitit
@@ -54,9 +56,14 @@ class Cluster(Launcher):
         self._array = config.array
         self._canary = config.canary
         self._parameters = {name: value for name, value in config.parameters.items() if value is not None}
+        for name, number in (("timeout_min", minutes), ("mem_gb", gigabytes)):
+            if isinstance(value := self._parameters.get(name), str):
+                self._parameters[name] = number(value)
         self._asks_for_gpus = config.parameters.get("gpus_per_node", 0) is not None  # null leaves them to other options
         self._excluded: list[str] = []
         self._queue = Queue(config.poll_s)
+        with TemporaryDirectory() as folder:  # so that a mistake is known before anything starts
+            self._executor(Path(folder), 1, "")
 
     def submit(self, trials: Sequence[TrialSpec]) -> list[Job]:
         alike: dict[tuple[int, str], list[TrialSpec]] = {}
@@ -72,6 +79,9 @@ class Cluster(Launcher):
             except submitit.core.utils.FailedJobError as error:
                 raise InputError(f"launcher: the cluster refuses the job: {one_line(error)}") from None
             for trial, job, job_id in zip(group, submitted, ids, strict=True):
+                for file in (job.paths.submitted_pickle, job.paths.submission_file):
+                    if file.exists():  # an array has one script
+                        file.chmod(0o600)
                 (trial.folder / JOB).write_text(json.dumps({"id": job_id}))
                 jobs[trial.folder] = self._job(trial.folder, job)
         return [jobs[trial.folder] for trial in trials]
@@ -105,7 +115,8 @@ class Cluster(Launcher):
 
     def _executor(self, folder: Path, gpus: int, node: str) -> Any:
         logs = folder / LOGS
-        logs.mkdir(parents=True, exist_ok=True, mode=0o700)  # submitit pickles the trials there, secrets included
+        logs.mkdir(parents=True, exist_ok=True)
+        logs.chmod(0o700)  # submitit pickles the trials there, secrets included
         executor = submitit.AutoExecutor(logs, cluster=self._cluster)
         parameters = {**({"gpus_per_node": gpus} if self._asks_for_gpus else {}), **self._parameters}
         if node:
@@ -120,6 +131,26 @@ class Cluster(Launcher):
                 f"launcher.parameters: {why}; write timeout_min and mem_gb as numbers, other options by SLURM's names"
             ) from None
         return executor
+
+
+def minutes(limit: str) -> int:
+    """SLURM's forms of a time limit (`90`, `90:00`, `1:30:00`, `2-12`, `2-12:00:00`) in minutes. Raises InputError."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit.strip())
+    if not found:
+        raise InputError(f"launcher.parameters.timeout_min={limit}: write minutes, or days-hours:minutes:seconds")
+    days, *parts = (int(part) if part else None for part in found.groups())
+    given = [part for part in parts if part is not None]
+    # Without days, the last of two parts and of three is seconds, and a single one is minutes.
+    hours, mins, secs = (*given, 0, 0)[:3] if days is not None or len(given) == 3 else (0, *given, 0)[:3]
+    return 1440 * (days or 0) + 60 * hours + mins + math.ceil(secs / 60)
+
+
+def gigabytes(memory: str) -> float:
+    """`64`, `64G`, `64GB`, `512M`, `1T` in GB. Raises InputError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", memory.strip(), re.IGNORECASE)
+    if not found:
+        raise InputError(f"launcher.parameters.mem_gb={memory}: write GB, such as 64")
+    return float(found[1]) * 1024.0 ** ("KMGT".index(found[2].upper() or "G") - 2)
 
 
 @contextmanager

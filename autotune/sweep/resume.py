@@ -19,7 +19,7 @@ from autotune.results.study import BASELINE, TRIAL, config_in
 FREE = (
     *("study", "n_trials", "baseline", "budget", "budget_of", "max_failures", "duplicates", "resume", "warm_start"),
     *("sampler", "seed", "pruner", "prior", "conditions", "only_if", "launcher", "gpus", "baseline_gpu"),
-    *("tracking", "cache_dir", "backend.python", "backend.port", "backend.pace", "backend.observe_s"),
+    *("tracking", "secrets", "cache_dir", "backend.python", "backend.port", "backend.pace", "backend.observe_s"),
     *("backend.start_timeout_s", "backend.stop_timeout_s", "backend.run_timeout_s"),
 )
 FACTS = ("vllm", "torch", "loadgen", "simulated", "dataset_checksum")  # of a result, that decide what it measured

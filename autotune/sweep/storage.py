@@ -85,6 +85,8 @@ def _errors(url: str, more: str = "") -> Iterator[None]:
             f"{where}: {error}; install that database's driver "
             f"(for PostgreSQL and MySQL: uv pip install -e '.[databases]')"
         ) from None
+    except ValueError:  # SQLAlchemy's, which may quote a part of the password
+        raise InputError(f"{where}: not a URL; write %2F, %3A and %40 for a password's /, : and @") from None
     except (SQLAlchemyError, StorageInternalError) as error:
         why = error.__cause__ if isinstance(error, StorageInternalError) else error
         raise InputError(f"{where}: {redact(one_line(why or error))}{more}") from None

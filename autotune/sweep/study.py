@@ -17,11 +17,12 @@ from typing import Any
 import optuna
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig
-from optuna.distributions import distribution_to_json
+from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.config.bounds import seconds
 from autotune.config.overrides import typed, with_values
+from autotune.config.redact import redact
 from autotune.config.schema import BudgetOf, Config, Duplicates
 from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError, TrackingError
@@ -88,6 +89,9 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     space, fixed = parse(sweeper["params"] or {}, arguments, job.conditions, job.only_if)
     composed = config_loader.load_sweep_config(job, fixed)
     config = typed(composed)
+    for name, one in space.parameters.items():
+        if isinstance(one, CategoricalDistribution) and any(redact(item, name) != item for item in one.choices):
+            raise InputError(f"{name}: a secret can't be swept, as every trial tells its parameters; set it once")
     prepared = prepare(config)
     samples = prepare_samples(config, prepared)
     defaults = prepared.dry_run()

@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from autotune.config import redact
+from autotune.config.overrides import learn_secrets
 from autotune.config.schema import Config
 from autotune.errors import AutotuneError
 from autotune.measure import trial
@@ -43,12 +45,14 @@ def run(one: TrialSpec) -> str:
         except Exception as error:  # whatever it is, the study goes on
             if not isinstance(error, AutotuneError):
                 logging.getLogger(__name__).exception("the trial failed")
-            return f"{type(error).__name__}: {one_line(error)}"
+            return f"{type(error).__name__}: {redact.redact(one_line(error))}"
 
 
 def run_job(one: TrialSpec) -> str:
     """`run` as the main function of a process."""
     interrupt.install()
+    redact.install(one.overrides)
+    learn_secrets(one.config)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return run(one)
 
