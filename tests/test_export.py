@@ -21,6 +21,7 @@ from autotune.commands.export import Export, Format, deployment
 from autotune.commands.verify import Verify
 from autotune.config import vllm_flags
 from autotune.config.command_line import compose
+from autotune.config.overrides import check_trusted
 from autotune.config.schema import Config
 from autotune.errors import InputError
 from autotune.measure.result import Result
@@ -278,8 +279,8 @@ def test_class_that_is_not_autotunes_own_is_not_even_imported(group: str, study:
     words = ["backend.env.MY_API_KEY=x"]
     with pytest.raises(InputError, match="not autotune's own"):
         verify.configurations(load(str(study)), Verify("s"), words)
-    verify.configurations(load(str(study)), Verify("s"), [*words, f"{group}._target_=antigravity.Backend"])
     assert "antigravity" not in sys.modules
+    check_trusted(load(str(study)).config, [f"{group}._target_=antigravity.Backend"], study)
 
 
 def test_what_looks_like_an_interpolation_in_a_folder_is_text(study: Path, monkeypatch: pytest.MonkeyPatch):
