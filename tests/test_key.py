@@ -33,7 +33,10 @@ def test_who_shows_the_key_reaches_the_server(monkeypatch: pytest.MonkeyPatch, t
     assert answer(monkeypatch, tmp_path, "", "lifespan") == ["answer"]
 
 
-@pytest.mark.parametrize("header", ["", "Authorization: ", "Authorization: Bearer ", key.header(f"{URL}2")])
+@pytest.mark.parametrize(
+    "header",
+    ["", "Authorization: ", "Authorization: Bearer ", pytest.param(key.header(f"{URL}2"), id="another server's key")],
+)
 def test_who_shows_none_or_another_servers_is_refused(header: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert answer(monkeypatch, tmp_path, header)[0]["status"] == 401
     assert answer(monkeypatch, tmp_path, header, "websocket") == [{"type": "websocket.close", "code": 1008}]

@@ -121,7 +121,7 @@ GOOD = {"prompt": "a", "output": "bb"}
         ("d.jsonl", lines(GOOD).replace("a", "\0"), "record 1: not JSON (Invalid control character"),
         ("d.jsonl", '{"prompt": "é"}'.encode("latin-1"), "d.jsonl, line 1, byte 13: not utf-8 text; write JSON"),
         ("d.jsonl", ZSTD[:-5], "d.jsonl: broken zstd file (Truncated"),
-        ("d.gz", gzip.compress(b"{}")[:-3], "d.gz: broken gzip file (Truncated"),
+        ("d.gz", gzip.compress(b"{}", mtime=0)[:-3], "d.gz: broken gzip file (Truncated"),
         ("d.parquet", as_parquet()[:-20], "d.parquet: not a readable Parquet file"),
         (
             "d.parquet",

@@ -15,8 +15,8 @@ from autotune.search.space import parse
 from tests.studies import composed
 
 SAMPLERS = sorted(path.stem for path in (command_line.CONF / "sampler").glob("*.yaml"))
-SPACE, _ = parse({}, ["x.a=range(1,5,step=1)", "x.b=range(0.1,0.5,step=0.1)", "x.c=choice(x,y)"], {}, {})
-NUMERIC, _ = parse({}, ["x.a=range(1,5,step=1)", "x.b=range(0.1,0.5,step=0.1)"], {}, {})
+SPACE, _ = parse({}, ["engine.args.a=range(1,5,step=1)", "engine.args.b=range(0.1,0.5,step=0.1)", "engine.args.c=choice(x,y)"], {}, {})
+NUMERIC, _ = parse({}, ["engine.args.a=range(1,5,step=1)", "engine.args.b=range(0.1,0.5,step=0.1)"], {}, {})
 
 
 def sampler(name: str, seed: int = 3) -> optuna.samplers.BaseSampler:
@@ -29,8 +29,8 @@ def asked(name: str, trials: int) -> list[dict]:
     for _ in range(trials):
         trial = study.ask()
         chosen = (NUMERIC if name == "cmaes" else SPACE).suggest(trial, {})
-        trial.set_constraint("ttft_p99", chosen["x.a"] - 3)
-        study.tell(trial, chosen["x.a"] + chosen["x.b"])
+        trial.set_constraint("ttft_p99", chosen["engine.args.a"] - 3)
+        study.tell(trial, chosen["engine.args.a"] + chosen["engine.args.b"])
     return [trial.params for trial in study.trials]
 
 
