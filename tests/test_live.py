@@ -147,13 +147,14 @@ def test_vllm_or_guard_killed_in_mid_run_ends_the_trial_and_leaves_nothing(
     samples = prepare_samples(config, prepared)
     with backend(prepared).start(prepared.model, prepared.args, samples, tmp_path, None) as running:
         server = running.server
-        children = psutil.Process(server.process.session).children(recursive=True)
-        assert {"VLLM::EngineCore", "VLLM::Worker"} <= {process.name() for process in children}
+        (second,) = psutil.Process(server.process.session).children()  # of the two guards
+        of_vllm = second.children(recursive=True)
+        assert {"VLLM::EngineCore", "VLLM::Worker"} <= {process.name() for process in of_vllm}
         pid = server.process.session if killed == "guard" else vllm_processes(server.model)[-1].pid
         killer = subprocess.Popen(["sh", "-c", f"sleep 4; kill -9 {pid}"])
         with pytest.raises(MeasureError, match="vLLM ended while it was measured"):
             running.run(scenario(Kind.Server, min_duration_s=60.0), tmp_path)
-        assert not any(process.is_running() for process in children)
+        assert not any(process.is_running() for process in of_vllm)
     killer.wait()
 
 
