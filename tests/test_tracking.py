@@ -1,7 +1,11 @@
 import json
 import shutil
+import socket
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import mlflow
@@ -18,7 +22,7 @@ from autotune.live import gpu
 from autotune.live.gpu import GpuState
 from autotune.measure import series
 from autotune.measure.result import Result, RunRecord
-from autotune.results import tracking
+from autotune.results import beside, tracking
 from autotune.system.host import recorded
 from tests.slurm_cluster import wait_for
 
@@ -72,10 +76,14 @@ def runs(uri: str) -> dict[str, Run]:
     return {run.data.tags.get("trial", run.info.run_name): run for run in all_runs(uri)}
 
 
+def follow(uri: str, folder: Path, *trials: Path) -> int:
+    """What the process beside a study does, in this one: with no `trials`, which it then finds by itself."""
+    messages = [{"trial": str(trial)} for trial in trials]
+    return beside.follow(config(uri), "s", folder, [*messages, {"status": "FINISHED"}])
+
+
 def test_trial_is_logged_once_below_its_study(uri: str, trial: Path):
-    with tracking.study(config(uri), "s", trial.parent) as tracker:
-        for _ in range(2):
-            tracker.log_trial(trial, "trial-0", Result.load(trial))
+    assert follow(uri, trial.parent, trial, trial) == 0
     logged = runs(uri)
     assert len(all_runs(uri)) == 2
     child = logged["trial-0"].data
@@ -95,8 +103,7 @@ def test_what_a_trial_showed_over_time_is_a_series_by_second(uri: str, trial: Pa
     (trial / "server.csv").write_text("time_s,running,kv_use\n0.5,3,0.25\n1.5,4,\n")
     gpu.write([GpuState(1.0, 0, 310.0, 60, 1980, 1.0, 5000.0, slowed=False, power_capped=True)], trial)
     (trial / "system.jsonl").write_text(json.dumps({"time": began - 20, "cpu_utilization_percentage": 12.0}) + "\n")
-    with tracking.study(config(uri), "s", trial.parent) as tracker:
-        tracker.log_trial(trial, "trial-0", Result.load(trial))
+    follow(uri, trial.parent)
     client, run = MlflowClient(uri), runs(uri)["trial-0"].info.run_id
 
     def series(name: str) -> list[tuple[int, float]]:
@@ -120,8 +127,8 @@ def test_several_runs_of_a_trial_keep_their_logs_apart(uri: str, trial: Path):
     result = Result.load(trial)
     result.runs, result.bound = [RunRecord("qps-8", "repeat", 8.0, "VALID")], "kv"
     result.intervals = {"tokens_per_s": [4.0, 6.0]}
-    with tracking.study(config(uri), "s", trial.parent) as tracker:
-        tracker.log_trial(trial, "trial-0", result)
+    result.save(trial)
+    follow(uri, trial.parent)
     run = runs(uri)["trial-0"]
     logged = MlflowClient(uri).list_artifacts(run.info.run_id, "qps-8")
     assert [file.path for file in logged] == ["qps-8/mlperf_log_summary.txt"]
@@ -134,8 +141,8 @@ def test_data_set_is_logged_with_its_checksum(uri: str, trial: Path):
     (trial / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(made)))
     result = Result.load(trial)
     result.facts |= {"dataset_checksum": "a" * 64, "dataset_samples": "12"}
-    with tracking.study(config(uri), "s", trial.parent) as tracker:
-        tracker.log_trial(trial, "trial-0", result)
+    result.save(trial)
+    follow(uri, trial.parent)
     (used,) = runs(uri)["trial-0"].inputs.dataset_inputs
     assert (used.dataset.name, used.dataset.digest, used.dataset.source_type) == ("mine", "a" * 36, "local")
     assert json.loads(used.dataset.profile) == {"samples": 12}
@@ -153,9 +160,7 @@ def test_best_configuration_is_registered_under_the_studys_name(uri: str, trial:
     client = MlflowClient(uri)
     ended(trial.parent, "trial-0")
     for _ in range(2):  # a study that goes on finds the same again
-        with tracking.study(config(uri), "s", trial.parent) as tracker:
-            tracker.log_trial(trial, "trial-0", Result.load(trial))
-            tracker.summarise(trial.parent)
+        follow(uri, trial.parent, trial)
     logged = runs(uri)
     version = client.get_model_version_by_alias("s", "best")
     assert (int(version.version), version.run_id) == (1, logged["trial-0"].info.run_id)
@@ -172,9 +177,7 @@ def test_server_without_a_registry_costs_nothing(uri: str, trial: Path, monkeypa
 
     monkeypatch.setattr(MlflowClient, "create_registered_model", refuse)
     ended(trial.parent, "trial-0")
-    with tracking.study(config(uri), "s", trial.parent) as tracker:
-        tracker.log_trial(trial, "trial-0", Result.load(trial))
-        tracker.summarise(trial.parent)
+    follow(uri, trial.parent)
     assert runs(uri)["s"].data.metrics["trials"] == 1
 
 
@@ -186,58 +189,86 @@ def test_machine_is_sampled_while_a_trial_runs(tmp_path: Path):
     }
 
 
-def test_server_that_goes_away_costs_a_line_and_no_result(trial: Path, monkeypatch: pytest.MonkeyPatch):
+def test_server_that_goes_away_costs_a_line_and_no_result(
+    trial: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(TrackingError, match="nothing is lost, log it later: autotune log"):
-        tracking.Tracker(config("http://127.0.0.1:9"), "s", trial.parent)
+    assert follow("http://127.0.0.1:9", trial.parent, trial) > 0
+    assert "MLflow at http://127.0.0.1:9 refused" in caplog.text
     assert Result.load(trial).complete
     assert not (trial / "mlflow_run.json").exists()
 
 
+@pytest.fixture
+def mute() -> Iterator[int]:
+    """A port that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
 @pytest.mark.parametrize(
-    ("uri", "message"),
+    ("uri", "said"),
     [
-        (
-            "http://127.0.0.1:9",
-            r"^tracking.uri=http://127.0.0.1:9: no MLflow server answers \(Connection refused\); .*$",
-        ),
-        ("http://me:pw@127.0.0.1:9", r"^tracking.uri=http://me:\*\*\*@127.0.0.1:9: no MLflow server answers"),
+        ("http://127.0.0.1:9", "no MLflow server answers (Connection refused); start it, write another"),
+        ("http://me:***@127.0.0.1:9/x", "no MLflow server answers (Connection refused); start it, write another"),
+        ("http://127.0.0.1:{mute}", "no MLflow server answers (timed out); start it, write another"),
+        ("http://localhost:abc", "no MLflow server answers (nonnumeric port: 'abc'); start it, write another"),
+        ("postgresql+psycopg://me:***@127.0.0.1:9/x", "no MLflow server answers (connection failed: "),
+        ("mysql+pymysql://me:***@127.0.0.1:{mute}/x", "no MLflow server answers ("),
+        ("mssql+none://x/y", "Can't load plugin"),
+        ("htp://host", "MLflow knows no htp://; write http://… or sqlite:///…"),
+        ("sqlite:////proc/mlflow.db", "unable to open database file; write another"),
+        ("sqlite:////proc/none/mlflow.db", "No such file or directory; write another"),
+        ("sqlite:////dev/full", "it is no file; write another"),
+        ("sqlite:///notes.txt", "file is not a database; write another"),
+        ("sqlite:///others.db", "it is another program's database; write another"),
     ],
 )
-def test_server_that_is_not_there_is_one_line_and_shows_no_password(uri: str, message: str):
-    with pytest.raises(TrackingError, match=message):
-        tracking.check(config(uri))
+def test_uri_where_nothing_can_be_logged_is_one_line_before_a_study(
+    uri: str, said: str, mute: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tracking, "ANSWER_S", 0.1)
+    monkeypatch.setitem(tracking.SERVERS, "mysql", {"connect_timeout": 1, "read_timeout": 0.1})
+    Path("notes.txt").write_text("a text, and no database " * 50)
+    with closing(sqlite3.connect("others.db")) as database:
+        database.execute("CREATE TABLE things (name)")
+    uri = uri.format(mute=mute)
+    with pytest.raises(TrackingError) as error:
+        tracking.check(config(uri.replace("***", "pw")))
+    assert str(error.value).startswith(f"tracking.uri={uri}: ") and said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_file_needs_no_server():
-    tracking.check(config("sqlite:///none.db"))
+@pytest.mark.parametrize("uri", ["sqlite:///new/mlflow.db", "mlruns", "databricks", "file:///tmp/mlruns"])
+def test_what_needs_no_server_is_not_asked(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    tracking.check(config(uri))
 
 
 def test_tracking_that_is_off_asks_no_server_and_logs_nothing(trial: Path):
     off = TrackingConfig(enabled=False, uri="http://127.0.0.1:9", experiment="e")
     tracking.check(off)
-    with tracking.study(off, "s", trial.parent) as tracker:
-        tracker.log_trial(trial, "trial-0", Result.load(trial))
+    with beside.study(off, "s", trial.parent) as process:
+        process.log_trial(trial)
     assert not list(trial.parent.glob("**/mlflow_run.json"))
 
 
 def test_failed_trial_is_logged_as_failed_with_its_reason(uri: str, trial: Path):
-    with tracking.study(config(uri), "s", trial.parent) as tracker:
-        tracker.log_trial(trial, "trial-0", Result(reason="StartError: no memory"))
+    Result(reason="StartError: no memory").save(trial)
+    follow(uri, trial.parent)
     logged = runs(uri)
     assert logged["trial-0"].info.status == "FAILED" and logged["s"].info.status == "FINISHED"
     assert logged["trial-0"].data.tags["reason"] == "StartError: no memory"
 
 
 def test_stopped_study_is_logged_as_killed(uri: str, trial: Path):
-    with pytest.raises(KeyboardInterrupt), tracking.study(config(uri), "s", trial.parent):
-        raise KeyboardInterrupt
+    beside.follow(config(uri), "s", trial.parent, [])
     assert runs(uri)["s"].info.status == "KILLED"
 
 
 def test_only_what_is_missing_is_logged_later(uri: str, trial: Path, monkeypatch: pytest.MonkeyPatch):
-    with tracking.study(config(uri), "s", trial.parent) as tracker:
-        tracker.log_trial(trial, "trial-0", Result.load(trial))
+    follow(uri, trial.parent)
     late = trial.with_name("trial-1")
     late.mkdir()
     Result.load(trial).save(late)
@@ -260,8 +291,7 @@ def test_database_that_was_deleted_since_gets_all_of_it_again(
 
 def test_broken_note_of_a_run_costs_a_second_run_and_no_traceback(uri: str, trial: Path):
     (trial / "mlflow_run.json").write_text("{")
-    with tracking.study(config(uri), "s", trial.parent) as tracker:
-        tracker.log_trial(trial, "trial-0", Result.load(trial))
+    follow(uri, trial.parent)
     assert set(runs(uri)) == {"s", "trial-0"}
 
 
@@ -271,20 +301,62 @@ def test_trial_logged_at_one_server_can_be_logged_at_another(
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
         uri = f"sqlite:///{shutil.copy(empty, tmp_path / f'{name}.db')}"
-        with tracking.study(config(uri), "s", trial.parent) as tracker:
-            tracker.log_trial(trial, "trial-0", Result.load(trial))
+        follow(uri, trial.parent)
         assert set(runs(uri)) == {"s", "trial-0"}
-
-
-def test_port_that_is_no_number_is_one_line():
-    with pytest.raises(TrackingError, match="the port is not a number"):
-        tracking.check(config("http://localhost:abc"))
 
 
 def test_folder_without_a_trial_is_said_to_hold_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["log", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"no result.json below it"):
         log.main()
+
+
+@pytest.mark.parametrize("missing", [[], ["webhook_events", "webhooks"]])
+def test_half_made_database_is_named_as_what_to_delete(
+    missing: list[str], uri: str, trial: Path, caplog: pytest.LogCaptureFixture
+):
+    with closing(sqlite3.connect("mlflow.db")) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'c48cb773bb87'")
+        for table in missing:
+            database.execute(f"DROP TABLE {table}")
+        database.commit()
+    assert follow(uri, trial.parent, trial) > 0
+    assert "mlflow.db is half made" in caplog.text and "delete it" in caplog.text
+
+
+def test_new_database_that_can_t_be_finished_leaves_none(
+    trial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fail(_: object, tracking_uri: str) -> None:
+        Path(tracking_uri.removeprefix("sqlite:///")).write_text("half of it")
+        raise OSError("database or disk is full")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(MlflowClient, "__init__", fail)
+    assert follow("sqlite:///mlflow.db", trial.parent, trial) > 0
+    assert "database or disk is full" in caplog.text
+    assert not list(tmp_path.glob("*mlflow.db*"))
+
+
+def test_server_that_never_answers_is_left_and_named_with_the_command_that_logs_later(
+    mute: int, trial: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(beside, "SERVER_QUIET_S", 0.1)
+    uri = f"http://127.0.0.1:{mute}"
+    with beside.study(config(uri), "s", trial.parent) as process:
+        for _ in range(1000):  # more than the pipe holds
+            process.log_trial(trial)
+    (said,) = caplog.messages
+    assert said.startswith(f"MLflow lacks 1000 of 1000 trials ({uri} does not answer); nothing is lost, log it later")
+    assert said.endswith(f"autotune log {trial.parent} --uri {uri} --experiment e")
+
+
+@pytest.mark.slow
+def test_process_beside_a_study_logs_its_trials(uri: str, trial: Path, caplog: pytest.LogCaptureFixture):
+    with beside.study(config(uri), "s", trial.parent) as process:
+        process.log_trial(trial)
+    assert set(runs(uri)) == {"s", "trial-0"} and runs(uri)["s"].info.status == "FINISHED"
+    assert (trial.parent / beside.LOG).read_text() == "" and not caplog.messages
 
 
 @pytest.mark.slow
@@ -300,7 +372,7 @@ def test_study_is_logged_later_by_hand(tmp_path: Path, trial: Path):
 def test_two_studies_that_start_together_make_one_database(tmp_path: Path) -> None:
     connect = (
         "from autotune.config import schema; from autotune.results import tracking; "
-        "print(tracking._connect(schema.TrackingConfig(uri='sqlite:///new/mlflow.db', experiment='e'))[1])"
+        "print(tracking._connected(schema.TrackingConfig(uri='sqlite:///new/mlflow.db', experiment='e'))[1])"
     )
     both = [
         subprocess.Popen([sys.executable, "-c", connect], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -46,7 +46,7 @@ def log(folder: Path, config: TrackingConfig) -> int:
     single = list(trials) == [folder]
     tracker = Tracker(config, None if single else folder.name, folder)
     for path, result in trials.items():
-        tracker.log_trial(path, path.name, result)
+        tracker.log_trial(path, result)
     tracker.summarise(folder)
     tracker.end("FINISHED")
     return len(trials)

@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hydra
@@ -16,11 +15,10 @@ from autotune.config import schema
 from autotune.config.command_line import CONF, errors_in_one_line, register, without_sweep
 from autotune.config.overrides import typed
 from autotune.config.redact import redact
-from autotune.errors import TrackingError
 from autotune.measure import trial
 from autotune.measure.prepare import prepare
 from autotune.measure.result import Result
-from autotune.results import summary, tracking
+from autotune.results import beside, summary, tracking
 from autotune.system import interrupt
 from autotune.system.files import write_whole
 
@@ -42,14 +40,11 @@ def single(composed: DictConfig) -> float | list[float]:
         write_whole(file, redact(file.read_text()))  # Hydra's own, with hydra.output_subdir=.hydra
     prepare(config)
     tracking.check(config.tracking)
-    with ThreadPoolExecutor(1) as pool:  # MLflow takes seconds to import; vLLM takes longer to start
-        tracker = pool.submit(tracking.Tracker, config.tracking, None, folder)
-        result = trial.run(config, overrides, folder)
+    tracker = beside.TrackingProcess(config.tracking, None, folder)  # ends with this process, too
+    result = trial.run(config, overrides, folder)
     log.info(summary.single(result, config, folder))
-    try:
-        tracker.result().log_trial(folder, config.study, result)
-    except TrackingError as error:
-        log.warning("%s", error)
+    tracker.log_trial(folder)
+    tracker.end("FINISHED")
     return values(result)
 
 

@@ -32,12 +32,12 @@ from autotune.config.command_line import errors_in_one_line, options
 from autotune.config.overrides import check, check_trusted, with_fields
 from autotune.config.redact import HIDDEN
 from autotune.config.schema import Config
-from autotune.errors import InputError, MeasureError, TrackingError
+from autotune.errors import InputError, MeasureError
 from autotune.measure import objective, progress, trial
 from autotune.measure.paired import Difference, paired_difference
 from autotune.measure.prepare import gpu_count
 from autotune.measure.result import Result
-from autotune.results import summary, tracking
+from autotune.results import beside, summary, tracking
 from autotune.results.study import BASELINE, Study, load
 from autotune.sweep import storage
 from autotune.sweep.launchers import Job, Launcher, make_launcher
@@ -244,17 +244,14 @@ def start(batch: Sequence[Repeat], launcher: Launcher) -> list[tuple[Repeat, Job
     return [*attached, *zip(fresh, jobs, strict=True)]
 
 
-def record(study: Study, tracker: tracking.Tracker, repeat: Repeat, result: Result) -> None:
+def record(study: Study, tracker: beside.TrackingProcess, repeat: Repeat, result: Result) -> None:
     """Save, print and track the result of a repeat."""
     folder = repeat.trial.folder
     result.params = study.results[repeat.name].params
     result.save(folder)
     outcome = summary.outcome(result, repeat.trial.config.objective.metrics)
     log.info("block %d: %s: %s", repeat.block, repeat.name, outcome)
-    try:
-        tracker.log_trial(folder, folder.name, result)
-    except TrackingError as error:
-        log.warning("%s", error)
+    tracker.log_trial(folder)
 
 
 def complete_blocks(repeats: Sequence[Repeat]) -> int:
@@ -390,7 +387,7 @@ def verify(study: Study, settings: Verify, overrides: Sequence[str]) -> Verdict:
     )
     with (
         storage.lock(study.folder / ".lock", str(study.folder)),
-        tracking.study(config.tracking, f"{study.name}-verify", folder) as tracker,
+        beside.study(config.tracking, f"{study.name}-verify", folder) as tracker,
     ):
         try:
             run(repeats, make_launcher(config), partial(record, study, tracker))

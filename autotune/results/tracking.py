@@ -1,7 +1,7 @@
 """MLflow: a parent run for a study, a child run for each trial, a registered model for the best configuration.
 
 All that is logged is read from the trials' folders, so a study whose MLflow server was down can be logged later:
-`autotune log multirun/<study> --uri http://…`
+`autotune log multirun/<study> --uri http://…`. A study has `results.beside` log it meanwhile.
 """
 
 import fcntl
@@ -9,28 +9,36 @@ import getpass
 import json
 import logging
 import os
-import socket
+import sqlite3
+import ssl
 import time
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.client import HTTPException
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
+import sqlalchemy
 from omegaconf import OmegaConf
+from sqlalchemy.exc import SQLAlchemyError
 
 from autotune.config.redact import redact
 from autotune.config.schema import TrackingConfig
 from autotune.errors import TrackingError
 from autotune.measure import series
 from autotune.measure.result import Result
-from autotune.system.files import write_whole
-from autotune.text import shorten
+from autotune.system.files import draft_of, write_whole
+from autotune.text import one_line, shorten
 
 # A server that is gone is reported in seconds, not after MLflow's default of minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a run, and a call for each
 
 # Artifacts of a trial; everything else in its folder is a working file.
@@ -50,26 +58,77 @@ STUDY_ARTIFACTS = ("summary.txt", "report.html", "pareto.json")
 RUNS = "mlflow_run.json"  # in a trial's or a study's folder: its run's id, by tracking URI
 CONFIGURATION = "configuration"  # artifacts of the best trial that a registered version holds
 BATCH = 1000  # metrics that MLflow takes in one call
+ANSWER_S = 5  # a server must answer within, before a study begins
+# URIs that MLflow knows, by scheme; a database's with what makes its driver ask no longer than ANSWER_S.
+FILES = ("sqlite", "file", "")
+SERVERS: dict[str, dict[str, Any]] = {
+    "postgresql": {"connect_timeout": ANSWER_S},
+    "mysql": {"connect_timeout": ANSWER_S, "read_timeout": ANSWER_S},
+    "mssql": {"timeout": ANSWER_S},
+}
+OTHERS = ("http", "https", "databricks", "databricks-uc", "uc")
+# What SQLite says of a file that is in order; whatever else MLflow stumbles over when it opens one lies in its tables.
+IN_ORDER = ("full", "locked", "readonly", "unable to open", "disk I/O")
 
 log = logging.getLogger(__name__)
 
 
 def check(config: TrackingConfig) -> None:
-    """Raise TrackingError if the MLflow server does not answer; a file always does."""
-    address = urlsplit(config.uri)
-    if not config.enabled or address.scheme not in ("http", "https"):
-        return
+    """Raise TrackingError within seconds if nothing answers at tracking.uri, or no file can be there."""
+    where = f"tracking.uri={redact(config.uri)}"
     try:
-        port = address.port or {"http": 80, "https": 443}[address.scheme]
-    except ValueError:
-        raise TrackingError(f"tracking.uri={redact(config.uri)}: the port is not a number") from None
-    try:
-        socket.create_connection((address.hostname or "", port), timeout=5).close()
-    except OSError as error:
-        raise TrackingError(
-            f"tracking.uri={redact(config.uri)}: no MLflow server answers ({error.strerror or error}); start it "
-            f"(`mlflow server --port {port}`), or write tracking=none"
-        ) from None
+        if config.enabled:
+            _check_at(config.uri)
+    except ImportError as error:
+        raise TrackingError(f"{where}: {error}; install it, or name another driver: postgresql+psycopg://…") from None
+    except (OSError, HTTPException, ValueError, SQLAlchemyError, sqlite3.Error) as error:
+        why = getattr(error, "reason", None) or getattr(error, "orig", None) or error
+        why = redact(one_line(getattr(why, "strerror", None) or why))
+        said = f"no MLflow server answers ({why}); start it," if is_server(config.uri) else f"{why};"
+        raise TrackingError(f"{where}: {said} write another tracking.uri, or tracking=none") from None
+
+
+def is_server(uri: str) -> bool:
+    """Tell whether `uri` is a server's, and not a file's."""
+    return _kind(uri) not in FILES
+
+
+def _kind(uri: str) -> str:
+    return urlsplit(uri).scheme.partition("+")[0]
+
+
+def _check_at(uri: str) -> None:
+    kind = _kind(uri)
+    if kind in ("http", "https"):
+        at = urlsplit(uri)
+        request = urllib.request.Request(f"{kind}://{at.netloc.rpartition('@')[2]}{at.path}", method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=ANSWER_S).close()
+        except HTTPError:
+            pass
+        except URLError as error:
+            if not isinstance(error.reason, ssl.SSLError):  # MLflow has settings of its own for certificates
+                raise
+    elif kind in SERVERS:
+        engine = sqlalchemy.create_engine(uri, connect_args=SERVERS[kind])
+        engine.connect().close()
+        engine.dispose()
+    elif kind == "sqlite":
+        _check_sqlite(_file(uri))
+    elif kind not in (*OTHERS, *FILES, *(plugin.name for plugin in entry_points(group="mlflow.tracking_store"))):
+        raise TrackingError(f"tracking.uri={redact(uri)}: MLflow knows no {kind}://; write http://… or sqlite:///…")
+
+
+def _check_sqlite(file: Path) -> None:
+    """Raise OSError, sqlite3.Error or ValueError unless `file` is a database of MLflow's, or one can be made there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists() and not file.is_file():
+        raise ValueError("it is no file")
+    with closing(sqlite3.connect(file, timeout=ANSWER_S)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    if tables and "experiments" not in tables:
+        raise ValueError("it is another program's database")
 
 
 class Tracker:
@@ -82,12 +141,12 @@ class Tracker:
         if not self._enabled:
             return
         with self._errors():
-            self._client, self._experiment = _connect(config)
+            self._client, self._experiment = _connected(config)
             if study is not None:
                 known = self._logged_run(folder)
                 self._parent = known or self._create(folder, study, {"autotune.study": study}, time.time())
 
-    def log_trial(self, folder: Path, name: str, result: Result) -> None:
+    def log_trial(self, folder: Path, result: Result) -> None:
         """Log a trial once, named by what it changed: parameters, metrics, series, data set, artifacts.
 
         Raises TrackingError.
@@ -100,7 +159,7 @@ class Tracker:
             if self._logged_run(folder):
                 return
             tags = {
-                "trial": name,
+                "trial": folder.name,
                 "state": result.state,
                 "feasible": str(result.feasible).lower(),
                 "verdict": result.verdict,
@@ -112,7 +171,7 @@ class Tracker:
             }
             if self._parent:
                 tags |= {"mlflow.parentRunId": self._parent, "study": folder.parent.name}
-            run = self._create(folder, shorten(result.params) or name, tags, result.started_at, keep=False)
+            run = self._create(folder, shorten(result.params) or folder.name, tags, result.started_at, keep=False)
             ended = int(result.ended_at * 1000)
             figures = result.metrics | {f"phase_{phase}_s": value for phase, value in result.phases.items()}
             figures |= {f"start_{part}_s": value for part, value in result.start.items()}
@@ -141,7 +200,7 @@ class Tracker:
         """The run that `folder` was logged as, if the store still has it."""
         from mlflow.exceptions import MlflowException
 
-        run = _known_run(folder, self._uri)
+        run = known_run(folder, self._uri)
         try:
             return run if run and self._client.get_run(run).info.lifecycle_stage == "active" else None
         except MlflowException as error:
@@ -168,35 +227,32 @@ class Tracker:
         self._client.log_inputs(run, [DatasetInput(made, [InputTag("mlflow.data.context", "evaluation")])])
 
     def summarise(self, folder: Path) -> None:
-        """Log a study's summary from `folder` on the parent run; a server that is down is no reason to fail."""
+        """Log a study's summary from `folder` on the parent run. Raises TrackingError."""
         if not self._parent or not (folder / "summary.json").exists():
             return
         from mlflow.entities import Metric, RunTag
 
         body = json.loads((folder / "summary.json").read_text())
         best = Result.find(folder / body["best"]) if body["best"] else None
-        try:
-            with self._errors():
-                now = int(time.time() * 1000)
-                words = (folder / "summary.txt").read_text()
-                tags = {"mlflow.note.content": f"```\n{words}```", "best": body["best"] or ""}
-                if best:
-                    tags |= {"command": best.shell_command[:5000], **best.config}
-                self._client.log_batch(
-                    self._parent,
-                    metrics=[Metric(key, value, now, 0) for key, value in body["figures"].items()],
-                    tags=[RunTag(key, value) for key, value in tags.items() if value],
-                )
-                for file in STUDY_ARTIFACTS:
-                    if (folder / file).exists():
-                        self._client.log_artifact(self._parent, str(folder / file))
-        except TrackingError:
-            return  # each trial has already said so
-        if best and (run := _known_run(folder / body["best"], self._uri)):
+        with self._errors():
+            now = int(time.time() * 1000)
+            words = (folder / "summary.txt").read_text()
+            tags = {"mlflow.note.content": f"```\n{words}```", "best": body["best"] or ""}
+            if best:
+                tags |= {"command": best.shell_command[:5000], **best.config}
+            self._client.log_batch(
+                self._parent,
+                metrics=[Metric(key, value, now, 0) for key, value in body["figures"].items()],
+                tags=[RunTag(key, value) for key, value in tags.items() if value],
+            )
+            for file in STUDY_ARTIFACTS:
+                if (folder / file).exists():
+                    self._client.log_artifact(self._parent, str(folder / file))
+        if best and (run := known_run(folder / body["best"], self._uri)):
             try:
                 with self._errors():
                     self._register(body["study"], best, run)
-            except TrackingError as error:
+            except TrackingError as error:  # not every server has a registry
                 log.info("the best configuration is not registered: %s", error)
 
     def _register(self, study: str, best: Result, run: str) -> None:
@@ -229,12 +285,10 @@ class Tracker:
         self._client.set_registered_model_alias(name, "best", version.version)
 
     def end(self, status: str) -> None:
+        """End the parent run. Raises TrackingError."""
         if self._parent:
-            try:
-                with self._errors():
-                    self._client.set_terminated(self._parent, status)
-            except TrackingError:
-                pass
+            with self._errors():
+                self._client.set_terminated(self._parent, status)
 
     def _create(self, folder: Path, name: str, tags: dict[str, str], started: float, keep: bool = True) -> str:
         source = {"mlflow.user": getpass.getuser(), "mlflow.source.name": "autotune", "mlflow.source.type": "LOCAL"}
@@ -248,66 +302,68 @@ class Tracker:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        from mlflow.exceptions import MlflowException
-        from requests.exceptions import RequestException
-        from sqlalchemy.exc import SQLAlchemyError
-
+        """Raise TrackingError for whatever MLflow raises: what it stores in decides that, and each has its own."""
         try:
             yield
-        except (MlflowException, RequestException, SQLAlchemyError, OSError) as error:
-            raise TrackingError(
-                f"MLflow at {self._uri} refused ({str(error).splitlines()[0][:200]}); nothing is lost, log it later: "
-                f"autotune log <study's folder> --uri {self._uri}"
-            ) from None
+        except TrackingError:
+            raise
+        except Exception as error:
+            raise TrackingError(f"MLflow at {self._uri} refused: {_why(error)}") from None
 
 
-@contextmanager
-def study(config: TrackingConfig, name: str, folder: Path) -> Iterator[Tracker]:
-    """A parent run for the study `name`, ended with the study."""
-    tracker = Tracker(config, name, folder)
-    status = "KILLED"
-    try:
-        yield tracker
-        status = "FINISHED"
-    finally:
-        tracker.end(status)
+def _why(error: Exception) -> str:
+    return str(redact(next(iter(str(error).splitlines()), type(error).__name__)[:200]))
 
 
-def _connect(config: TrackingConfig) -> tuple[Any, str]:
+def _connected(config: TrackingConfig) -> tuple[Any, str]:
     """MLflow's client and the experiment's id; makes the database and the experiment when they are missing."""
-    for noisy in ("alembic", "mlflow.store.db.utils"):  # each migration of a new database
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
-    local = urlsplit(config.uri).scheme not in ("http", "https")
-    artifacts = Path("multirun/mlartifacts").resolve().as_uri() if local else None
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # each migration of a new database
+    artifacts = None if _kind(config.uri) in ("http", "https") else Path("multirun/mlartifacts").resolve().as_uri()
     with _sole_maker(config.uri):
-        client = MlflowClient(tracking_uri=config.uri)
-        experiment = client.get_experiment_by_name(config.experiment)
+        try:
+            client = MlflowClient(tracking_uri=config.uri)
+            experiment = client.get_experiment_by_name(config.experiment)
+        except Exception as error:
+            if _kind(config.uri) != "sqlite" or any(words in str(error) for words in IN_ORDER):
+                raise
+            raise TrackingError(
+                f"{_file(config.uri)} is half made, or another version of MLflow's ({_why(error)}): delete it, and "
+                f"`autotune log` logs each of its studies again; or run `mlflow db upgrade {config.uri}`"
+            ) from None
         if experiment:
-            return client, experiment.experiment_id
-        return client, client.create_experiment(config.experiment, artifact_location=artifacts)
+            return client, str(experiment.experiment_id)
+        return client, str(client.create_experiment(config.experiment, artifact_location=artifacts))
 
 
 @contextmanager
 def _sole_maker(uri: str) -> Iterator[None]:
-    """Studies that start at the same moment take turns: MLflow can't make one SQLite database twice."""
-    address = urlsplit(uri)
-    if address.scheme != "sqlite":
+    """A SQLite database is made whole, or not at all, and studies that start at the same moment take turns."""
+    from mlflow import MlflowClient
+
+    if _kind(uri) != "sqlite":
         yield
         return
-    folder = Path(address.path.removeprefix("/")).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder, os.O_RDONLY)
+    file = _file(uri)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    held = os.open(file.parent, os.O_RDONLY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX)
+        if not (file.exists() and file.stat().st_size):
+            with draft_of(file) as draft:  # a process that dies midway would leave what MLflow can't go on with
+                MlflowClient(tracking_uri=f"sqlite:///{draft}").search_experiments()
         yield
     finally:
         os.close(held)
 
 
-def _known_run(folder: Path, uri: str) -> str | None:
-    """The run that `folder` was logged as at `uri`."""
+def _file(uri: str) -> Path:
+    return Path(urlsplit(uri).path.removeprefix("/"))
+
+
+def known_run(folder: Path, uri: str) -> str | None:
+    """The run that `folder` was logged as at `uri`, which hides its password."""
     run: str | None = _runs(folder).get(uri)
     return run
 

@@ -25,12 +25,12 @@ from autotune.config.overrides import typed, with_values
 from autotune.config.redact import redact
 from autotune.config.schema import BudgetOf, Config, Duplicates
 from autotune.config.vllm_flags import FLAG
-from autotune.errors import InputError, TrackingError
+from autotune.errors import InputError
 from autotune.measure import progress
 from autotune.measure.backend import DryRunOutcome
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
 from autotune.measure.result import Result, State
-from autotune.results import summary, tracking
+from autotune.results import beside, summary, tracking
 from autotune.results.study import BASELINE, CANARY, SPACE, TRIAL, canaries_in, load, result_in, results_in
 from autotune.results.study import Study as FinishedStudy
 from autotune.search import prior, warm_start
@@ -201,8 +201,10 @@ class Sweep:
     def run(self, results: dict[str, Result]) -> FinishedStudy:
         """Go on from the `results` of an earlier process, if any, to the end; returns what was measured."""
         config = self._config
-        # Neither the storage nor the start of a job is cut off midway, nor what is to be written in the end.
-        with interrupt.deferred(), tracking.study(config.tracking, config.study, self._folder) as self._tracker:
+        with (
+            beside.study(config.tracking, config.study, self._folder) as self._tracker,
+            interrupt.deferred(),  # neither the storage nor a job's start is cut off midway, nor what is written last
+        ):
             try:
                 self._resume(results)
                 with Display(self._n_trials, config.objective) as self._display:
@@ -223,7 +225,6 @@ class Sweep:
         self._attempt("no summary", lambda: log.info("\n%s", summary.render(study)))
         self._attempt("no summary.txt", summary.write, study)
         self._attempt(f"no report, `autotune report study={self._config.study}` writes it", self._write_report, study)
-        self._attempt("no summary in MLflow", self._tracker.summarise, self._folder)
         return study
 
     def _attempt(self, otherwise: str, work: Callable[..., object], *arguments: Any) -> None:
@@ -444,10 +445,7 @@ class Sweep:
             self._answer(repeat, pending.name, result)
         if not result.duplicate_of:
             self._count_failures(result, result.facts.get("node", node))
-        try:
-            self._tracker.log_trial(folder, pending.name, result)
-        except TrackingError as error:
-            log.warning("%s", error)
+        self._tracker.log_trial(folder)
 
     def _count_failures(self, result: Result, node: str) -> None:
         """Count failures in a row; sets aside a node on which nothing works. Raises InputError after max_failures."""
