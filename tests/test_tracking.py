@@ -360,6 +360,17 @@ def test_process_beside_a_study_logs_its_trials(uri: str, trial: Path, caplog: p
 
 
 @pytest.mark.slow
+def test_reason_of_the_process_reaches_the_study(uri: str, trial: Path, caplog: pytest.LogCaptureFixture):
+    with closing(sqlite3.connect("mlflow.db")) as database:
+        database.execute("UPDATE alembic_version SET version_num = 'c48cb773bb87'")
+        database.commit()
+    with beside.study(config(uri), "s", trial.parent) as process:
+        process.log_trial(trial)
+    (said,) = caplog.messages
+    assert said.startswith("MLflow lacks 1 of 1 trials") and "delete it" in said
+
+
+@pytest.mark.slow
 def test_study_is_logged_later_by_hand(tmp_path: Path, trial: Path):
     uri = f"sqlite:///{tmp_path}/later.db"
     command = [sys.executable, "-m", "autotune.tracking", str(trial.parent), "--uri", uri]

@@ -33,7 +33,7 @@ SERVER_QUIET_S = 10.0  # without a trial that was logged
 FILE_QUIET_S = 60.0  # the same for a file, which never hangs, but MLflow may still have to make it
 END_S = 120.0
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("autotune.results.beside")  # also where the module is __main__
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from autotune.config.overrides import read
 from autotune.config.schema import Config, ObjectiveConfig
 from autotune.errors import InputError
@@ -98,18 +100,9 @@ class Study:
     def front(self) -> list[str]:
         """The Pareto front: those of `ranked` that no other beats in every objective."""
         signs = [objective.sign(self.objective, metric) for metric in range(len(self.objective.metrics))]
-        points = {
-            name: [sign * value for sign, value in zip(signs, self.results[name].values, strict=True)]
-            for name in self.ranked
-        }
-
-        def beaten(point: Sequence[float]) -> bool:
-            return any(
-                other != point and all(theirs >= mine for theirs, mine in zip(other, point, strict=True))
-                for other in points.values()
-            )
-
-        return [name for name, point in points.items() if not beaten(point)]
+        points = np.array([self.results[name].values for name in self.ranked]).reshape(-1, len(signs)) * signs
+        beaten = [np.any((points >= point).all(axis=1) & (points != point).any(axis=1)) for point in points]
+        return [name for name, is_beaten in zip(self.ranked, beaten, strict=True) if not is_beaten]
 
     def config_of(self, trial: str, overrides: Sequence[str] = ()) -> Config:
         """The configuration of `trial`, secrets hidden, changed by `overrides` (backend.env.HF_TOKEN=…).
