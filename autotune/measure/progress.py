@@ -53,10 +53,10 @@ def _entry(line: bytes) -> dict[str, Any]:
     """Read a `line` that `phase` or `publish` wrote; nothing if it is neither."""
     try:
         match json.loads(line):
-            case {"phase": str(name)}:
-                return {"phase": name}
-            case {"step": int(step), "values": dict(values)} if step >= 0:
-                return {"step": step, "values": {name: float(value) for name, value in values.items()}}
+            case {"time": float(at), "phase": str(name)}:
+                return {"time": at, "phase": name}
+            case {"time": float(at), "step": int(step), "values": dict(values)} if step >= 0:
+                return {"time": at, "step": step, "values": {name: float(value) for name, value in values.items()}}
     except (ValueError, TypeError):
         pass
     return {}
