@@ -15,7 +15,12 @@ from autotune.search.space import parse
 from tests.studies import composed
 
 SAMPLERS = sorted(path.stem for path in (command_line.CONF / "sampler").glob("*.yaml"))
-SPACE, _ = parse({}, ["engine.args.a=range(1,5,step=1)", "engine.args.b=range(0.1,0.5,step=0.1)", "engine.args.c=choice(x,y)"], {}, {})
+SPACE, _ = parse(
+    {},
+    ["engine.args.a=range(1,5,step=1)", "engine.args.b=range(0.1,0.5,step=0.1)", "engine.args.c=choice(x,y)"],
+    {},
+    {},
+)
 NUMERIC, _ = parse({}, ["engine.args.a=range(1,5,step=1)", "engine.args.b=range(0.1,0.5,step=0.1)"], {}, {})
 
 

@@ -168,6 +168,7 @@ def test_its_configuration_prepares_samples_from_the_given_file(model: Model, wr
     assert len(prepared(configured(write(TWO_TURNS), count=1), model, tmp_path)) == 1
 
 
+@pytest.mark.slow  # transformers takes seconds to import
 def test_another_chat_template_makes_other_samples(model: Model, write: Write, tmp_path: Path) -> None:
     dataset = configured(write(TWO_TURNS))
     before = prepared(dataset, model, tmp_path)

@@ -40,7 +40,7 @@ def read_records(path: Path) -> Iterator[Any]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """All bytes of a file. Raises InputError."""
+    """Bytes of a file. Raises InputError."""
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"dataset.path={path}: not a file; {FORMS}")

@@ -16,7 +16,7 @@ _secret = os.environ.get(SECRET) or secrets.token_hex(32)
 
 
 def environment() -> dict[str, str]:
-    """What a process needs that talks to servers of this one."""
+    """Environment of a process that talks to servers of this one."""
     return {SECRET: _secret}
 
 
