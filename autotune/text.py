@@ -6,8 +6,8 @@ from typing import Any
 
 def one_line(error: object) -> str:
     """An exception's message on one line, without what Hydra adds for its developers, or wrongly advises."""
-    cause = error.__cause__ if isinstance(error, BaseException) else None
-    text = str(error).split("Config search path:")[0] + (f"\n{cause}" if cause else "")
+    cause = str(error.__cause__ or "") if isinstance(error, BaseException) else ""
+    text = str(error).split("Config search path:")[0] + (f"\n{cause}" if cause != "None" else "")
     text = text.removeprefix("InputError raised while resolving interpolation: ")
     noise = ["full_key:", "object_type=", "reference_type=", "Set the environment variable"]
     if "' not in '" in text:  # a dataclass has no such field, and `+` before the key adds none

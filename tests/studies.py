@@ -92,7 +92,8 @@ def asked(folder: Path) -> list[FrozenTrial]:
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "autotune", "-m", *SIMULATED, *QUIET, *arguments]
+    words = {word.partition("=")[0]: word for word in (*SIMULATED, *QUIET, *arguments)}  # the last one of each key
+    return [sys.executable, "-m", "autotune", "-m", *words.values()]
 
 
 def environment(folder: Path) -> dict[str, str]:

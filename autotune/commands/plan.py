@@ -126,7 +126,7 @@ def _time(plan: Plan, runs: Sequence[Result]) -> str:
 
 def main() -> None:
     with errors_in_one_line():
-        config, params, sweeps = compose(["prior=sim", *sys.argv[1:]])
+        config, params, sweeps = compose(sys.argv[1:], ["prior=sim"])
         space, _ = parse(params, sweeps, config.conditions, config.only_if)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         print(render(make(config, space)))

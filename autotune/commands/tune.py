@@ -11,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from autotune import sweep
-from autotune.config import schema
+from autotune.config import schema, words
 from autotune.config.command_line import CONF, errors_in_one_line, register, without_sweep
 from autotune.config.overrides import typed
 from autotune.config.redact import redact
@@ -60,12 +60,15 @@ def values(result: Result) -> float | list[float]:
 
 def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are, and leave as one line
+    os.environ.pop("HYDRA_MAIN_MODULE", None)
     interrupt.install()
     register()
     sweep.register()
     with errors_in_one_line():
+        words.check(sys.argv[1:])
         sys.argv[1:] = without_sweep(sys.argv[1:])
-        job()
+        with words.naming_files(words.config_dir(sys.argv[1:])):
+            job()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The command line: its words as a Config or as a command's options, errors in one line."""
 
-import argparse
 import re
 import sys
 import time
@@ -14,8 +13,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from autotune.config import bounds, overrides, schema, sweeper
+from autotune.config import bounds, overrides, schema, sweeper, words
 from autotune.config.overrides import CONF as CONF
 from autotune.config.redact import redact
 from autotune.errors import AutotuneError, InputError
@@ -49,29 +49,23 @@ def study_name(name: str) -> str:
     return name
 
 
-def compose(arguments: Sequence[str]) -> tuple[schema.Config, dict[str, Any], list[str]]:
-    """The Config that `arguments` compose, the parameters of its space as written, and the arguments that sweep."""
+def compose(arguments: Sequence[str], defaults: Sequence[str] = ()) -> tuple[schema.Config, dict[str, Any], list[str]]:
+    """The Config that `arguments` compose, the parameters of its space as written, and the arguments that sweep.
+
+    `defaults` are overrides that hold unless `arguments` say otherwise.
+    """
     register()
-    arguments = _without_config_dir(arguments)
+    words.check(arguments)
+    folder = words.config_dir(arguments)
+    arguments = [*defaults, *words.without_config_dir(arguments)]
     if wrong := [argument for argument in arguments if argument.startswith("-") or not re.search("[=~]", argument)]:
         raise InputError(f"{wrong[0]!r}: write key=value, or --help")
     parsed = OverridesParser.create().parse_overrides(arguments)
     sweeps = [str(override.input_line) for override in parsed if override.is_sweep_override()]
-    with hydra.initialize_config_dir(str(CONF)):
+    with words.naming_files(folder), hydra.initialize_config_dir(str(CONF)):
         fixed = [argument for argument in arguments if argument not in sweeps]
         composed = hydra.compose("config", overrides=fixed, return_hydra_config=True)
         return overrides.typed(composed), dict(composed.hydra.sweeper.params or {}), sweeps
-
-
-def _without_config_dir(words: Sequence[str]) -> list[str]:
-    """`--config-dir mine`, which Hydra's own command line takes, as an override."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config-dir", "-cd", type=Path)
-    try:
-        known, rest = parser.parse_known_args(words)
-    except argparse.ArgumentError:
-        raise InputError("--config-dir: write --config-dir FOLDER") from None
-    return [*([f"hydra.searchpath=[file://{known.config_dir.resolve()}]"] if known.config_dir else []), *rest]
 
 
 def without_sweep(words: Sequence[str]) -> list[str]:
@@ -106,10 +100,13 @@ def options(kind: type[Options], words: Sequence[str], usage: str | None) -> Opt
     if wrong := [word for word in words if "=" not in word]:
         raise InputError(f"{wrong[0]}: write key=value, or --help")
     made: Any = OmegaConf.structured(kind)
-    for word in words:
+    keys = [word.partition("=")[0] for word in words]
+    for at, word in enumerate(words):
+        if keys[at] in keys[:at]:
+            raise InputError(f"{word}: write {keys[at]}= once")
         try:
             made = OmegaConf.merge(made, OmegaConf.from_dotlist([word]))
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
             raise InputError(f"{word}: {one_line(error)}; see --help") from None
     if missing := OmegaConf.missing_keys(made):
         raise InputError(f"{min(missing)}= is missing; see --help")
@@ -133,7 +130,7 @@ def write_out(text: str, output: str | None) -> None:
 def errors_in_one_line() -> Iterator[None]:
     try:
         yield
-    except (AutotuneError, HydraException, OmegaConfBaseException) as error:
+    except (AutotuneError, HydraException, OmegaConfBaseException, YAMLError) as error:
         sys.exit(f"autotune: {one_line(error)}")
     except OSError as error:  # a folder in a file's place, no permission, no space, a name that is too long
         if error.filename is None:

@@ -1,0 +1,152 @@
+"""The words of a command line before Hydra reads them: what it would take and a study would not heed is refused."""
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from autotune.config.redact import redact
+from autotune.errors import InputError
+from autotune.text import one_line
+
+# What a study heeds of Hydra's own configuration, and what is to be written instead of the rest.
+HEEDED = (
+    *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweeper.storage", "hydra.sweeper.study_name", "hydra.sweeper.params"),
+    *("hydra.sweeper.sampler", "hydra.searchpath", "hydra.output_subdir", "hydra.verbose", "hydra.mode", "hydra.help"),
+    *("hydra.job_logging", "hydra/job_logging", "hydra.hydra_logging", "hydra/hydra_logging", "hydra.hydra_help"),
+)
+INSTEAD = {
+    "hydra.launcher": "write launcher=inline, gpus or slurm, and its fields as launcher.n_jobs=…",
+    "hydra.sweeper.sampler": "write sampler=tpe, random, grid, …",
+    "hydra.sweeper.n_trials": "write n_trials=…",
+    "hydra.sweeper.n_jobs": "write launcher=gpus launcher.n_jobs=…",
+    "hydra.sweeper.direction": "write objective=… or objective.directions=[…]",
+    "hydra.sweeper.max_failure_rate": "write max_failures=…",
+    "hydra.sweep.subdir": "a trial's folder is trial-<its number>",
+    "hydra.job.env_set": "write backend.env.NAME=…",
+    "hydra.job.chdir": "trials run where autotune was started",
+    "hydra": "leave it out",
+}
+FLAGS = {
+    "--config-name": "write --config-dir FOLDER and an option of it: space=mine, experiment=mine",
+    "--config-path": "write --config-dir FOLDER and an option of it: space=mine, experiment=mine",
+    "--experimental-rerun": "the same command with study=<name> goes on with a study",
+}
+SHORT = {"-cn": "--config-name", "-cp": "--config-path"}
+
+
+def check(words: Sequence[str]) -> None:
+    """Raise InputError for a word of Hydra's that a study would not heed, a key set twice, a wrong --config-dir.
+
+    With another sweeper (hydra/sweeper=optuna) all of Hydra's words are its own.
+    """
+    config_dir(words)
+    for word in words:
+        flag = SHORT.get(word.partition("=")[0], word.partition("=")[0])
+        for name, instead in FLAGS.items():
+            if flag == name or (len(flag) > len("--config-") and name.startswith(flag)):
+                raise InputError(f"{word}: autotune does not take {name}; {instead}")
+    own = not any(word.startswith("hydra/sweeper=") and word != "hydra/sweeper=autotune" for word in words)
+    seen: set[str] = set()
+    for word in words:
+        if not word.startswith("-") and ("=" in word or word.startswith("~")):
+            override = _override(word)
+            key = override.key_or_group
+            if own and (key.startswith(("hydra.", "hydra/")) or key == "hydra"):
+                _check_heeded(key)
+            if not override.is_delete():
+                where = f"{key}@{override.package or ''}"
+                if where in seen:
+                    raise InputError(f"{key} is set twice; write it once")
+                seen.add(where)
+
+
+def _override(word: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        raise InputError(f"{redact(word)}: {redact(one_line(error))}") from None
+
+
+def _check_heeded(key: str) -> None:
+    """Raise InputError for a key of Hydra's that changes nothing here."""
+
+    def below(key: str, name: str) -> bool:
+        return key == name or key.startswith((f"{name}.", f"{name}/"))
+
+    if not any(below(key, name) for name in HEEDED):
+        instead = max((name for name in INSTEAD if below(key.replace("/", "."), name)), key=len)
+        raise InputError(f"{key}: autotune does not heed it; {INSTEAD[instead]}")
+
+
+def config_dir(words: Sequence[str]) -> Path | None:
+    """The folder of --config-dir. Raises InputError for none, two, or one that is not there."""
+    folders = _parsed(words)[0]
+    if len(folders) > 1:
+        raise InputError(f"--config-dir {folders[1]}: {folders[0]} is given already; write one folder")
+    if folders and not folders[0].is_dir():
+        raise InputError(f"--config-dir {folders[0]}: {'not a' if folders[0].exists() else 'no such'} folder")
+    return folders[0] if folders else None
+
+
+def without_config_dir(words: Sequence[str]) -> list[str]:
+    """`--config-dir mine`, which Hydra's own command line takes, as an override."""
+    folder = config_dir(words)
+    return [*([f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []), *_parsed(words)[1]]
+
+
+def _parsed(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config-dir", "-cd", type=Path, action="append", default=[])
+    try:
+        known, rest = parser.parse_known_args(list(words))
+    except argparse.ArgumentError:
+        raise InputError("--config-dir: write --config-dir FOLDER") from None
+    return known.config_dir, rest
+
+
+@contextmanager
+def naming_files(folder: Path | None) -> Iterator[None]:
+    """Raise InputError for what Hydra stumbles over and does not name: a broken file below `folder`, or a word."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        if str(error):
+            raise
+        raise InputError(_broken(folder) or one_line(error)) from None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        if not _is_hydras(error):
+            raise
+        raise InputError(_broken(folder) or one_line(error)) from None
+    except RecursionError:
+        if not folder:
+            raise
+        raise InputError(f"--config-dir {folder}: the defaults of a file there lead back to it") from None
+
+
+def _broken(folder: Path | None) -> str:
+    """The first file below `folder` that is no configuration, and why; empty if there is none."""
+    for file in sorted(folder.rglob("*.yaml")) if folder else []:
+        try:
+            OmegaConf.load(file)
+            if header := re.search(r"^#\s*@\w+\s*$", file.read_text(), re.MULTILINE):
+                raise ValueError(f"{header[0]!r} lacks its value")
+        except Exception as error:
+            return f"{file}: {one_line(error)}"
+    return ""
+
+
+def _is_hydras(error: BaseException) -> bool:
+    """Tell whether Hydra raised `error`, or what it reads YAML with."""
+    at = error.__traceback__
+    while at and at.tb_next:
+        at = at.tb_next
+    module = str(at.tb_frame.f_globals.get("__name__")) if at else ""
+    return module.partition(".")[0] in ("hydra", "omegaconf", "yaml", "codecs", "antlr4")
