@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from autotune.config.command_line import compose
-from autotune.config.schema import ClusterConfig
+from autotune.config.schema import ClusterConfig, Config
 from autotune.errors import InputError
 from autotune.measure.prepare import gpu_count
-from autotune.sweep.cluster import Cluster, Queue, as_new_job
+from autotune.sweep import cluster as clusters
+from autotune.sweep import worker
+from autotune.sweep.cluster import JOB, Cluster, Queue, as_new_job, run_noted
+from autotune.sweep.worker import TrialSpec
 
 CONFIG = ClusterConfig(n_jobs=2, canary=True, poll_s=1.0, parameters={"timeout_min": 1})
 
@@ -93,3 +96,16 @@ def test_job_is_queued_until_squeue_answers(tmp_path: Path, monkeypatch: pytest.
 def test_job_gets_the_gpus_of_a_flag_that_is_written_with_hyphens(tmp_path: Path):
     config, _, _ = compose(["model=llama8b", "backend=sim", "engine.args.tensor-parallel-size=4"])
     assert gpu_count(config) == 4
+
+
+def test_job_that_no_study_has_noted_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A study that was killed before it noted the job asks for the trial again, under another number."""
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(clusters, "NOTED_S", 0.0)
+    monkeypatch.setattr(worker, "run_job", lambda one: "ran")
+    spec = TrialSpec(Config(), [], tmp_path)
+    (tmp_path / JOB).write_text('{"id": "6"}')
+    assert "does not name job 7" in run_noted(spec)
+    (tmp_path / JOB).write_text('{"id": "7"}')
+    assert run_noted(spec) == "ran"

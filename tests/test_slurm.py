@@ -70,7 +70,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def done(study: "subprocess.Popen[str]", timeout_s: float = 150) -> str:
+def done(study: "subprocess.Popen[str]", timeout_s: float = 240) -> str:
     output, _ = study.communicate(timeout=timeout_s)
     assert study.returncode == 0, output
     return output

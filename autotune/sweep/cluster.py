@@ -24,12 +24,13 @@ from autotune.measure.result import is_complete
 from autotune.sweep import worker
 from autotune.sweep.launchers import Job, Launcher
 from autotune.sweep.worker import TrialSpec
-from autotune.system.files import left_in
+from autotune.system.files import left_in, write_whole
 from autotune.text import one_line
 
 log = logging.getLogger(__name__)
 
 JOB = "job.json"  # in a trial's folder: the cluster's id of its job
+NOTED_S = 60.0  # within which a study has written that file, and a shared file system shows it
 LOGS = ".submitit"  # in a study's folder: what submitit writes
 # SLURM's states of a job that never runs again.
 ENDED = {
@@ -53,6 +54,7 @@ class Cluster(Launcher):
             raise InputError("launcher=slurm: no sbatch here; start the study on a node that can submit jobs")
         self.n_jobs = config.n_jobs
         self._cluster = config.cluster
+        self._run = run_noted if config.cluster == "slurm" else worker.run_job
         self._array = config.array
         self._canary = config.canary
         self._parameters = {name: value for name, value in config.parameters.items() if value is not None}
@@ -74,7 +76,7 @@ class Cluster(Launcher):
             executor = self._executor(group[0].folder.parent, gpus, node)
             try:
                 with as_new_job(), executor.batch() if self._array and len(group) > 1 else nullcontext():
-                    submitted = [executor.submit(worker.run_job, trial) for trial in group]
+                    submitted = [executor.submit(self._run, trial) for trial in group]
                 ids = [job.job_id for job in submitted]
             except submitit.core.utils.FailedJobError as error:
                 raise InputError(f"launcher: the cluster refuses the job: {one_line(error)}") from None
@@ -82,7 +84,7 @@ class Cluster(Launcher):
                 for file in (job.paths.submitted_pickle, job.paths.submission_file):
                     if file.exists():  # an array has one script
                         file.chmod(0o600)
-                (trial.folder / JOB).write_text(json.dumps({"id": job_id}))
+                write_whole(trial.folder / JOB, json.dumps({"id": job_id}))
                 jobs[trial.folder] = self._job(trial.folder, job)
         return [jobs[trial.folder] for trial in trials]
 
@@ -131,6 +133,16 @@ class Cluster(Launcher):
                 f"launcher.parameters: {why}; write timeout_min and mem_gb as numbers, other options by SLURM's names"
             ) from None
         return executor
+
+
+def run_noted(one: TrialSpec) -> str:
+    """Run a trial if its study has noted this job: one that was killed before it could asks for the trial again."""
+    own, ends = submitit.JobEnvironment().job_id, time.monotonic() + NOTED_S
+    while left_in(one.folder / JOB).get("id") != own:
+        if time.monotonic() > ends:
+            return f"{one.folder / JOB} does not name job {own}: the study that submitted it was killed"
+        time.sleep(0.2)
+    return worker.run_job(one)
 
 
 def minutes(limit: str) -> int:
