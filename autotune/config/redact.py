@@ -140,7 +140,7 @@ def _of_hidden(count: int) -> re.Pattern[str]:
 def _of_names(names: frozenset[str]) -> tuple[re.Pattern[str], ...]:
     """Secrets in a text: 'TOKEN=…' in quotes, then TOKEN=… and "token": …, {token: …}, --token …"""
     own = "".join(rf"|(?i:{re.escape(name)})" for name in sorted(names))
-    name = rf"(?<![\w-])(?:{NAME}{own})"
+    name = rf"(?<![\w-])(?!{USERS}=)(?:{NAME}{own})"
     return (
         re.compile(rf"""(["'])((?:[\w-]+\.)*{name})=((?:\\.|(?!\1).)+)\1"""),
         re.compile(rf"""({name}(?:\\*["']?\s?=\s?|\\*["']\s*:\s*|:(?=[\w"'\\])))({VALUE})"""),
