@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from autotune.config.redact import redact
+from autotune.config.redact import install, redact
 from autotune.config.schema import TrackingConfig
 from autotune.errors import AutotuneError
 from autotune.measure.result import Result
@@ -114,11 +114,13 @@ class TrackingProcess:
 
 
 def main() -> None:
+    install()
     # Every library is quiet, and says what matters in its exceptions.
     logging.basicConfig(level=logging.CRITICAL, format="%(message)s", stream=sys.stdout)
     logging.getLogger("autotune").setLevel(logging.INFO)
     with os.fdopen(int(sys.argv[1])) as pipe:
         first = json.loads(pipe.readline())
+        redact(first)  # so that no error repeats a password of the URI
         config, folder = TrackingConfig(**first["config"]), Path(first["folder"])
         sys.exit(min(1, follow(config, first["study"], folder, map(json.loads, pipe))))
 
