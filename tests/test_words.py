@@ -33,6 +33,12 @@ from tests.conftest import Main
         ("engine.args.x=1 +engine.args.x=choice(1,2)", "engine.args.x is set twice; write it once"),
         ("n_trials=[", "n_trials=[: no viable alternative"),
         ("backend.env.HF_TOKEN=hf_planted[", "backend.env.HF_TOKEN=***: "),
+        ("=3", "=3: write key=value"),
+        ("--package x model=tiny", "--package: it picks what --cfg shows"),
+        (
+            "hydra.searchpath=[file:///none]",
+            "hydra.searchpath: file:///none: no such folder; write --config-dir FOLDER",
+        ),
         ("--config-dir", "--config-dir: write --config-dir FOLDER"),
         ("--config-dir none", "--config-dir none: no such folder"),
         ("--config-dir /etc/hostname", "--config-dir /etc/hostname: not a folder"),

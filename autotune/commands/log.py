@@ -9,7 +9,7 @@ import argparse
 import os
 from pathlib import Path
 
-from autotune.config.command_line import errors_in_one_line
+from autotune.config.command_line import Parser, errors_in_one_line
 from autotune.config.redact import redact
 from autotune.config.schema import TrackingConfig
 from autotune.errors import InputError
@@ -18,9 +18,7 @@ from autotune.results.tracking import Tracker, check
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="autotune log", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="autotune log", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="multirun/STUDY, or one trial's folder")
     parser.add_argument(
         "--uri",
@@ -30,8 +28,8 @@ def main() -> None:
     parser.add_argument(
         "--experiment", default=os.environ.get("MLFLOW_EXPERIMENT_NAME", "autotune"), help="MLflow experiment"
     )
-    options = parser.parse_args()
     with errors_in_one_line():
+        options = parser.parse_args()
         count = log(options.folder, TrackingConfig(uri=options.uri, experiment=options.experiment))
     print(f"{count} trials of {options.folder} are in MLflow at {redact(options.uri)}")
 

@@ -1,12 +1,13 @@
 """The command line: its words as a Config or as a command's options, errors in one line."""
 
+import argparse
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -82,6 +83,13 @@ def without_sweep(words: Sequence[str]) -> list[str]:
     if swept:
         print(f"# one trial, without what is swept: {' '.join(swept)}", file=sys.stderr)
     return kept
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser of a command that takes flags; what it can't parse is an InputError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
 
 
 def show_help(usage: str | None, words: Sequence[str]) -> None:

@@ -48,6 +48,10 @@ def check(words: Sequence[str]) -> None:
     With another sweeper (hydra/sweeper=optuna) all of Hydra's words are its own.
     """
     config_dir(words)
+    if any(word.startswith("-p") or word.startswith("--package") for word in words) and not {"--cfg", "-c"} & set(
+        words
+    ):
+        raise InputError("--package: it picks what --cfg shows; write --cfg job --package GROUP")
     for word in words:
         flag = SHORT.get(word.partition("=")[0], word.partition("=")[0])
         for name, instead in FLAGS.items():
@@ -59,6 +63,10 @@ def check(words: Sequence[str]) -> None:
         if not word.startswith("-") and ("=" in word or word.startswith("~")):
             override = _override(word)
             key = override.key_or_group
+            if not key:
+                raise InputError(f"{word}: write key=value")
+            if key == "hydra.searchpath":
+                _check_folders(override)
             if own and (key.startswith(("hydra.", "hydra/")) or key == "hydra"):
                 _check_heeded(key)
             if not override.is_delete():
@@ -73,6 +81,14 @@ def _override(word: str) -> Override:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:
         raise InputError(f"{redact(word)}: {redact(one_line(error))}") from None
+
+
+def _check_folders(override: Override) -> None:
+    """Raise InputError for a folder of hydra.searchpath that is not there; Hydra goes on without it."""
+    value = override.value()
+    for path in map(str, value if isinstance(value, list) else []):
+        if not path.startswith("pkg:") and not Path(path.removeprefix("file://")).is_dir():
+            raise InputError(f"hydra.searchpath: {path}: no such folder; write --config-dir FOLDER")
 
 
 def _check_heeded(key: str) -> None:

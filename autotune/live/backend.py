@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ from autotune.live import audit, gpu, key, loadgen_log, metrics_page
 from autotune.live.gpu import Gpus, GpuState
 from autotune.live.installed_vllm import find_vllm
 from autotune.live.messages import WARMUP_ROUNDS, ClientReport, RunSpec
-from autotune.live.server import Server, serve
+from autotune.live.server import Server, inherited, serve
 from autotune.measure import progress
 from autotune.measure.arrivals import issues
 from autotune.measure.backend import DryRunOutcome, Measurement, RequestTiming
@@ -42,6 +43,12 @@ DYING_S = 10.0
 IDLE_S = 60.0  # for which requests of a stopped run may go on, at most
 
 
+@cache
+def _tell_of(variables: str) -> None:
+    if variables:
+        log.info("vLLM gets %s from the environment: unset what is not meant to be measured", variables)
+
+
 class LiveBackend:
     Config = LiveConfig
     needs_weights = True
@@ -52,6 +59,9 @@ class LiveBackend:
         loadgen = importlib.metadata.version("mlcommons-loadgen")
         self.flags = self.vllm.flags.keys()
         self.facts = {"vllm": self.vllm.version, "torch": self.vllm.torch, "loadgen": loadgen}
+        switches = {name: value for name, value in redact(inherited(config)).items() if name.startswith("VLLM_")}
+        self.facts["environment"] = " ".join(f"{name}={value}" for name, value in switches.items())
+        _tell_of(self.facts["environment"])
 
     def read(self, args: Mapping[str, Any]) -> dict[str, Any]:
         return self.vllm.read(args)

@@ -35,6 +35,19 @@ ENV = {
     "PYTHONUNBUFFERED": "1",  # so that the log is complete when vLLM dies
     "PYTHONDONTWRITEBYTECODE": "",  # else each of vLLM's three processes would compile all of it
 }
+# Beginnings of the names of variables that decide how vLLM runs; it gets all others of the user's, too.
+DECIDING = (
+    *("VLLM_", "CUDA_", "NVIDIA_", "NCCL_", "HIP_", "ROCR_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_"),
+    *("PYTHON", "TORCH", "PYTORCH_", "TRITON_", "FLASHINFER_", "OMP_", "MKL_", "KMP_", "LD_"),
+)
+
+
+def inherited(config: LiveConfig) -> dict[str, str]:
+    """The user's variables that decide how vLLM runs: those that neither autotune nor backend.env sets."""
+    chosen = {**ENV, **config.env}
+    return {
+        name: value for name, value in sorted(os.environ.items()) if name.startswith(DECIDING) and name not in chosen
+    }
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,9 @@ def serve(
         *vllm.command_line(args),
         *key.FLAGS,
     ]
-    (folder / "command.json").write_text(json.dumps(redact({"command": command, "env": config.env}), indent=1))
+    (folder / "command.json").write_text(
+        json.dumps(redact({"command": command, "env": config.env, "inherited": inherited(config)}), indent=1)
+    )
     log = folder / "vllm.log"
     log.touch(mode=0o600)  # vLLM writes its flags there
     started = time.monotonic()

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from scipy.optimize import least_squares
 
-from autotune.config.command_line import compose, errors_in_one_line
+from autotune.config.command_line import Parser, compose, errors_in_one_line
 from autotune.config.schema import FITTED, HOST, Device, Kind, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.errors import AutotuneError, InputError
@@ -90,7 +90,7 @@ class Case:
 
 
 def run() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="autotune calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", nargs="+", type=Path)

@@ -22,7 +22,14 @@ FREE = (
     *("tracking", "secrets", "cache_dir", "backend.python", "backend.port", "backend.pace", "backend.observe_s"),
     *("backend.start_timeout_s", "backend.stop_timeout_s", "backend.run_timeout_s"),
 )
-FACTS = ("vllm", "torch", "loadgen", "simulated", "dataset_checksum")  # of a result, that decide what it measured
+FACTS = (
+    "vllm",
+    "torch",
+    "loadgen",
+    "environment",
+    "simulated",
+    "dataset_checksum",
+)  # of a result, that decide what it measured
 
 
 def check_configuration(
