@@ -89,6 +89,21 @@ def test_what_vllm_would_refuse_is_refused(
     assert refusal in answer and "\n" not in answer, f"probe.{function}: {' '.join(words)} gives {answer!r}"
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ('{"cudagraph_mode": "SIDEWAYS"}', "SIDEWAYS"),
+        ('{"cudagraph_mod": "FULL"}', "cudagraph_mod: Unexpected keyword"),
+    ],
+)
+def test_value_that_no_other_flag_makes_right_is_told_from_a_combination(
+    probe: Probe, model: Path, value: str, said: str
+):
+    answer = dry_run(probe, model, "--compilation-config", value)
+    assert not answer["readable"] and said in answer["refusal"], f"probe.dry_run or probe.one_line: {answer}"
+    assert dry_run(probe, model, "--max-num-seqs", "64", "--max-num-batched-tokens", "32")["readable"]
+
+
 def test_versions_are_read_without_an_import(tmp_path: Path):
     done = subprocess.run([sys.executable, str(PROBE), "versions"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, f"probe.versions: {done.stderr}"

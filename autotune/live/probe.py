@@ -105,14 +105,16 @@ def dry_run(parser: Any, words: list[str]) -> dict[str, Any]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
+    readable = False
     try:
         arguments = parser.parse_args(words)
+        readable = True
         # vLLM's defaults depend on the usage context: a server's batches are smaller than LLM()'s.
         config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
         check_start(config)
         return {"refusal": "", "resolved": resolved(config, vars(arguments))}
     except (Exception, SystemExit) as error:
-        return {"refusal": one_line(error), "resolved": {}}
+        return {"refusal": one_line(error), "resolved": {}, "readable": readable}
 
 
 def answer() -> None:
@@ -180,11 +182,14 @@ def check_block_size(config: Any) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message in one line: of pydantic's several lines, the sentence."""
+    """An error's message in one line: of pydantic's several lines, the field and the sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) > 1 and "validation error" in lines[0]:
-        lines = [line for line in lines[1:] if " " in line] or lines
-    return (lines[0] if lines else type(error).__name__).partition(" [type=")[0].removeprefix("Value error, ")
+        at = next((at for at, line in enumerate(lines) if at and " " in line), 0)
+        sentence = lines[at].partition(" [type=")[0].removeprefix("Value error, ")
+        return f"{lines[at - 1]}: {sentence}" if at > 1 else sentence
+    sentence = (lines[0] if lines else "").partition(" [type=")[0].removeprefix("Value error, ")
+    return sentence if " " in sentence else f"{type(error).__name__}: {sentence}".rstrip(": ")
 
 
 def end_with_parent() -> None:

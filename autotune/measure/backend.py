@@ -63,6 +63,7 @@ class DryRunOutcome:
 
     refusal: str  # its reason to refuse; empty if it accepts
     resolved: dict[str, Any]  # each flag's value that it would run with, defaults included
+    readable: bool = True  # false: it refuses a value, whatever the other flags are
 
 
 class Engine(Protocol):

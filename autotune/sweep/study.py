@@ -149,9 +149,9 @@ def check_values(space: Space, prepared: Prepared) -> None:
         if isinstance(value_of(choice), dict) or name.count(".") > FLAG.count(".")
     ]
     for params in [{}, *objects]:
-        refusal = prepared.dry_run(swept_flags(params, prepared.args)).refusal
-        if refusal.startswith("argument -"):
-            raise InputError(f"{shorten(params)}: vLLM refuses it: {refusal}".removeprefix(": "))
+        outcome = prepared.dry_run(swept_flags(params, prepared.args))
+        if not outcome.readable:
+            raise InputError(f"engine.args: vLLM can't read {shorten(params) or 'a flag'}: {outcome.refusal}")
 
 
 class Sweep:
