@@ -26,16 +26,26 @@ step() {
     if [[ $code == 0 || ($code == 2 && $1 == verify) ]]; then mv "done/$name.log" "done/$name"; else failed=1; fi
 }
 
+with_words() { # $words and the given ones, of those for the same key the last, in the array all
+    local word
+    local -A of=()
+    for word in "$@" "${words[@]}"; do of[${word%%=*}]=$word; done
+    all=("${of[@]}")
+}
+
 study() {
-    python3 -m autotune -m study="$1" model=llama8b_dummy launcher=gpus gpus="${GPUS:-all}" "${@:2}" "${words[@]}"
+    with_words study="$1" model=llama8b_dummy launcher=gpus gpus="${GPUS:-all}" "${@:2}"
+    python3 -m autotune -m "${all[@]}"
 }
 
 simulated() { # as a study of the same words, without a GPU
-    python3 -m autotune -m study="$1" model=llama8b_dummy backend=sim tracking=none "${@:2}" "${words[@]}"
+    with_words study="$1" model=llama8b_dummy backend=sim tracking=none "${@:2}"
+    python3 -m autotune -m "${all[@]}"
 }
 
 trial() { # one alone, in multirun/trials/NAME; always in a subshell, whose process becomes the trial's
-    exec python3 -m autotune study="$1" model=llama8b_dummy gpus="${GPUS:-all}" tracking=none "${@:2}" "${words[@]}"
+    with_words study="$1" model=llama8b_dummy gpus="${GPUS:-all}" tracking=none "${@:2}"
+    exec python3 -m autotune "${all[@]}"
 }
 
 verify() {
