@@ -69,7 +69,7 @@ class StandInEngine:
     folder: Path  # the trial's
     config: StandInConfig
     start: dict[str, float] = field(default_factory=lambda: {"import": START_S})
-    command: list[str] = field(default_factory=lambda: ["vllm", "serve"])
+    command: list[str] = field(default_factory=lambda: ["vllm", "serve", "model"])
     estimated: bool = True
 
     def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:

@@ -103,6 +103,8 @@ class Deployment:
 def deployment(study: Study, trial: str, image: str | None = None) -> Deployment:
     """The server of `trial`. Raises InputError if a flag's value is hidden."""
     result, config = study.results[trial], study.config_of(trial)
+    if len(result.command) < 3:
+        raise InputError(f"{study.folder / trial}: its result.json holds no `vllm serve MODEL`; choose another trial")
     model, flags = result.command[2], result.command[3:]
     if Path(model).expanduser().exists():
         model = str(Path(model).expanduser().resolve())

@@ -37,7 +37,14 @@ class Record:
         self.objective = objective
         self._storage = storage
         directions: Any = list(objective.directions)
-        self._study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
+        try:
+            self._study = optuna.create_study(
+                study_name=name, storage=storage, directions=directions, load_if_exists=True
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise InputError(
+                f"hydra.sweeper.storage: study={name} can't be read ({error!r}); it is broken or another program's"
+            ) from None
         self._check_continues()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental since Optuna 3.2

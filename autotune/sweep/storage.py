@@ -65,13 +65,20 @@ def _database(url: str, study: str, held: ExitStack) -> SingleWriterStorage:
         engine = {"connect_args": {"timeout": LOCKED_S}}
         if at.database:
             held.enter_context(_lock_beside(Path(at.database), study))
-    backend = RDBStorage(at.render_as_string(hide_password=False), engine)
+    try:
+        backend = RDBStorage(at.render_as_string(hide_password=False), engine)
+    except RuntimeError as error:  # the tables of another version of Optuna
+        raise InputError(f"hydra.sweeper.storage={redact(url)}: {one_line(error)}") from None
     held.callback(backend.engine.dispose)
     return SingleWriterStorage(backend)
 
 
 def _with_driver(url: str) -> sqlalchemy.URL:
-    at = sqlalchemy.make_url(url)
+    try:
+        at = sqlalchemy.make_url(url)
+    except ValueError:  # which may quote a part of the password
+        where = f"hydra.sweeper.storage={redact(url)}"
+        raise InputError(f"{where}: not a URL; write %2F, %3A and %40 for a password's /, : and @") from None
     return at.set(drivername=f"{at.drivername}+{DRIVERS[at.drivername]}") if at.drivername in DRIVERS else at
 
 
@@ -85,8 +92,6 @@ def _errors(url: str, more: str = "") -> Iterator[None]:
             f"{where}: {error}; install that database's driver "
             f"(for PostgreSQL and MySQL: uv pip install -e '.[databases]')"
         ) from None
-    except ValueError:  # SQLAlchemy's, which may quote a part of the password
-        raise InputError(f"{where}: not a URL; write %2F, %3A and %40 for a password's /, : and @") from None
     except (SQLAlchemyError, StorageInternalError) as error:
         why = error.__cause__ if isinstance(error, StorageInternalError) else error
         raise InputError(f"{where}: {redact(one_line(why or error))}{more}") from None
