@@ -42,6 +42,7 @@ NOT_RUN = {
     "tracking.uri=http": "needs a server",
     "sampler=botorch": "an extra",
     "experiment=demo": "`make demo`: minutes of real vLLM",
+    "backend.twin": "the steps lie in the repository; tests/test_twin.py reads them",
     "model=smollm2": "the page runs real vLLM on a CPU; tests/test_live.py does",
     "pruner=": "needs trials that take a while",
 }

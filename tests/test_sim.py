@@ -169,16 +169,16 @@ DECODER = {
         ({"hidden_size": None}, "config.json has no hidden_size"),
         ({"num_attention_heads": 0}, "num_attention_heads=0"),
         ({"vocab_size": "many"}, "vocab_size='many'"),
-        ({"num_experts": 4}, "it has experts"),
-        ({"kv_lora_rank": 512}, "compressed KV cache"),
+        ({"num_experts": 4}, "how many experts it has, and how many of a token"),
+        ({"kv_lora_rank": 512}, "config.json has no qk_rope_head_dim"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "keep a state"),
         ({"mamba_d_state": 16}, "keep a state"),
         ({"model_type": "gpt_neox"}, "gpt_neox has layers without a gate"),
     ],
 )
-def test_model_that_is_no_dense_decoder_is_said_so(change: dict[str, object], why: str):
+def test_model_that_is_no_decoder_that_is_known_is_said_so(change: dict[str, object], why: str):
     assert Shape.of(DECODER).heads == 4
-    with pytest.raises(InputError, match=f"knows dense decoders, and this model is none.*{why}.*; use backend=live"):
+    with pytest.raises(InputError, match=f"knows decoders, and this model is none.*{why}.*; use backend=live"):
         Shape.of(DECODER | change)
 
 

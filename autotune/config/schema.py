@@ -226,6 +226,8 @@ class SimConfig:
 
     _target_: str = MISSING
     device: Device = field(default_factory=Device)
+    # Recorded steps (steps.parquet, or a folder of trials) of servers that the simulated one is to be a twin of.
+    twin: list[str] = field(default_factory=list)
     pace: float = within(0.0, 0, 100)  # real seconds that pass for each simulated one; 0: as fast as it computes
 
 

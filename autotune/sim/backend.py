@@ -20,12 +20,14 @@ from autotune.measure.backend import DryRunOutcome, Measurement, RequestTiming
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
 from autotune.measure.metrics import within
+from autotune.sim import steps
 from autotune.sim.cost import GIB, Cost
 from autotune.sim.engine import serve
-from autotune.sim.flags import AUTO, HARMLESS, MODELLED, refusal, resolve
+from autotune.sim.flags import AUTO, HARMLESS, MODELLED, Flags, refusal, resolve
 from autotune.sim.kv_cache import KvCache, prefix_keys
 from autotune.sim.scheduler import Request, Scheduler
 from autotune.sim.shape import Shape
+from autotune.sim.twin import Twin, fit
 from autotune.system.leases import Lease
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,8 @@ class SimBackend:
         self.config = config
         self.flags = vllm_flags.recorded()
         self.facts = {"simulated": config.device.name}
+        self._steps = steps.read_all(config.twin)
+        self._twins: dict[Shape, Twin] = {}
 
     def read(self, args: Mapping[str, Any]) -> dict[str, Any]:
         made = vllm_flags.read(args, self.flags, "vLLM")
@@ -56,6 +60,14 @@ class SimBackend:
         flags = resolve(args, self.config.device, shape)
         return DryRunOutcome(refusal(flags, self.config.device, shape), asdict(flags))
 
+    def _cost(self, shape: Shape, flags: Flags) -> Cost:
+        """The cost on the device, or on the twin of the recorded servers."""
+        if not self._steps:
+            return Cost(self.config.device, shape, flags)
+        if shape not in self._twins:
+            self._twins[shape] = fit(self._steps, self.config.device, shape)
+        return self._twins[shape].cost(flags)
+
     @contextmanager
     def start(
         self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, lease: Lease | None
@@ -64,10 +76,10 @@ class SimBackend:
         flags = resolve(args, device, shape)
         if reason := refusal(flags, device, shape):
             raise StartError(reason)
-        cost = Cost(device, shape, flags)
+        cost = self._cost(shape, flags)
         if args.get("max_model_len") == AUTO and 0 < cost.kv_tokens() < flags.max_model_len:
             flags = replace(flags, max_model_len=cost.kv_tokens())
-            cost = Cost(device, shape, flags)
+            cost = self._cost(shape, flags)
         if missing := out_of_memory(cost):
             raise StartError(missing, cost.start_s)
         revision = ["--revision", model.revision] if model.revision else []

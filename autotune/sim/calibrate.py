@@ -1,9 +1,13 @@
 """Fit a device's constants to measured trials:
 
+    autotune calibrate STEPS|FOLDER … [--predict STEPS …] [--out FILE] [backend/device=h100] [model=…]
     autotune calibrate RESULT.json|FOLDER … [--out FILE] [--check] [backend/device=h100]
 
-A folder stands for every result.json-like file below it. Each trial is simulated as it was configured; the constants
-change until rates and latencies agree. Prints the device's YAML with the error that is left, or writes it to FILE.
+STEPS are recorded steps (steps.parquet, .csv, .csv.xz) of one model on one kind of GPU; `FILE:flag=value,…` says
+vLLM's flags where the file does not. The constants are fitted to them within seconds. `--predict` says how well they
+tell the steps of other servers. A folder stands for every steps.parquet below it, and where there is none for every
+result.json-like file: each trial is simulated as it was configured, and the constants change until rates and latencies
+agree, within minutes. Prints the device's YAML with the error that is left, and writes it to FILE.
 """
 
 import argparse
@@ -19,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 from scipy.optimize import least_squares
 
 from autotune.config.command_line import Parser, compose, errors_in_one_line
@@ -30,6 +33,7 @@ from autotune.measure import runs
 from autotune.measure.metrics import from_requests
 from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result
+from autotune.sim import from_steps, steps
 from autotune.sim.backend import SimBackend, simulate
 from autotune.sim.cost import Cost
 from autotune.sim.flags import resolve
@@ -93,12 +97,32 @@ def run() -> None:
     parser = Parser(
         prog="autotune calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("results", nargs="+")
     parser.add_argument("--out", type=Path, help="write the device's YAML here")
     parser.add_argument("--check", action="store_true", help="fit nothing: print the error that the device leaves")
+    parser.add_argument("--predict", nargs="+", default=[], help="recorded steps to predict from the others")
     arguments, overrides = parser.parse_known_intermixed_args()
-    given = [path for path in arguments.results if "=" not in str(path)]
-    overrides += [str(path) for path in arguments.results if "=" in str(path)]
+    given = [word for word in arguments.results if not is_override(word)]
+    to_predict = [word for word in arguments.predict if not is_override(word)]
+    overrides += [word for word in arguments.results + arguments.predict if is_override(word)]
+    if to_predict or any(map(steps.hold_steps, given)):
+        recorded, predicted = steps.read_all(given), steps.read_all(to_predict)
+        text = from_steps.report(recorded, predicted, start_device(overrides), model(overrides))
+    else:
+        text = from_results([Path(word) for word in given], overrides, arguments.check)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text)
+    print(text)
+
+
+def is_override(word: str) -> bool:
+    """True for `backend/device=h200`, false for a file, and for `FILE:flag=value`."""
+    return "=" in word and not Path(word).exists() and not Path(word.rpartition(":")[0] or "=").exists()
+
+
+def from_results(given: Sequence[Path], overrides: Sequence[str], check: bool) -> str:
+    """The YAML of a device that is fitted to the trials in `given`, or with `check` the error that it leaves."""
     if missing := [str(path) for path in given if not path.exists()]:
         raise InputError(f"{missing[0]}: no such file or folder; give result.json files, or folders that hold some")
     files = sorted(file for path in given for file in (path.rglob("*.json") if path.is_dir() else [path]))
@@ -106,13 +130,9 @@ def run() -> None:
     if not cases:
         raise InputError("no measured trial among the results; give result.json files, or folders that hold some")
     device = start_device(overrides)
-    if not arguments.check:
+    if not check:
         print(f"fitting {device.name} to {len(cases)} runs: some seconds for each", file=sys.stderr)
-    text = as_yaml(rounded(device if arguments.check else fit(cases, device)), cases)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text)
-    print(text)
+    return as_yaml(device if check else fit(cases, device), cases)
 
 
 def start_device(overrides: Sequence[str]) -> Device:
@@ -120,6 +140,13 @@ def start_device(overrides: Sequence[str]) -> Device:
     backend = prepare(config).backend
     assert isinstance(backend, SimBackend)
     return backend.config.device
+
+
+def model(overrides: Sequence[str]) -> dict[str, Any] | None:
+    """The config.json of the model that `overrides` name, if they name one."""
+    if not any(override.startswith("model") for override in overrides):
+        return None
+    return prepare(compose([*overrides, "backend=sim"])[0]).model.config
 
 
 def names(files: Sequence[Path]) -> dict[Path, str]:
@@ -196,15 +223,6 @@ def fit_from(cases: Sequence[Case], start: Device, slower: float) -> tuple[Devic
     return device(solution.x), float(solution.cost)
 
 
-def rounded(device: Device) -> Device:
-    """`device` with as many digits as are written: four."""
-    values: dict[str, Any] = {
-        name: float(f"{value:.4g}") if isinstance(value, float) else value
-        for name, value in dataclasses.asdict(device).items()
-    }
-    return Device(**values)
-
-
 def errors(cases: Sequence[Case], device: Device) -> dict[str, Mapping[str, float]]:
     """The error of each simulated metric by case, as a share of the measured one."""
     return {
@@ -219,9 +237,7 @@ def as_yaml(device: Device, cases: Sequence[Case]) -> str:
     for name, by_metric in errors(cases, device).items():
         shown = ", ".join(f"{metric.removesuffix('_ms')} {error:+.1%}" for metric, error in by_metric.items())
         lines.append(f"#   {name}: {shown}")
-    fields = dataclasses.fields(device)
-    body = {field.name: value for field in fields if (value := getattr(device, field.name)) != field.default}
-    return "\n".join(lines) + "\n" + OmegaConf.to_yaml(OmegaConf.create(body))
+    return "\n".join(lines) + "\n" + from_steps.device_yaml(device)
 
 
 def main() -> None:

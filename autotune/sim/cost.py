@@ -4,9 +4,14 @@ FLOPs and bytes are counted from the model's config.json; the device's YAML hold
 fitted to measurements.
 """
 
+import itertools
 import math
 from bisect import bisect_left
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from autotune.config.schema import Device
 from autotune.sim.flags import Flags
@@ -14,14 +19,79 @@ from autotune.sim.scheduler import Batch
 from autotune.sim.shape import Shape
 
 GIB = 1 << 30
+POWER = 3.0
 
 
 class Step(NamedTuple):
-    """Seconds of one step's parts."""
+    """Seconds of one step's parts; numbers, or arrays of many steps."""
 
-    prepare_s: float  # host, before the GPU can begin
-    launch_s: float  # host, while the GPU may already run
-    gpu_s: float
+    prepare_s: Any  # host, before the GPU can begin
+    launch_s: Any  # host, while the GPU may already run
+    gpu_s: Any
+    return_s: Any  # from the step's end on the GPU to the scheduler
+    eager: Any = False  # no CUDA graph holds it
+
+
+class Work(NamedTuple):
+    """Work of a step; numbers, or arrays of many steps."""
+
+    tokens: Any  # a CUDA graph's padding included
+    touched: Any  # share of the experts
+    attended: Any  # tokens that each prefilled token attends to, summed
+    context: Any  # the decodes' tokens in the KV cache, summed
+    sequences: Any
+    in_graph: Any  # 1 if a CUDA graph holds the step
+    prefills: Any  # 1 if it has a prefill
+
+
+# Of a step, in seconds: what `seconds` sums. Some are from the device's YAML, the others count bytes and FLOPs.
+CONSTANTS = (
+    *("fixed_s", "weights_s", "experts_s", "product_s", "token_s", "attended_s", "context_s", "sequence_s"),
+    *("return_s", "prepare_s", "prepare_sequence_s", "launch_s", "piecewise_s"),
+)
+ON_HOST = slice(CONSTANTS.index("prepare_s"), None)
+
+
+def seconds(constants: Iterable[float], work: Work) -> Step:
+    """Seconds of `work` with these CONSTANTS."""
+    fixed, weights, experts, product, token, attended, context, sequence, *host = constants
+    back, prepare, each, launch, piecewise = host
+    products = ((weights + experts * work.touched) ** POWER + (work.tokens * product) ** POWER) ** (1 / POWER)
+    return Step(
+        prepare + each * work.sequences,
+        work.in_graph * work.prefills * piecewise + (1 - work.in_graph) * launch,
+        fixed
+        + products
+        + work.tokens * token
+        + work.attended * attended
+        + work.context * context
+        + work.sequences * sequence,
+        back,
+        1 - work.in_graph,
+    )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Pace of the host, as it varied from one launch to the next, in their order, by kind of launch."""
+
+    launches: tuple[float, ...] = ()  # factors on the time of steps without a graph …
+    pieces: tuple[float, ...] = ()  # … and of those with prefill in one
+    seed: int = 0
+
+    def factors(self) -> Callable[[bool, bool], float]:
+        """The factor on the host's time of one step after the other, as it was recorded from a random moment on."""
+        random = np.random.default_rng(self.seed)
+        players = [
+            itertools.cycle(np.roll(kind, random.integers(len(kind))).tolist()) if kind else None
+            for kind in (self.pieces or self.launches, self.launches or self.pieces)
+        ]
+
+        def factor(launched: bool, eager: bool) -> float:
+            player = players[eager]
+            return next(player) if launched and player else 1.0
+
+        return factor
 
 
 class Cost:
@@ -29,53 +99,47 @@ class Cost:
 
     def __init__(self, device: Device, shape: Shape, flags: Flags) -> None:
         self.device, self.shape, self.flags = device, shape, flags
+        self.pace, self.more_kv_bytes = Pace(), 0.0  # a twin knows them
         tp = flags.tensor_parallel_size
         products = device.tflops * 1e12 * device.math_efficiency
         quantised = (device.fp8_tflops or 0.0) * 1e12 * device.math_efficiency if flags.fp8_weights else products
         bandwidth = device.bandwidth_gbs * 1e9 * device.bandwidth_efficiency
-        self.weight_bytes = shape.linear * (1 if flags.fp8_weights else 2) / tp
+        attention = products * device.attention_efficiency
+        size = min(shape.weight_bytes, 1.0) if flags.fp8_weights else shape.weight_bytes
+        self.weight_bytes = (shape.linear + shape.expert * shape.experts) * size / tp
         self.output_bytes = shape.embedding * 2 / tp
-        self.kv_bytes = 2 * shape.layers * shape.kv_heads * shape.head_size * (1 if flags.fp8_kv else 2) / tp
+        self.kv_bytes = shape.layers * shape.kv_values * (1 if flags.fp8_kv else 2) / tp
         # A token's bytes around the matrix products: norms, residuals, rotations, activations.
-        token_bytes = 2 * shape.layers * (10 * shape.hidden + 4 * shape.intermediate / tp)
-        self._weights_s = self.weight_bytes / bandwidth
-        self._output_s = self.output_bytes / bandwidth
-        self._product_s = 2 * shape.linear / tp / quantised  # a token
-        self._token_s = token_bytes / bandwidth
-        self._logits_s = 2 * shape.embedding / tp / products + 6 * 4 * shape.vocab / tp / bandwidth  # a sequence
-        self._attended_s = (
-            4 * shape.layers * shape.heads * shape.head_size / tp / (products * device.attention_efficiency)
-        )
-        self._context_s = self.kv_bytes / (bandwidth * device.attention_efficiency)
+        token_bytes = 2 * shape.layers * (10 * shape.hidden + 4 * shape.width / tp)
+        token_s, fixed_s = token_bytes / bandwidth, device.step_s + self.output_bytes / bandwidth
         if tp > 1:  # two all-reduces a layer
-            self._token_s += 4 * shape.layers * shape.hidden * 2 * (tp - 1) / tp / (device.link_gbs * 1e9)
-        self._fixed_s = device.step_s + (2 * shape.layers * device.link_s if tp > 1 else 0.0)
+            token_s += 4 * shape.layers * shape.hidden * 2 * (tp - 1) / tp / (device.link_gbs * 1e9)
+            fixed_s += 2 * shape.layers * device.link_s
         more = device.eager_factor if flags.enforce_eager else device.fp8_factor if flags.fp8_weights else 1.0
-        self._launch_s = device.launch_s * shape.layers * more
-        self._piecewise_s = device.piecewise_s * shape.layers
+        self.constants: tuple[float, ...] = (
+            fixed_s,
+            shape.linear * size / tp / bandwidth,
+            shape.expert * shape.experts * size / tp / bandwidth,
+            2 * shape.active / tp / quantised,
+            token_s,
+            4 * shape.layers * shape.heads * shape.head_size / tp / attention,
+            self.kv_bytes / (bandwidth * device.attention_efficiency),
+            2 * shape.embedding / tp / products + 6 * 4 * shape.vocab / tp / bandwidth,
+            0.0,
+            device.host_s,
+            device.host_sequence_s,
+            device.launch_s * shape.layers * more,
+            device.piecewise_s * shape.layers,
+        )
 
     def step(self, batch: Batch) -> Step:
         """Seconds of the step that computes `batch`."""
-        device, sizes = self.device, self.flags.graph_sizes
-        tokens = batch.tokens
-        sequences = batch.decodes + len(batch.chunks)
-        launch_s = 0.0
-        if sizes and tokens <= sizes[-1]:
-            tokens = sizes[bisect_left(sizes, tokens)]  # a graph computes its padding, too
-            launch_s = self._piecewise_s if batch.chunks else 0.0
-        else:
-            launch_s = self._launch_s
-        products = (self._weights_s**3 + (tokens * self._product_s) ** 3) ** (1 / 3)
-        gpu_s = (
-            self._fixed_s
-            + products
-            + tokens * self._token_s
-            + batch.attended * self._attended_s
-            + batch.context * self._context_s
-            + self._output_s
-            + sequences * self._logits_s
-        )
-        return Step(device.host_s + device.host_sequence_s * sequences, launch_s, gpu_s)
+        tokens, prefills, sizes = batch.tokens, len(batch.chunks), self.flags.graph_sizes
+        in_graph = bool(sizes) and tokens <= sizes[-1]
+        padded = sizes[bisect_left(sizes, tokens)] if in_graph else tokens  # a graph computes its padding, too
+        touched, sequences = self.shape.touched(tokens), batch.decodes + prefills
+        work = Work(padded, touched, batch.attended, batch.context, sequences, in_graph, prefills > 0)
+        return seconds(self.constants, work)
 
     def kv_tokens(self) -> int:
         """Tokens that the KV cache holds; negative if the weights alone do not fit the GPU."""
@@ -84,10 +148,10 @@ class Cost:
             return int(device.kv_gib * GIB / self.kv_bytes)
         tp = flags.tensor_parallel_size
         weights = self.weight_bytes + (1 if shape.tied else 2) * self.output_bytes
-        step = 2 * flags.max_num_batched_tokens * (3 * shape.hidden + 2 * shape.intermediate / tp)
+        step = 2 * flags.max_num_batched_tokens * (3 * shape.hidden + 2 * shape.width / tp)
         activations = max(device.activations_gib * GIB, device.workspace_gib * GIB + step)
         room = device.memory_gib * flags.gpu_memory_utilization * GIB - device.other_gib * GIB - weights - activations
-        return int(room / self.kv_bytes)
+        return int((room + self.more_kv_bytes) / self.kv_bytes)
 
     def logits_bytes(self) -> float:
         """Memory that vLLM's sampler takes in its warm-up with max_num_seqs sequences: float32 logits, twice."""

@@ -54,6 +54,7 @@ def serve(requests: Sequence[Request], scheduler: Scheduler, cost: Cost) -> Obse
     """
     in_flight = 2 if cost.flags.async_scheduling else 1
     now = gpu_free = 0.0
+    pace_of = cost.pace.factors()
     running: deque[tuple[float, Batch]] = deque()
     arrived, count, observer = 0, len(requests), Observer(scheduler)
     while True:
@@ -64,10 +65,11 @@ def serve(requests: Sequence[Request], scheduler: Scheduler, cost: Cost) -> Obse
             batch = scheduler.schedule()
             if batch.decodes or batch.chunks:
                 step = cost.step(batch)
-                began = max(now + step.prepare_s, gpu_free)
-                now += step.prepare_s + step.launch_s
+                pace = pace_of(step.launch_s > 0, bool(step.eager))
+                began = max(now + pace * step.prepare_s, gpu_free)
+                now += pace * (step.prepare_s + step.launch_s)
                 gpu_free = max(began + step.gpu_s, now)
-                running.append((gpu_free, batch))
+                running.append((gpu_free + step.return_s, batch))
                 observer.step(now, batch)
                 if len(running) < in_flight:
                     continue

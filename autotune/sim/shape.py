@@ -6,7 +6,7 @@ from typing import Any
 
 from autotune.errors import InputError
 
-FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 STATE = ("mamba", "ssm", "rwkv", "linear_", "conv_")  # how fields of layers without attention begin
 # Models whose layers have two matrices after the attention, not three.
@@ -23,14 +23,19 @@ NOT_GATED = (
     "phi",
     "starcoder2",
 )
+# What families call the number of experts, and of those that a token is multiplied with.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "moe_topk")
+OF_EXPERTS = ("moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts", "first_k_dense_replace")
+LATENT = ("qk_rope", "qk_nope", "v")  # sizes of DeepSeek's heads: names before _head_dim
+BYTES = {"fp8": 1.0, "fbgemm_fp8": 1.0, "mxfp4": 17 / 32, "bitsandbytes": 0.5}  # of a quantised weight
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense decoder, as its config.json describes it: counts of parameters, heads and tokens."""
+    """A decoder, dense or with experts, as its config.json describes it: counts of parameters, heads and tokens."""
 
     hidden: int
-    intermediate: int
     layers: int
     heads: int
     kv_heads: int
@@ -38,35 +43,86 @@ class Shape:
     vocab: int
     tied: bool  # the output layer is the embedding
     max_len: int  # of prompt and output, tokens
+    linear: int  # parameters of all layers' matrices that every token is multiplied with
+    width: int  # of the activations within a layer's MLP, for one token
+    kv_values: int  # that one layer caches of one token
+    expert: int = 0  # parameters of one expert, of all layers
+    experts: int = 0
+    experts_per_token: int = 0
+    weight_bytes: float = 2.0  # of a parameter in a layer, as the checkpoint has it
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Shape":
-        """The shape in a config.json. Raises InputError for a model that is not a dense decoder."""
+        """The shape in a config.json. Raises InputError for a model that is no decoder of a known kind."""
         if why := _unlike(config):
-            raise InputError(f"backend=sim knows dense decoders, and this model is none ({why}); use backend=live")
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+            raise InputError(
+                f"backend=sim knows decoders, and this model is none that it knows ({why}); use backend=live"
+            )
+        hidden, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        head_size = config.get("head_dim") or hidden // heads
+        attention, kv_values = _attention(config, hidden, heads, kv_heads, head_size)
+        linear, width, expert, experts, per_token = _mlp(config, hidden, layers)
+        quantised = config.get("quantization_config") or {}
+        of_method = BYTES.get(str(quantised.get("quant_method")), 2.0)
         return cls(
             hidden=hidden,
-            intermediate=config["intermediate_size"],
-            layers=config["num_hidden_layers"],
+            layers=layers,
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_size=config.get("head_dim") or hidden // heads,
+            kv_heads=kv_heads,
+            head_size=head_size,
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings")),
             max_len=config.get("max_position_embeddings") or 4096,
+            linear=linear + layers * attention,
+            width=width,
+            kv_values=kv_values,
+            expert=expert,
+            experts=experts,
+            experts_per_token=per_token,
+            weight_bytes=quantised["bits"] / 8 if isinstance(quantised.get("bits"), int) else of_method,
         )
 
     @property
-    def linear(self) -> int:
-        """Parameters of all layers' matrices, with which each token is multiplied."""
-        attention = self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+    def active(self) -> int:
+        """Parameters of all layers' matrices with which one token is multiplied."""
+        return self.linear + self.expert * self.experts_per_token
 
     @property
     def embedding(self) -> int:
         """Parameters of the embedding."""
         return self.hidden * self.vocab
+
+    def touched(self, tokens: Any) -> Any:
+        """Share of the experts that `tokens` tokens (a number or an array) need, if each takes its own at random."""
+        return 1.0 - (1.0 - self.experts_per_token / self.experts) ** tokens if self.experts else 0.0 * tokens
+
+
+def _attention(config: Mapping[str, Any], hidden: int, heads: int, kv_heads: int, head_size: int) -> tuple[int, int]:
+    """Parameters of one layer's attention, and values that it caches of one token."""
+    if not (latent := config.get("kv_lora_rank")):
+        return hidden * head_size * 2 * (heads + kv_heads), 2 * kv_heads * head_size
+    rotated, unrotated, value = (config[f"{name}_head_dim"] for name in LATENT)  # DeepSeek's caches one latent vector
+    queries, kv_values = config.get("q_lora_rank"), latent + rotated
+    query = (queries or hidden) * heads * (rotated + unrotated) + hidden * (queries or 0)
+    return query + hidden * kv_values + latent * heads * (unrotated + value) + heads * value * hidden, kv_values
+
+
+def _mlp(config: Mapping[str, Any], hidden: int, layers: int) -> tuple[int, int, int, int, int]:
+    """Parameters for all tokens, an MLP's width; parameters of an expert, experts, and those that a token takes."""
+    wide, experts, per_token = (
+        config.get("intermediate_size") or 0,
+        _first(config, EXPERTS),
+        _first(config, EXPERTS_PER_TOKEN),
+    )
+    if not experts or not per_token:
+        return layers * 3 * hidden * wide, wide, 0, 0, 0
+    dense = min(layers, config.get("first_k_dense_replace") or 0)
+    sparse, narrow = layers - dense, config.get("moe_intermediate_size") or wide
+    shared = config.get("shared_expert_intermediate_size") or narrow * (config.get("n_shared_experts") or 0)
+    linear = dense * 3 * hidden * wide + sparse * hidden * (3 * shared + experts)
+    width = (dense * wide + sparse * (per_token * narrow + shared)) // layers
+    return linear, width, sparse * 3 * hidden * narrow, experts, per_token
 
 
 def _unlike(config: Mapping[str, Any]) -> str:
@@ -74,7 +130,13 @@ def _unlike(config: Mapping[str, Any]) -> str:
     for name in FIELDS:
         if not isinstance(size := config.get(name), int) or size < 1:
             return f"config.json has no {name}" if size is None else f"config.json has {name}={size!r}"
-    for name in OPTIONAL:
+    sparse, latent = _first(config, EXPERTS), config.get("kv_lora_rank")
+    if any("expert" in name for name in config) and not (sparse and _first(config, EXPERTS_PER_TOKEN)):
+        return "config.json does not say how many experts it has, and how many of a token"
+    needed = [*(() if sparse else ("intermediate_size",)), *([f"{name}_head_dim" for name in LATENT] if latent else ())]
+    if missing := [name for name in needed if not isinstance(config.get(name), int)]:
+        return f"config.json has no {missing[0]}"
+    for name in (*OPTIONAL, *OF_EXPERTS):
         if not isinstance(size := config.get(name) or 1, int):
             return f"config.json has {name}={size!r}"
     heads = config["num_attention_heads"]
@@ -84,10 +146,10 @@ def _unlike(config: Mapping[str, Any]) -> str:
     layers = str(config.get("layer_types"))
     if "ForCausalLM" not in architecture or config.get("is_encoder_decoder"):
         return f"config.json has architectures={architecture}, where …ForCausalLM is one"
-    if any("expert" in name for name in config):
-        return "it has experts"
-    if config.get("kv_lora_rank"):
-        return "it keeps a compressed KV cache"
     if "linear" in layers or any(name.startswith(STATE) for name in config):
         return "some of its layers keep a state, and no KV cache"
     return f"{kind} has layers without a gate" if kind in NOT_GATED else ""
+
+
+def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
+    return next((config[name] for name in names if isinstance(config.get(name), int)), 0)

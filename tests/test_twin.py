@@ -1,0 +1,93 @@
+"""The twin: constants of a real server, learned from the steps that it recorded (datasets/steps)."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autotune.config.schema import Device
+from autotune.errors import InputError
+from autotune.sim import steps
+from autotune.sim.shape import Shape
+from autotune.sim.twin import Error, errors, fit
+from tests.studies import configured
+
+RECORDED = Path(__file__).parent.parent / "datasets/steps"
+QWEN3_30B_A3B = configured("model=qwen3_30b_a3b", "scenario=offline").model.shape
+
+
+def recorded(name: str) -> steps.Steps:
+    return steps.read(RECORDED / f"{name}.parquet", name)
+
+
+def h200() -> Device:
+    device: Device = Device(**configured("model=tiny", "backend=sim", "backend/device=h200").backend["device"])
+    return device
+
+
+def predicted(fitted: str, other: str) -> list[Error]:
+    """How well the twin of one server tells the steps of another."""
+    known, unknown = recorded(fitted), recorded(other)
+    assert known.model
+    return errors(fit([known], h200(), Shape.of(known.model)), unknown)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama8b-defaults", "llama8b-512", "qwen3moe-defaults"])
+def test_steps_that_it_is_fitted_to_are_told_within_3_percent(name: str):
+    assert max(found.error for found in predicted(name, name)) <= 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("llama8b-defaults", "llama8b-512"), ("llama8b-512", "llama8b-defaults")])
+def test_steps_of_another_configuration_are_told_within_10_percent(names: tuple[str, str]):
+    assert max(found.error for found in predicted(*names)) <= 0.10
+
+
+@pytest.mark.slow
+def test_draws_differ_where_no_step_has_shown_a_constant():
+    known = recorded("llama8b-512")  # no step of it was without a graph
+    assert known.model
+    twin = fit([known], h200(), Shape.of(known.model))
+    drawn = np.array([np.log(twin.draw(seed).factors / twin.factors) for seed in range(50)])
+    spread = dict(zip(["weights_s", "launch_s"], drawn.std(axis=0)[[1, -2]], strict=True))
+    assert spread["launch_s"] > 0.4 > 0.25 > spread["weights_s"]
+    assert "a step that no CUDA graph holds" in twin.unseen
+
+
+def test_mixture_of_experts_has_the_parameters_that_its_name_says():
+    shape = Shape.of(QWEN3_30B_A3B)
+    both_ends = 2 * shape.embedding
+    assert (shape.linear + shape.expert * shape.experts + both_ends) / 1e9 == pytest.approx(30.5, rel=0.01)
+    assert (shape.active + both_ends) / 1e9 == pytest.approx(3.3, rel=0.02)
+    assert shape.touched(1) == pytest.approx(8 / 128) and shape.touched(4096) == pytest.approx(1.0)
+
+
+def test_recording_is_what_was_saved(tmp_path: Path):
+    table = np.abs(np.random.default_rng(0).normal(5, 1, (4, len(steps.COLUMNS)))).round()
+    written = steps.Steps("t", table, {"max_num_seqs": 4}, {"hidden_size": 8}, 1000)
+    written.save(tmp_path / steps.NAME)
+    (read,) = steps.read_all([str(tmp_path)])
+    assert (read.table == table).all() and (read.args, read.model, read.kv_tokens) == (
+        written.args,
+        written.model,
+        written.kv_tokens,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "1,2,3\n4,5,6\n", "2 steps with 3 columns"),
+        ("a.csv", "", "not a file of recorded steps|0 steps"),
+        ("a.parquet", "nothing", "not a file of recorded steps"),
+        ("a.csv.xz", "nothing", "not a file of recorded steps"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:loadtxt")
+def test_file_that_holds_no_steps_is_named(tmp_path: Path, name: str, content: str, words: str):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=rf"{name}: .*({words})"):
+        steps.read_all([str(tmp_path / name)])
+    with pytest.raises(InputError, match=r"no steps\.parquet below it"):
+        steps.read_all([str(tmp_path)])
