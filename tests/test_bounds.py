@@ -1,6 +1,7 @@
 """Values out of bounds are refused before anything starts, wherever they are written."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,14 @@ def test_name_of_a_models_folder_is_made_fit_for_a_file(config: Config):
 
 
 def test_study_with_a_bad_value_leaves_nothing_behind(tmp_path: Path):
-    for bad in ("scenario.mn_queries=choice(1,2)", "scenario.qps=choice(0,1)"):
-        with pytest.raises(InputError):
-            study(tmp_path, bad)
+    for bad in (
+        ["scenario.mn_queries=choice(1,2)"],
+        ["hydra.sweeper.sampler.n_startup_trials=-1"],
+        ["hydra.sweeper.sampler.n_ei_candidates=0"],
+        ["sampler=nsga2", "hydra.sweeper.sampler.population_size=0"],
+        ["pruner=median", "pruner.n_startup_trials=abc"],
+        ["pruner=hyperband", "pruner.min_resource=0"],
+    ):
+        with pytest.raises(InputError, match=re.escape(bad[-1].partition("=")[0].split(".")[0])):
+            study(tmp_path, f"{SEQS}=choice(4,8)", *bad)
     assert not list(tmp_path.iterdir())

@@ -230,7 +230,7 @@ def everything_that_reads(folder: Path, draw: int) -> Iterator[Callable[[], obje
         yield lambda: study(folder.parents[1], f"{SEQS}=choice(4,8)", "sampler=random", "n_trials=2")
 
 
-@fuzzed(45)
+@fuzzed(30)
 @given(st.sampled_from(FILES), st.sampled_from(BROKEN), st.integers(0, 4))
 def test_studies_with_a_broken_file_go_on_or_name_it(
     whole: Path, tmp_path_factory: pytest.TempPathFactory, file: str, how: str, draw: int

@@ -152,3 +152,7 @@ def test_jobs_of_a_cluster_are_readable_for_their_user_alone(main: Main, tmp_pat
     assert {path.relative_to(tmp_path).parts[2] for path in map(Path, left(tmp_path))} <= {".submitit"}
     assert (tmp_path / "multirun/s/.submitit").stat().st_mode & 0o777 == 0o700
     assert all(Path(path).stat().st_mode & 0o777 == 0o600 for path in left(tmp_path))
+
+
+def test_negative_numbers_of_a_list_are_no_flags():
+    assert redact.redact({"intervals": {"tpot_p99_ms": [-1.5, 2.0]}}) == {"intervals": {"tpot_p99_ms": [-1.5, 2.0]}}

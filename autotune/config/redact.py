@@ -45,7 +45,7 @@ def redact(value: Any, name: str = "") -> Any:
     if isinstance(value, (list, tuple)):
         if name == USERS:
             return list(value)
-        flags = [before.lstrip("-") if str(before).startswith("-") else "" for before in ["", *value]]
+        flags = [word.lstrip("-") if word.startswith("-") else "" for word in ["", *map(str, value)]]
         return [redact(item, flag if is_secret(flag) else name) for flag, item in zip(flags, value, strict=False)]
     if is_secret(name) and value is not None and str(value).lower() not in NOTHING:
         return _hide(str(value))

@@ -3,6 +3,7 @@
 import optuna
 from hydra.utils import instantiate
 
+from autotune.config import bounds
 from autotune.config.schema import Config, ObjectiveConfig
 from autotune.errors import InputError
 from autotune.measure import progress
@@ -29,10 +30,15 @@ class BehindBest(optuna.pruners.BasePruner):
 
 def make_pruner(config: Config) -> optuna.pruners.BasePruner:
     """The pruner of the `pruner` group. Raises InputError if it can't be made, or can't watch the objective."""
+    for name, value in config.pruner.items():
+        bounds.check(value, f"pruner.{name}")
     allowed = ("optuna.*", "autotune.search.pruners.*")
     try:
         pruner: optuna.pruners.BasePruner = instantiate(config.pruner, _execution_whitelist_=allowed)
-    except ValueError as error:
+        if isinstance(pruner, optuna.pruners.HyperbandPruner):  # it looks at these only when it is first asked
+            own = {name: config.pruner[name] for name in ("min_resource", "reduction_factor") if name in config.pruner}
+            optuna.pruners.SuccessiveHalvingPruner(**own)
+    except (ValueError, TypeError) as error:
         raise InputError(f"pruner: {one_line(error)}") from None
     wanted = config.objective.metrics
     if isinstance(pruner, BehindBest):

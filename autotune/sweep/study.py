@@ -99,6 +99,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     check_values(space, prepared)
     check_gpus(config)
     launcher, pruner = make_launcher(config), make_pruner(config)
+    make_sampler(sweeper["sampler"], space)  # that it can be made, before there is a folder
     tracking.check(config.tracking)
     folder = Path(job.hydra.sweep.dir)
     if config.resume and not folder.exists():
