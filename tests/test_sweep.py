@@ -276,7 +276,7 @@ def test_search_that_can_hardly_be_the_best_any_more_is_pruned(tmp_path: Path):
         (["pruner=median", "objective=latency"], "pruner: needs one objective among tokens_per_s"),
         (["pruner=median", "objective=max_qps", "scenario=interactive"], "write pruner=behind"),
         (["pruner=behind"], "pruner=behind: needs objective=max_qps"),
-        (["pruner=median", "pruner.n_startup_trials=-1"], "pruner: Number of startup trials"),
+        (["pruner=median", "pruner.n_startup_trials=-1"], r"pruner\.n_startup_trials=-1: write a number from 0"),
         (["sampler=nsga2", "hydra.sweeper.sampler.population_size=1"], "hydra.sweeper.sampler: `population"),
     ],
 )
