@@ -74,6 +74,11 @@ def test_loads_and_ends_that_do_not_go_together_are_refused(config: Config):
             prepare.check(with_fields(config, values))
 
 
+def test_object_that_is_set_once_leaves_nothing_in_the_next(config: Config):
+    assert with_fields(config, {"engine.args": {"max_num_seqs": 4}}).engine.args == {"max_num_seqs": 4}
+    assert with_fields(config, {"engine.args": {"block_size": 16}}).engine.args == {"block_size": 16}
+
+
 def test_field_takes_the_type_that_the_schema_gives_it(config: Config):
     changed = with_fields(config, {"scenario.kind": "Offline", "scenario.qps": 3, "scenario.ttft_ms": None})
     assert changed.scenario.kind is Kind.Offline and changed.scenario.ttft_ms is None

@@ -85,19 +85,13 @@ def with_fields(config: Config, values: Mapping[str, Any]) -> Config:
 
 def _as_field(node: Any, name: str, value: Any, key: str) -> Any:
     """`value` as the type of the field `name` of `node` has it: an Enum of its name. Raises InputError."""
+    kind: Any = type(node)
     try:
-        kind: Any = type(node)
-        typed = _fields_of(kind)
-        OmegaConf.update(typed, name, value)
+        typed: Any = OmegaConf.merge(_schema(kind), {name: value})
     except OmegaConfBaseException as error:
         raise InputError(f"{key}={value}: {one_line(error)}") from None
     made = typed[name]
     return OmegaConf.to_object(made) if OmegaConf.is_config(made) else made
-
-
-@cache
-def _fields_of(kind: Any) -> Any:
-    return OmegaConf.structured(kind)
 
 
 def typed_target(node: Mapping[str, Any], group: str) -> tuple[Any, Any]:
