@@ -7,7 +7,7 @@ import pytest
 
 from autotune.config.schema import Device
 from autotune.errors import InputError
-from autotune.sim import steps
+from autotune.sim import from_steps, steps
 from autotune.sim.shape import Shape
 from autotune.sim.twin import Error, errors, fit
 from tests.studies import configured
@@ -73,6 +73,15 @@ def test_recording_is_what_was_saved(tmp_path: Path):
         written.model,
         written.kv_tokens,
     )
+
+
+@pytest.mark.slow
+def test_steps_of_a_server_that_nothing_is_known_of_are_fitted_and_predicted():
+    """As lines of a CSV are: neither the model nor vLLM's flags stand in them."""
+    fitted, other = (steps.Steps(name, recorded(name).table[:2000]) for name in ("llama8b-defaults", "llama8b-512"))
+    said = from_steps.report([fitted], [other], h200(), None)
+    assert "Which model was served is not recorded" in said and "a guess" in said
+    assert "name: H200" in said
 
 
 @pytest.mark.parametrize(

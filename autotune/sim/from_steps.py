@@ -17,6 +17,7 @@ from autotune.sim.twin import Twin, errors, fit
 
 # Where nothing says which model was served, the prior is that of Llama-3.1-8B, and says less.
 UNKNOWN = {
+    "architectures": ["LlamaForCausalLM"],
     **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
     **{"num_key_value_heads": 8, "vocab_size": 128256},
 }

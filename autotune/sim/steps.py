@@ -1,4 +1,4 @@
-"""Steps of a real engine as a trial records them: what was in each, when it was scheduled, when its result came."""
+"""Steps of a real engine as they were recorded: what was in each, when it was scheduled, when its result came."""
 
 import json
 import lzma
@@ -65,7 +65,7 @@ def read_all(given: Iterable[str]) -> list[Steps]:
         path, flags = _parsed(word)
         files = sorted(path.rglob(NAME)) if path.is_dir() else [path]
         if not files:
-            raise InputError(f"{path}: no {NAME} below it; trials of backend=live leave one each")
+            raise InputError(f"{path}: no {NAME} below it; give files of recorded steps, or their folder")
         shared = path if path.is_dir() else path.parent
         for file in files:
             name = str(file.parent.relative_to(shared)) if path.is_dir() else file.name.split(".")[0]
