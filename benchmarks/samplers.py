@@ -187,7 +187,7 @@ def sampler_config(name: str, seed: int) -> Any:
 def run(load: Workload, arm: str, number: int, first: Sequence[dict[str, Any]], budget_s: float) -> Run:
     """A study as `autotune.sweep.study` runs it, trials looked up, until it has taken `budget_s`."""
     name = arm.split("+")[0]
-    seed = zlib.crc32(f"{load.name} {name} {number}".encode())  # or all would begin with the same draws
+    seed = zlib.crc32(f"{load.name} {name} {number}".encode()) >> 1  # or all would begin with the same draws; 31 bits
     sampler = make_sampler(sampler_config(name, seed), load.space)
     pruner = make_pruner(f"pruner={PRUNER}") if PRUNING in arm else optuna.pruners.NopPruner()
     study = optuna.create_study(sampler=sampler, pruner=pruner, directions=load.config.objective.directions)

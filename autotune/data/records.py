@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-from pyarrow import parquet
-
 from autotune.errors import InputError
 
 Record = dict[str, Any]
@@ -64,8 +61,13 @@ def text_field(record: Record, name: str, where: str) -> str | None:
 def _unpacked(path: Path) -> bytes:
     body = read_bytes(path)
     codec = next((codec for first, codec in CODECS.items() if body.startswith(first)), None)
+    if not codec:
+        return body
+    import pyarrow  # takes a while, as for Parquet, and few files need it
+
     try:
-        return pyarrow.CompressedInputStream(pyarrow.BufferReader(body), codec).read() if codec else body
+        unpacked: bytes = pyarrow.CompressedInputStream(pyarrow.BufferReader(body), codec).read()
+        return unpacked
     except OSError as error:
         raise InputError(f"{path}: broken {codec} file ({error}); make it again") from None
 
@@ -113,6 +115,9 @@ def _from_csv(text: str, path: Path, delimiter: str) -> Iterator[Record]:
 
 
 def _from_parquet(body: bytes, path: Path) -> Iterator[Record]:
+    import pyarrow
+    from pyarrow import parquet
+
     try:
         for batch in parquet.ParquetFile(pyarrow.BufferReader(body)).iter_batches(batch_size=256):
             yield from batch.to_pylist()

@@ -22,9 +22,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
-import sqlalchemy
 from omegaconf import OmegaConf
-from sqlalchemy.exc import SQLAlchemyError
 
 from autotune.config.redact import redact
 from autotune.config.schema import TrackingConfig
@@ -81,8 +79,8 @@ def check(config: TrackingConfig) -> None:
             _check_at(config.uri)
     except ImportError as error:
         raise TrackingError(f"{where}: {error}; install it, or name another driver: postgresql+psycopg://…") from None
-    except (OSError, HTTPException, ValueError, SQLAlchemyError, sqlite3.Error) as error:
-        why = getattr(error, "reason", None) or getattr(error, "orig", None) or error
+    except (OSError, HTTPException, ValueError, sqlite3.Error) as error:
+        why = getattr(error, "reason", None) or error
         why = redact(one_line(getattr(why, "strerror", None) or why))
         said = f"no MLflow server answers ({why}); start it," if is_server(config.uri) else f"{why};"
         raise TrackingError(f"{where}: {said} write another tracking.uri, or tracking=none") from None
@@ -110,13 +108,23 @@ def _check_at(uri: str) -> None:
             if not isinstance(error.reason, ssl.SSLError):  # MLflow has settings of its own for certificates
                 raise
     elif kind in SERVERS:
-        engine = sqlalchemy.create_engine(uri, connect_args=SERVERS[kind])
-        engine.connect().close()
-        engine.dispose()
+        _check_database(uri, SERVERS[kind])
     elif kind == "sqlite":
         _check_sqlite(_file(uri))
     elif kind not in (*OTHERS, *FILES, *(plugin.name for plugin in entry_points(group="mlflow.tracking_store"))):
         raise TrackingError(f"tracking.uri={redact(uri)}: MLflow knows no {kind}://; write http://… or sqlite:///…")
+
+
+def _check_database(uri: str, driver: dict[str, Any]) -> None:
+    """Raise ValueError unless a database answers at `uri`; `driver` is what its driver takes."""
+    import sqlalchemy  # takes a while, and few trials ask a database
+
+    try:
+        engine = sqlalchemy.create_engine(uri, connect_args=driver)
+        engine.connect().close()
+        engine.dispose()
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        raise ValueError(getattr(error, "orig", None) or error) from None
 
 
 def _check_sqlite(file: Path) -> None:

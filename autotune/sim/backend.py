@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autotune.config import vllm_flags
 from autotune.config.redact import redact
@@ -20,15 +20,17 @@ from autotune.measure.backend import DryRunOutcome, Measurement, RequestTiming
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
 from autotune.measure.metrics import within
-from autotune.sim import steps
 from autotune.sim.cost import GIB, Cost
 from autotune.sim.engine import serve
 from autotune.sim.flags import AUTO, HARMLESS, MODELLED, Flags, refusal, resolve
 from autotune.sim.kv_cache import KvCache, prefix_keys
 from autotune.sim.scheduler import Request, Scheduler
 from autotune.sim.shape import Shape
-from autotune.sim.twin import Twin, fit
 from autotune.system.leases import Lease
+
+if TYPE_CHECKING:
+    from autotune.sim.steps import Steps
+    from autotune.sim.twin import Twin
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +45,12 @@ class SimBackend:
         self.config = config
         self.flags = vllm_flags.recorded()
         self.facts = {"simulated": config.device.name}
-        self._steps = steps.read_all(config.twin)
         self._twins: dict[Shape, Twin] = {}
+        self._steps: list[Steps] = []
+        if config.twin:
+            from autotune.sim import steps  # pyarrow takes a while to import, as SciPy does for the fit
+
+            self._steps = steps.read_all(config.twin)
 
     def read(self, args: Mapping[str, Any]) -> dict[str, Any]:
         made = vllm_flags.read(args, self.flags, "vLLM")
@@ -65,6 +71,8 @@ class SimBackend:
         if not self._steps:
             return Cost(self.config.device, shape, flags)
         if shape not in self._twins:
+            from autotune.sim.twin import fit
+
             self._twins[shape] = fit(self._steps, self.config.device, shape)
         return self._twins[shape].cost(flags)
 
