@@ -68,3 +68,6 @@ class Asleep:
         facts = {"slept": f"{began} {time.time()}"}
         request = RequestTiming(0, 0.0, 0.5, 1.0, self.tokens)
         return Measurement([request], 0, 1, "VALID", [], {}, {"run": self.sleep_s}, facts=facts)
+
+    def recorded(self) -> None:
+        """It has no steps."""

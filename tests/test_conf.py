@@ -143,7 +143,7 @@ def test_wrong_configuration_is_one_line(main: Main, arguments: list[str], words
         (["backend.prot=1"], "backend.prot: autotune.live.backend.LiveBackend has no such field; did you mean port"),
         (
             ["backend=sim", "backend.port=1"],
-            "backend.port: autotune.sim.backend.SimBackend has no such field; it has device, twin, pace",
+            "backend.port: autotune.sim.backend.SimBackend has no such field; it has device, twin, steps, pace",
         ),
         (["backend._target_=none.None"], "backend._target_=none.None: there is no such class; write backend=…"),
         (["launcher.n_jobs=2"], "launcher.n_jobs: autotune.sweep.launchers.Inline has no such field; it has name"),

@@ -4,10 +4,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from autotune.config.schema import HOST
 from autotune.errors import InputError, StartError
+from autotune.measure import steps, trial
 from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result, State
 from autotune.search.simulate import estimate, simulation
@@ -199,3 +201,27 @@ def test_start_error_is_raised_to_the_trial():
     ):
         pass
     assert raised.value.after_s > 30  # what the failed start takes of the budget
+
+
+def test_simulated_engine_leaves_the_steps_of_all_its_runs_if_it_is_asked_to(tmp_path: Path):
+    words = ["model=llama8b", "backend=sim", "scenario=offline", "scenario.min_queries=20", "scenario.repeats=2"]
+    config = configured(*words, "engine.args.max_num_batched_tokens=512", "backend.steps=true", "tracking=none")
+    result = trial.run(config, [], tmp_path)
+    found = steps.read(tmp_path / steps.NAME, "s")
+    assert result.facts["steps"] == f"{len(found)} steps" and found.kv_tokens == kv_tokens(result)
+    prepared = prepare(config)
+    samples = prepare_samples(config, prepared)
+    assert found.model == prepared.model.config and found.args["max_num_batched_tokens"] == 512
+    with prepared.backend.start(prepared.model, prepared.args, samples, tmp_path, None) as engine:
+        runs = [engine.run(replace(config.scenario, seed=config.scenario.seed + add), tmp_path) for add in (0, 1)]
+    sent = [request.sample for run in runs for request in run.requests]
+    assert found.column("prefill_tokens").sum() == sum(len(samples.prompts[sample]) for sample in sent)
+    assert found.column("decodes").sum() == sum(int(samples.output_tokens[sample]) - 1 for sample in sent)
+    t0, t2 = found.column("t0"), found.column("t2")
+    assert (np.diff(t0) >= 0).all() and (np.diff(t2) >= 0).all() and (t2 > t0).all()
+    assert found.tokens.max() == 512 and found.column("waiting").max() > 0
+
+
+def test_simulated_engine_leaves_no_steps_by_default(tmp_path: Path):
+    config = configured("model=llama8b", "backend=sim", "scenario=offline", "scenario.min_queries=8", "tracking=none")
+    assert "steps" not in trial.run(config, [], tmp_path).facts and not (tmp_path / steps.NAME).exists()

@@ -7,7 +7,8 @@ import pytest
 
 from autotune.config.schema import Device
 from autotune.errors import InputError
-from autotune.sim import from_steps, steps
+from autotune.measure import steps
+from autotune.sim import from_steps
 from autotune.sim.shape import Shape
 from autotune.sim.twin import Error, errors, fit
 from tests.studies import configured

@@ -159,6 +159,7 @@ class LiveConfig:
     stop_timeout_s: float = 10.0  # from SIGTERM to SIGKILL, s
     request_timeout_s: float = positive(600.0)  # one HTTP request, s
     run_timeout_s: float = positive(7200.0)  # one run of LoadGen with its warm-up, s
+    steps: bool = True  # the engine's steps are recorded in steps.parquet: what was in each, and its times
     observe_s: float = positive(1.0, 3600)  # between two observations of vLLM's /metrics and the GPU during a run, s
     # That send requests; null: one for each 16 cores, at least 1, at most 8.
     client_processes: int | None = within(None, 1, 1024)
@@ -228,6 +229,7 @@ class SimConfig:
     device: Device = field(default_factory=Device)
     # Recorded steps (steps.parquet, or a folder of trials) of servers that the simulated one is to be a twin of.
     twin: list[str] = field(default_factory=list)
+    steps: bool = False  # the engine's steps are recorded in steps.parquet, as a live one's are
     pace: float = within(0.0, 0, 100)  # real seconds that pass for each simulated one; 0: as fast as it computes
 
 

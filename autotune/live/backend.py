@@ -20,14 +20,14 @@ from autotune.config.schema import Kind, LiveConfig, ScenarioConfig, Stop
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
-from autotune.live import audit, gpu, key, loadgen_log, metrics_page
+from autotune.live import audit, gpu, key, loadgen_log, metrics_page, recording, vllm_log
 from autotune.live.gpu import Gpus, GpuState
 from autotune.live.installed_vllm import find_vllm
 from autotune.live.messages import WARMUP_ROUNDS, ClientReport, RunSpec
 from autotune.live.server import Server, inherited, serve
 from autotune.measure import progress
 from autotune.measure.arrivals import issues
-from autotune.measure.backend import DryRunOutcome, Measurement, RequestTiming
+from autotune.measure.backend import DryRunOutcome, Measurement, Recording, RequestTiming
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
 from autotune.system.host import hardware
@@ -153,6 +153,11 @@ class LiveEngine:
             spec = self._spec(scenario, folder, first=ready is not None)
             states, gpu_states = self._watch(loadgen, spec)
         return self._measured(spec, states, gpu_states)
+
+    def recorded(self) -> Recording | None:
+        if not self.config.steps:
+            return None
+        return recording.read(self.server.scratch, vllm_log.kv_tokens(self.server.log))
 
     def _spec(self, scenario: ScenarioConfig, folder: Path, first: bool) -> RunSpec:
         total = 0

@@ -6,8 +6,8 @@
         ["--model", …]   a dry run of this command line: the resolved flags, or vLLM's refusal
 
 It takes no GPU memory: vLLM's configuration is built, its engine is not. All that autotune uses of vLLM besides its
-command line, its log and its HTTP is here, private names such as argparse's `_actions` too; tests/test_probe.py says
-what broke when vLLM changes.
+command line, its log, its HTTP and the methods that recorder.py wraps is here, private names such as argparse's
+`_actions` too; tests/test_probe.py says what broke when vLLM changes.
 """
 
 import importlib

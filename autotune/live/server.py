@@ -18,7 +18,7 @@ from autotune.config.redact import redact
 from autotune.config.schema import LiveConfig
 from autotune.data.models import Model
 from autotune.errors import MeasureError, StartError
-from autotune.live import key, vllm_log
+from autotune.live import key, recording, vllm_log
 from autotune.live.installed_vllm import InstalledVllm
 from autotune.measure import progress
 from autotune.system.files import write_whole
@@ -58,6 +58,7 @@ class Server:
     model: str  # the name that it serves, which no other server has
     process: GuardedProcess
     log: Path
+    scratch: Path  # folder of its own, which ends with it
     start: dict[str, float]  # seconds from launch to healthy, by part
 
     def check_alive(self) -> None:
@@ -107,11 +108,13 @@ def serve(
     with TemporaryDirectory(prefix="autotune-") as scratch:  # vLLM leaves sockets in it
         env = {**ENV, "TMPDIR": scratch, **devices, **config.env}
         env |= key.gated(url, Path(scratch), config.env.get("PYTHONPATH", os.environ.get("PYTHONPATH", "")))
+        if config.steps:
+            env |= recording.installed(Path(scratch), config.env)
         try:
             with GuardedProcess(command, log, env, config.stop_timeout_s, keep) as process:
                 _await_healthy(url, name, process, log, config.start_timeout_s)
                 taken_s = time.monotonic() - started
-                yield Server(url, name, process, log, vllm_log.parts(log, datetime.now(), taken_s))
+                yield Server(url, name, process, log, Path(scratch), vllm_log.parts(log, datetime.now(), taken_s))
         finally:
             write_whole(log, redact(log.read_text(errors="replace")))
 

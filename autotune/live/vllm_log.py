@@ -41,6 +41,15 @@ def moment(stamp: str, near: datetime) -> datetime:
     return datetime.strptime(f"{near.year}-{stamp}", "%Y-%m-%d %H:%M:%S")
 
 
+KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
+
+
+def kv_tokens(log: Path) -> int | None:
+    """Tokens that the KV cache of an engine holds, as it said when it started; None if it did not."""
+    found = KV_TOKENS.search(log.read_text(errors="replace"))
+    return int(found[1].replace(",", "")) if found else None
+
+
 # (EngineCore pid=1) ERROR 11-24 08:20:25 [core.py:1] …
 PREFIX = re.compile(r"^\([\w-]+ pid=\d+\) (?:[A-Z]+ [\d-]+ [\d:]+ \[[^]]+\] ?)?")
 ERROR_LINE = re.compile(r"(?:^|\s|\.)(\w*(?:Error|Exception|error)): (.+)$")

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from autotune.config.schema import ScenarioConfig
 from autotune.data.models import Model
 from autotune.data.samples import Samples
@@ -66,6 +69,15 @@ class DryRunOutcome:
     readable: bool = True  # false: it refuses a value, whatever the other flags are
 
 
+@dataclass(frozen=True)
+class Recording:
+    """The steps that an engine recorded of itself."""
+
+    rows: NDArray[np.float64]  # one for each step, with the columns of measure/steps.py
+    kv_tokens: int | None = None  # that its KV cache holds
+    missing: str = ""  # why steps are missing
+
+
 class Engine(Protocol):
     """A server that runs."""
 
@@ -75,6 +87,9 @@ class Engine(Protocol):
 
     def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:
         """Make a run of `scenario`; logs go to `folder`, which exists. Raises MeasureError."""
+
+    def recorded(self) -> Recording | None:
+        """Its steps by now; None if it is not to record them."""
 
 
 class Backend(Protocol):

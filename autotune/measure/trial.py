@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -16,8 +16,8 @@ from autotune.config.redact import redact
 from autotune.config.schema import Config
 from autotune.errors import StoppedError
 from autotune.measure import objective, runs, series
-from autotune.measure.backend import Engine
-from autotune.measure.prepare import gpu_count, prepare, prepare_samples
+from autotune.measure.backend import DryRunOutcome, Engine, Recording
+from autotune.measure.prepare import Prepared, gpu_count, prepare, prepare_samples
 from autotune.measure.result import Result, State
 from autotune.measure.runs import RunResult
 from autotune.system.host import git_revision, recorded
@@ -90,11 +90,24 @@ def _measure(config: Config, result: Result, folder: Path) -> None:
         ):
             result.facts |= leased(lease)
             every_s = config.tracking.system_metrics_s if config.tracking.enabled and not engine.estimated else 0.0
-            with recorded(folder / series.SYSTEM, every_s):
-                measure(config, engine, outcome.result().resolved, folder, result)
+            try:
+                with recorded(folder / series.SYSTEM, every_s):
+                    measure(config, engine, outcome.result().resolved, folder, result)
+            finally:  # steps of a trial that failed or was pruned teach, too; they are kept while the engine stops
+                if recording := engine.recorded():
+                    pool.submit(_keep_steps, recording, prepared, outcome, folder, result)
             stopping = time.monotonic()
     if not result.estimated:
         result.phases["stop"] = time.monotonic() - stopping
+
+
+def _keep_steps(
+    recording: Recording, prepared: Prepared, outcome: Future[DryRunOutcome], folder: Path, result: Result
+) -> None:
+    from autotune.measure import steps  # pyarrow takes a while to import
+
+    flags = prepared.args if outcome.exception() else outcome.result().resolved
+    result.facts["steps"] = steps.keep(recording, flags, prepared.model.config, folder)
 
 
 def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> RunResult:

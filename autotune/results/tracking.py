@@ -49,6 +49,7 @@ ARTIFACTS = (
     "mlperf_log_summary.txt",
     "mlperf_log_detail.txt",
     "requests.csv",
+    "steps.parquet",
     series.SERVER,
     series.GPU,
 )

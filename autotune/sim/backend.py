@@ -4,9 +4,11 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from autotune.config import vllm_flags
 from autotune.config.redact import redact
@@ -16,7 +18,7 @@ from autotune.data.samples import Samples
 from autotune.errors import StartError
 from autotune.measure import progress
 from autotune.measure.arrivals import issues
-from autotune.measure.backend import DryRunOutcome, Measurement, RequestTiming
+from autotune.measure.backend import DryRunOutcome, Measurement, Recording, RequestTiming
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
 from autotune.measure.metrics import within
@@ -29,11 +31,12 @@ from autotune.sim.shape import Shape
 from autotune.system.leases import Lease
 
 if TYPE_CHECKING:
-    from autotune.sim.steps import Steps
+    from autotune.measure.steps import Steps
     from autotune.sim.twin import Twin
 
 log = logging.getLogger(__name__)
 
+BETWEEN_S = 1.0  # simulated, between two runs in the recorded steps
 PUBLISH_S = 2.0  # simulated; as often as a real run publishes
 
 
@@ -48,7 +51,7 @@ class SimBackend:
         self._twins: dict[Shape, Twin] = {}
         self._steps: list[Steps] = []
         if config.twin:
-            from autotune.sim import steps  # pyarrow takes a while to import, as SciPy does for the fit
+            from autotune.measure import steps  # pyarrow takes a while to import, as SciPy does for the fit
 
             self._steps = steps.read_all(config.twin)
 
@@ -94,7 +97,7 @@ class SimBackend:
         command = ["vllm", "serve", model.path, *revision, *vllm_flags.command_line(redact(args), self.flags)]
         if self.config.pace:
             pass_time(cost.start_s, self.config.pace, "start", folder)
-        yield SimEngine(cost, samples, cost.start(), command, self.facts, self.config.pace, folder)
+        yield SimEngine(cost, samples, cost.start(), command, self.facts, self.config, folder)
 
 
 @dataclass(frozen=True)
@@ -106,16 +109,19 @@ class SimEngine:
     start: dict[str, float]
     command: list[str]
     facts: dict[str, str]
-    pace: float
+    config: SimConfig
     folder: Path  # the trial's
     estimated: bool = True
+    rows: list[tuple[float, ...]] = field(default_factory=list)  # of its steps, on one clock for all runs
 
     def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:
-        requests, states = simulate(self.cost, scenario, self.samples)
+        requests, states, rows = simulate(self.cost, scenario, self.samples, self.config.steps)
         done, reasons = judge(requests, scenario)
         run_s = max(request.last_token for request in done)
-        if self.pace:
-            pass_time(run_s, self.pace, "run", self.folder, done, scenario)
+        began = self.rows[-1][3] + BETWEEN_S if self.rows else 0.0
+        self.rows.extend((*(began + time_s for time_s in row[:4]), *row[4:]) for row in rows if row[3] <= run_s)
+        if self.config.pace:
+            pass_time(run_s, self.config.pace, "run", self.folder, done, scenario)
         return Measurement(
             requests=done,
             failed=0,
@@ -128,12 +134,20 @@ class SimEngine:
             facts=self.facts,
         )
 
+    def recorded(self) -> Recording | None:
+        return Recording(np.array(self.rows), self.cost.kv_tokens()) if self.config.steps else None
 
-def simulate(cost: Cost, scenario: ScenarioConfig, samples: Samples) -> tuple[list[RequestTiming], list[ServerState]]:
-    """Send LoadGen's `scenario` to the server that `cost` describes; returns its requests and its states over time.
 
-    Of several replicas (data parallelism) the states are the first one's.
-    """
+class Simulated(NamedTuple):
+    """A run of the simulated server; of several replicas (data parallelism) states and steps are the first one's."""
+
+    requests: list[RequestTiming]
+    states: list[ServerState]  # over time
+    rows: list[tuple[float, ...]]  # of its steps, if they are asked for
+
+
+def simulate(cost: Cost, scenario: ScenarioConfig, samples: Samples, record: bool = False) -> Simulated:
+    """Send LoadGen's `scenario` to the server that `cost` describes; `record` its steps."""
     flags, device = cost.flags, cost.device
     blocks = cost.kv_tokens() // flags.block_size - 1  # vLLM keeps one for itself
     caching, size = flags.enable_prefix_caching, flags.block_size
@@ -151,24 +165,24 @@ def simulate(cost: Cost, scenario: ScenarioConfig, samples: Samples) -> tuple[li
         return RequestTiming(sample, issued, done.first_token + late, done.last_token + late, done.output)
 
     if scenario.kind is Kind.SingleStream:
-        timings: list[RequestTiming] = []
+        timings, rows = list[RequestTiming](), list[tuple[float, ...]]()
         clock = 0.0
         for number, (_, sample) in enumerate(issues(scenario, len(samples))):
             if number >= scenario.min_queries and clock >= scenario.min_duration_s:
                 break
             alone = request(number, sample, clock + device.accept_s)
-            serve([alone], replicas[0], cost)
+            rows += serve([alone], replicas[0], cost, record).rows
             timings.append(timing(sample, clock, alone))
             clock = timings[-1].last_token
-        return timings, []
+        return Simulated(timings, [], rows)
     issued = list(issues(scenario, len(samples)))
     requests, accepted = [], 0.0
     for number, (time_s, sample) in enumerate(issued):
         accepted = max(accepted, time_s) + device.accept_s  # the API server takes them one by one
         requests.append(request(number, sample, accepted))
-    observers = [serve(requests[at :: len(replicas)], scheduler, cost) for at, scheduler in enumerate(replicas)]
+    observers = [serve(requests[at :: len(replicas)], scheduler, cost, record) for at, scheduler in enumerate(replicas)]
     timings = [timing(sample, at, done) for (at, sample), done in zip(issued, requests, strict=True)]
-    return timings, observers[0].states
+    return Simulated(timings, observers[0].states, observers[0].rows)
 
 
 def judge(requests: list[RequestTiming], scenario: ScenarioConfig) -> tuple[list[RequestTiming], list[str]]:

@@ -29,11 +29,11 @@ from autotune.config.command_line import Parser, compose, errors_in_one_line
 from autotune.config.schema import FITTED, HOST, Device, Kind, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.errors import AutotuneError, InputError
-from autotune.measure import runs
+from autotune.measure import runs, steps
 from autotune.measure.metrics import from_requests
 from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result
-from autotune.sim import from_steps, steps
+from autotune.sim import from_steps
 from autotune.sim.backend import SimBackend, simulate
 from autotune.sim.cost import Cost
 from autotune.sim.flags import resolve
@@ -81,7 +81,7 @@ class Case:
     def estimated(self, device: Device) -> dict[str, float]:
         """The compared metrics, simulated."""
         cost = self._cost(device)
-        draws = [simulate(cost, scenario, samples)[0] for scenario, samples in self.draws]
+        draws = [simulate(cost, scenario, samples).requests for scenario, samples in self.draws]
         simulated = [from_requests(requests, (None, None)) for requests in draws]
         return {metric: float(np.mean([run[metric] for run in simulated])) for metric in self.tolerances()}
 

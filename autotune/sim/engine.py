@@ -11,10 +11,11 @@ OBSERVE_S = 1.0  # simulated, between two states
 
 
 class Observer:
-    """Records a scheduler's state every OBSERVE_S."""
+    """Records a scheduler's state every OBSERVE_S, and its steps if they are asked for."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.states: list[ServerState] = []
+        self.rows: list[tuple[float, ...]] = []  # of steps, with the columns of measure/steps.py
         self.steps = 0
         self._scheduler = scheduler
         self._preempted = self._tokens = self._generated = 0
@@ -46,8 +47,18 @@ class Observer:
             )
 
 
-def serve(requests: Sequence[Request], scheduler: Scheduler, cost: Cost) -> Observer:
-    """Run `requests`, in order of arrival, to their ends, and set their token times; returns the observed states.
+def contents(scheduler: Scheduler, batch: Batch) -> tuple[float, ...]:
+    """Contents of the step `batch`, in the order of measure/steps.py's COUNTS."""
+    prefilled = sum(batch.chunks.values())
+    attended = batch.attended + prefilled / 2  # a prefilled token attends to itself, too
+    queued = len(scheduler.running), len(scheduler.waiting)
+    return batch.decodes, batch.context, len(batch.chunks), prefilled, attended, *queued
+
+
+def serve(requests: Sequence[Request], scheduler: Scheduler, cost: Cost, record: bool = False) -> Observer:
+    """Run `requests`, in order of arrival, to their ends, and set their token times; returns what was observed.
+
+    With `record` that includes each step.
 
     With asynchronous scheduling the host schedules and launches a step while the GPU runs the one before, whose end has
     not freed anything yet. Raises ValueError if a request can never be scheduled.
@@ -55,7 +66,7 @@ def serve(requests: Sequence[Request], scheduler: Scheduler, cost: Cost) -> Obse
     in_flight = 2 if cost.flags.async_scheduling else 1
     now = gpu_free = 0.0
     pace_of = cost.pace.factors()
-    running: deque[tuple[float, Batch]] = deque()
+    running: deque[tuple[float, Batch, tuple[float, ...]]] = deque()
     arrived, count, observer = 0, len(requests), Observer(scheduler)
     while True:
         while arrived < count and requests[arrived].arrival <= now:
@@ -64,18 +75,21 @@ def serve(requests: Sequence[Request], scheduler: Scheduler, cost: Cost) -> Obse
         if scheduler.running or scheduler.waiting:
             batch = scheduler.schedule()
             if batch.decodes or batch.chunks:
+                scheduled = (now, now, *contents(scheduler, batch)) if record else ()
                 step = cost.step(batch)
                 pace = pace_of(step.launch_s > 0, bool(step.eager))
                 began = max(now + pace * step.prepare_s, gpu_free)
                 now += pace * (step.prepare_s + step.launch_s)
                 gpu_free = max(began + step.gpu_s, now)
-                running.append((gpu_free + step.return_s, batch))
+                running.append((gpu_free + step.return_s, batch, scheduled))
                 observer.step(now, batch)
                 if len(running) < in_flight:
                     continue
         if running:
-            ended, batch = running.popleft()
+            ended, batch, scheduled = running.popleft()
             now = max(now, ended)
+            if record:
+                observer.rows.append((*scheduled[:2], now, now, *scheduled[2:]))
             scheduler.finish(batch)
             for request in batch.first:
                 request.first_token = ended

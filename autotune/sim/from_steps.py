@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 
 from autotune.config.schema import Device
 from autotune.errors import InputError
+from autotune.measure.steps import Steps
 from autotune.sim.cost import CONSTANTS
 from autotune.sim.flags import resolve
 from autotune.sim.shape import Shape
-from autotune.sim.steps import Steps
 from autotune.sim.twin import Twin, errors, fit
 
 # Where nothing says which model was served, the prior is that of Llama-3.1-8B, and says less.

@@ -21,10 +21,10 @@ from scipy.special import ndtr
 
 from autotune.config.schema import Device
 from autotune.errors import InputError
+from autotune.measure.steps import Floats, Steps
 from autotune.sim.cost import CONSTANTS, ON_HOST, Cost, Pace, Work, seconds
 from autotune.sim.flags import Flags, resolve
 from autotune.sim.shape import Shape
-from autotune.sim.steps import Floats, Steps
 
 # Widths of the prior: of each constant's logarithm, if the device's YAML says nothing better of this model and host.
 WIDTHS = dict(zip(CONSTANTS, (0.7, 0.3, 0.7, 0.3, 0.5, 0.5, 0.5, 1.0, 1.0, 0.7, 1.0, 0.7, 0.7), strict=True))

@@ -1,6 +1,7 @@
 """Steps of a real engine as they were recorded: what was in each, when it was scheduled, when its result came."""
 
 import json
+import logging
 import lzma
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,11 @@ import pyarrow.parquet as pq
 import yaml
 from numpy.typing import NDArray
 
+from autotune.config.redact import redact
 from autotune.errors import InputError
+from autotune.measure.backend import Recording
+
+log = logging.getLogger(__name__)
 
 # Times in seconds of one process' clock: schedule() began and ended, update_from_output() of the step began and ended.
 TIMES = ("t0", "t1", "t2", "t3")
@@ -22,6 +27,7 @@ TIMES = ("t0", "t1", "t2", "t3")
 COUNTS = ("decodes", "context", "chunks", "prefill_tokens", "attended", "running", "waiting")
 COLUMNS = (*TIMES, *COUNTS)
 NAME = "steps.parquet"
+FEWEST = 3  # steps that a file may hold
 FACTS = b"autotune"  # key of the file's metadata
 
 Floats = NDArray[np.float64]
@@ -52,7 +58,29 @@ class Steps:
         columns = [self.column(name) if name in TIMES else self.column(name).astype(np.int64) for name in COLUMNS]
         facts = {"args": self.args, "model": self.model, "kv_tokens": self.kv_tokens}
         schema = pa.table(columns, names=COLUMNS).replace_schema_metadata({FACTS: json.dumps(facts, default=str)})
-        pq.write_table(schema, path, compression="zstd")
+        # Times are never the same: split into bytes they take two thirds.
+        pq.write_table(schema, path, compression="zstd", use_dictionary=list(COUNTS), use_byte_stream_split=list(TIMES))
+
+
+def keep(recording: Recording, args: Mapping[str, Any], model: Mapping[str, Any], folder: Path) -> str:
+    """Save the steps that a trial's engine recorded to its `folder`, and log what is missing.
+
+    Returns what became of them, in words.
+    """
+    missing = recording.missing
+    count = len(recording.rows)
+    if count >= FEWEST:
+        try:
+            Steps("", recording.rows, redact(args), model, recording.kv_tokens).save(folder / NAME)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            (folder / NAME).unlink(missing_ok=True)
+            count, missing = 0, f"{type(error).__name__}: {error}"
+    elif not missing:
+        missing = f"the engine made {count} steps"
+    if missing:
+        missing = " ".join(missing.split())
+        log.warning("%s %s: %s", folder / NAME, "ends early" if count >= FEWEST else "is missing", missing)
+    return f"{count:,} steps" + (f" ({missing})" if missing else "")
 
 
 def read_all(given: Iterable[str]) -> list[Steps]:
@@ -88,7 +116,7 @@ def read(file: Path, name: str) -> Steps:
         raise InputError(f"{file}: no such file; give recorded steps ({NAME}, .csv or .csv.xz), or a folder") from None
     except (OSError, ValueError, KeyError, lzma.LZMAError, pa.ArrowException) as error:
         raise InputError(f"{file}: not a file of recorded steps ({str(error).splitlines()[0]})") from None
-    if rows.shape[1] != len(COLUMNS) or len(rows) < 3 or not np.isfinite(rows).all():
+    if rows.shape[1] != len(COLUMNS) or len(rows) < FEWEST or not np.isfinite(rows).all():
         raise InputError(
             f"{file}: {len(rows)} steps with {rows.shape[1]} columns; {len(COLUMNS)} are needed, all numbers"
         )
