@@ -8,17 +8,27 @@ import pytest
 
 from autotune.config.command_line import compose
 from autotune.search.space import contains, parse
+from autotune.sim import calibrate
 from benchmarks.h100 import tables
+from tests import studies
 
 ROOT = Path(__file__).parent.parent
 
 
-# Of their searches each is simulated again, which takes two minutes for all.
+# Of their searches each is simulated again, which takes half a minute for all.
 SIMULATED = {"verified", "verified-open", "verified-edge", "predicted", "simulated", "simulated-h200", "foretold"}
 SHOWN = re.compile(r"<!-- ([\w-]+) -->\n(.*?)\n<!-- end -->", re.DOTALL)
 NAMED = {name: table for page in tables.PAGES for name, table in SHOWN.findall(page.read_text())}
 
 
+@pytest.fixture
+def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials of the same groups are composed by Hydra once."""
+    for module in (tables, calibrate):
+        monkeypatch.setattr(module, "compose", studies.compose)
+
+
+@pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SIMULATED else ()) for name in NAMED]
 )
@@ -27,6 +37,7 @@ def test_table_of_a_page_is_what_the_data_says(name: str):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("composed_once")
 def test_search_that_a_page_shows_as_simulated_is_simulated_the_same():
     measured = tables.repeated_of(tables.OPEN)["trial-0"][0]
     again = tables.number(tables.searched_again(measured, tables.slower_host(1.0)))

@@ -345,8 +345,9 @@ def errors_of(hosts: str, names: Row, devices: Sequence[Device]) -> str:
     rows = []
     for file in sorted(ONE.glob(f"{hosts}/*/**/*.json")):
         cases = calibrate.read(file, str(file.relative_to(ONE).with_suffix("")))
+        cases = cases[:1] + cases[1:][-1:]  # of a search: its burst, and the last load that was certified
         found = [calibrate.errors(cases, device) for device in devices]
-        for case in cases[:1] + cases[1:][-1:]:  # of a search: its burst, and the last load that was certified
+        for case in cases:
             trial, _, run = case.name.partition(" ")
             errors = [
                 f"{one[case.name][name]:+.0%}" if name in one[case.name] else "" for one in found for name in metrics
