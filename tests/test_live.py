@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import psutil
 import pytest
@@ -24,10 +25,10 @@ from optuna.trial import TrialState
 from autotune.config.command_line import compose
 from autotune.config.schema import Config, Kind, LocalConfig, ScenarioConfig
 from autotune.errors import MeasureError, StartError
-from autotune.live import key, metrics_page
+from autotune.live import key, metrics_page, recorder, recording
 from autotune.live.backend import LiveBackend, LiveEngine
 from autotune.live.server import serve
-from autotune.measure import progress
+from autotune.measure import progress, steps
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
 from autotune.measure.result import Result
 from autotune.sweep.launchers import LocalProcesses
@@ -107,7 +108,31 @@ def test_server_that_has_just_started_has_every_metric_that_a_run_reads(engine: 
     metrics_page.check(engine.server.url)
 
 
-def test_server_without_statistics_is_measured_but_for_its_state(config: Config, prepared: Prepared, tmp_path: Path):
+def test_recorded_steps_are_those_that_vllm_counts(engine: LiveEngine, tmp_path: Path):
+    def seen() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Steps, prompt tokens and generated tokens as recorded, and as vLLM counts them."""
+        found, state = engine.recorded(), metrics_page.state(engine.server.url, 0.0)
+        first = metrics_page.ttft(engine.server.url)
+        assert found and not found.missing and found.kv_tokens and first
+        assert state and not state.running + state.waiting
+        made = steps.Steps("", found.rows)
+        generated = made.column("decodes").sum() + first[1]  # a prefill generates the first token of each request
+        ours = len(made), made.column("prefill_tokens").sum(), generated
+        return np.array(ours), np.array([state.steps, state.prompt_tokens, state.generation_tokens])
+
+    before = seen()
+    engine.run(scenario(Kind.Server), tmp_path)
+    ours, vllms = np.subtract(seen(), before)
+    assert ours.tolist() == vllms.tolist() and ours[0] > 64
+
+
+def test_server_without_statistics_is_measured_but_for_its_state(
+    config: Config, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And so is one whose steps can't be recorded."""
+    broken = tmp_path / "recorder.py"
+    broken.write_text(Path(recorder.__file__).read_text().replace("def counts(", "def no_counts("))
+    monkeypatch.setattr(recording, "RECORDER", broken)
     args = prepared.args | {"disable_log_stats": True}
     samples = prepare_samples(config, prepared)
     with backend(prepared).start(prepared.model, args, samples, tmp_path, None) as engine:
@@ -116,6 +141,8 @@ def test_server_without_statistics_is_measured_but_for_its_state(config: Config,
             measured = engine.run(scenario(Kind.Server), folder)
             assert len(measured.requests) >= 64 and not measured.failed and not measured.server
             assert "client_ttft_added_mean_ms" not in measured.figures
+        found = engine.recorded()
+        assert found and not len(found.rows) and found.missing == "NameError: name 'counts' is not defined"
 
 
 @pytest.mark.parametrize("kind", list(Kind))
@@ -243,6 +270,9 @@ def test_study_of_real_vllm_is_complete_in_optuna_mlflow_and_files(autotune: Aut
         assert OmegaConf.load(folder / "config.yaml").model.name == "tiny"
         for file in ("vllm.log", "command.json", "mlperf_log_summary.txt", "mlperf_log_detail.txt", "requests.csv"):
             assert (folder / file).stat().st_size
+        recorded = steps.read(folder / steps.NAME, folder.name)
+        assert result["facts"]["steps"] == f"{len(recorded)} steps" and recorded.column("running").max() > 1
+        assert recorded.args["max_num_seqs"] == result["args"].get("max_num_seqs", 128) and recorded.model
     client = MlflowClient(f"sqlite:///{tmp_path}/multirun/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("autotune").experiment_id])
     parents = [run.info.run_id for run in runs if "mlflow.parentRunId" not in run.data.tags]

@@ -16,13 +16,14 @@ from autotune.measure import steps
 from autotune.measure.backend import Recording
 
 
-def step(new: dict[str, tuple[int, int]], others: dict[str, tuple[int, int, int]]) -> Any:
+def step(new: dict[str, tuple[int, int]], others: dict[str, tuple[int, int, int]], *resumed: str) -> Any:
     """A SchedulerOutput: for each new request its tokens and those computed; for the others those generated, too."""
     tokens = {name: have[0] for name, have in (new | others).items()}
     return SimpleNamespace(
         scheduled_new_reqs=[SimpleNamespace(req_id=name, num_computed_tokens=have[1]) for name, have in new.items()],
         scheduled_cached_reqs=SimpleNamespace(
             req_ids=list(others),
+            resumed_req_ids=set(resumed),
             num_computed_tokens=[have[1] for have in others.values()],
             num_output_tokens=[have[2] for have in others.values()],
         ),
@@ -39,7 +40,8 @@ DECIDED = [
     (step({}, {"a": (1, 101, 2), "b": (1, 66, 1)}), (2, 167, 0, 0, 0)),
     (step({}, {"a": (1, 102, 3), "b": (30, 67, 0)}), (1, 102, 1, 30, 30 * 67 + 465)),  # b: a chunk that goes on
     (step({}, {"a": (1, 103, 4), "b": (1, 97, 0)}), (1, 103, 1, 1, 98)),  # b: a chunk of one token
-    (step({"c": (1, 0)}, {"a": (7, 0, 5)}), (0, 0, 2, 8, 1 + 28)),  # a: resumed; c: a prompt of one token
+    (step({"c": (1, 0)}, {"a": (7, 0, 5)}, "a"), (0, 0, 2, 8, 1 + 28)),  # c: a prompt of one token
+    (step({}, {"a": (1, 96, 5), "c": (1, 1, 1)}, "a"), (1, 1, 1, 1, 97)),
 ]
 
 

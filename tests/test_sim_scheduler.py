@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from autotune.data.models import build_shape
+from autotune.sim.engine import contents
 from autotune.sim.flags import Flags
 from autotune.sim.kv_cache import BlockTable, KvCache, prefix_keys
 from autotune.sim.scheduler import Batch, Request, Scheduler
@@ -146,7 +147,8 @@ def random_case(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def simulate(case: dict[str, Any]) -> list[Batch]:
+def simulate(case: dict[str, Any]) -> tuple[list[Batch], list[list[float]]]:
+    """The steps of `case`, and what a recorder would write of each that has tokens."""
     config = {name: value for name, value in case["config"].items() if name != "policy"}
     in_advance = config["async_scheduling"]
     run = Scheduler(flags(**config), KvCache(case["blocks"], case["block_size"], case["caching"]))
@@ -164,20 +166,24 @@ def simulate(case: dict[str, Any]) -> list[Batch]:
         for number, request in enumerate(case["requests"])
     )
     batches: list[Batch] = []
+    counts: list[list[float]] = []
     in_flight: deque[Batch] = deque()
     while coming or run.running or run.waiting:
         while coming and coming[0][0] <= len(batches):
             run.add(coming.popleft()[1])
         batches.append(run.schedule())
+        if batches[-1].tokens:
+            counts.append(list(contents(run, batches[-1])))
         in_flight.append(batches[-1])
         if len(in_flight) > in_advance:
             run.finish(in_flight.popleft())
-    return batches
+    return batches, counts
 
 
-def difference(case: dict[str, Any], steps: list[dict[str, Any]]) -> str:
-    """Where the simulation of `case` leaves vLLM's `steps`; empty if nowhere."""
-    batches = simulate(case)
+def difference(case: dict[str, Any], found: dict[str, Any]) -> str:
+    """Where the simulation of `case` leaves vLLM's steps, and what was recorded of them; empty if nowhere."""
+    batches, counts = simulate(case)
+    steps = found["steps"]
     while batches and not batches[-1].tokens:
         batches.pop()
     while steps and not steps[-1]["tokens"]:
@@ -204,26 +210,41 @@ def difference(case: dict[str, Any], steps: list[dict[str, Any]]) -> str:
         }
         if ours != theirs:
             return f"step {number}: {ours}, but vLLM's: {theirs}"
-    return "" if len(batches) == len(steps) else f"{len(batches)} steps, but vLLM's: {len(steps)}"
+    if len(batches) != len(steps):
+        return f"{len(batches)} steps, but vLLM's: {len(steps)}"
+    recorded = found["counts"] if case["record"] else counts
+    if any(step["preempted"] for step in steps):
+        counts, recorded = list(map(in_all, counts)), list(map(in_all, recorded))
+    return next((f"{ours}, recorded: {row}" for ours, row in zip(counts, recorded, strict=True) if ours != row), "")
 
 
-def vllm_steps(folder: Path, cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def in_all(row: list[float]) -> list[float]:
+    """Sequences, tokens, tokens attended to and running requests of a recorded step.
+
+    The last token of a request that is computed again is a chunk to the simulator and a decode to the recorder. A
+    preempted request whose last token is in flight waits in vLLM, not in the simulator.
+    """
+    decodes, context, chunks, prefilled, attended, running, _ = row
+    return [decodes + chunks, decodes + prefilled, decodes + context + attended, running]
+
+
+def vllm_steps(folder: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "max_position_embeddings": 4096}
     build_shape(folder, vocab_size=512, num_attention_heads=4, num_key_value_heads=2, **shape)
     command = [sys.executable, str(Path(__file__).with_name("vllm_steps.py")), str(folder)]
     done = subprocess.run(command, input=json.dumps(cases), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    found: list[list[dict[str, Any]]] = json.loads(done.stdout)
+    found: list[dict[str, Any]] = json.loads(done.stdout)
     return found
 
 
 @pytest.mark.slow
 def test_every_step_is_the_one_that_vllms_scheduler_decides(tmp_path: Path):
     rng = random.Random(16)
-    cases = [random_case(rng) for _ in range(500)]
+    cases = [random_case(rng) | {"record": number % 2 == 0} for number in range(500)]
     found = vllm_steps(tmp_path, cases)
-    assert sum(bool(step["preempted"]) for steps in found for step in steps) > 500
-    differences = [difference(case, steps) for case, steps in zip(cases, found, strict=True)]
+    assert sum(bool(step["preempted"]) for one in found for step in one["steps"]) > 500
+    differences = [difference(case, one) for case, one in zip(cases, found, strict=True)]
     assert not any(differences), [(i, text) for i, text in enumerate(differences) if text]
 
 
@@ -234,6 +255,7 @@ def test_every_step_is_the_one_that_vllm_runs(tmp_path: Path):
     prompts = [beginning * (i % 2) + [rng.randrange(512) for _ in range(rng.randint(1, 150))] for i in range(12)]
     case = {
         "engine": True,
+        "record": True,
         "config": {
             "max_num_seqs": 8,
             "max_num_batched_tokens": 128,
@@ -247,6 +269,8 @@ def test_every_step_is_the_one_that_vllm_runs(tmp_path: Path):
         "caching": True,
         "requests": [{"step": 0, "prompt": p, "output": rng.randint(1, 80), "priority": 0} for p in prompts],
     }
-    [steps] = vllm_steps(tmp_path, [case])
-    assert any(step["preempted"] for step in steps)
-    assert not difference(case, steps)
+    [found] = vllm_steps(tmp_path, [case])
+    assert any(step["preempted"] for step in found["steps"])
+    assert not difference(case, found)
+    without, recorded = found["outputs"]
+    assert recorded == without

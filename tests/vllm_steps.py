@@ -1,15 +1,17 @@
 """What vLLM's own scheduler decides, step by step: python vllm_steps.py MODEL_FOLDER <cases.json >steps.json.
 
 A case's `config` holds fields of vLLM's SchedulerConfig. With `engine` the whole engine runs, its model included;
-else the scheduler alone, with made-up tokens.
+else the scheduler alone, with made-up tokens. With `record` its steps are recorded, too, as those of a live trial.
 """
 
 import contextlib
 import json
 import os
 import sys
+import tempfile
 from collections import deque
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR")
@@ -27,17 +29,22 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from autotune.live.recorder import FOLDER, ROW, Recorder
+
 Json = dict[str, Any]
 
 
-def record(scheduler: Scheduler) -> list[Json]:
-    """The steps that `scheduler` will decide, with what they preempt, and finish once their output is known."""
+def record(scheduler: Scheduler, first: int = 0) -> list[Json]:
+    """The steps that `scheduler` will decide, with what they preempt, and finish once their output is known.
+
+    The id of its first request begins with the number `first`.
+    """
     steps: list[Json] = []
     unfinished: deque[Json] = deque()
     schedule, update = scheduler.schedule, scheduler.update_from_output
 
     def number(request_id: str) -> int:
-        return int(request_id.split("-")[0])
+        return int(request_id.split("-")[0]) - first
 
     def recorded_schedule(*args: Any) -> SchedulerOutput:
         output = schedule(*args)
@@ -62,11 +69,26 @@ def record(scheduler: Scheduler) -> list[Json]:
     return steps
 
 
+class Recorded:
+    """The rows that a Recorder writes of the class `scheduler`, which it changes."""
+
+    def __init__(self, scheduler: type[Scheduler]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ[FOLDER] = folder
+            Recorder(scheduler)
+            (written,) = Path(folder).iterdir()
+            self._file = written.open("rb")
+
+    def counts(self) -> list[list[int]]:
+        """What is in each step: the columns of a row behind the times."""
+        return [list(row[4:]) for row in ROW.iter_unpack(self._file.read())]
+
+
 def sampling(request: Json) -> SamplingParams:
-    return SamplingParams(max_tokens=request["output"], ignore_eos=True)
+    return SamplingParams(temperature=0, max_tokens=request["output"], ignore_eos=True)
 
 
-def scheduler_steps(case: Json, config: VllmConfig) -> list[Json]:
+def scheduler_steps(case: Json, config: VllmConfig) -> Json:
     config = copy(config)
     config.scheduler_config, config.cache_config = copy(config.scheduler_config), copy(config.cache_config)
     for name, value in case["config"].items():
@@ -75,7 +97,9 @@ def scheduler_steps(case: Json, config: VllmConfig) -> list[Json]:
     config.cache_config.block_size = case["block_size"]
     config.cache_config.num_gpu_blocks = case["blocks"] + 1  # vLLM keeps one for itself
     layers = FullAttentionSpec(block_size=case["block_size"], num_kv_heads=1, head_size=1, dtype=torch.bfloat16)
-    scheduler = config.scheduler_config.get_scheduler_cls()(
+    scheduler_class = type("Own", (config.scheduler_config.get_scheduler_cls(),), {})
+    recorded = Recorded(scheduler_class) if case["record"] else None
+    scheduler = scheduler_class(
         vllm_config=config,
         kv_cache_config=KVCacheConfig(case["blocks"] + 1, [], [KVCacheGroupSpec(["layer"], layers)]),
         structured_output_manager=StructuredOutputManager(config),
@@ -108,10 +132,11 @@ def scheduler_steps(case: Json, config: VllmConfig) -> list[Json]:
         in_flight.append((output, ModelRunnerOutput(ids, {i: index for index, i in enumerate(ids)}, tokens)))
         if len(in_flight) > case["config"]["async_scheduling"]:  # as EngineCore.step_with_batch_queue does
             scheduler.update_from_output(*in_flight.popleft())
-    return steps
+    return {"steps": steps, "counts": recorded.counts() if recorded else None}
 
 
-def engine_steps(case: Json, folder: str) -> list[Json]:
+def engine_steps(case: Json, folder: str) -> Json:
+    """The steps of the second of two runs; the first one is not recorded."""
     llm = LLM(
         folder,
         load_format="dummy",
@@ -122,10 +147,17 @@ def engine_steps(case: Json, folder: str) -> list[Json]:
         enable_prefix_caching=case["caching"],
         **case["config"],
     )
-    steps = record(llm.llm_engine.engine_core.engine_core.scheduler)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     prompts = [{"prompt_token_ids": request["prompt"]} for request in case["requests"]]
-    llm.generate(prompts, [sampling(request) for request in case["requests"]], use_tqdm=False)
-    return steps
+
+    def generated() -> list[list[int]]:
+        done = llm.generate(prompts, [sampling(request) for request in case["requests"]], use_tqdm=False)
+        return [list(one.outputs[0].token_ids) for one in done]
+
+    alone = generated()
+    assert llm.reset_prefix_cache()
+    recorded, steps = Recorded(type(scheduler)), record(scheduler, len(prompts))
+    return {"steps": steps, "outputs": [alone, generated()], "counts": recorded.counts()}
 
 
 def main() -> None:

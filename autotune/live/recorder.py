@@ -27,13 +27,15 @@ def install() -> None:
     try:
         from vllm.config import SchedulerConfig
 
-        chosen = SchedulerConfig.get_scheduler_cls
+        chosen, recorded = SchedulerConfig.get_scheduler_cls, set()
 
         @wraps(chosen)
         def get_scheduler_cls(self: Any) -> Any:
             scheduler = chosen(self)
             try:
-                Recorder(scheduler)
+                if scheduler not in recorded:
+                    recorded.add(scheduler)
+                    Recorder(scheduler)
             except Exception as error:
                 leave(error)
             return scheduler
@@ -119,12 +121,13 @@ def counts(scheduler: Any, output: Any) -> tuple[int, ...]:
     computed, generated = going_on.num_computed_tokens, going_on.num_output_tokens
     chunks = [(tokens[new.req_id], new.num_computed_tokens) for new in output.scheduled_new_reqs]
     total, decodes, context = output.total_num_scheduled_tokens, len(computed), sum(computed)
+    resumed = going_on.resumed_req_ids  # after a preemption: a prefill
     # Nearly always each request that goes on decodes: then none is looked at by itself.
-    if total - sum(n for n, _ in chunks) != decodes or 0 in generated:
+    if total - sum(n for n, _ in chunks) != decodes or 0 in generated or resumed:
         more = [
             (tokens[name], have)
             for name, have, made in zip(going_on.req_ids, computed, generated, strict=True)
-            if tokens[name] != 1 or not made
+            if tokens[name] != 1 or not made or name in resumed
         ]
         chunks += more
         decodes -= len(more)
