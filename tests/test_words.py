@@ -34,6 +34,7 @@ from tests.conftest import Main
         ("n_trials=[", "n_trials=[: no viable alternative"),
         ("backend.env.HF_TOKEN=hf_planted[", "backend.env.HF_TOKEN=***: "),
         ("=3", "=3: write key=value"),
+        ("scenario=null", "scenario=null: write the name of a file in conf/scenario"),
         ("--package x model=tiny", "--package: it picks what --cfg shows"),
         (
             "hydra.searchpath=[file:///none]",

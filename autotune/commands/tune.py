@@ -67,7 +67,7 @@ def main() -> None:
     with errors_in_one_line():
         words.check(sys.argv[1:])
         sys.argv[1:] = without_sweep(sys.argv[1:])
-        with words.naming_files(words.config_dir(sys.argv[1:])):
+        with words.naming_files(words.split_config_dir(sys.argv[1:])[0]):
             job()
 
 

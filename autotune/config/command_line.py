@@ -57,8 +57,8 @@ def compose(arguments: Sequence[str], defaults: Sequence[str] = ()) -> tuple[sch
     """
     register()
     words.check(arguments)
-    folder = words.config_dir(arguments)
-    arguments = [*defaults, *words.without_config_dir(arguments)]
+    folder, rest = words.split_config_dir(arguments)
+    arguments = [*defaults, *rest]
     if wrong := [argument for argument in arguments if argument.startswith("-") or not re.search("[=~]", argument)]:
         raise InputError(f"{wrong[0]!r}: write key=value, or --help")
     parsed = OverridesParser.create().parse_overrides(arguments)

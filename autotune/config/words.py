@@ -12,10 +12,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from autotune.config.overrides import CONF
 from autotune.config.redact import redact
 from autotune.errors import InputError
 from autotune.text import one_line
 
+GROUPS = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
 # What a study heeds of Hydra's own configuration, and what is to be written instead of the rest.
 HEEDED = (
     *("hydra.run.dir", "hydra.sweep.dir", "hydra.sweeper.storage", "hydra.sweeper.study_name", "hydra.sweeper.params"),
@@ -47,7 +49,7 @@ def check(words: Sequence[str]) -> None:
 
     With another sweeper (hydra/sweeper=optuna) all of Hydra's words are its own.
     """
-    config_dir(words)
+    split_config_dir(words)
     if any(word.startswith("-p") or word.startswith("--package") for word in words) and not {"--cfg", "-c"} & set(
         words
     ):
@@ -65,6 +67,8 @@ def check(words: Sequence[str]) -> None:
             key = override.key_or_group
             if not key:
                 raise InputError(f"{word}: write key=value")
+            if key in GROUPS and not override.is_sweep_override() and override.value() is None:
+                raise InputError(f"{word}: write the name of a file in conf/{key}")
             if key == "hydra.searchpath":
                 _check_folders(override)
             if own and (key.startswith(("hydra.", "hydra/")) or key == "hydra"):
@@ -102,30 +106,25 @@ def _check_heeded(key: str) -> None:
         raise InputError(f"{key}: autotune does not heed it; {INSTEAD[instead]}")
 
 
-def config_dir(words: Sequence[str]) -> Path | None:
-    """The folder of --config-dir. Raises InputError for none, two, or one that is not there."""
-    folders = _parsed(words)[0]
-    if len(folders) > 1:
-        raise InputError(f"--config-dir {folders[1]}: {folders[0]} is given already; write one folder")
-    if folders and not folders[0].is_dir():
-        raise InputError(f"--config-dir {folders[0]}: {'not a' if folders[0].exists() else 'no such'} folder")
-    return folders[0] if folders else None
+def split_config_dir(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The folder of --config-dir, which Hydra's own command line takes, and `words` with it as an override.
 
-
-def without_config_dir(words: Sequence[str]) -> list[str]:
-    """`--config-dir mine`, which Hydra's own command line takes, as an override."""
-    folder = config_dir(words)
-    return [*([f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []), *_parsed(words)[1]]
-
-
-def _parsed(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    Raises InputError for none, two, or one that is not there.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config-dir", "-cd", type=Path, action="append", default=[])
     try:
         known, rest = parser.parse_known_args(list(words))
     except argparse.ArgumentError:
         raise InputError("--config-dir: write --config-dir FOLDER") from None
-    return known.config_dir, rest
+    folders: list[Path] = known.config_dir
+    if not folders:
+        return None, rest
+    if len(folders) > 1:
+        raise InputError(f"--config-dir {folders[1]}: {folders[0]} is given already; write one folder")
+    if not folders[0].is_dir():
+        raise InputError(f"--config-dir {folders[0]}: {'not a' if folders[0].exists() else 'no such'} folder")
+    return folders[0], [f"hydra.searchpath=[file://{folders[0].resolve()}]", *rest]
 
 
 @contextmanager
@@ -154,7 +153,7 @@ def _broken(folder: Path | None) -> str:
             OmegaConf.load(file)
             if header := re.search(r"^#\s*@\w+\s*$", file.read_text(), re.MULTILINE):
                 raise ValueError(f"{header[0]!r} lacks its value")
-        except Exception as error:
+        except Exception as error:  # a broken file may raise anything in YAML's or OmegaConf's depths
             return f"{file}: {one_line(error)}"
     return ""
 

@@ -32,6 +32,9 @@ def make_pruner(config: Config) -> optuna.pruners.BasePruner:
     """The pruner of the `pruner` group. Raises InputError if it can't be made, or can't watch the objective."""
     for name, value in config.pruner.items():
         bounds.check(value, f"pruner.{name}")
+    wrapped = config.pruner.get("wrapped_pruner")
+    if wrapped is not None and not (isinstance(wrapped, dict) and "_target_" in wrapped):
+        raise InputError(f"pruner.wrapped_pruner={wrapped}: write a _target_, as conf/pruner/patient.yaml does")
     allowed = ("optuna.*", "autotune.search.pruners.*")
     try:
         pruner: optuna.pruners.BasePruner = instantiate(config.pruner, _execution_whitelist_=allowed)

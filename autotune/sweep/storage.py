@@ -103,7 +103,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{error.filename or folder}: {error.strerror or error}; {KEPT}") from None
+        kept = KEPT if folder.exists() else "write another study=… or hydra.sweep.dir=…"
+        raise InputError(f"{error.filename or folder}: {error.strerror or error}; {kept}") from None
 
 
 @contextmanager
