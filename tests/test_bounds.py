@@ -42,7 +42,7 @@ def config() -> Config:
         ("backend.device.block_size", [0]),
         ("backend.pace", [-1, 1e9]),
         ("prior.backend.device.bandwidth_gbs", [0]),
-        ("prior.keep", [0]),
+        ("prior.keep", [-1]),
         ("prior.sigma", [-1, math.nan]),
         ("launcher.n_jobs", [0, -2, 1.5, "two"]),
         ("tracking.system_metrics_s", [-1, math.inf]),
@@ -148,6 +148,7 @@ def test_study_with_a_bad_value_leaves_nothing_behind(tmp_path: Path):
         ["sampler=nsga2", "hydra.sweeper.sampler.population_size=0"],
         ["pruner=median", "pruner.n_startup_trials=abc"],
         ["pruner=hyperband", "pruner.min_resource=0"],
+        ["pruner=patient", "pruner.wrapped_pruner=3"],
     ):
         with pytest.raises(InputError, match=re.escape(bad[-1].partition("=")[0].split(".")[0])):
             study(tmp_path, f"{SEQS}=choice(4,8)", *bad)

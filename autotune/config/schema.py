@@ -275,7 +275,7 @@ class ObjectiveConfig:
 class PriorConfig:
     backend: Any = None  # it simulates the study; null: no prior
     trials: int = within(200, 1, 1e5)  # simulated ones
-    keep: int = within(5, 1, 1000)  # best distinct ones, with which the study starts
+    keep: int = within(5, 0, 1000)  # best distinct ones, with which the study starts
     # The best are simulated again on this many devices, as the device's fitted constants may be off:
     devices: int = within(8, 0, 1000)
     sigma: float = within(0.15, 0, 2)  # how far off: the standard deviation of each constant's logarithm

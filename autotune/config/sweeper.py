@@ -21,8 +21,21 @@ class BoTorchSamplerConf(SamplerConfig):  # type: ignore[misc]
     consider_running_trials: bool = True
 
 
+@dataclass
+class TwinSamplerConf(SamplerConfig):  # type: ignore[misc]
+    """autotune/search/twin.py"""
+
+    _target_: str = "autotune.search.twin.TwinSampler"
+    _partial_: bool = True
+    seed: int | None = None
+    first_s: float = 20.0  # of the sweeping process' time for the first proposal …
+    proposal_s: float = 5.0  # … and for each of the others
+    draws: int = 4  # twins from the posterior, on which the best configurations are simulated, too
+
+
 def register() -> None:
     """Make the sweeper's configuration and the samplers that hydra-optuna-sweeper lacks known to Hydra."""
     store = ConfigStore.instance()
     store.store(group="hydra/sweeper", name="autotune", node=StudySweeperConf)
     store.store(group="hydra/sweeper/sampler", name="botorch", node=BoTorchSamplerConf)
+    store.store(group="hydra/sweeper/sampler", name="twin", node=TwinSamplerConf)

@@ -1,5 +1,6 @@
 """The sampler that `sampler=` names."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,29 +11,38 @@ from omegaconf import OmegaConf
 from optuna.samplers import TPESampler
 
 from autotune.config import bounds
+from autotune.config.schema import Config
 from autotune.errors import InputError
 from autotune.search.optuna_private import Grid, use_compiled_log_ndtr
 from autotune.search.space import Space
+from autotune.search.twin import Ended, TwinSampler
 from autotune.text import one_line
 
 MOST = 1e5  # trials, candidates, individuals: a sampler's memory
 LEAST = {"inc_popsize": -1}  # as Optuna writes that CMA-ES does not restart
-ABOVE_0 = ("n_ei_candidates", "sigma0")
+ABOVE_0 = ("n_ei_candidates", "sigma0", "first_s", "proposal_s")
+WHITELIST = ("optuna.*", "optuna_integration.*", "hydra_plugins.*", "autotune.search.twin.*")
 
 
-def make_sampler(config: Any, space: Space, begun: int = 0) -> optuna.samplers.BaseSampler:
-    """The sampler of a `sampler` group; a grid covers `space`. Raises InputError for what it can't be made with.
+def make_sampler(
+    sampler: Any,
+    space: Space,
+    config: Config | None = None,
+    ended: Callable[[], Mapping[str, Ended]] = dict,
+    begun: int = 0,
+) -> optuna.samplers.BaseSampler:
+    """The sampler of a `sampler` group for `space`. Raises InputError for what it can't be made with.
 
-    `begun` trials exist already: a seed is moved on by them, or the sampler would suggest its first ones again. A
-    grid keeps its seed: that is its order.
+    A twin simulates the study's `config`, and learns from what `ended` gives. `begun` trials exist already: a seed is
+    moved on by them, or the sampler would suggest its first ones again. A grid keeps its seed: that is its order.
     """
-    for name, value in config.items():
+    for name, value in sampler.items():
         rule = bounds.number(above=0, most=MOST) if name in ABOVE_0 else bounds.number(LEAST.get(name, 0), MOST)
         bounds.check(value, f"hydra.sweeper.sampler.{name}", bounds.ANY_NUMBER if name == "seed" else rule)
-    if begun and config.get("seed") is not None and not config.get("_partial_"):
-        config = OmegaConf.merge(config, {"seed": config.seed + begun})
+    if begun and sampler.get("seed") is not None and not sampler._target_.endswith("GridSampler"):
+        sampler = OmegaConf.merge(sampler, {"seed": sampler.seed + begun})
     try:
-        made = instantiate(config, _execution_whitelist_=("optuna.*", "optuna_integration.*", "hydra_plugins.*"))
+        made = instantiate(sampler, _execution_whitelist_=WHITELIST)
     except (InstantiationException, ImportError) as error:
         if "optuna_integration" in str(error) or "botorch" in str(error):
             raise InputError("sampler=botorch needs the extra `botorch`: uv pip install -e '.[botorch]'") from None
@@ -45,5 +55,9 @@ def make_sampler(config: Any, space: Space, begun: int = 0) -> optuna.samplers.B
         import torch  # takes seconds
 
         torch.set_num_threads(1)  # small matrices; more threads only wait for cores that trials have
-    sampler: optuna.samplers.BaseSampler = Grid(space.grid, **made.keywords) if isinstance(made, partial) else made
-    return sampler
+    if not isinstance(made, partial):
+        return made  # type: ignore[no-any-return]
+    if made.func is TwinSampler:
+        assert config
+        return TwinSampler(config, space, ended, **made.keywords)
+    return Grid(space.grid, **made.keywords)

@@ -1,6 +1,7 @@
 """Simulated trials, in milliseconds each: for `autotune plan` and for `prior=sim`."""
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +20,9 @@ from autotune.measure.runs import RunResult
 from autotune.measure.trial import measure
 from autotune.search.space import Space, swept_flags, value_of
 from autotune.search.tell import tell_infeasible, tell_measured
+from autotune.sim.backend import SimBackend
+from autotune.sim.shape import Shape
+from autotune.sim.twin import Twin, unfitted
 from autotune.system import interrupt
 
 
@@ -38,6 +42,21 @@ def simulation(config: Config, backend: dict[str, Any]) -> Simulation:
     prepared = prepare(config)
     known = prepared.dry_run().resolved
     return Simulation(config, prepared, prepare_samples(config, prepared), known)
+
+
+def twin_of(simulation: Simulation, sigma: float, host_sigma: float) -> Twin:
+    """A twin of the simulated device as its YAML has it: nothing is fitted."""
+    backend = simulation.prepared.backend
+    assert isinstance(backend, SimBackend)
+    return unfitted(backend.config.device, Shape.of(simulation.prepared.model.config), sigma, host_sigma)
+
+
+def on_twin(simulation: Simulation, twin: Twin) -> Simulation:
+    """`simulation` of the server that `twin` was fitted to."""
+    backend = copy(simulation.prepared.backend)
+    assert isinstance(backend, SimBackend)
+    backend.twin = twin
+    return replace(simulation, prepared=replace(simulation.prepared, backend=backend))
 
 
 def estimate(

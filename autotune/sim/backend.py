@@ -48,7 +48,7 @@ class SimBackend:
         self.config = config
         self.flags = vllm_flags.recorded()
         self.facts = {"simulated": config.device.name}
-        self._twins: dict[Shape, Twin] = {}
+        self.twin: Twin | None = None  # of the server to simulate; None: fitted to the recorded steps, if there are any
         self._steps: list[Steps] = []
         if config.twin:
             from autotune.measure import steps  # pyarrow takes a while to import, as SciPy does for the fit
@@ -71,13 +71,11 @@ class SimBackend:
 
     def _cost(self, shape: Shape, flags: Flags) -> Cost:
         """The cost on the device, or on the twin of the recorded servers."""
-        if not self._steps:
-            return Cost(self.config.device, shape, flags)
-        if shape not in self._twins:
+        if self._steps and not (self.twin and self.twin.shape == shape):
             from autotune.sim.twin import fit
 
-            self._twins[shape] = fit(self._steps, self.config.device, shape)
-        return self._twins[shape].cost(flags)
+            self.twin = fit(self._steps, self.config.device, shape)
+        return self.twin.cost(flags) if self.twin else Cost(self.config.device, shape, flags)
 
     @contextmanager
     def start(

@@ -214,6 +214,16 @@ def expected(
     )
 
 
+def unfitted(device: Device, shape: Shape, sigma: float, host_sigma: float) -> Twin:
+    """A twin of a server of which no steps are known.
+
+    `sigma` is the standard deviation of the logarithm of each of `device`'s constants, `host_sigma` of the host's.
+    """
+    widths = np.full(len(CONSTANTS), sigma)
+    widths[ON_HOST] = host_sigma
+    return Twin(device, shape, np.ones(len(CONSTANTS)), np.diag(widths**2), (0.0, 0.0), Pace())
+
+
 def fit(recordings: Sequence[Steps], device: Device, shape: Shape, known: float = 1.0) -> Twin:
     """Fit a twin to the steps of one or several servers of one model on one kind of GPU.
 

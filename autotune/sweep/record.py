@@ -20,6 +20,7 @@ from autotune.search.optuna_private import Grid, SingleWriterStorage
 from autotune.search.pruners import watched
 from autotune.search.space import Space, contains
 from autotune.search.tell import tell_infeasible, tell_measured
+from autotune.search.twin import TwinSampler
 
 # User attributes of trials in Optuna's storage.
 LOST = "lost"  # interrupted, and queued again
@@ -88,7 +89,10 @@ class Record:
         """The next trial and its parameters; `known` has the values of flags that are not swept."""
         with self._transaction():
             trial = self._study.ask()
-            return trial, self.space.suggest(trial, known)
+            params = self.space.suggest(trial, known)
+            if isinstance(self._study.sampler, TwinSampler):
+                trial.set_user_attr(EXPECTED, self._study.sampler.expected(params))
+            return trial, params
 
     def enqueue(self, params: Mapping[str, Any], **attributes: Any) -> None:
         """Ask for `params` before the sampler is asked."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from autotune.search import prior, warm_start
 from autotune.search.pruners import make_pruner
 from autotune.search.samplers import make_sampler
 from autotune.search.space import Space, check_space, default_of, parse, swept_flags, value_of
+from autotune.search.twin import ended_in
 from autotune.sweep import storage
 from autotune.sweep.display import Display
 from autotune.sweep.launchers import Job, Launcher, make_launcher
@@ -86,6 +88,8 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
 
     Raises InputError before the first trial; exits with 1 if no trial completed.
     """
+    if not sweeper["study_name"]:
+        raise InputError("hydra.sweeper.study_name=: write the study's name in Optuna's storage, or leave it out")
     space, fixed = parse(sweeper["params"] or {}, arguments, job.conditions, job.only_if)
     composed = config_loader.load_sweep_config(job, fixed)
     config = typed(composed)
@@ -99,7 +103,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     check_values(space, prepared)
     check_gpus(config)
     launcher, pruner = make_launcher(config), make_pruner(config)
-    make_sampler(sweeper["sampler"], space)  # that it can be made, before there is a folder
+    make_sampler(sweeper["sampler"], space, config)  # that it can be made, before there is a folder
     tracking.check(config.tracking)
     folder = Path(job.hydra.sweep.dir)
     if config.resume and not folder.exists():
@@ -114,7 +118,8 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
         url = sweeper["storage"] or f"sqlite:///{folder}/study.db"
         with storage.opened(url, sweeper["study_name"]) as trials:
             record = Record(trials, sweeper["study_name"], space, config.objective)
-            record.use(make_sampler(sweeper["sampler"], space, len(record.trials) or len(results)), pruner)
+            begun = len(record.trials) or len(results)
+            record.use(make_sampler(sweeper["sampler"], space, config, partial(ended_in, folder), begun), pruner)
             if results and not record.trials:
                 record.rebuild(results)
             check_trials(record.trials, folder, results)
@@ -483,7 +488,7 @@ class Sweep:
         self._engine_s = known_s  # what was told just now is part of it
         if self._config.warm_start and fresh:
             self._enqueue_warm_start(self._config.warm_start)
-        if self._config.prior.backend and fresh:
+        if self._config.prior.backend and self._config.prior.keep and fresh:
             self._enqueue_prior()
 
     def _take_up(self, frozen: FrozenTrial | None) -> bool:

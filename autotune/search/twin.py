@@ -1,0 +1,327 @@
+"""sampler=twin: asks for what is most likely to win on a twin of the server.
+
+The twin is fitted to the steps that trials have recorded, the baseline's first. A simulated study looks for good
+configurations on it; the best of them are simulated on draws from the twin's posterior, too, and the one is asked for
+that promises most beyond what has been reached, on average over the draws. What the twin does not model (an attention
+backend, say) is learned as a factor on its word. Where the twin expects nothing better, or is wrong, TPE is asked.
+"""
+
+import json
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from autotune.config.schema import Config
+from autotune.errors import InputError
+from autotune.measure import objective
+from autotune.measure.result import Result, State
+from autotune.results.study import results_in
+from autotune.search.prior import distinct
+from autotune.search.simulate import Simulation, estimate, on_twin, simulation, twin_of
+from autotune.search.space import Space
+from autotune.search.tell import tell_infeasible, tell_measured
+from autotune.sim.steps import NAME, Steps, read
+from autotune.sim.twin import Twin, errors, fit
+
+log = logging.getLogger(__name__)
+
+Params = Mapping[str, Any]
+Floats = NDArray[np.float64]
+
+RECORDINGS = 4  # to which a twin is fitted in any case: the first ones …
+AMISS = 0.05  # … and then one whose steps of some kind it tells worse than this share of their time
+SHORTLIST = 4  # distinct configurations that are simulated on draws of the twin
+FRESH = 8  # best ones of an older twin, which are simulated on a new one first
+AT_RANDOM = 10  # first configurations of the simulated study
+LEAST_GAIN = 0.003  # expected, as a share; below it the twin has nothing to say
+FAILED = -1.0  # a trial's score, against the twin's, that did not run or broke limits though the twin saw it keep them
+CORRECTED = 12  # last trials of which a factor on the twin's word is learned …
+TO_CORRECT = 3  # … once there are so many
+TO_JUDGE = 4  # trials after which the twin may be called wrong:
+WRONG = 0.1  # its scores are off by this standard deviation …
+UNEXPLAINED = 0.75  # … and by this share of the trials' own
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A trial that has ended, and its engine's steps if they were recorded."""
+
+    result: Result
+    steps: Steps | None = None
+
+
+def ended_in(folder: Path) -> dict[str, Ended]:
+    """The trials in a study's folder that have ended, by name."""
+    found = {}
+    for name, result in results_in(folder).items():
+        file = folder / name / NAME
+        recorded = result.complete and not result.duplicate_of and file.exists()
+        found[name] = Ended(result, read(file, name) if recorded else None)
+    return found
+
+
+class Simulated:
+    """Configurations simulated on one twin, and on draws from its posterior."""
+
+    def __init__(self, simulation: Simulation, space: Space, twin: Twin, draws: int, seed: int) -> None:
+        twins = [twin, *(twin.draw(seed + number) for number in range(draws))]
+        self._simulations = [on_twin(simulation, one) for one in twins]
+        self._space = space
+        self._results: dict[tuple[str, int], Result] = {}
+
+    def result(self, params: Params, draw: int = 0) -> Result:
+        """The result expected of `params`; draw 0 is the twin itself."""
+        at = key(params), draw
+        if at not in self._results:
+            simulation = self._simulations[draw]
+            broken = self._space.violated(params, simulation.known)
+            refused = Result(State.refused, broken, params=dict(params), estimated=True)
+            self._results[at] = refused if broken else estimate(simulation, params)
+        return self._results[at]
+
+    def search(self, study: optuna.Study, config: Config, until_s: float) -> None:
+        """Go on with a simulated study of this twin until the process has run `until_s`."""
+        while time.process_time() < until_s:
+            trial = study.ask()
+            found = self.result(self._space.suggest(trial, self._simulations[0].known))
+            if found.complete:
+                tell_measured(study, trial, config.objective, found)
+            else:
+                tell_infeasible(study, trial, "refused" if found.state is State.refused else "starts")
+
+    @property
+    def on_twin(self) -> list[Result]:
+        return [result for (_, draw), result in self._results.items() if draw == 0]
+
+
+class TwinSampler(BaseSampler):
+    """Optuna's sampler of one study, on twins of its server."""
+
+    def __init__(
+        self,
+        config: Config,
+        space: Space,
+        ended: Callable[[], Mapping[str, Ended]],
+        seed: int | None = None,
+        first_s: float = 20.0,
+        proposal_s: float = 5.0,
+        draws: int = 4,
+    ) -> None:
+        """Prepare a sampler; `ended` gives the study's trials that have ended.
+
+        A proposal takes at most about `proposal_s` of this process' time, the first one `first_s`. Before there are
+        steps, the device of `config.prior.backend` is the twin. Raises InputError.
+        """
+        if not config.prior.backend:
+            raise InputError("sampler=twin begins with a simulated device; write prior=sim")
+        self._config, self._space, self._ended = config, space, ended
+        self._budgets_s = (first_s, proposal_s)
+        self._draws, self._seed = draws, seed or 0
+        self._other = TPESampler(seed=seed, constant_liar=True)
+        self._simulation = simulation(config, config.prior.backend)
+        self._use(twin_of(self._simulation, config.prior.sigma, config.prior.host_sigma))
+        self._fitted: dict[str, Steps] = {}  # to which the twin is fitted, by trial
+        self._looked_at: set[str] = set()  # trials whose steps are known
+        self._said = ""
+
+    def _use(self, twin: Twin) -> None:
+        """Simulate on `twin` from now on, first what was good on the one before."""
+        self._best_before = [one.params for one in self._ranked()[:FRESH]] if hasattr(self, "_simulated") else []
+        self._twin = twin
+        self._simulated = Simulated(self._simulation, self._space, twin, self._draws, self._seed)
+        inner = TPESampler(seed=self._seed, n_startup_trials=AT_RANDOM)
+        directions: Any = self._config.objective.directions
+        self._study = optuna.create_study(sampler=inner, directions=directions)
+
+    # Optuna's questions
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {} if trial.system_attrs.get("fixed_params") else dict(self._space.parameters)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The configuration to run next; nothing if TPE is to choose it."""
+        if not search_space:
+            return {}
+        until_s = time.process_time() + self._budgets_s[bool(self._looked_at or self._simulated.on_twin)]
+        ended = self._learn()
+        if why := self._why_wrong([one.result for one in ended.values()]):
+            self._say(f"the twin is left aside for now: {why}")
+            return {}
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        pending = [one.params for one in running if one.number != trial.number and one.params]
+        return dict(self._propose([one.result for one in ended.values()], pending, until_s))
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._other.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        self._other.after_trial(study, trial, state, values)
+
+    def expected(self, params: Params) -> dict[str, Any]:
+        """The result that the twin expects of a trial, as `result.expected` holds it."""
+        found = self._simulated.result(params)
+        if not found.complete:
+            return {"values": [], "feasible": False}
+        config, factor = self._config.objective, float(self._corrections([params])[0, 0])
+        signs = [objective.sign(config, metric) for metric in range(len(config.metrics))]
+        values = [value * math.exp(sign * factor) for value, sign in zip(found.values, signs, strict=True)]
+        return {"values": values, "feasible": found.feasible}
+
+    # The twin
+
+    def _learn(self) -> Mapping[str, Ended]:
+        """Fit the twin to the steps of the trials that have ended meanwhile; returns all that have."""
+        ended = self._ended()
+        new = {name: one.steps for name, one in ended.items() if one.steps and name not in self._looked_at}
+        self._looked_at |= new.keys()
+        for name, steps in new.items():
+            amiss = max((one.error for one in errors(self._twin, steps)), default=0.0)
+            if len(self._fitted) < RECORDINGS or amiss > AMISS:
+                self._fitted[name] = steps
+        if new.keys() & self._fitted.keys():
+            chosen = [*self._fitted.values()]
+            self._use(fit([*chosen[:1], *chosen[1:][-RECORDINGS:]], self._twin.device, self._twin.shape))
+        self._residuals = self._compared([one.result for one in ended.values()])
+        return ended
+
+    def _compared(self, results: Sequence[Result]) -> list[tuple[Params, float]]:
+        """Parameters, and the measured score against the twin's, of the last trials that the twin saw run."""
+        found = []
+        for result in [one for one in results if one.ran and one.state is not State.pruned][-CORRECTED:]:
+            expected = self._simulated.result(result.params)
+            if expected.feasible:
+                found.append((result.params, score(self._config, result) - score(self._config, expected)))
+        return [(params, FAILED if math.isinf(off) else off) for params, off in found]
+
+    def _corrections(self, points: Sequence[Params]) -> Floats:
+        """Scores to be added to the twin's: a row for the twin, expected, and one for each draw; a column a point."""
+        shape = (1 + self._draws, len(points))
+        if len(self._residuals) < TO_CORRECT:
+            return np.zeros(shape)
+        from sklearn.gaussian_process import GaussianProcessRegressor  # takes a second
+        from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+        known = np.array([encoded(params, self._space) for params, _ in self._residuals])
+        off = np.array([residual for _, residual in self._residuals])
+        smooth = Matern(np.ones(known.shape[1]), (0.3, 10.0), nu=2.5)
+        kernel = ConstantKernel(0.05**2, (1e-6, 0.5)) * smooth + WhiteKernel(0.02**2, (1e-5, 0.05))
+        process = GaussianProcessRegressor(kernel, random_state=self._seed)
+        asked = np.array([encoded(params, self._space) for params in points])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a constant at its bound
+            process.fit(known, off - np.median(off))
+            drawn = process.sample_y(asked, self._draws, random_state=self._seed).T
+            corrections: Floats = np.vstack([process.predict(asked), drawn]) + np.median(off)
+        return corrections
+
+    def _why_wrong(self, results: Sequence[Result]) -> str:
+        """The reason to ask TPE instead; empty as long as the twin tells good configurations from bad ones."""
+        pairs = []
+        for result in results:
+            if result.expected.get("feasible") and result.ran and result.state is not State.pruned:
+                expected = replace(result, state=State.complete, values=result.expected["values"], constraints={})
+                measured, told = score(self._config, result), score(self._config, expected)
+                pairs.append((told + FAILED if math.isinf(measured) else measured, told))
+        if len(pairs) < TO_JUDGE:
+            return ""
+        measured, told = np.array(pairs[-CORRECTED:]).T
+        off = float(np.std(measured - told))
+        if off < max(WRONG, UNEXPLAINED * float(np.std(measured))):
+            return ""
+        return f"its word on the last {len(measured)} trials was off by {off:.0%}"
+
+    def _ranked(self) -> list[Result]:
+        """Configurations that are expected to keep all limits, the best first."""
+        feasible = [one for one in self._simulated.on_twin if one.feasible]
+        return sorted(feasible, key=lambda one: -score(self._config, one))
+
+    def _propose(self, results: Sequence[Result], pending: Sequence[Params], until_s: float) -> Params:
+        """The configuration that promises most beyond what is measured and what runs; empty if none does."""
+        spare_s = self._budgets_s[1] * 0.4  # for the draws
+        for params in self._best_before:
+            if time.process_time() < until_s - spare_s:
+                self._simulated.result(params)
+        self._simulated.search(self._study, self._config, until_s - spare_s)
+        tried = {key(result.params) for result in results} | {key(params) for params in pending}
+        new = [one for one in self._ranked() if key(one.params) not in tried]
+        points = [one.params for one in distinct(new, self._space, SHORTLIST)]
+        if not points:
+            return self._nothing("it knows no other configuration that keeps the limits")
+        scores = self._scores([*points, *pending], until_s)
+        scores = np.maximum(scores, scores[np.isfinite(scores)].min() + FAILED)
+        measured = max((score(self._config, one) for one in results if one.complete), default=-math.inf)
+        reached = np.maximum(max(measured, scores.min()), scores[:, len(points) :].max(axis=1, initial=-math.inf))
+        gains = np.maximum(0.0, scores[:, : len(points)] - reached[:, None]).mean(axis=0)
+        best = int(gains.argmax())
+        if gains[best] < LEAST_GAIN:
+            return self._nothing(f"it expects nothing that is more than {LEAST_GAIN:.1%} better")
+        self._said = ""
+        log.info("twin: expects %+.1f %% over the best so far", 100 * gains[best])
+        return points[best]
+
+    def _scores(self, points: Sequence[Params], until_s: float) -> Floats:
+        """Scores of `points`, a column each, on the twin and on its draws; those of the twin where time is short."""
+        scores = np.full((1 + self._draws, len(points)), -math.inf)
+        for draw in range(1 + self._draws):
+            for at, params in enumerate(points):
+                on = draw if time.process_time() < until_s else 0
+                scores[draw, at] = score(self._config, self._simulated.result(params, on))
+        return scores + self._corrections(points)
+
+    def _nothing(self, why: str) -> Params:
+        self._say(f"the twin leaves the choice to TPE: {why}")
+        return {}
+
+    def _say(self, what: str) -> None:
+        """Log `what` unless it was the last thing said."""
+        if what != self._said:
+            log.info("twin: %s", what)
+        self._said = what
+
+
+def score(config: Config, result: Result) -> float:
+    """The logarithm of the objective's values, summed so that more is better; -inf for what breaks a limit."""
+    if not result.feasible:
+        return -math.inf
+    signs = [objective.sign(config.objective, metric) for metric in range(len(result.values))]
+    return sum(sign * math.log(max(value, 1e-9)) for sign, value in zip(signs, result.values, strict=True))
+
+
+def key(params: Params) -> str:
+    return json.dumps(params, sort_keys=True)
+
+
+def encoded(params: Params, space: Space) -> list[float]:
+    """`params` as numbers from 0 to 1: one for each number's parameter, and one for each choice."""
+    numbers: list[float] = []
+    for name, distribution in space.parameters.items():
+        if isinstance(distribution, CategoricalDistribution):
+            numbers.extend(float(params.get(name) == choice) for choice in distribution.choices)
+            continue
+        assert isinstance(distribution, (IntDistribution, FloatDistribution))
+        low, high, value = distribution.low, distribution.high, params.get(name)
+        if value is None or low == high:
+            numbers.append(0.5)
+        elif distribution.log:
+            numbers.append(math.log(value / low) / math.log(high / low))
+        else:
+            numbers.append((value - low) / (high - low))
+    return numbers
