@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ from autotune.config.schema import Config
 from autotune.errors import InputError
 from autotune.measure import objective
 from autotune.measure.result import Result, State
+from autotune.measure.steps import NAME, Steps, read
 from autotune.results.study import results_in
 from autotune.search.prior import distinct
 from autotune.search.simulate import Simulation, estimate, on_twin, simulation, twin_of
 from autotune.search.space import Space
 from autotune.search.tell import tell_infeasible, tell_measured
-from autotune.sim.steps import NAME, Steps, read
 from autotune.sim.twin import Twin, errors, fit
 
 log = logging.getLogger(__name__)
@@ -56,10 +57,10 @@ UNEXPLAINED = 0.75  # … and by this share of the trials' own
 
 @dataclass(frozen=True)
 class Ended:
-    """A trial that has ended, and its engine's steps if they were recorded."""
+    """A trial that has ended, and what reads its engine's steps if they were recorded."""
 
     result: Result
-    steps: Steps | None = None
+    steps: Callable[[], Steps] | None = None
 
 
 def ended_in(folder: Path) -> dict[str, Ended]:
@@ -68,7 +69,7 @@ def ended_in(folder: Path) -> dict[str, Ended]:
     for name, result in results_in(folder).items():
         file = folder / name / NAME
         recorded = result.complete and not result.duplicate_of and file.exists()
-        found[name] = Ended(result, read(file, name) if recorded else None)
+        found[name] = Ended(result, partial(read, file, name) if recorded else None)
     return found
 
 
@@ -131,15 +132,16 @@ class TwinSampler(BaseSampler):
         self._draws, self._seed = draws, seed or 0
         self._other = TPESampler(seed=seed, constant_liar=True)
         self._simulation = simulation(config, config.prior.backend)
-        self._use(twin_of(self._simulation, config.prior.sigma, config.prior.host_sigma))
+        self._use(twin_of(self._simulation, config.prior.sigma, config.prior.host_sigma), [])
         self._fitted: dict[str, Steps] = {}  # to which the twin is fitted, by trial
         self._looked_at: set[str] = set()  # trials whose steps are known
+        self._residuals: list[tuple[Params, float]] = []  # see _compared
+        self._nothing_better = 0  # proposals in a row from which the twin expected nothing
         self._said = ""
 
-    def _use(self, twin: Twin) -> None:
-        """Simulate on `twin` from now on, first what was good on the one before."""
-        self._best_before = [one.params for one in self._ranked()[:FRESH]] if hasattr(self, "_simulated") else []
-        self._twin = twin
+    def _use(self, twin: Twin, good: Sequence[Params]) -> None:
+        """Simulate on `twin` from now on, first what was `good` on the one before."""
+        self._twin, self._good = twin, good
         self._simulated = Simulated(self._simulation, self._space, twin, self._draws, self._seed)
         inner = TPESampler(seed=self._seed, n_startup_trials=AT_RANDOM)
         directions: Any = self._config.objective.directions
@@ -159,8 +161,7 @@ class TwinSampler(BaseSampler):
         until_s = time.process_time() + self._budgets_s[bool(self._looked_at or self._simulated.on_twin)]
         ended = self._learn()
         if why := self._why_wrong([one.result for one in ended.values()]):
-            self._say(f"the twin is left aside for now: {why}")
-            return {}
+            return dict(self._to_tpe(why))
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         pending = [one.params for one in running if one.number != trial.number and one.params]
         return dict(self._propose([one.result for one in ended.values()], pending, until_s))
@@ -190,7 +191,7 @@ class TwinSampler(BaseSampler):
     def _learn(self) -> Mapping[str, Ended]:
         """Fit the twin to the steps of the trials that have ended meanwhile; returns all that have."""
         ended = self._ended()
-        new = {name: one.steps for name, one in ended.items() if one.steps and name not in self._looked_at}
+        new = {name: one.steps() for name, one in ended.items() if one.steps and name not in self._looked_at}
         self._looked_at |= new.keys()
         for name, steps in new.items():
             amiss = max((one.error for one in errors(self._twin, steps)), default=0.0)
@@ -198,7 +199,8 @@ class TwinSampler(BaseSampler):
                 self._fitted[name] = steps
         if new.keys() & self._fitted.keys():
             chosen = [*self._fitted.values()]
-            self._use(fit([*chosen[:1], *chosen[1:][-RECORDINGS:]], self._twin.device, self._twin.shape))
+            twin = fit([*chosen[:1], *chosen[1:][-RECORDINGS:]], self._twin.device, self._twin.shape)
+            self._use(twin, [one.params for one in self._ranked()[:FRESH]])
         self._residuals = self._compared([one.result for one in ended.values()])
         return ended
 
@@ -246,7 +248,7 @@ class TwinSampler(BaseSampler):
         off = float(np.std(measured - told))
         if off < max(WRONG, UNEXPLAINED * float(np.std(measured))):
             return ""
-        return f"its word on the last {len(measured)} trials was off by {off:.0%}"
+        return f"the twin is left aside: it was off by {off:.0%} (standard deviation) on {len(measured)} trials"
 
     def _ranked(self) -> list[Result]:
         """Configurations that are expected to keep all limits, the best first."""
@@ -256,7 +258,7 @@ class TwinSampler(BaseSampler):
     def _propose(self, results: Sequence[Result], pending: Sequence[Params], until_s: float) -> Params:
         """The configuration that promises most beyond what is measured and what runs; empty if none does."""
         spare_s = self._budgets_s[1] * 0.4  # for the draws
-        for params in self._best_before:
+        for params in self._good:
             if time.process_time() < until_s - spare_s:
                 self._simulated.result(params)
         self._simulated.search(self._study, self._config, until_s - spare_s)
@@ -264,18 +266,21 @@ class TwinSampler(BaseSampler):
         new = [one for one in self._ranked() if key(one.params) not in tried]
         points = [one.params for one in distinct(new, self._space, SHORTLIST)]
         if not points:
-            return self._nothing("it knows no other configuration that keeps the limits")
+            return self._to_tpe("the twin knows no other configuration that keeps the limits")
         scores = self._scores([*points, *pending], until_s)
         scores = np.maximum(scores, scores[np.isfinite(scores)].min() + FAILED)
         measured = max((score(self._config, one) for one in results if one.complete), default=-math.inf)
         reached = np.maximum(max(measured, scores.min()), scores[:, len(points) :].max(axis=1, initial=-math.inf))
         gains = np.maximum(0.0, scores[:, : len(points)] - reached[:, None]).mean(axis=0)
         best = int(gains.argmax())
-        if gains[best] < LEAST_GAIN:
-            return self._nothing(f"it expects nothing that is more than {LEAST_GAIN:.1%} better")
-        self._said = ""
-        log.info("twin: expects %+.1f %% over the best so far", 100 * gains[best])
-        return points[best]
+        if gains[best] >= LEAST_GAIN:
+            self._nothing_better, self._said = 0, ""
+            log.info("twin: expects %+.1f%% over the best so far", 100 * gains[best])
+            return points[best]
+        self._nothing_better += 1
+        if self._nothing_better % 2:
+            return self._to_tpe("the twin expects nothing better; TPE and the twin's next best by turns")
+        return points[int(scores[:, : len(points)].mean(axis=0).argmax())]
 
     def _scores(self, points: Sequence[Params], until_s: float) -> Floats:
         """Scores of `points`, a column each, on the twin and on its draws; those of the twin where time is short."""
@@ -286,15 +291,12 @@ class TwinSampler(BaseSampler):
                 scores[draw, at] = score(self._config, self._simulated.result(params, on))
         return scores + self._corrections(points)
 
-    def _nothing(self, why: str) -> Params:
-        self._say(f"the twin leaves the choice to TPE: {why}")
+    def _to_tpe(self, why: str) -> Params:
+        """Log `why` TPE is to choose, unless it was said before."""
+        if why != self._said:
+            log.info("twin: %s", why)
+        self._said = why
         return {}
-
-    def _say(self, what: str) -> None:
-        """Log `what` unless it was the last thing said."""
-        if what != self._said:
-            log.info("twin: %s", what)
-        self._said = what
 
 
 def score(config: Config, result: Result) -> float:

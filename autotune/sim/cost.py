@@ -7,7 +7,7 @@ fitted to measurements.
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ class Work(NamedTuple):
     sequences: Any
     in_graph: Any  # 1 if a CUDA graph holds the step
     prefills: Any  # 1 if it has a prefill
+    by_size: Any = 1.0  # factor on the GPU's time, of steps with so many tokens
 
 
 # Of a step, in seconds: what `seconds` sums. Some are from the device's YAML, the others count bytes and FLOPs.
@@ -60,15 +61,23 @@ def seconds(constants: Iterable[float], work: Work) -> Step:
     return Step(
         prepare + each * work.sequences,
         work.in_graph * work.prefills * piecewise + (1 - work.in_graph) * launch,
-        fixed
-        + products
-        + work.tokens * token
-        + work.attended * attended
-        + work.context * context
-        + work.sequences * sequence,
+        work.by_size
+        * (
+            fixed
+            + products
+            + work.tokens * token
+            + work.attended * attended
+            + work.context * context
+            + work.sequences * sequence
+        ),
         back,
         1 - work.in_graph,
     )
+
+
+def size_factor(by_size: Sequence[float], tokens: Any) -> Any:
+    """The factor on the GPU's time of steps with `tokens`; `by_size` has its logarithm for 1, 2, 4, … tokens."""
+    return np.exp(np.interp(np.log2(np.maximum(tokens, 1)), np.arange(len(by_size)), by_size))
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,9 @@ class Cost:
 
     def __init__(self, device: Device, shape: Shape, flags: Flags) -> None:
         self.device, self.shape, self.flags = device, shape, flags
-        self.pace, self.more_kv_bytes = Pace(), 0.0  # a twin knows them
+        self.pace, self.more_kv_bytes = Pace(), 0.0  # a twin knows them …
+        self.by_size: tuple[float, ...] = (0.0,)  # … and this, for `size_factor`
+        self._size_factors: dict[int, float] = {}
         tp = flags.tensor_parallel_size
         products = device.tflops * 1e12 * device.math_efficiency
         quantised = (device.fp8_tflops or 0.0) * 1e12 * device.math_efficiency if flags.fp8_weights else products
@@ -137,8 +148,11 @@ class Cost:
         tokens, prefills, sizes = batch.tokens, len(batch.chunks), self.flags.graph_sizes
         in_graph = bool(sizes) and tokens <= sizes[-1]
         padded = sizes[bisect_left(sizes, tokens)] if in_graph else tokens  # a graph computes its padding, too
-        touched, sequences = self.shape.touched(tokens), batch.decodes + prefills
-        work = Work(padded, touched, batch.attended, batch.context, sequences, in_graph, prefills > 0)
+        if padded not in self._size_factors:
+            self._size_factors[padded] = float(size_factor(self.by_size, padded))
+        factor, sequences = self._size_factors[padded], batch.decodes + prefills
+        touched = self.shape.touched(tokens)
+        work = Work(padded, touched, batch.attended, batch.context, sequences, in_graph, prefills > 0, factor)
         return seconds(self.constants, work)
 
     def kv_tokens(self) -> int:

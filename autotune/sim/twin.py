@@ -11,6 +11,7 @@ configuration speak of others. The factors have a posterior; one that no step ha
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from scipy.special import ndtr
 from autotune.config.schema import Device
 from autotune.errors import InputError
 from autotune.measure.steps import Floats, Steps
-from autotune.sim.cost import CONSTANTS, ON_HOST, Cost, Pace, Work, seconds
+from autotune.sim.cost import CONSTANTS, ON_HOST, Cost, Pace, Work, seconds, size_factor
 from autotune.sim.flags import Flags, resolve
 from autotune.sim.shape import Shape
 
@@ -33,6 +34,9 @@ GPU_NOISE, HOST_NOISE, JITTER_S = 0.02, 0.09, 1e-4  # of one step: relative, rel
 GPU_BETWEEN, HOST_BETWEEN = 0.02, 0.08
 RETURN_S = 5e-4
 KNOWN_WIDTH = 1e-3
+SIZES = 16  # of steps: 1, 2, 4, … 32,768 tokens
+SMOOTH, SIZE_WIDTH = 0.05, 0.15  # prior of `by_size`: standard deviation from one size to the next, and of each
+SIZE_FACTORS = (0.8, 1.25)  # beyond, something else happened
 PER_KIND = 320  # steps of a kind that are fitted
 WORTH = 160  # independent steps that those of a kind are worth, at most: their errors are alike
 BLOCK = 8  # consecutive steps are chosen together
@@ -40,8 +44,10 @@ HISTORY = 3  # steps after which the recurrence has forgotten
 EDGES = (512, 1024, 2048)  # tokens of the kinds of a step with prefill
 STARTS = (1.0, 1.5)  # a fit begins with the prior's constants, and with slower ones; the best result counts
 FORGET, DOUBT = 0.8, 0.1  # the host's pace: weight of a step against the next one; weight of the belief that it is 1
+USUAL = (0.05, 0.95)  # quantiles of the host's pace; beyond, another process had it
 PACES = (0.4, 2.5)  # beyond, a step was interrupted
 LONG_S = 0.5  # a step that takes longer was interrupted
+IDLE_S = 0.5  # between two steps of different runs
 
 
 def prior(cost: Cost) -> Floats:
@@ -61,6 +67,7 @@ class Twin:
     covariance: Floats  # of the factors' logarithms
     loop: tuple[float, float]  # seconds between a result and the next step's launch, in all and for each sequence
     pace: Pace
+    by_size: tuple[float, ...] = (0.0,)  # see size_factor: what the constants leave unexplained
     kv_bytes: float | None = None  # KV cache beyond what the device's YAML says, on one GPU; None: not known
     unseen: tuple[str, ...] = ()  # what no step has shown, in words
 
@@ -71,7 +78,7 @@ class Twin:
         constants[CONSTANTS.index("prepare_s")] += self.loop[0]
         constants[CONSTANTS.index("prepare_sequence_s")] += self.loop[1]
         cost.constants, cost.pace = tuple(map(float, constants)), replace(self.pace, seed=seed)
-        cost.more_kv_bytes = self.kv_bytes or 0.0
+        cost.more_kv_bytes, cost.by_size = self.kv_bytes or 0.0, self.by_size
         return cost
 
     def draw(self, seed: int) -> "Twin":
@@ -122,6 +129,7 @@ class Recorded:
             steps.column("decodes") + chunks,
             in_graph * 1.0,
             (chunks > 0) * 1.0,
+            np.ones(len(tokens)),
         )
 
     @cached_property
@@ -260,7 +268,8 @@ def fit(recordings: Sequence[Steps], device: Device, shape: Shape, known: float 
     solution = min(solutions, key=lambda one: one.cost)
     covariance = np.linalg.inv(solution.jac.T @ solution.jac)
     factors = np.exp(solution.x - 1)
-    made = Twin(device, shape, factors, covariance, loop_of(data), Pace(), kv_bytes_of(data))
+    made = Twin(device, shape, factors, covariance, loop_of(data), Pace(), kv_bytes=kv_bytes_of(data))
+    made = replace(made, by_size=by_size_of(made, data))
     return replace(made, pace=pace_of(made, data), unseen=unseen(covariance, widths, data))
 
 
@@ -285,19 +294,32 @@ def loop_of(data: Sequence[Recorded]) -> tuple[float, float]:
 def times_of(twin: Twin, recorded: Recorded, pace: Floats | float = 1.0) -> Times:
     steps = recorded.steps
     constants = prior(recorded.cost) * twin.factors
-    return expected(constants, recorded.work, steps.column("t1"), steps.column("t2"), recorded.overlapped, pace)
+    work = recorded.work._replace(by_size=size_factor(twin.by_size, recorded.work.tokens))
+    return expected(constants, work, steps.column("t1"), steps.column("t2"), recorded.overlapped, pace)
 
 
 def pace_of(twin: Twin, data: Sequence[Recorded]) -> Pace:
-    """Pace of the host, as it varies from launch to launch; what interrupted it is left out."""
+    """Pace of the host, as it varies from launch to launch in each server's longest run: short ones find it uneven.
+
+    What interrupted it is left out.
+    """
     found: dict[bool, list[float]] = {True: [], False: []}
     for recorded in data:
         times = times_of(twin, recorded)
+        steady = np.zeros(len(recorded.steps), bool)
+        steady[longest_run(recorded.steps)] = True
         for eager, kept in found.items():
-            launched = (recorded.work.prefills > 0) & ((recorded.work.in_graph == 0) == eager)
+            launched = steady & (recorded.work.prefills > 0) & ((recorded.work.in_graph == 0) == eager)
             kept.extend(np.exp(times.host[launched & (times.host_seen > 0.95)]).tolist())
-    usual = {eager: np.clip(kept, *np.quantile(kept, (0.05, 0.95))) if kept else [] for eager, kept in found.items()}
+    usual = {eager: np.clip(kept, *np.quantile(kept, USUAL)) if kept else [] for eager, kept in found.items()}
     return Pace(tuple(map(float, usual[True])), tuple(map(float, usual[False])))
+
+
+def longest_run(steps: Steps) -> slice:
+    """The most steps in a row between which the server was not idle."""
+    began = np.flatnonzero(steps.column("t1")[1:] - steps.column("t2")[:-1] > IDLE_S) + 1
+    edges = [0, *map(int, began), len(steps)]
+    return max((slice(*pair) for pair in pairwise(edges)), key=lambda run: run.stop - run.start)
 
 
 def paced(twin: Twin, recorded: Recorded) -> Floats:
@@ -306,6 +328,29 @@ def paced(twin: Twin, recorded: Recorded) -> Floats:
     weight, total = (lfilter([0, 1], [1, -FORGET], x) for x in (times.host_seen, times.host_seen * times.host))
     pace: Floats = np.exp(total / (weight + DOUBT))
     return pace
+
+
+def by_size_of(twin: Twin, data: Sequence[Recorded]) -> tuple[float, ...]:
+    """What `twin` leaves unexplained of the GPU's time, by the size of a step: see `size_factor`.
+
+    A kernel that changes with the number of tokens, or experts that are not chosen at random, show as a bend that no
+    constant describes. Neighbouring sizes are taken to be alike; where no step has shown one, nothing is corrected.
+    """
+    differences = np.diff(np.eye(SIZES), axis=0)
+    precision, target = differences.T @ differences / SMOOTH**2 + np.eye(SIZES) / SIZE_WIDTH**2, np.zeros(SIZES)
+    for recorded in data:
+        times, t2 = times_of(twin, recorded, paced(twin, recorded)), recorded.steps.column("t2")
+        shown = (times.bound > 0.9) & (t2 - recorded.steps.column("t1") < LONG_S)
+        tokens = recorded.work.tokens[shown]
+        gpu_s = seconds(prior(recorded.cost) * twin.factors, recorded.work).gpu_s[shown]
+        off = np.log(np.clip(1 + (t2 - times.result)[shown] / gpu_s, *SIZE_FACTORS))
+        octave = np.round(np.log2(tokens)).astype(int)
+        weight = np.minimum(1.0, WORTH / np.bincount(octave)[octave]) / GPU_NOISE**2
+        at = np.arange(SIZES)
+        shares = np.maximum(0.0, 1 - abs(np.clip(np.log2(tokens), 0, SIZES - 1)[:, None] - at))
+        precision += (shares * weight[:, None]).T @ shares
+        target += (shares * weight[:, None]).T @ off
+    return tuple(map(float, np.linalg.solve(precision, target)))
 
 
 def kv_bytes_of(data: Sequence[Recorded]) -> float | None:

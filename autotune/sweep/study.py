@@ -102,6 +102,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     space = check_space(space, config, prepared.backend, defaults.resolved)
     check_values(space, prepared)
     check_gpus(config)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     launcher, pruner = make_launcher(config), make_pruner(config)
     make_sampler(sweeper["sampler"], space, config)  # that it can be made, before there is a folder
     tracking.check(config.tracking)
@@ -110,7 +111,6 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
         raise InputError(f"resume=true: there is no study in {folder}; write study=<its name>")
     if config.warm_start and not folder.exists():
         load(config.warm_start, "warm_start")  # says now that it does not exist
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     with storage.disk_errors(folder), opened(folder):
         results = results_in(folder)
         facts = {**prepared.backend.facts, "dataset_checksum": samples.checksum}
