@@ -38,6 +38,7 @@ from optuna.trial import TrialState
 from autotune.config.command_line import CONF, compose, errors_in_one_line
 from autotune.config.overrides import with_fields
 from autotune.config.schema import Config
+from autotune.measure import progress
 from autotune.measure.result import Result, State
 from autotune.search import prior
 from autotune.search.samplers import Grid, make_sampler
@@ -143,19 +144,17 @@ def workload(name: str, words: str) -> Workload:
     assert config.objective.directions == ["maximize"]
     space, _ = parse(params, sweeps, config.conditions, config.only_if)
     simulated = simulation(config, config.backend)
-    points, series = {}, {}
+    points, series, metric = {}, {}, config.objective.metrics[0]
     for params in grid(space, simulated):
         point, seen = key(space, params), []
         broken = space.violated(params, simulated.known)
         points[point] = (
             Result(State.refused, broken, params=params) if broken else estimate(simulated, params, seen.append)
         )
-        if seen:
+        if seen and metric in progress.METRICS:
             load = with_fields(config, {name: value for name, value in params.items() if "scenario" in name}).scenario
             times = np.arange(PUBLISH_S, seen[0].measured.phases["run"], PUBLISH_S)
-            series[point] = [
-                published(seen[0].measured.requests, at, load)[config.objective.metrics[0]] for at in times
-            ]
+            series[point] = [published(seen[0].measured.requests, at, load)[metric] for at in times]
     assert len(points) == space.grid_size
     return Workload(name, simulated, space, points, series)
 

@@ -46,7 +46,7 @@ STARTS = (1.0, 1.5)  # a fit begins with the prior's constants, and with slower 
 FORGET, DOUBT = 0.8, 0.1  # the host's pace: weight of a step against the next one; weight of the belief that it is 1
 USUAL = (0.05, 0.95)  # quantiles of the host's pace; beyond, another process had it
 PACES = (0.4, 2.5)  # beyond, a step was interrupted
-LONG_S = 0.5  # a step that takes longer was interrupted
+LONG_S = 10.0  # a step that takes longer was interrupted
 IDLE_S = 0.5  # between two steps of different runs
 
 
@@ -200,7 +200,8 @@ def expected(
     next_launched = np.where(overlapped, np.append(launched[1:], 0.0), t1 - LONG_S)
     next_noise = np.append(host_noise[1:], 0.0)
     both = np.hypot(gpu_noise, next_noise)
-    began, end = t1 + prepare, np.maximum(t1 + prepare + gpu, launched)
+    began = np.maximum(t1 + prepare, np.append(t1[0], (t2 - back)[:-1]))  # as if the GPU decided each result
+    end = np.maximum(began + gpu, launched)
     for _ in range(HISTORY):
         bound = ndtr((end + back - next_launched) / both)
         known_end = bound * (t2 - back) + (1 - bound) * np.minimum(end, t2 - back)

@@ -1,0 +1,128 @@
+"""sampler=twin asks for what wins on a twin of the server; where the twin is wrong or has nothing to say, TPE does."""
+
+from pathlib import Path
+
+import optuna
+import pytest
+
+from autotune.errors import InputError
+from autotune.measure.result import Result, State
+from autotune.results.study import results_in
+from autotune.search.space import parse
+from autotune.search.twin import Ended, Params, TwinSampler, encoded, key
+from tests.studies import SEQS, configured, study
+
+TOKENS, BACKEND = "engine.args.max_num_batched_tokens", "engine.args.attention_backend"
+SPACE, _ = parse(
+    {},
+    [f"{SEQS}=choice(2,8,32,128)", f"{TOKENS}=choice(256,1024,4096)", f"{BACKEND}=choice(default,FLASHINFER)"],
+    {},
+    {},
+)
+CONFIG = configured("model=llama8b", "backend=sim", "scenario=offline", "scenario.min_queries=64", "prior=sim")
+QUICK = {"first_s": 0.3, "proposal_s": 0.1, "draws": 1, "seed": 0}
+
+
+def asked(sampler: TwinSampler, running: int = 0) -> Params:
+    """The parameters that a study's next trial is asked for beside others that run, empty where TPE is to choose."""
+    made = optuna.create_study(sampler=sampler, direction="maximize")
+    for _ in range(running):
+        SPACE.suggest(made.ask(), {})
+    trial = made.ask()
+    return trial.relative_params
+
+
+def trial(params: Params, value: float, expected: float, state: State = State.complete) -> Ended:
+    words = {"values": [expected], "feasible": True}
+    return Ended(Result(state, values=[value], params=dict(params), expected=words, phases={"run": 1.0}))
+
+
+def test_twin_asks_for_what_is_good_on_it():
+    params = asked(TwinSampler(CONFIG, SPACE, dict, **QUICK))
+    assert params[SEQS] == 128
+
+
+def test_trials_side_by_side_are_asked_for_different_configurations():
+    sampler = TwinSampler(CONFIG, SPACE, dict, **QUICK)
+    made = optuna.create_study(sampler=sampler, direction="maximize")
+    points = [key(SPACE.suggest(made.ask(), {})) for _ in range(3)]
+    assert len(set(points)) == 3
+
+
+def test_twin_that_is_wrong_leaves_the_choice_to_tpe(caplog: pytest.LogCaptureFixture):
+    points = [{SEQS: seqs, TOKENS: 1024, BACKEND: "default"} for seqs in (2, 8, 32, 128)]
+    right = [trial(params, 100.0 * value, 100.0 * value) for value, params in enumerate(points, 1)]
+    wrong = [trial(params, 500 - 100.0 * value, 100.0 * value) for value, params in enumerate(points, 1)]
+    assert asked(TwinSampler(CONFIG, SPACE, lambda: dict(enumerate(right)), **QUICK))
+    caplog.set_level("INFO")
+    assert not asked(TwinSampler(CONFIG, SPACE, lambda: dict(enumerate(wrong)), **QUICK))
+    assert "the twin is left aside: it was off by" in caplog.text
+
+
+def test_trials_that_fail_where_the_twin_saw_them_run_make_it_wrong():
+    points = [{SEQS: seqs, TOKENS: 1024, BACKEND: "default"} for seqs in (2, 8, 32, 128)]
+    ended = [
+        trial(one, 100.0, 100.0, State.failed if number % 2 else State.complete) for number, one in enumerate(points)
+    ]
+    assert not asked(TwinSampler(CONFIG, SPACE, lambda: dict(enumerate(ended)), **QUICK))
+
+
+def test_flag_that_the_twin_does_not_model_is_learned_as_a_factor():
+    ended: dict[str, Ended] = {}
+    sampler = TwinSampler(CONFIG, SPACE, lambda: ended, **QUICK)
+    for seqs in (2, 8, 32):
+        for backend, factor in (("default", 1.0), ("FLASHINFER", 1.3)):
+            params = {SEQS: seqs, TOKENS: 1024, BACKEND: backend}
+            expected = sampler.expected(params)["values"][0]
+            ended[key(params)] = trial(params, factor * expected, expected)
+    assert asked(sampler)[BACKEND] == "FLASHINFER"
+    new = {SEQS: 32, TOKENS: 4096}
+    told = [sampler.expected({**new, BACKEND: backend})["values"][0] for backend in ("default", "FLASHINFER")]
+    assert told[1] / told[0] == pytest.approx(1.3, rel=0.1)
+
+
+def test_parameters_are_numbers_from_0_to_1():
+    space, _ = parse({}, ["engine.args.a=tag(log,int(interval(1,100)))", "engine.args.b=choice(x,y)"], {}, {})
+    assert encoded({"engine.args.a": 10, "engine.args.b": "y"}, space) == [0.5, 0.0, 1.0]
+    assert encoded({"engine.args.b": "x"}, space) == [0.5, 1.0, 0.0]
+
+
+def test_enqueued_trial_costs_no_simulation():
+    sampler = TwinSampler(CONFIG, SPACE, dict, **QUICK)
+    made = optuna.create_study(sampler=sampler)
+    made.enqueue_trial({SEQS: 8})
+    assert not made.ask().relative_params
+
+
+def test_twin_without_a_device_is_refused_before_anything_starts(tmp_path: Path):
+    with pytest.raises(InputError, match=r"sampler=twin begins with a simulated device; write prior=sim"):
+        study(tmp_path, "sampler=twin", "prior=none", f"{SEQS}=choice(8,64)", simulated=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_study_learns_its_server_from_the_steps_of_its_trials(tmp_path: Path):
+    """The twin begins with a GPU half as fast as the server's."""
+    budget = ["hydra.sweeper.sampler.first_s=3", "hydra.sweeper.sampler.proposal_s=1"]
+    slow = [f"prior.backend.device.{name}_efficiency=0.45" for name in ("math", "bandwidth")]
+    words = ["sampler=twin", "backend.steps=true", *slow, *budget]
+    space = [f"{SEQS}=choice(4,16,64,256)", f"{TOKENS}=choice(512,2048,8192)"]
+    said = study(tmp_path, *words, *space, "n_trials=3", simulated=True)
+    results = results_in(tmp_path / "multirun/s")
+    assert "twin: expects +" in said or "the twin expects nothing better" in said
+    trials = [results[f"trial-{number}"] for number in range(3)]
+    for found in trials:
+        assert found.expected["values"][0] == pytest.approx(found.values[0], rel=0.1)
+    # It goes on, with the steps of all trials.
+    study(tmp_path, *words, *space, "n_trials=4", simulated=True)
+    results = results_in(tmp_path / "multirun/s").values()
+    assert sum(found.complete and not found.duplicate_of for found in results) == 5
+
+
+@pytest.mark.slow
+def test_study_with_two_objectives_asks_the_twin(tmp_path: Path):
+    budget = ["hydra.sweeper.sampler.first_s=2", "hydra.sweeper.sampler.proposal_s=0.5"]
+    words = ["sampler=twin", "backend.steps=true", "objective=pareto", *budget, f"{SEQS}=choice(4,16,64,256)"]
+    study(tmp_path, *words, "n_trials=3", simulated=True)
+    found = results_in(tmp_path / "multirun/s")["trial-0"]
+    assert found.complete and len(found.expected["values"]) == 2
