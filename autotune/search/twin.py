@@ -312,14 +312,20 @@ def key(params: Params) -> str:
 
 
 def encoded(params: Params, space: Space) -> list[float]:
-    """`params` as numbers from 0 to 1: one for each number's parameter, and one for each choice."""
+    """`params` as numbers from 0 to 1: one for each parameter with numbers, and one for each choice of the others."""
     numbers: list[float] = []
     for name, distribution in space.parameters.items():
+        value = params.get(name)
         if isinstance(distribution, CategoricalDistribution):
-            numbers.extend(float(params.get(name) == choice) for choice in distribution.choices)
+            choices: Sequence[Any] = distribution.choices
+            if all(isinstance(choice, (int, float)) for choice in choices):
+                known = value in choices and len(choices) > 1
+                numbers.append(sorted(choices).index(value) / (len(choices) - 1) if known else 0.5)
+            else:
+                numbers.extend(float(value == choice) for choice in choices)
             continue
         assert isinstance(distribution, (IntDistribution, FloatDistribution))
-        low, high, value = distribution.low, distribution.high, params.get(name)
+        low, high = distribution.low, distribution.high
         if value is None or low == high:
             numbers.append(0.5)
         elif distribution.log:

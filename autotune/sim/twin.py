@@ -332,7 +332,7 @@ def paced(twin: Twin, recorded: Recorded) -> Floats:
 
 
 def by_size_of(twin: Twin, data: Sequence[Recorded]) -> tuple[float, ...]:
-    """What `twin` leaves unexplained of the GPU's time, by the size of a step: see `size_factor`.
+    """Corrections of the GPU's time by the size of a step, for what `twin` leaves unexplained: see `size_factor`.
 
     A kernel that changes with the number of tokens, or experts that are not chosen at random, show as a bend that no
     constant describes. Neighbouring sizes are taken to be alike; where no step has shown one, nothing is corrected.
