@@ -43,14 +43,12 @@ def main(tmp_path: Path) -> Main:
 @pytest.fixture
 def autotune(tmp_path: Path) -> Autotune:
     """Runs `python -m autotune …` in an empty folder, as a process of its own."""
+    return partial(autotune_in, tmp_path)
 
-    def run(*arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-m", "autotune", *arguments]
-        return subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **env}, timeout=500
-        )
 
-    return run
+def autotune_in(folder: Path, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "autotune", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, **env}, timeout=500)
 
 
 @pytest.fixture

