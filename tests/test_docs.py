@@ -3,20 +3,18 @@
 A page is a story: its commands run in order in one folder, with the files that it shows beside them.
 """
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from autotune import commands as names
-from autotune.commands import compare, export, report, verify
+from autotune.commands import compare, export, plan, report, verify
 from autotune.config import command_line
 from autotune.search import space
+from tests.conftest import Main
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "datasets/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,6 +43,7 @@ NOT_RUN = {
     "backend.twin": "the steps lie in the repository; tests/test_twin.py reads them",
     "model=smollm2": "the page runs real vLLM on a CPU; tests/test_live.py does",
     "pruner=": "needs trials that take a while",
+    "sampler=twin": "asks for half a minute; tests/test_twin_sampler.py runs its studies",
 }
 SHORT = {
     "tracking": "none",
@@ -167,21 +166,16 @@ def test_link_leads_somewhere(page: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=page_id)
-def test_pages_commands_run_in_order(page: Path, tmp_path: Path):
+def test_pages_commands_run_in_order(page: Path, main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On a simulated vLLM, and shortened: what a page calls by a name, an earlier command of it has made."""
+    monkeypatch.setattr(plan, "DRAWS", 20)
+    monkeypatch.setattr(plan, "SEARCHED", 20)
     write_files(page, tmp_path)
     for command in commands(page):
         line = " ".join(command.words)
         if not runs(command):
             continue
-        done = subprocess.run(
-            [sys.executable, "-m", "autotune", *named(command), *simulated(command)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "AUTOTUNE_LEASES": str(tmp_path / "leases")},
-            timeout=200,
-        )
+        done = main(*named(command), *simulated(command))
         fine = (0, verify.NO_BETTER) if command.name == "verify" else (0,)
         assert done.returncode in fine, f"{command}: {line}\n{done.stderr}"
 
@@ -202,5 +196,7 @@ def simulated(command: Command) -> list[str]:
         words.append("backend=sim")
     if command.name != TUNE:
         return words
+    if "study" not in keys:
+        words.append(f"study=line-{command.line}")  # its own name is the second in which it starts
     kept = [word for word in words if word.partition("=")[0] not in SHORT]
     return [*kept, *(f"{key}={value}" for key, value in SHORT.items())]

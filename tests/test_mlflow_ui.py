@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a study called `tuned` was run and logged."""
     folder = tmp_path_factory.mktemp("ui")
     space = [f"{SEQS}=tag(log,int(interval(8,256)))", f"{TOKENS}=choice(1024,2048,4096)"]
-    longer = ["scenario.min_queries=600", "backend.pace=0.02"]  # to show some course over time
+    longer = ["scenario.min_queries=600", "backend.pace=0.004"]  # to show some course over time
     words = [*SIMULATED[:-1], *space, "study=tuned", "n_trials=6", *longer]
     command = [sys.executable, "-m", "autotune", "-m", *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment(folder), timeout=300)
