@@ -144,7 +144,7 @@ def slurm_cluster(folder: Path, database: str = "") -> Iterator[Slurm]:
             if name == "slurmdbd":
                 wait_for(lambda: has_accounting(slurm), f"slurmdbd, see {log}")
                 slurm.run("sacctmgr", "--immediate", "add", "cluster", "test")
-        wait_for(lambda: is_up(slurm), f"SLURM, see {folder}/*.log")
+        wait_for(lambda: is_up(slurm), f"SLURM, see {folder}/*.log", timeout_s=90)
         yield slurm
 
 

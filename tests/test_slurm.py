@@ -83,10 +83,10 @@ def seqs(folder: Path, number: int) -> int:
 
 
 def test_study_survives_a_crash_a_cancel_a_time_out_and_a_preemption(slurm: Slurm, tmp_path: Path):
-    points = [1, *range(100, 123)]
+    points = [1, *range(100, 111)]
     grid = ["sampler=grid", f"{SEQS}=choice({','.join(map(str, points))})"]
     study = start(slurm, tmp_path, *grid, *JOB_LIMIT, "launcher.parameters.slurm_partition=requeue")
-    others = (number for number in (2, 6, 10, 11) if seqs(tmp_path, number) != 1)
+    others = (number for number in (2, 4, 6, 8) if seqs(tmp_path, number) != 1)
     crashed = next(others)
     process_of(job_of(tmp_path, crashed)).kill()
     cancelled = next(others)
@@ -103,20 +103,20 @@ def test_study_survives_a_crash_a_cancel_a_time_out_and_a_preemption(slurm: Slur
     # SLURM warns first, and ends the job if the warning was lost.
     assert "timed-out" in failed[late] or "SystemExit" in failed[late] or "TIMEOUT" in failed[late]
     assert "SLURM job" in failed[crashed] and "SystemExit" in failed[cancelled]
-    assert "Study s: 24 trials, 3 failed" in output
+    assert "Study s: 12 trials, 3 failed" in output
     assert ended[preempted].state is TrialState.COMPLETE
     assert "Restarts=0" not in slurm.run("scontrol", "show", "job", job)
 
 
 def test_jobs_that_run_are_found_again_after_the_login_node_is_lost(slurm: Slurm, tmp_path: Path):
-    grid = ["sampler=grid", f"{SEQS}=choice(100,101,102,103,104,105)", "backend.pace=0.04"]
+    grid = ["sampler=grid", f"{SEQS}=choice(100,101,102,103)", "backend.pace=0.04"]
     study = start(slurm, tmp_path, *grid)
     jobs = [job_of(tmp_path, number) for number in range(3)]
     study.kill()
     study.wait()
     output = done(start(slurm, tmp_path, *grid))
     assert "still runs; watching it again" in output
-    assert [trial.state for trial in trials(tmp_path)] == [TrialState.COMPLETE] * 6
+    assert [trial.state for trial in trials(tmp_path)] == [TrialState.COMPLETE] * 4
     assert [job_of(tmp_path, number) for number in range(3)] == jobs
 
 
@@ -152,7 +152,7 @@ def test_each_node_shows_first_what_it_can(slurm: Slurm, tmp_path: Path):
 
 
 def test_best_is_verified_in_jobs_that_a_lost_login_node_does_not_end(slurm: Slurm, tmp_path: Path):
-    done(start(slurm, tmp_path, "sampler=grid", f"{SEQS}=choice(16)", "baseline=true"))
+    done(start(slurm, tmp_path, "sampler=grid", f"{SEQS}=choice(32)", "baseline=true"))
     repeats = [tmp_path / f"multirun/s/verify/{name}-{block}" for name in ("baseline", "trial-0") for block in (1, 2)]
     lost = verify(slurm, tmp_path)
     jobs = [job_in(repeat) for repeat in repeats]
