@@ -47,6 +47,7 @@ SHORTLIST = 4  # distinct configurations that are simulated on draws of the twin
 FRESH = 8  # best ones of an older twin, which are simulated on a new one first
 AT_RANDOM = 10  # first configurations of the simulated study
 LEAST_GAIN = 0.003  # expected, as a share; below it the twin has nothing to say
+OTHERS_TURN = 3  # every third proposal from which the twin expects nothing is TPE's; the others are its next best
 FAILED = -1.0  # a trial's score, against the twin's, that did not run or broke limits though the twin saw it keep them
 CORRECTED = 12  # last trials of which a factor on the twin's word is learned …
 TO_CORRECT = 3  # … once there are so many
@@ -76,21 +77,26 @@ def ended_in(folder: Path) -> dict[str, Ended]:
 class Simulated:
     """Configurations simulated on one twin, and on draws from its posterior."""
 
-    def __init__(self, simulation: Simulation, space: Space, twin: Twin, draws: int, seed: int) -> None:
+    def __init__(
+        self, simulation: Simulation, space: Space, twin: Twin, before: Sequence[Result], draws: int, seed: int
+    ) -> None:
+        """Simulate on `twin`; `before` is what another one said."""
         twins = [twin, *(twin.draw(seed + number) for number in range(draws))]
         self._simulations = [on_twin(simulation, one) for one in twins]
         self._space = space
+        self._before = {key(one.params): one for one in before}
         self._results: dict[tuple[str, int], Result] = {}
 
     def result(self, params: Params, draw: int = 0) -> Result:
         """The result expected of `params`; draw 0 is the twin itself."""
-        at = key(params), draw
-        if at not in self._results:
+        point = key(params)
+        if (point, draw) not in self._results:
             simulation = self._simulations[draw]
             broken = self._space.violated(params, simulation.known)
             refused = Result(State.refused, broken, params=dict(params), estimated=True)
-            self._results[at] = refused if broken else estimate(simulation, params)
-        return self._results[at]
+            near = self._results.get((point, 0), self._before.get(point))
+            self._results[point, draw] = refused if broken else estimate(starting_at(simulation, near), params)
+        return self._results[point, draw]
 
     def search(self, study: optuna.Study, config: Config, until_s: float) -> None:
         """Go on with a simulated study of this twin until the process has run `until_s`."""
@@ -107,6 +113,16 @@ class Simulated:
         return [result for (_, draw), result in self._results.items() if draw == 0]
 
 
+def starting_at(simulation: Simulation, near: Result | None) -> Simulation:
+    """`simulation` whose search for the highest load starts at that of `near`, which saves most of its runs."""
+    qps = near.metrics.get("max_qps") if near else None
+    if not qps or not objective.searches(simulation.config.objective):
+        return simulation
+    scenario = simulation.config.scenario
+    closing = replace(scenario, search=replace(scenario.search, start_qps=qps))
+    return replace(simulation, config=replace(simulation.config, scenario=closing))
+
+
 class TwinSampler(BaseSampler):
     """Optuna's sampler of one study, on twins of its server."""
 
@@ -116,14 +132,14 @@ class TwinSampler(BaseSampler):
         space: Space,
         ended: Callable[[], Mapping[str, Ended]],
         seed: int | None = None,
-        first_s: float = 20.0,
-        proposal_s: float = 5.0,
+        first_s: float = 12.0,
+        proposal_s: float = 3.0,
         draws: int = 4,
     ) -> None:
         """Prepare a sampler; `ended` gives the study's trials that have ended.
 
-        A proposal takes at most about `proposal_s` of this process' time, the first one `first_s`. Before there are
-        steps, the device of `config.prior.backend` is the twin. Raises InputError.
+        Beside the fit, a proposal takes about `proposal_s` of this process' time, the first one `first_s`. Before there
+        are steps, the device of `config.prior.backend` is the twin. Raises InputError.
         """
         if not config.prior.backend:
             raise InputError("sampler=twin begins with a simulated device; write prior=sim")
@@ -139,10 +155,10 @@ class TwinSampler(BaseSampler):
         self._nothing_better = 0  # proposals in a row from which the twin expected nothing
         self._said = ""
 
-    def _use(self, twin: Twin, good: Sequence[Params]) -> None:
+    def _use(self, twin: Twin, good: Sequence[Result]) -> None:
         """Simulate on `twin` from now on, first what was `good` on the one before."""
         self._twin, self._good = twin, good
-        self._simulated = Simulated(self._simulation, self._space, twin, self._draws, self._seed)
+        self._simulated = Simulated(self._simulation, self._space, twin, good, self._draws, self._seed)
         inner = TPESampler(seed=self._seed, n_startup_trials=AT_RANDOM)
         directions: Any = self._config.objective.directions
         self._study = optuna.create_study(sampler=inner, directions=directions)
@@ -158,13 +174,13 @@ class TwinSampler(BaseSampler):
         """The configuration to run next; nothing if TPE is to choose it."""
         if not search_space:
             return {}
-        until_s = time.process_time() + self._budgets_s[bool(self._looked_at or self._simulated.on_twin)]
+        budget_s = self._budgets_s[bool(self._looked_at or self._simulated.on_twin)]
         ended = self._learn()
         if why := self._why_wrong([one.result for one in ended.values()]):
             return dict(self._to_tpe(why))
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         pending = [one.params for one in running if one.number != trial.number and one.params]
-        return dict(self._propose([one.result for one in ended.values()], pending, until_s))
+        return dict(self._propose([one.result for one in ended.values()], pending, time.process_time() + budget_s))
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -200,7 +216,7 @@ class TwinSampler(BaseSampler):
         if new.keys() & self._fitted.keys():
             chosen = [*self._fitted.values()]
             twin = fit([*chosen[:1], *chosen[1:][-RECORDINGS:]], self._twin.device, self._twin.shape)
-            self._use(twin, [one.params for one in self._ranked()[:FRESH]])
+            self._use(twin, self._ranked()[:FRESH])
         self._residuals = self._compared([one.result for one in ended.values()])
         return ended
 
@@ -257,29 +273,30 @@ class TwinSampler(BaseSampler):
 
     def _propose(self, results: Sequence[Result], pending: Sequence[Params], until_s: float) -> Params:
         """The configuration that promises most beyond what is measured and what runs; empty if none does."""
-        spare_s = self._budgets_s[1] * 0.4  # for the draws
-        for params in self._good:
-            if time.process_time() < until_s - spare_s:
-                self._simulated.result(params)
-        self._simulated.search(self._study, self._config, until_s - spare_s)
         tried = {key(result.params) for result in results} | {key(params) for params in pending}
-        new = [one for one in self._ranked() if key(one.params) not in tried]
+        good = [one for one in self._good if key(one.params) not in tried]
+        draws_s = self._budgets_s[1] * 0.4
+        for one in good:
+            if time.process_time() < until_s - draws_s:
+                self._simulated.result(one.params)
+        self._simulated.search(self._study, self._config, until_s - draws_s)
+        new = [one for one in self._ranked() if key(one.params) not in tried] or good
         points = [one.params for one in distinct(new, self._space, SHORTLIST)]
         if not points:
             return self._to_tpe("the twin knows no other configuration that keeps the limits")
         scores = self._scores([*points, *pending], until_s)
         scores = np.maximum(scores, scores[np.isfinite(scores)].min() + FAILED)
-        measured = max((score(self._config, one) for one in results if one.complete), default=-math.inf)
-        reached = np.maximum(max(measured, scores.min()), scores[:, len(points) :].max(axis=1, initial=-math.inf))
+        measured = max((score(self._config, one) for one in results if one.feasible), default=scores.min())
+        reached = np.maximum(measured, scores[:, len(points) :].max(axis=1, initial=-math.inf))
         gains = np.maximum(0.0, scores[:, : len(points)] - reached[:, None]).mean(axis=0)
         best = int(gains.argmax())
         if gains[best] >= LEAST_GAIN:
             self._nothing_better, self._said = 0, ""
-            log.info("twin: expects %+.1f%% over the best so far", 100 * gains[best])
+            log.info("twin: expects %+.1f%% over the best so far", 100 * math.expm1(gains[best]))
             return points[best]
         self._nothing_better += 1
-        if self._nothing_better % 2:
-            return self._to_tpe("the twin expects nothing better; TPE and the twin's next best by turns")
+        if not self._nothing_better % OTHERS_TURN:
+            return self._to_tpe("the twin expects nothing better, and TPE may know more")
         return points[int(scores[:, : len(points)].mean(axis=0).argmax())]
 
     def _scores(self, points: Sequence[Params], until_s: float) -> Floats:
