@@ -48,6 +48,7 @@ FRESH = 8  # best ones of an older twin, which are simulated on a new one first
 AT_RANDOM = 10  # first configurations of the simulated study
 LEAST_GAIN = 0.003  # expected, as a share; below it the twin has nothing to say
 OTHERS_TURN = 3  # every third proposal from which the twin expects nothing is TPE's; the others are its next best
+INFEASIBLE = 50.0  # by which a score that breaks a limit is below all that keep them
 FAILED = -1.0  # a trial's score, against the twin's, that did not run or broke limits though the twin saw it keep them
 CORRECTED = 12  # last trials of which a factor on the twin's word is learned …
 TO_CORRECT = 3  # … once there are so many
@@ -222,12 +223,13 @@ class TwinSampler(BaseSampler):
 
     def _compared(self, results: Sequence[Result]) -> list[tuple[Params, float]]:
         """Parameters, and the measured score against the twin's, of the last trials that the twin saw run."""
-        found = []
+        found: list[tuple[Params, float]] = []
         for result in [one for one in results if one.ran and one.state is not State.pruned][-CORRECTED:]:
             expected = self._simulated.result(result.params)
             if expected.feasible:
-                found.append((result.params, score(self._config, result) - score(self._config, expected)))
-        return [(params, FAILED if math.isinf(off) else off) for params, off in found]
+                off = score(self._config, result) - score(self._config, expected) if result.feasible else FAILED
+                found.append((result.params, off))
+        return found
 
     def _corrections(self, points: Sequence[Params]) -> Floats:
         """Scores to be added to the twin's: a row for the twin, expected, and one for each draw; a column a point."""
@@ -256,8 +258,8 @@ class TwinSampler(BaseSampler):
         for result in results:
             if result.expected.get("feasible") and result.ran and result.state is not State.pruned:
                 expected = replace(result, state=State.complete, values=result.expected["values"], constraints={})
-                measured, told = score(self._config, result), score(self._config, expected)
-                pairs.append((told + FAILED if math.isinf(measured) else measured, told))
+                told = score(self._config, expected)
+                pairs.append((score(self._config, result) if result.feasible else told + FAILED, told))
         if len(pairs) < TO_JUDGE:
             return ""
         measured, told = np.array(pairs[-CORRECTED:]).T
@@ -267,9 +269,9 @@ class TwinSampler(BaseSampler):
         return f"the twin is left aside: it was off by {off:.0%} (standard deviation) on {len(measured)} trials"
 
     def _ranked(self) -> list[Result]:
-        """Configurations that are expected to keep all limits, the best first."""
-        feasible = [one for one in self._simulated.on_twin if one.feasible]
-        return sorted(feasible, key=lambda one: -score(self._config, one))
+        """Configurations that are expected to run, the best first."""
+        running = [one for one in self._simulated.on_twin if one.complete]
+        return sorted(running, key=lambda one: -score(self._config, one))
 
     def _propose(self, results: Sequence[Result], pending: Sequence[Params], until_s: float) -> Params:
         """The configuration that promises most beyond what is measured and what runs; empty if none does."""
@@ -283,16 +285,17 @@ class TwinSampler(BaseSampler):
         new = [one for one in self._ranked() if key(one.params) not in tried] or good
         points = [one.params for one in distinct(new, self._space, SHORTLIST)]
         if not points:
-            return self._to_tpe("the twin knows no other configuration that keeps the limits")
+            return self._to_tpe("the twin knows no other configuration that runs")
         scores = self._scores([*points, *pending], until_s)
         scores = np.maximum(scores, scores[np.isfinite(scores)].min() + FAILED)
-        measured = max((score(self._config, one) for one in results if one.feasible), default=scores.min())
+        measured = max((score(self._config, one) for one in results if one.complete), default=scores.min())
         reached = np.maximum(measured, scores[:, len(points) :].max(axis=1, initial=-math.inf))
         gains = np.maximum(0.0, scores[:, : len(points)] - reached[:, None]).mean(axis=0)
         best = int(gains.argmax())
         if gains[best] >= LEAST_GAIN:
             self._nothing_better, self._said = 0, ""
-            log.info("twin: expects %+.1f%% over the best so far", 100 * math.expm1(gains[best]))
+            beyond = f"{math.expm1(gains[best]):+.1%} over the best so far" if measured > -INFEASIBLE else "most of it"
+            log.info("twin: expects %s", beyond)
             return points[best]
         self._nothing_better += 1
         if not self._nothing_better % OTHERS_TURN:
@@ -317,9 +320,14 @@ class TwinSampler(BaseSampler):
 
 
 def score(config: Config, result: Result) -> float:
-    """The logarithm of the objective's values, summed so that more is better; -inf for what breaks a limit."""
-    if not result.feasible:
+    """The logarithm of the objective's values, summed so that more is better; less than any for what breaks a limit.
+
+    -inf for what did not complete.
+    """
+    if not result.complete:
         return -math.inf
+    if not result.feasible:
+        return -INFEASIBLE - math.log1p(sum(max(0.0, over) for over in result.constraints.values()))
     signs = [objective.sign(config.objective, metric) for metric in range(len(result.values))]
     return sum(sign * math.log(max(value, 1e-9)) for sign, value in zip(signs, result.values, strict=True))
 

@@ -16,9 +16,10 @@ moe=(
     model=qwen3_30b_a3b_dummy "${interactive[@]}" scenario.ttft_ms=500 scenario.tpot_ms=30
     budget="${BUDGET:-12m}"
 )
-# Llama-3.1-8B's shape, 4,000 tokens in and 300 out; limits that a reader of long documents might set.
+# Llama-3.1-8B's shape, 4,000 tokens in and 300 out, 5 queries/s; limits that a reader of long documents might set.
 long=(
-    model=llama8b_dummy "${interactive[@]}" scenario.ttft_ms=2000 scenario.tpot_ms=50 scenario.search.certify_queries=459
+    model=llama8b_dummy scenario=interactive objective=goodput scenario.qps=5 scenario.ttft_ms=3000 scenario.tpot_ms=30
+    scenario.min_duration_s=45 scenario.stop=never
     dataset=synthetic dataset.records.prompt_tokens=4000 'dataset.records.prompt_bounds=[1000,6000]'
     dataset.records.output_tokens=300 dataset.records.output_deviation=60 'dataset.records.output_bounds=[100,512]'
     dataset.max_output_tokens=512 ++engine.args.max_model_len=8192 budget="${LONG_BUDGET:-6m}"
