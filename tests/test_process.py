@@ -45,9 +45,17 @@ def pids(file: Path) -> list[int]:
 
 def gone(pids: list[int], timeout_s: float = 10) -> bool:
     deadline = time.monotonic() + timeout_s
-    while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() < deadline:
+    while any(map(lives, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return not any(psutil.pid_exists(pid) for pid in pids)
+    return not any(map(lives, pids))
+
+
+def lives(pid: int) -> bool:
+    """Whether `pid` runs; an orphan that has ended may be init's for some seconds before that notices."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_output_and_environment_reach_the_command(tmp_path: Path):
