@@ -1,7 +1,9 @@
+import json
 from pathlib import Path
 
 import pytest
 
+from autotune.config.redact import redact
 from autotune.errors import InputError
 from autotune.measure.result import Result
 from autotune.results.study import results_in
@@ -12,6 +14,18 @@ def test_result_loads_as_it_was_saved(tmp_path: Path):
     result.save(tmp_path)
     assert Result.load(tmp_path) == result
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_no_figure_of_a_gpu_is_taken_for_a_secret(tmp_path: Path):
+    """gpu_j_per_token is no token: results of real GPUs are what they were once they are saved."""
+    recorded = sorted((Path(__file__).parent.parent / "benchmarks/h100/data").rglob("baseline.json"))[:4]
+    bodies = [json.loads(file.read_text()) for file in recorded]
+    assert any("gpu_j_per_token" in body["metrics"] for body in bodies)
+    for result in map(Result.of, bodies):
+        result.save(tmp_path)
+        assert Result.load(tmp_path) == result
+    told = '"gpu_j_per_token": 0.53, gpu_j_per_token=2'
+    assert redact(told) == told
 
 
 @pytest.mark.parametrize(

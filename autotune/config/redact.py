@@ -21,7 +21,7 @@ HIDDEN = "***"
 USERS = "secrets"  # the field that lists more names
 NAME = (
     r"(?i:[\w-]*(?:password|passwd|passphrase|pgpass|secret|credential|api[_-]?key|access[_-]?key|private[_-]?key)[\w-]*"
-    r"|(?:[\w-]*[_-])?(?:token|key|pwd|pass|pat|sas|auth|authorization|cookie|jwt))|[\w-]*[a-z](?:Token|Key)"
+    r"|(?:[\w-]*[_-])?(?<!per_)(?:token|key|pwd|pass|pat|sas|auth|authorization|cookie|jwt))|[\w-]*[a-z](?:Token|Key)"
 )
 KEY = re.compile(
     r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}|AKIA\w{16}"
@@ -47,8 +47,8 @@ def redact(value: Any, name: str = "") -> Any:
             return list(value)
         flags = [word.lstrip("-") if word.startswith("-") else "" for word in ["", *map(str, value)]]
         return [redact(item, flag if is_secret(flag) else name) for flag, item in zip(flags, value, strict=False)]
-    if is_secret(name) and value is not None and str(value).lower() not in NOTHING:
-        return _hide(str(value))
+    if is_secret(name) and not isinstance(value, float | None) and str(value).lower() not in NOTHING:
+        return _hide(str(value))  # a number with a point was measured
     return _text(value) if isinstance(value, str) else value
 
 
