@@ -42,7 +42,7 @@ lint: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-check: lint  ## what a commit must pass, in two minutes
+check: lint  ## what a commit must pass, in a minute and a half
 	$(RUN) -m pytest --durations=10
 
 coverage: setup  ## the share of the code that the fast tests run, processes included

@@ -64,7 +64,9 @@ def test_tested_versions_name_no_place_and_leave_vllm_free():
 
 
 def uv(*words: str | Path) -> str:
-    program = shutil.which("uv") or str(ROOT / ".uv/bin/uv")
+    program = shutil.which("uv") or shutil.which("uv", path=str(ROOT / ".uv/bin"))
+    if not program:
+        pytest.fail("uv is missing: `make .uv/bin/uv` installs it")
     return run(Path(program), *words, cwd=ROOT).stdout
 
 
