@@ -39,8 +39,15 @@ def test_steps_that_it_is_fitted_to_are_told_within_3_percent(name: str):
     assert max(found.error for found in predicted(name, name)) <= 0.03
 
 
+SEEN_AND_NOT = [
+    ("llama8b-defaults", "llama8b-512"),
+    ("llama8b-512", "llama8b-defaults"),
+    *(("qwen3moe-host9-defaults", f"qwen3moe-host9-{tokens}") for tokens in (1024, 4096, 8192)),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [("llama8b-defaults", "llama8b-512"), ("llama8b-512", "llama8b-defaults")])
+@pytest.mark.parametrize("names", SEEN_AND_NOT)
 def test_steps_of_another_configuration_are_told_within_10_percent(names: tuple[str, str]):
     assert max(found.error for found in predicted(*names)) <= 0.10
 
