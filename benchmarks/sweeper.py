@@ -317,10 +317,16 @@ def kills(trials: int, rounds: int, launcher: str, seed: int) -> bool:
             found = [what for what, is_so in wrong.items() if is_so]
             if found:
                 bad += 1
-                shutil.copytree(folder, f"{tempfile.gettempdir()}/kills-{launcher}-{seed}-{number}")
+                shutil.copytree(
+                    folder, tempfile.mkdtemp(prefix=f"kills-{launcher}-{seed}-{number}-"), dirs_exist_ok=True
+                )
         print(f"round {number}: {what}, {len(before)} complete: {found or 'clean'}", flush=True)
     print(f"launcher={launcher}: {rounds - bad} of {rounds} rounds are clean")
     return not bad
+
+
+def slurm_answers() -> bool:
+    return bool(shutil.which("sinfo")) and not subprocess.run(["sinfo"], capture_output=True).returncode
 
 
 def main() -> None:
@@ -341,6 +347,8 @@ def main() -> None:
     elif options.what == "cost":
         met = cost(options.trials or 1000)
     else:
+        if options.launcher == "slurm" and not slurm_answers():
+            sys.exit("kills --launcher slurm: no SLURM answers `sinfo` here; start one, or write another launcher")
         met = kills(options.trials or 12, options.rounds, options.launcher, options.seed)
     sys.exit(not met)
 
