@@ -32,6 +32,7 @@ import optuna
 import psutil
 from optuna.trial import TrialState
 
+from autotune.sweep.cluster import NOTED_S
 from autotune.sweep.launchers import Inline, Job
 from autotune.sweep.worker import TrialSpec, run
 from autotune.system import leases
@@ -281,9 +282,9 @@ def interrupted(folder: Path, arguments: Sequence[str], draw: random.Random, tri
     return f"{number.name} to the {target} {pause_s:.1f} s after trial {count}"
 
 
-def left_in(folder: Path) -> bool:
-    """Whether a process that was started below `folder` still runs after some seconds."""
-    deadline = time.monotonic() + 10
+def left_in(folder: Path, seconds: float) -> bool:
+    """Whether a process that was started below `folder` still runs after so many seconds."""
+    deadline = time.monotonic() + seconds
     while any(str(p.info["cwd"] or "").startswith(str(folder)) for p in psutil.process_iter(["cwd"])):
         if time.monotonic() > deadline:
             return True
@@ -304,7 +305,8 @@ def kills(trials: int, rounds: int, launcher: str, seed: int) -> bool:
             if not (folder / "multirun/s/study.db").exists():
                 sys.exit((folder / "log").read_text())
             kept = optuna.load_study(study_name="s", storage=f"sqlite:///{folder}/multirun/s/study.db").trials
-            left = left_in(folder)
+            # A job that was submitted, but not noted, by a study that was killed ends by itself, without measuring.
+            left = left_in(folder, NOTED_S + 10 if launcher == "slurm" else 10)
             points = [trial.params[KEY] for trial in kept if trial.state is TrialState.COMPLETE]
             log = (folder / "log").read_text()
             wrong = {

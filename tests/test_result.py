@@ -70,3 +70,11 @@ def test_broken_result_costs_its_own_trial_only(tmp_path: Path, caplog: pytest.L
     (tmp_path / "trial-1/result.json").write_text("")
     assert list(results_in(tmp_path)) == ["trial-2"]
     assert "trial-1/result.json" in caplog.text
+
+
+def test_result_with_more_values_than_others_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for number, values in enumerate([[1.0], [2.0], [3.0, 4.0]]):
+        (tmp_path / f"trial-{number}").mkdir()
+        Result(state="complete", values=values).save(tmp_path / f"trial-{number}")
+    assert set(results_in(tmp_path)) == {"trial-0", "trial-1"}
+    assert "trial-2: 2 values, others have 1; left out" in caplog.text

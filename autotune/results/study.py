@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 
@@ -152,11 +153,18 @@ def config_in(folder: Path, results: Mapping[str, Result]) -> Config:
 
 
 def results_in(folder: Path) -> dict[str, Result]:
-    """The results of a study's trials, by folder: the baseline, then trials by number."""
+    """The results of a study's trials, by folder: the baseline, then trials by number.
+
+    One with more or fewer values than most is left out, and named in the log.
+    """
     trials = [path.parent for path in folder.glob(f"{TRIAL}*/result.json")]
     numbered = [path for path in trials if path.name.removeprefix(TRIAL).isdecimal()]
     paths = [folder / BASELINE, *sorted(numbered, key=lambda path: int(path.name.removeprefix(TRIAL)))]
-    return {path.name: result for path in paths if (result := result_in(path))}
+    found = {path.name: result for path in paths if (result := result_in(path))}
+    usual = mode([len(result.values) for result in found.values() if result.complete] or [0])
+    for name in [name for name, result in found.items() if result.complete and len(result.values) != usual]:
+        log.warning("%s: %d values, others have %d; left out", folder / name, len(found.pop(name).values), usual)
+    return found
 
 
 def result_in(folder: Path) -> Result | None:
