@@ -1,15 +1,17 @@
 """sampler=twin asks for what wins on a twin of the server; where the twin is wrong or has nothing to say, TPE does."""
 
+import json
 from pathlib import Path
 
 import optuna
 import pytest
 
+from autotune.data.models import Model
 from autotune.errors import InputError
 from autotune.measure.result import Result, State
 from autotune.results.study import results_in
 from autotune.search.space import parse
-from autotune.search.twin import Ended, Params, TwinSampler, encoded, key
+from autotune.search.twin import Ended, Params, TwinSampler, encoded, ended_in, key
 from tests.studies import SEQS, configured, study
 
 TOKENS, BACKEND = "engine.args.max_num_batched_tokens", "engine.args.attention_backend"
@@ -56,7 +58,7 @@ def test_twin_that_is_wrong_leaves_the_choice_to_tpe(caplog: pytest.LogCaptureFi
     assert asked(TwinSampler(CONFIG, SPACE, lambda: dict(enumerate(right)), **QUICK))
     caplog.set_level("INFO")
     assert not asked(TwinSampler(CONFIG, SPACE, lambda: dict(enumerate(wrong)), **QUICK))
-    assert "the twin is left aside: it was off by" in caplog.text
+    assert "left aside for TPE, as it was off by" in caplog.text
 
 
 def test_trials_that_fail_where_the_twin_saw_them_run_make_it_wrong():
@@ -79,6 +81,21 @@ def test_flag_that_the_twin_does_not_model_is_learned_as_a_factor():
     new = {SEQS: 32, TOKENS: 4096}
     told = [sampler.expected({**new, BACKEND: backend})["values"][0] for backend in ("default", "FLASHINFER")]
     assert told[1] / told[0] == pytest.approx(1.3, rel=0.1)
+
+
+def test_broken_steps_cost_the_twin_their_trial_only(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "trial-0").mkdir()
+    (tmp_path / "trial-0/steps.parquet").write_text("nothing")
+    Result("complete", values=[100.0], params={SEQS: 8, TOKENS: 1024, BACKEND: "default"}).save(tmp_path / "trial-0")
+    assert asked(TwinSampler(CONFIG, SPACE, lambda: ended_in(tmp_path), **QUICK))[SEQS] == 128
+    assert "trial-0/steps.parquet: not a file of recorded steps" in caplog.text
+
+
+def test_model_that_can_not_be_simulated_is_refused_with_what_to_write(model: Model):
+    (model.folder / "config.json").write_text(json.dumps(model.config | {"architectures": ["BertModel"]}))
+    bert = configured("model=custom", f"model.path={model.folder}", "backend=sim", "scenario=offline", "prior=sim")
+    with pytest.raises(InputError, match=r"sampler=twin simulates: .* none that it knows .*; or write another sampler"):
+        TwinSampler(bert, SPACE, dict, **QUICK)
 
 
 def test_parameters_are_numbers_from_0_to_1():
@@ -109,7 +126,7 @@ def test_study_learns_its_server_from_the_steps_of_its_trials(tmp_path: Path):
     space = [f"{SEQS}=choice(4,16,64,256)", f"{TOKENS}=choice(512,2048,8192)"]
     said = study(tmp_path, *words, *space, "n_trials=3", simulated=True)
     results = results_in(tmp_path / "multirun/s")
-    assert "twin: expects +" in said or "the twin expects nothing better" in said
+    assert "twin: expects +" in said or "expects nothing better" in said
     trials = [results[f"trial-{number}"] for number in range(3)]
     for found in trials:
         assert found.expected["values"][0] == pytest.approx(found.values[0], rel=0.1)

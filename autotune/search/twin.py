@@ -148,7 +148,10 @@ class TwinSampler(BaseSampler):
         self._budgets_s = (first_s, proposal_s)
         self._draws, self._seed = draws, seed or 0
         self._other = TPESampler(seed=seed, constant_liar=True)
-        self._simulation = simulation(config, config.prior.backend)
+        try:
+            self._simulation = simulation(config, config.prior.backend)
+        except InputError as error:
+            raise InputError(f"sampler=twin simulates: {error}; or write another sampler") from None
         self._use(twin_of(self._simulation, config.prior.sigma, config.prior.host_sigma), [])
         self._fitted: dict[str, Steps] = {}  # to which the twin is fitted, by trial
         self._looked_at: set[str] = set()  # trials whose steps are known
@@ -208,7 +211,7 @@ class TwinSampler(BaseSampler):
     def _learn(self) -> Mapping[str, Ended]:
         """Fit the twin to the steps of the trials that have ended meanwhile; returns all that have."""
         ended = self._ended()
-        new = {name: one.steps() for name, one in ended.items() if one.steps and name not in self._looked_at}
+        new = {name: steps for name, one in ended.items() if name not in self._looked_at and (steps := _steps_of(one))}
         self._looked_at |= new.keys()
         for name, steps in new.items():
             amiss = max((one.error for one in errors(self._twin, steps)), default=0.0)
@@ -216,8 +219,11 @@ class TwinSampler(BaseSampler):
                 self._fitted[name] = steps
         if new.keys() & self._fitted.keys():
             chosen = [*self._fitted.values()]
-            twin = fit([*chosen[:1], *chosen[1:][-RECORDINGS:]], self._twin.device, self._twin.shape)
-            self._use(twin, self._ranked()[:FRESH])
+            try:
+                twin = fit([*chosen[:1], *chosen[1:][-RECORDINGS:]], self._twin.device, self._twin.shape)
+                self._use(twin, self._ranked()[:FRESH])
+            except (ValueError, np.linalg.LinAlgError) as error:  # of steps that no constants explain
+                log.warning("twin: it can't be fitted to the steps of %s (%s)", ", ".join(new), error)
         self._residuals = self._compared([one.result for one in ended.values()])
         return ended
 
@@ -266,7 +272,7 @@ class TwinSampler(BaseSampler):
         off = float(np.std(measured - told))
         if off < max(WRONG, UNEXPLAINED * float(np.std(measured))):
             return ""
-        return f"the twin is left aside: it was off by {off:.0%} (standard deviation) on {len(measured)} trials"
+        return f"left aside for TPE, as it was off by {off:.0%} (standard deviation) on {len(measured)} trials"
 
     def _ranked(self) -> list[Result]:
         """Configurations that are expected to run, the best first."""
@@ -285,7 +291,7 @@ class TwinSampler(BaseSampler):
         new = [one for one in self._ranked() if key(one.params) not in tried] or good
         points = [one.params for one in distinct(new, self._space, SHORTLIST)]
         if not points:
-            return self._to_tpe("the twin knows no other configuration that runs")
+            return self._to_tpe("knows no other configuration that runs; TPE is asked")
         scores = self._scores([*points, *pending], until_s)
         scores = np.maximum(scores, scores[np.isfinite(scores)].min() + FAILED)
         measured = max((score(self._config, one) for one in results if one.complete), default=scores.min())
@@ -294,12 +300,14 @@ class TwinSampler(BaseSampler):
         best = int(gains.argmax())
         if gains[best] >= LEAST_GAIN:
             self._nothing_better, self._said = 0, ""
-            beyond = f"{math.expm1(gains[best]):+.1%} over the best so far" if measured > -INFEASIBLE else "most of it"
-            log.info("twin: expects %s", beyond)
+            if measured > -INFEASIBLE:
+                log.info("twin: expects %+.1f%% over the best so far", 100 * math.expm1(gains[best]))
+            else:
+                log.info("twin: nothing keeps the limits so far; asks for what comes closest")
             return points[best]
         self._nothing_better += 1
         if not self._nothing_better % OTHERS_TURN:
-            return self._to_tpe("the twin expects nothing better, and TPE may know more")
+            return self._to_tpe("expects nothing better; TPE is asked now and then")
         return points[int(scores[:, : len(points)].mean(axis=0).argmax())]
 
     def _scores(self, points: Sequence[Params], until_s: float) -> Floats:
@@ -317,6 +325,15 @@ class TwinSampler(BaseSampler):
             log.info("twin: %s", why)
         self._said = why
         return {}
+
+
+def _steps_of(one: Ended) -> Steps | None:
+    """The steps of a trial; a broken file costs the twin that trial only, and is named in the log."""
+    try:
+        return one.steps() if one.steps else None
+    except InputError as error:
+        log.warning("twin: %s", error)
+        return None
 
 
 def score(config: Config, result: Result) -> float:
