@@ -255,6 +255,8 @@ class Sweep:
             pending: list[PendingTrial] = []
             while len(self._running) + len(pending) < self._launcher.n_jobs and (next_one := self._ask()):
                 pending.append(next_one)
+                if next_one.trial is None:  # the baseline need not wait for a sampler that takes seconds to begin
+                    self._start([pending.pop()])
             self._start(pending)
             if not self._running:
                 return
