@@ -1,12 +1,21 @@
 """`autotune plan`: a study simulated before it takes a GPU."""
 
+from pathlib import Path
+
 import pytest
 
 from autotune.commands import plan
 from autotune.config.command_line import compose
+from autotune.config.schema import Device, SimConfig
+from autotune.errors import InputError
+from autotune.results.study import Study, results_in
 from autotune.search.space import parse
+from autotune.sim.backend import SimBackend
+from autotune.sim.shape import Shape
 from tests.conftest import Main
+from tests.studies import configured, study
 
+STEPS = Path(__file__).parent.parent / "datasets/steps"
 SEQS, MEMORY = "engine.args.max_num_seqs", "engine.args.gpu_memory_utilization"
 
 
@@ -45,3 +54,50 @@ def test_what_can_not_be_planned_is_one_line(main: Main, word: str, said: str):
     done = main("plan", *([] if word.startswith("model=") else ["model=llama8b"]), word)
     assert (done.returncode, done.stdout) == (1, "")
     assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_twin_that_does_not_exist_or_has_no_steps_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["plan", "model=llama8b", "twin=lost"])
+    with pytest.raises(SystemExit, match="autotune: twin=lost: no such folder below multirun/"):
+        plan.main()
+    config = configured("model=llama8b", "backend=sim", "scenario=offline")
+    monkeypatch.setattr(plan, "load", lambda *_: Study(tmp_path, config, {}))
+    with pytest.raises(InputError, match=r"twin=s: no trial of it has recorded its steps .*; backend.steps=true does"):
+        plan.on_twin_of("s", config, keep_device=True)
+
+
+@pytest.mark.slow
+def test_plan_simulates_the_twin_of_a_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """The server is half as fast as its device's YAML says: told by the study's device, and by its steps alone."""
+    slow = [f"backend.device.{name}_efficiency=0.4" for name in ("math", "bandwidth")]
+    study(tmp_path, "backend.steps=true", *slow, f"{SEQS}=choice(16)", "n_trials=1", simulated=True)
+    measured = results_in(tmp_path / "multirun/s")["baseline"].values[0]
+    monkeypatch.setattr(plan, "DRAWS", 2)
+    monkeypatch.setattr(plan, "SEARCHED", 2)
+    monkeypatch.chdir(tmp_path)
+    words = ["model=llama8b", "prior=sim", "space=none", "scenario=offline", "scenario.min_queries=64"]
+    for keep_device in (False, True):
+        config, _, sweeps = compose([*words, f"{SEQS}=choice(16,32)"])
+        plan.on_twin_of("s", config, keep_device)
+        made = plan.make(config, parse({}, sweeps, {}, {})[0])
+        assert made.baseline.values[0] == pytest.approx(measured, rel=0.05)
+        assert "on H100, a twin of multirun/s: estimates" in plan.render(made)
+
+
+@pytest.mark.slow
+def test_prior_takes_the_twin_of_a_study(tmp_path: Path):
+    words = [f"{SEQS}=choice(8,16,64)", "n_trials=1"]
+    study(tmp_path, "backend.steps=true", "backend.device.bandwidth_efficiency=0.4", *words, simulated=True)
+    (tmp_path / "multirun/s").rename(tmp_path / "multirun/first")
+    on_it = ["prior=sim", "prior.backend.twin=[multirun/first]", "prior.trials=4", "prior.devices=2", "prior.keep=1"]
+    study(tmp_path, *on_it, "backend.device.bandwidth_efficiency=0.4", *words, simulated=True)
+    found = results_in(tmp_path / "multirun/s")["trial-0"]
+    assert found.expected["values"][0] == pytest.approx(found.values[0], rel=0.05)
+
+
+def test_steps_of_another_model_are_refused():
+    device = Device(**configured("model=llama8b", "backend=sim", "scenario=offline").backend["device"])
+    backend = SimBackend(SimConfig(device=device, twin=[str(STEPS / "llama8b-512.parquet")]), STEPS)
+    with pytest.raises(InputError, match="steps of llama8b-512 are another model's; leave them out"):
+        backend.twin_of(Shape.of(configured("model=qwen3_30b_a3b", "scenario=offline").model.shape))

@@ -277,3 +277,13 @@ def test_report_of_500_trials_is_small_opens_fast_and_fits_a_phone_and_paper(tmp
             assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert len(page.pdf(format="A4")) > 50_000
         assert errors == []
+
+
+def test_expected_is_shown_beside_measured_with_kendalls_tau(tmp_path: Path):
+    trials = [result(value, expected={"values": [2 * value], "feasible": True}) for value in (900, 1000, 1100)]
+    failed = Result(reason="StartError", expected={"values": [], "feasible": False})
+    one = study(tmp_path, [*trials, failed, result(950)], result(800))
+    (section,) = report.expectations(one)
+    assert section.text.startswith("tokens/s: 3 trials, off by 50.0% (median); Kendall's τ 1.00")
+    assert "expected %{x" in section.plots[0].figure and "max_num_seqs=" in section.plots[0].figure
+    assert "Expected and measured" not in sections(study(tmp_path, [result(900)], result(800)))

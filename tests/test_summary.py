@@ -140,3 +140,11 @@ def test_headline_figures_name_the_metric():
         "best_tokens_per_s": 12,
         "gain_percent": pytest.approx(20),
     }
+
+
+def test_trials_that_did_not_come_as_a_simulation_foresaw_are_named():
+    one, other, fails, unforeseen = result(100.0), result(100.0), Result("failed", "E: x"), result(100.0)
+    one.expected = {"values": [110.0], "feasible": True}
+    other.expected = fails.expected = {"values": [], "feasible": False}
+    said = summary.render(study(None, one, other, fails, unforeseen))
+    assert "wrong about 1 of the 3 trials that it foresaw:\n  trial-1: expected to fail, measured 100" in said

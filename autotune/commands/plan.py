@@ -3,13 +3,14 @@
     autotune plan model=llama8b scenario=interactive scenario.qps=28 space=default n_trials=40
 
 Prints the share of the space that can run, what limits it, the gain to expect and the hours that the study will take;
-all are estimates. The device is an H100; backend/device@prior.backend.device=a100 names another.
+all are estimates. The device is an H100; backend/device@prior.backend.device=a100 names another. twin=<a study's name>
+simulates the server whose steps that study recorded, in place of a device.
 """
 
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import optuna
@@ -19,13 +20,16 @@ from autotune.config.command_line import compose, errors_in_one_line
 from autotune.config.schema import Config
 from autotune.errors import InputError
 from autotune.measure.result import Result
-from autotune.results.study import BASELINE, TRIAL, Study
+from autotune.measure.steps import NAME, hold_steps
+from autotune.results.study import BASELINE, TRIAL, Study, load
 from autotune.results.summary import change
+from autotune.search.account import device_of
 from autotune.search.simulate import estimate, search, search_best, simulation
 from autotune.search.space import Space, check_space, parse
 from autotune.text import shorten
 
 DRAWS = 200  # random points of the space
+TWIN = "twin="
 SEARCHED = 200  # trials of the simulated study
 
 
@@ -49,7 +53,21 @@ def make(config: Config, space: Space) -> Plan:
     trials = search_best(simulated, space, SEARCHED)
     results = {BASELINE: baseline} | {f"{TRIAL}{number}": result for number, result in enumerate(trials)}
     study = Study(Path(config.study), config, results)
-    return Plan(space, config.prior.backend["device"]["name"], baseline, drawn, study)
+    device, twin = config.prior.backend["device"]["name"], config.prior.backend.get("twin")
+    return Plan(space, f"{device}, a twin of {', '.join(twin)}" if twin else device, baseline, drawn, study)
+
+
+def on_twin_of(name: str, config: Config, keep_device: bool) -> None:
+    """Simulate `config` on the twin of the study `name`, with its device unless `keep_device`. Raises InputError."""
+    study = load(name, "twin")
+    if not hold_steps(str(study.folder)):
+        raise InputError(f"twin={name}: no trial of it has recorded its steps ({NAME}); backend.steps=true does")
+    if config.prior.backend is None:
+        return
+    config.prior.backend["twin"] = [str(study.folder)]
+    device, named_by = device_of(study.config)
+    if named_by and not keep_device:
+        config.prior.backend["device"] = asdict(device)
 
 
 def render(plan: Plan) -> str:
@@ -126,7 +144,11 @@ def _time(plan: Plan, runs: Sequence[Result]) -> str:
 
 def main() -> None:
     with errors_in_one_line():
-        config, params, sweeps = compose(sys.argv[1:], ["prior=sim"])
+        twins = [word.removeprefix(TWIN) for word in sys.argv[1:] if word.startswith(TWIN)]
+        words = [word for word in sys.argv[1:] if not word.startswith(TWIN)]
+        config, params, sweeps = compose(words, ["prior=sim"])
+        if twins:
+            on_twin_of(twins[-1], config, any("prior.backend.device" in word for word in words))
         space, _ = parse(params, sweeps, config.conditions, config.only_if)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         print(render(make(config, space)))

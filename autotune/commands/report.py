@@ -15,6 +15,7 @@ from omegaconf import MISSING
 from autotune.config.command_line import errors_in_one_line, options
 from autotune.results import report
 from autotune.results.study import load
+from autotune.search import account
 
 
 @dataclass
@@ -27,7 +28,9 @@ def main() -> None:
         chosen = options(Report, sys.argv[1:], __doc__)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         began = time.monotonic()
-        path = report.write(load(chosen.study))
+        study = load(chosen.study)
+        account.write(study)
+        path = report.write(study)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, written in {time.monotonic() - began:.1f} s")
 
 

@@ -48,6 +48,15 @@ TEMPLATE.layout.update(
     xaxis={"automargin": True},
     yaxis={"automargin": True},
 )
+# Parts of a step's time, in the order in which bars show them.
+PARTS = {
+    "launch": ("launches (the GPU waits)", VERMILLION),
+    "schedule": ("scheduling (the GPU waits)", ORANGE),
+    "weights": ("weights and fixed costs", BLUE),
+    "tokens": ("tokens", SKY),
+    "attention": ("attention", GREEN),
+    "sequences": ("sequences", PURPLE),
+}
 PHASES = {"start": SKY, "warmup": YELLOW, "run": BLUE, "stop": PURPLE, "other": GREY}
 LEAST = 4  # trials that importance is computed of
 FOREST = 200  # trials that fANOVA's forest is grown of: its time goes with them
@@ -302,6 +311,71 @@ def phases(results: Mapping[str, Result]) -> go.Figure:
     figure.update_xaxes(type="category", nticks=12)
     figure.update_yaxes(title_text="seconds")
     return finished(figure)
+
+
+def expectations(results: Mapping[str, Result], metric: str, at: int) -> go.Figure:
+    """Draw what each trial measured over what was expected of it; `at` is the metric's place in the objective."""
+    figure, seen = go.Figure(), []
+    for feasible, name, colour, symbol in ((True, "holds the limits", BLUE, "circle"), (False, "broke one", GREY, "x")):
+        some = {name: result for name, result in results.items() if result.feasible == feasible}
+        pairs = [(result.expected["values"][at], result.values[at]) for result in some.values()]
+        seen += [value for pair in pairs for value in pair]
+        figure.add_scatter(
+            x=[expected for expected, _ in pairs],
+            y=[measured for _, measured in pairs],
+            name=name,
+            mode="markers",
+            marker={"color": colour, "symbol": symbol, "size": 8},
+            hovertext=[f"{name}<br>{changes(result)}" for name, result in some.items()],
+            hovertemplate="expected %{x:,.4g}, measured %{y:,.4g}<br>%{hovertext}<extra></extra>",
+            showlegend=bool(pairs),
+        )
+    ends = [min(seen), max(seen)]
+    figure.add_scatter(
+        x=ends, y=ends, name="as expected", mode="lines", line={"dash": "dot", "color": GREY}, hoverinfo="skip"
+    )
+    figure.update_xaxes(title_text=f"expected {label(metric)}")
+    figure.update_yaxes(title_text=f"measured {label(metric)}")
+    return finished(figure)
+
+
+def step_errors(errors: Mapping[str, Sequence[Mapping[str, Any]]], fitted_to: str) -> go.Figure:
+    """Draw the error of the twin for each kind of step, by trial."""
+    figure = go.Figure()
+    for name, rows in errors.items():
+        figure.add_bar(
+            x=[row["error"] for row in rows],
+            y=[row["kind"] for row in rows],
+            name=f"{name} ({'fitted to' if name == fitted_to else 'not fitted to'})",
+            orientation="h",
+            text=[f"{row['error']:.1%}" for row in rows],
+            hovertext=[f"{row['steps']:,} steps, median {row['measured_s'] * 1e3:.1f} ms" for row in rows],
+            hovertemplate="%{x:.1%} (%{hovertext})<extra></extra>",
+        )
+    kinds = sorted({row["kind"] for rows in errors.values() for row in rows}, key=lambda kind: (len(kind), kind))
+    figure.update_xaxes(tickformat=".1%", rangemode="tozero", title_text="error of a step's time, median")
+    figure.update_yaxes(categoryorder="array", categoryarray=kinds, autorange="reversed")
+    return finished(figure, height=130 + 30 * len(kinds) * len(errors), barmode="group")
+
+
+def parts(bars: Mapping[Any, Mapping[str, float]], title: str) -> go.Figure:
+    """Draw seconds by part, stacked, as ms; a bar is named by a tuple: a trial, or a kind of step and a trial."""
+    figure = go.Figure()
+    names = [list(names) for names in zip(*bars, strict=True)]
+    for part, (words, colour) in PARTS.items():
+        shown = [bar.get(part, 0.0) * 1e3 for bar in bars.values()]
+        figure.add_bar(
+            x=shown,
+            y=names if len(names) > 1 else names[0],
+            name=words,
+            orientation="h",
+            marker={"color": colour, "line": {"width": 0}},
+            hovertemplate=f"{words}: %{{x:.3g}} ms<extra></extra>",
+        )
+    figure.update_layout(barmode="stack", legend={"traceorder": "normal"})
+    figure.update_xaxes(title_text=title)
+    figure.update_yaxes(autorange="reversed")
+    return finished(figure, height=190 + 45 * len(bars))
 
 
 def spread(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:

@@ -3,6 +3,7 @@
 import base64
 import functools
 import gzip
+import math
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +26,9 @@ from autotune.measure.objective import offered_load, sign
 from autotune.measure.result import Result, State
 from autotune.results import figures, summary
 from autotune.results.figures import drawn, label
-from autotune.results.study import BASELINE, Study
+from autotune.results.study import BASELINE, TWIN, Study
 from autotune.results.summary import HEADINGS, outcome
-from autotune.system.files import write_whole
+from autotune.system.files import left_in, write_whole
 from autotune.text import shorten
 
 PAGE = "report.html"
@@ -188,6 +189,8 @@ def sections(study: Study) -> list[Section]:
         front(study, limits),
         load(study, limits),
         bounds(study),
+        *expectations(study),
+        *steps(study),
         phases(study),
     ]
 
@@ -286,6 +289,112 @@ def bounds(study: Study) -> Section:
     section = Section("Bottleneck of each trial", " ".join(["What limited its throughput.", *kinds]))
     section.add(partial(figures.bounds, study.complete, study.config.objective.metrics[0]))
     return section
+
+
+def expectations(study: Study) -> list[Section]:
+    """The section on what was expected of trials and of their steps, and what came; none where nothing was expected."""
+    told = left_in(study.folder / TWIN)
+    pairs = {name: result for name, result in study.swept.items() if result.complete and result.expected.get("values")}
+    if not pairs and not told.get("errors"):
+        return []
+    section = Section("Expected and measured")
+    for at, metric in enumerate(study.objective.metrics if pairs else []):
+        section.text += f"{label(metric)}: {_agreement(list(pairs.values()), at)} "
+        section.add(partial(figures.expectations, pairs, metric, at))
+    if errors := told.get("errors"):
+        named = (
+            told["device_of"] or f"none is named, so {told['device']} by default; write prior=sim with the right one"
+        )
+        section.text += (
+            f"The twin of the server is fitted to the steps of {next(iter(errors))}, and begins with the constants of "
+            f"{told['device']} ({named})."
+        )
+        section.add(partial(figures.step_errors, errors, next(iter(errors))))
+    return [section]
+
+
+def _agreement(results: Sequence[Result], at: int) -> str:
+    """Words on how well the objective's metric `at` was foreseen: the error, and whether the order is right."""
+    from scipy.stats import kendalltau  # takes half a second
+
+    expected, measured = (
+        [values[at] for values in found]
+        for found in ([result.expected["values"] for result in results], [result.values for result in results])
+    )
+    off = [abs(one / other - 1) for one, other in zip(measured, expected, strict=True) if other]
+    words = f"{len(results)} trial{'s' if len(results) != 1 else ''}"
+    words += f", off by {median(off):.1%} (median)" if off else ""
+    tau = float(kendalltau(expected, measured).statistic) if len(results) > 2 else math.nan
+    if math.isnan(tau):
+        return f"{words}; too few, or all alike, to tell whether their order was foreseen."
+    return f"{words}; Kendall's τ {tau:.2f} (1: they came in the order that was expected, 0: in any)."
+
+
+def steps(study: Study) -> list[Section]:
+    """The section on what the steps of the best trial and of the baseline consist of; none where none were recorded."""
+    told = left_in(study.folder / TWIN)
+    if not told:
+        return []
+    section = Section("What a step consists of", missing=[told["missing"]] if "missing" in told else [])
+    if accounts := told.get("accounts"):
+        section.text = _difference(accounts)
+        by_token = {(name,): _by_token(account) for name, account in accounts.items()}
+        section.add(lambda: figures.parts(by_token, "engine, ms for 1,000 tokens"))
+        by_step = {
+            (words, name): _by_step(account[kind])
+            for kind, words in (("prefill", "with prefill"), ("decode", "decode"))
+            for name, account in accounts.items()
+            if kind in account
+        }
+        section.add(lambda: figures.parts(by_step, "ms of a step, mean"))
+    return [section]
+
+
+Account = Mapping[str, Mapping[str, Any]]  # by kind of step, as sim/account.py has it
+
+
+def _by_token(account: Account) -> dict[str, float]:
+    """Seconds of each part for 1,000 tokens."""
+    tokens = sum(share["tokens"] for share in account.values())
+    return {part: 1000 * sum(share["parts"][part] for share in account.values()) / tokens for part in figures.PARTS}
+
+
+def _by_step(share: Mapping[str, Any]) -> dict[str, float]:
+    return {part: seconds / share["steps"] for part, seconds in share["parts"].items()}
+
+
+def _difference(accounts: Mapping[str, Account]) -> str:
+    """Sentences on the longest run of each trial, and on what differs most between the first and the last."""
+    names = list(accounts)
+    both = [accounts[names[-1]], accounts[names[0]]]
+    by_token = [_by_token(account) for account in both]
+    whole = [_ms(sum(one.values())) for one in by_token]
+    text = "Of the longest run of each, without the time in which there was nothing to do. "
+    text += f"1,000 computed tokens take {whole[0]} of {names[-1]}'s engine"
+    if len(names) == 1:
+        return f"{text}."
+    sizes = [sum(share["tokens"] for share in one.values()) / _steps(one) for one in both]
+    text += f" and {whole[1]} of {names[0]}'s. The largest difference: {_largest(*by_token)}."
+    text += f" A step computes {sizes[0]:,.0f} tokens instead of {sizes[1]:,.0f}."
+    prefills = [one["prefill"] for one in both if "prefill" in one]
+    if len(prefills) == 2:
+        held = [share["in_graphs"] / share["tokens"] for share in prefills]
+        text += f" In steps with prefill the largest is {_largest(*map(_by_step, prefills))}; "
+        text += f"CUDA graphs hold {held[0]:.0%} of their tokens instead of {held[1]:.0%}."
+    return text
+
+
+def _steps(account: Account) -> int:
+    return sum(share["steps"] for share in account.values())
+
+
+def _largest(now: Mapping[str, float], before: Mapping[str, float]) -> str:
+    part = max(before, key=lambda part: abs(now[part] - before[part]))
+    return f"{figures.PARTS[part][0]}, {_ms(now[part])} instead of {_ms(before[part])}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"
 
 
 def phases(study: Study) -> Section:

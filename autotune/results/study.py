@@ -24,6 +24,7 @@ BASELINE = "baseline"
 TRIAL = "trial-"  # then its number, in Optuna's study too
 CANARY = "canary-"  # then the node's name
 SPACE = "space.json"  # in a study's folder: Optuna's distribution of each parameter, by configuration key
+TWIN = "twin.json"  # there: what recorded steps say of the baseline and the best trial (search/account.py)
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def verified(folder: Path) -> str:
 
 
 def _surprises(study: Study) -> list[str]:
-    """Lines on the trials that a simulation chose: how many it was right about, and which not."""
+    """Lines on the trials that a simulation foresaw: how many it was right about, and which not."""
     checked = {
         name: result
         for name, result in study.swept.items()
@@ -180,21 +180,26 @@ def _surprises(study: Study) -> list[str]:
     if not checked:
         return []
     if not wrong:
-        return ["", f"The simulation was right about all {len(checked)} trials that it chose (within {SURPRISE:.0%})."]
-    return ["", f"The simulation was wrong about {len(wrong)} of the {len(checked)} trials that it chose:", *wrong]
+        return [
+            "",
+            f"The simulation was right about all {len(checked)} trials that it foresaw (within {SURPRISE:.0%}).",
+        ]
+    return ["", f"The simulation was wrong about {len(wrong)} of the {len(checked)} trials that it foresaw:", *wrong]
 
 
 def _surprise(name: str, result: Result) -> str:
     """The line about a trial that a simulation was wrong about; empty if it was right."""
-    expected, feasible = result.expected["values"][0], result.expected["feasible"]
+    values, feasible = result.expected["values"], result.expected["feasible"]
+    if not values:
+        return f"  {name}: expected to fail, measured {result.values[0]:.4g}" if result.complete else ""
     if not result.complete:
         return f"  {name}: expected to run, and failed: {result.reason}"
-    off = result.values[0] / expected - 1 if expected else 0.0
+    off = result.values[0] / values[0] - 1 if values[0] else 0.0
     if abs(off) <= SURPRISE and feasible == result.feasible:
         return ""
     words = {True: "feasible", False: "infeasible"}
     return (
-        f"  {name}: expected {expected:.4g} ({words[feasible]}), "
+        f"  {name}: expected {values[0]:.4g} ({words[feasible]}), "
         f"measured {result.values[0]:.4g} ({words[result.feasible]})"
     )
 

@@ -11,7 +11,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from autotune.config.schema import FITTED, HOST, Config
 from autotune.measure import objective
 from autotune.measure.result import Result
-from autotune.search.simulate import estimate, search_best, simulation
+from autotune.search.simulate import Simulation, estimate, on_twin, search_best, simulation, twin_of
 from autotune.search.space import Space
 
 APART = 0.1  # of a parameter's range, in which two configurations differ to be distinct
@@ -34,12 +34,21 @@ def best(config: Config, space: Space) -> list[Result]:
         reverse=True,
     )
     candidates = distinct(ranked, space, CANDIDATES)
-    device, sigmas = settings.backend["device"], (settings.sigma, settings.host_sigma)
-    devices = [perturbed(device, *sigmas, seed) for seed in range(settings.devices)]
-    others = [simulation(config, {**settings.backend, "device": device}) for device in devices]
-    found = [candidates, *([estimate(other, one.params) for one in candidates] for other in others)]
+    found = [candidates, *([estimate(other, one.params) for one in candidates] for other in others(config, simulated))]
     scores = np.array([_scores(on_device, sign) for on_device in found])
     return [candidates[number] for number in _complementary(scores, settings.keep)]
+
+
+def others(config: Config, simulated: Simulation) -> list[Simulation]:
+    """Simulations of devices whose constants are off, or on draws from the posterior of a twin of recorded servers."""
+    settings = config.prior
+    sigmas = (settings.sigma, settings.host_sigma)
+    if settings.backend.get("twin"):
+        twin = twin_of(simulated, *sigmas)
+        return [on_twin(simulated, twin.draw(seed)) for seed in range(settings.devices)]
+    device = settings.backend["device"]
+    devices = [perturbed(device, *sigmas, seed) for seed in range(settings.devices)]
+    return [simulation(config, {**settings.backend, "device": device}) for device in devices]
 
 
 def perturbed(device: Mapping[str, Any], sigma: float, host_sigma: float, seed: int) -> dict[str, Any]:

@@ -45,10 +45,10 @@ def simulation(config: Config, backend: dict[str, Any]) -> Simulation:
 
 
 def twin_of(simulation: Simulation, sigma: float, host_sigma: float) -> Twin:
-    """A twin of the simulated device as its YAML has it: nothing is fitted."""
-    backend = simulation.prepared.backend
+    """The twin of the steps that the backend is given; without any, of the simulated device as its YAML has it."""
+    backend, shape = simulation.prepared.backend, Shape.of(simulation.prepared.model.config)
     assert isinstance(backend, SimBackend)
-    return unfitted(backend.config.device, Shape.of(simulation.prepared.model.config), sigma, host_sigma)
+    return backend.twin_of(shape) or unfitted(backend.config.device, shape, sigma, host_sigma)
 
 
 def on_twin(simulation: Simulation, twin: Twin) -> Simulation:

@@ -15,7 +15,7 @@ from autotune.config.redact import redact
 from autotune.config.schema import Kind, ScenarioConfig, SimConfig
 from autotune.data.models import Model
 from autotune.data.samples import Samples
-from autotune.errors import StartError
+from autotune.errors import InputError, StartError
 from autotune.measure import progress
 from autotune.measure.arrivals import issues
 from autotune.measure.backend import DryRunOutcome, Measurement, Recording, RequestTiming
@@ -69,13 +69,21 @@ class SimBackend:
         flags = resolve(args, self.config.device, shape)
         return DryRunOutcome(refusal(flags, self.config.device, shape), asdict(flags))
 
-    def _cost(self, shape: Shape, flags: Flags) -> Cost:
-        """The cost on the device, or on the twin of the recorded servers."""
+    def twin_of(self, shape: Shape) -> "Twin | None":
+        """The twin of the recorded servers; None if there are none. Raises InputError for those of another model."""
         if self._steps and not (self.twin and self.twin.shape == shape):
             from autotune.sim.twin import fit
 
+            for one in self._steps:
+                if one.model and Shape.of(one.model) != shape:
+                    raise InputError(f"backend.twin: the steps of {one.name} are another model's; leave them out")
             self.twin = fit(self._steps, self.config.device, shape)
-        return self.twin.cost(flags) if self.twin else Cost(self.config.device, shape, flags)
+        return self.twin
+
+    def _cost(self, shape: Shape, flags: Flags) -> Cost:
+        """The cost on the device, or on the twin of the recorded servers."""
+        twin = self.twin_of(shape)
+        return twin.cost(flags) if twin else Cost(self.config.device, shape, flags)
 
     @contextmanager
     def start(

@@ -34,7 +34,7 @@ from autotune.measure.result import Result, State
 from autotune.results import beside, summary, tracking
 from autotune.results.study import BASELINE, CANARY, SPACE, TRIAL, canaries_in, load, result_in, results_in
 from autotune.results.study import Study as FinishedStudy
-from autotune.search import prior, warm_start
+from autotune.search import account, prior, warm_start
 from autotune.search.pruners import make_pruner
 from autotune.search.samplers import make_sampler
 from autotune.search.space import Space, check_space, default_of, parse, swept_flags, value_of
@@ -243,6 +243,7 @@ class Sweep:
     def _write_report(self, study: FinishedStudy) -> None:
         from autotune.results import report  # plotly takes a second to import
 
+        self._attempt("the report leaves out the steps", account.write, study)
         log.info("Report: %s", report.write(study))
 
     def _run_trials(self) -> None:

@@ -1,0 +1,70 @@
+"""twin.json in a study's folder: what its recorded steps say of the baseline and of the best trial, for the report."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import yaml
+
+from autotune.config.overrides import CONF
+from autotune.config.schema import Config, Device
+from autotune.errors import InputError
+from autotune.measure.steps import NAME, Steps, read
+from autotune.results.study import BASELINE, TWIN, Study
+from autotune.sim.account import account
+from autotune.sim.shape import Shape
+from autotune.sim.twin import errors, fit
+from autotune.system.files import write_whole
+from autotune.text import one_line
+
+DEVICE = CONF / "backend/device/h100.yaml"  # where a configuration names none: conf/backend/sim.yaml's
+MOST = 100_000  # steps of a trial that are looked at: the first ones
+
+
+def write(study: Study) -> None:
+    """Write twin.json, if a trial of `study` has recorded steps; it says why nothing can be told of them."""
+    names = recorded(study)
+    if not names:
+        (study.folder / TWIN).unlink(missing_ok=True)
+        return
+    try:
+        body = told([first(read(study.folder / name / NAME, name)) for name in names], study.config)
+    except Exception as error:  # a model that is not simulated, a fit that does not end: the report goes without
+        body = {"missing": one_line(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"}
+    write_whole(study.folder / TWIN, json.dumps(body, indent=1))
+
+
+def recorded(study: Study) -> list[str]:
+    """The trials that are told of: the baseline and the best one, as far as their steps were recorded."""
+    by_rank = [BASELINE, *(name for name in study.ranked if not study.results[name].duplicate_of)]
+    found = [name for name in by_rank if (study.folder / name / NAME).exists()]
+    return found[: 2 if BASELINE in found else 1]
+
+
+def first(steps: Steps) -> Steps:
+    return replace(steps, table=steps.table[:MOST])
+
+
+def told(recordings: Sequence[Steps], config: Config) -> dict[str, Any]:
+    """The twin's errors for `recordings`, fitted to the first, and accounts of a twin that is fitted to all."""
+    device, whose = device_of(config)
+    model = next((steps.model for steps in recordings if steps.model), None)
+    if model is None:
+        raise InputError("the recorded steps do not say which model was served")
+    shape = Shape.of(model)
+    twin = fit(recordings[:1], device, shape)
+    off = {steps.name: [asdict(one) for one in errors(twin, steps)] for steps in recordings}
+    of_all = fit(recordings, device, shape) if len(recordings) > 1 else twin
+    accounts = {
+        steps.name: {kind: asdict(share) for kind, share in account(of_all, steps).items()} for steps in recordings
+    }
+    return {"device": device.name, "device_of": whose, "errors": off, "accounts": accounts}
+
+
+def device_of(config: Config) -> tuple[Device, str]:
+    """The device at whose constants the fit begins, and what names it."""
+    for backend, whose in ((config.prior.backend, "prior.backend.device"), (config.backend, "backend.device")):
+        if backend and "device" in backend:
+            return Device(**dict(backend["device"])), whose
+    return Device(**yaml.safe_load(DEVICE.read_text(encoding="utf-8"))), ""
