@@ -46,7 +46,7 @@ check: lint  ## what a commit must pass, in a minute and a half
 	$(RUN) -m pytest --durations=10
 
 coverage: setup  ## the share of the code that the fast tests run, processes included
-	$(RUN) -m pytest --cov
+	OC_CAUSE=0 $(RUN) -m pytest --cov  # a tracer is no debugger, whose user OmegaConf tells more
 
 services:  ## what tests need beside Python: Debian's packages, where they are missing
 	@PATH=$$PATH:/usr/sbin; which munged slurmctld slurmd srun slurmdbd mariadbd >/dev/null && ls -d /usr/lib/postgresql/*/bin >/dev/null 2>&1 || \
