@@ -156,3 +156,12 @@ def test_jobs_of_a_cluster_are_readable_for_their_user_alone(main: Main, tmp_pat
 
 def test_negative_numbers_of_a_list_are_no_flags():
     assert redact.redact({"intervals": {"tpot_p99_ms": [-1.5, 2.0]}}) == {"intervals": {"tpot_p99_ms": [-1.5, 2.0]}}
+
+
+def test_number_in_a_secrets_field_is_hidden_too():
+    """YAML reads a password of digits, or one such as 12e5, as a number."""
+    assert redact.redact({"password": 12e5, "api_key": 123456, "gpu_j_per_token": 0.5}) == {
+        "password": "***",
+        "api_key": "***",
+        "gpu_j_per_token": 0.5,
+    }

@@ -47,8 +47,8 @@ def redact(value: Any, name: str = "") -> Any:
             return list(value)
         flags = [word.lstrip("-") if word.startswith("-") else "" for word in ["", *map(str, value)]]
         return [redact(item, flag if is_secret(flag) else name) for flag, item in zip(flags, value, strict=False)]
-    if is_secret(name) and not isinstance(value, float | None) and str(value).lower() not in NOTHING:
-        return _hide(str(value))  # a number with a point was measured
+    if is_secret(name) and value is not None and str(value).lower() not in NOTHING:
+        return _hide(str(value))
     return _text(value) if isinstance(value, str) else value
 
 
