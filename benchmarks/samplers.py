@@ -42,7 +42,7 @@ from autotune.measure import progress
 from autotune.measure.result import Result, State
 from autotune.search import prior
 from autotune.search.samplers import Grid, make_sampler
-from autotune.search.simulate import Simulation, estimate, simulation
+from autotune.search.simulate import Simulation, checked, simulation
 from autotune.search.space import Space, parse
 from autotune.search.tell import tell_infeasible, tell_measured
 from autotune.sim.backend import PUBLISH_S, published
@@ -147,10 +147,7 @@ def workload(name: str, words: str) -> Workload:
     points, series, metric = {}, {}, config.objective.metrics[0]
     for params in grid(space, simulated):
         point, seen = key(space, params), []
-        broken = space.violated(params, simulated.known)
-        points[point] = (
-            Result(State.refused, broken, params=params) if broken else estimate(simulated, params, seen.append)
-        )
+        points[point] = checked(simulated, space, params, seen.append)
         if seen and metric in progress.METRICS:
             load = with_fields(config, {name: value for name, value in params.items() if "scenario" in name}).scenario
             times = np.arange(PUBLISH_S, seen[0].measured.phases["run"], PUBLISH_S)

@@ -56,6 +56,12 @@ def test_what_can_not_be_planned_is_one_line(main: Main, word: str, said: str):
     assert said in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_twin_that_is_given_twice_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["plan", "model=llama8b", "twin=a", "twin=b"])
+    with pytest.raises(SystemExit, match="autotune: twin is set twice; write it once"):
+        plan.main()
+
+
 def test_twin_that_does_not_exist_or_has_no_steps_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["plan", "model=llama8b", "twin=lost"])

@@ -20,7 +20,6 @@ from autotune.config.command_line import compose, errors_in_one_line
 from autotune.config.schema import Config
 from autotune.errors import InputError
 from autotune.measure.result import Result
-from autotune.measure.steps import NAME, hold_steps
 from autotune.results.study import BASELINE, TRIAL, Study, load
 from autotune.results.summary import change
 from autotune.search.account import device_of
@@ -59,6 +58,8 @@ def make(config: Config, space: Space) -> Plan:
 
 def on_twin_of(name: str, config: Config, keep_device: bool) -> None:
     """Simulate `config` on the twin of the study `name`, with its device unless `keep_device`. Raises InputError."""
+    from autotune.measure.steps import NAME, hold_steps  # pyarrow takes a while to import
+
     study = load(name, "twin")
     if not hold_steps(str(study.folder)):
         raise InputError(f"twin={name}: no trial of it has recorded its steps ({NAME}); backend.steps=true does")
@@ -145,10 +146,12 @@ def _time(plan: Plan, runs: Sequence[Result]) -> str:
 def main() -> None:
     with errors_in_one_line():
         twins = [word.removeprefix(TWIN) for word in sys.argv[1:] if word.startswith(TWIN)]
+        if len(twins) > 1:
+            raise InputError("twin is set twice; write it once")
         words = [word for word in sys.argv[1:] if not word.startswith(TWIN)]
         config, params, sweeps = compose(words, ["prior=sim"])
         if twins:
-            on_twin_of(twins[-1], config, any("prior.backend.device" in word for word in words))
+            on_twin_of(twins[0], config, any("prior.backend.device" in word for word in words))
         space, _ = parse(params, sweeps, config.conditions, config.only_if)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         print(render(make(config, space)))

@@ -1,11 +1,12 @@
 """Simulated trials, in milliseconds each: for `autotune plan` and for `prior=sim`."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 
@@ -22,8 +23,10 @@ from autotune.search.space import Space, swept_flags, value_of
 from autotune.search.tell import tell_infeasible, tell_measured
 from autotune.sim.backend import SimBackend
 from autotune.sim.shape import Shape
-from autotune.sim.twin import Twin, unfitted
 from autotune.system import interrupt
+
+if TYPE_CHECKING:
+    from autotune.sim.twin import Twin  # SciPy takes a while to import, and few studies fit a twin
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,16 @@ def simulation(config: Config, backend: dict[str, Any]) -> Simulation:
     return Simulation(config, prepared, prepare_samples(config, prepared), known)
 
 
-def twin_of(simulation: Simulation, sigma: float, host_sigma: float) -> Twin:
+def twin_of(simulation: Simulation, sigma: float, host_sigma: float) -> "Twin":
     """The twin of the steps that the backend is given; without any, of the simulated device as its YAML has it."""
+    from autotune.sim.twin import unfitted
+
     backend, shape = simulation.prepared.backend, Shape.of(simulation.prepared.model.config)
     assert isinstance(backend, SimBackend)
     return backend.twin_of(shape) or unfitted(backend.config.device, shape, sigma, host_sigma)
 
 
-def on_twin(simulation: Simulation, twin: Twin) -> Simulation:
+def on_twin(simulation: Simulation, twin: "Twin") -> Simulation:
     """`simulation` of the server that `twin` was fitted to."""
     backend = copy(simulation.prepared.backend)
     assert isinstance(backend, SimBackend)
@@ -87,25 +92,50 @@ def estimate(
     return result
 
 
+def checked(
+    simulation: Simulation,
+    space: Space,
+    params: Mapping[str, Any],
+    observe: Callable[[RunResult], None] = lambda _: None,
+) -> Result:
+    """The result of a trial of `space`: refused without a simulation if it breaks one of its conditions."""
+    if broken := space.violated(params, simulation.known):
+        return Result(State.refused, broken, params=dict(params), estimated=True)
+    return estimate(simulation, params, observe)
+
+
+def ask(
+    study: optuna.Study, simulation: Simulation, space: Space, simulate: Callable[[Mapping[str, Any]], Result]
+) -> Result:
+    """Make the next trial of a simulated `study`, and tell it the result as a real one does."""
+    trial = study.ask()
+    result = simulate(space.suggest(trial, simulation.known))
+    if result.complete:
+        tell_measured(study, trial, simulation.config.objective, result)
+    else:
+        tell_infeasible(study, trial, "refused" if result.state is State.refused else "starts")
+    return result
+
+
+def key(params: Mapping[str, Any]) -> str:
+    """A name for a configuration: samplers repeat themselves."""
+    return json.dumps(params, sort_keys=True)
+
+
 def search(simulation: Simulation, space: Space, sampler: optuna.samplers.BaseSampler, count: int) -> Iterator[Result]:
-    """Yield `count` trials that `sampler` asks for, refused and failed ones among them, told as a study tells them."""
-    config = simulation.config.objective
-    study = optuna.create_study(sampler=sampler, directions=list(config.directions))  # type: ignore[arg-type]
-    known: dict[str, Result] = {}  # samplers repeat themselves
-    for _ in range(count):
-        trial = study.ask()
-        params = space.suggest(trial, simulation.known)
-        point = str(sorted(params.items()))
+    """Yield `count` trials that `sampler` asks for, refused and failed ones among them."""
+    directions: Any = list(simulation.config.objective.directions)
+    study = optuna.create_study(sampler=sampler, directions=directions)
+    known: dict[str, Result] = {}
+
+    def simulated(params: Mapping[str, Any]) -> Result:
+        point = key(params)
         if point not in known:
-            broken = space.violated(params, simulation.known)
-            refused = Result(State.refused, broken, params=params, estimated=True)
-            known[point] = refused if broken else estimate(simulation, params)
-        result = known[point]
-        if result.complete:
-            tell_measured(study, trial, config, result)
-        else:
-            tell_infeasible(study, trial, "refused" if result.state is State.refused else "starts")
-        yield result
+            known[point] = checked(simulation, space, params)
+        return known[point]
+
+    for _ in range(count):
+        yield ask(study, simulation, space, simulated)
 
 
 def search_best(simulation: Simulation, space: Space, count: int) -> list[Result]:

@@ -6,7 +6,6 @@ that promises most beyond what has been reached, on average over the draws. What
 backend, say) is learned as a factor on its word. Where the twin expects nothing better, or is wrong, TPE is asked.
 """
 
-import json
 import logging
 import math
 import time
@@ -31,9 +30,8 @@ from autotune.measure.result import Result, State
 from autotune.measure.steps import NAME, Steps, read
 from autotune.results.study import results_in
 from autotune.search.prior import distinct
-from autotune.search.simulate import Simulation, estimate, on_twin, simulation, twin_of
+from autotune.search.simulate import Simulation, ask, checked, key, on_twin, simulation, twin_of
 from autotune.search.space import Space
-from autotune.search.tell import tell_infeasible, tell_measured
 from autotune.sim.twin import Twin, errors, fit
 
 log = logging.getLogger(__name__)
@@ -92,22 +90,14 @@ class Simulated:
         """The result expected of `params`; draw 0 is the twin itself."""
         point = key(params)
         if (point, draw) not in self._results:
-            simulation = self._simulations[draw]
-            broken = self._space.violated(params, simulation.known)
-            refused = Result(State.refused, broken, params=dict(params), estimated=True)
             near = self._results.get((point, 0), self._before.get(point))
-            self._results[point, draw] = refused if broken else estimate(starting_at(simulation, near), params)
+            self._results[point, draw] = checked(starting_at(self._simulations[draw], near), self._space, params)
         return self._results[point, draw]
 
-    def search(self, study: optuna.Study, config: Config, until_s: float) -> None:
+    def search(self, study: optuna.Study, until_s: float) -> None:
         """Go on with a simulated study of this twin until the process has run `until_s`."""
         while time.process_time() < until_s:
-            trial = study.ask()
-            found = self.result(self._space.suggest(trial, self._simulations[0].known))
-            if found.complete:
-                tell_measured(study, trial, config.objective, found)
-            else:
-                tell_infeasible(study, trial, "refused" if found.state is State.refused else "starts")
+            ask(study, self._simulations[0], self._space, self.result)
 
     @property
     def on_twin(self) -> list[Result]:
@@ -214,8 +204,7 @@ class TwinSampler(BaseSampler):
         new = {name: steps for name, one in ended.items() if name not in self._looked_at and (steps := _steps_of(one))}
         self._looked_at |= new.keys()
         for name, steps in new.items():
-            amiss = max((one.error for one in errors(self._twin, steps)), default=0.0)
-            if len(self._fitted) < RECORDINGS or amiss > AMISS:
+            if len(self._fitted) < RECORDINGS or any(one.error > AMISS for one in errors(self._twin, steps)):
                 self._fitted[name] = steps
         if new.keys() & self._fitted.keys():
             chosen = [*self._fitted.values()]
@@ -287,7 +276,7 @@ class TwinSampler(BaseSampler):
         for one in good:
             if time.process_time() < until_s - draws_s:
                 self._simulated.result(one.params)
-        self._simulated.search(self._study, self._config, until_s - draws_s)
+        self._simulated.search(self._study, until_s - draws_s)
         new = [one for one in self._ranked() if key(one.params) not in tried] or good
         points = [one.params for one in distinct(new, self._space, SHORTLIST)]
         if not points:
@@ -347,10 +336,6 @@ def score(config: Config, result: Result) -> float:
         return -INFEASIBLE - math.log1p(sum(max(0.0, over) for over in result.constraints.values()))
     signs = [objective.sign(config.objective, metric) for metric in range(len(result.values))]
     return sum(sign * math.log(max(value, 1e-9)) for sign, value in zip(signs, result.values, strict=True))
-
-
-def key(params: Params) -> str:
-    return json.dumps(params, sort_keys=True)
 
 
 def encoded(params: Params, space: Space) -> list[float]:
