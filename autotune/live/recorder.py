@@ -36,12 +36,12 @@ def install() -> None:
                 if scheduler not in recorded:
                     recorded.add(scheduler)
                     Recorder(scheduler)
-            except Exception as error:
+            except Exception as error:  # whatever it is, the engine starts without a recorder
                 leave(error)
             return scheduler
 
         SchedulerConfig.get_scheduler_cls = get_scheduler_cls
-    except Exception as error:
+    except Exception as error:  # another vLLM than those that are known
         leave(error)
 
 
@@ -50,8 +50,8 @@ def leave(reason: object) -> None:
     said = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)
     try:
         Path(os.environ[FOLDER], f"{os.getpid()}.reason").write_text(said)
-    except Exception:
-        return  # a full disk; the engine goes on
+    except Exception:  # a full disk, say; the engine goes on
+        return
 
 
 class Recorder:
@@ -87,7 +87,7 @@ class Recorder:
     def _guarded(self, note: Callable[..., None], *args: Any) -> None:
         try:
             note(*args)
-        except Exception as error:
+        except Exception as error:  # a mistake here must not end a step
             self._stop(error)
 
     def _stop(self, reason: object) -> None:

@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 SYSTEM = "system.jsonl"  # a line for each sample of the machine, with its `time`
 SERVER, GPU = "server.csv", "gpu.csv"  # columns as in vLLM's /metrics and in nvidia-smi, `time_s` since the run began
+STEPS = "steps.parquet"  # the engine's steps: measure/steps.py
 MOST = 300  # points of each metric
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from autotune.config.redact import redact
 from autotune.errors import InputError
+from autotune.measure import series
 from autotune.measure.backend import Recording
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ TIMES = ("t0", "t1", "t2", "t3")
 # prefill; attended: tokens that each prefilled token attends to, summed; running, waiting: requests after schedule().
 COUNTS = ("decodes", "context", "chunks", "prefill_tokens", "attended", "running", "waiting")
 COLUMNS = (*TIMES, *COUNTS)
-NAME = "steps.parquet"
+NAME = series.STEPS
 FEWEST = 3  # steps that a file may hold
 FACTS = b"autotune"  # key of the file's metadata
 

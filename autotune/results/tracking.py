@@ -49,7 +49,7 @@ ARTIFACTS = (
     "mlperf_log_summary.txt",
     "mlperf_log_detail.txt",
     "requests.csv",
-    "steps.parquet",
+    series.STEPS,
     series.SERVER,
     series.GPU,
 )

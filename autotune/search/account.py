@@ -3,20 +3,21 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from autotune.config.overrides import CONF
 from autotune.config.schema import Config, Device
 from autotune.errors import InputError
-from autotune.measure.steps import NAME, Steps, read
+from autotune.measure.series import STEPS
 from autotune.results.study import BASELINE, TWIN, Study
-from autotune.sim.account import account
 from autotune.sim.shape import Shape
-from autotune.sim.twin import errors, fit
 from autotune.system.files import write_whole
 from autotune.text import one_line
+
+if TYPE_CHECKING:
+    from autotune.measure.steps import Steps  # pyarrow and SciPy take a while to import, and not all studies have steps
 
 DEVICE = CONF / "backend/device/h100.yaml"  # where a configuration names none: conf/backend/sim.yaml's
 MOST = 100_000  # steps of a trial that are looked at: the first ones
@@ -29,7 +30,9 @@ def write(study: Study) -> None:
         (study.folder / TWIN).unlink(missing_ok=True)
         return
     try:
-        body = told([first(read(study.folder / name / NAME, name)) for name in names], study.config)
+        from autotune.measure.steps import read
+
+        body = told([first(read(study.folder / name / STEPS, name)) for name in names], study.config)
     except Exception as error:  # a model that is not simulated, a fit that does not end: the report goes without
         body = {"missing": one_line(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"}
     write_whole(study.folder / TWIN, json.dumps(body, indent=1))
@@ -38,16 +41,19 @@ def write(study: Study) -> None:
 def recorded(study: Study) -> list[str]:
     """The trials that are told of: the baseline and the best one, as far as their steps were recorded."""
     by_rank = [BASELINE, *(name for name in study.ranked if not study.results[name].duplicate_of)]
-    found = [name for name in by_rank if (study.folder / name / NAME).exists()]
+    found = [name for name in by_rank if (study.folder / name / STEPS).exists()]
     return found[: 2 if BASELINE in found else 1]
 
 
-def first(steps: Steps) -> Steps:
+def first(steps: "Steps") -> "Steps":
     return replace(steps, table=steps.table[:MOST])
 
 
-def told(recordings: Sequence[Steps], config: Config) -> dict[str, Any]:
+def told(recordings: Sequence["Steps"], config: Config) -> dict[str, Any]:
     """The twin's errors for `recordings`, fitted to the first, and accounts of a twin that is fitted to all."""
+    from autotune.sim.account import account
+    from autotune.sim.twin import errors, fit
+
     device, whose = device_of(config)
     model = next((steps.model for steps in recordings if steps.model), None)
     if model is None:

@@ -2,21 +2,23 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from optuna.samplers import TPESampler
+from optuna.samplers import GridSampler, TPESampler
 
 from autotune.config import bounds
 from autotune.config.schema import Config
 from autotune.errors import InputError
 from autotune.search.optuna_private import Grid, use_compiled_log_ndtr
 from autotune.search.space import Space
-from autotune.search.twin import Ended, TwinSampler
 from autotune.text import one_line
+
+if TYPE_CHECKING:
+    from autotune.search.twin import Ended
 
 MOST = 1e5  # trials, candidates, individuals: a sampler's memory
 LEAST = {"inc_popsize": -1}  # as Optuna writes that CMA-ES does not restart
@@ -28,7 +30,7 @@ def make_sampler(
     sampler: Any,
     space: Space,
     config: Config | None = None,
-    ended: Callable[[], Mapping[str, Ended]] = dict,
+    ended: Callable[[], Mapping[str, "Ended"]] = dict,
     begun: int = 0,
 ) -> optuna.samplers.BaseSampler:
     """The sampler of a `sampler` group for `space`. Raises InputError for what it can't be made with.
@@ -55,9 +57,7 @@ def make_sampler(
         import torch  # takes seconds
 
         torch.set_num_threads(1)  # small matrices; more threads only wait for cores that trials have
-    if not isinstance(made, partial):
-        return made  # type: ignore[no-any-return]
-    if made.func is TwinSampler:
-        assert config
-        return TwinSampler(config, space, ended, **made.keywords)
-    return Grid(space.grid, **made.keywords)
+    if isinstance(made, partial):
+        made = Grid(space.grid, **made.keywords) if made.func is GridSampler else made(config, space, ended)
+    found: optuna.samplers.BaseSampler = made
+    return found

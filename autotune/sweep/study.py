@@ -8,12 +8,12 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from hydra.core.config_loader import ConfigLoader
@@ -34,11 +34,10 @@ from autotune.measure.result import Result, State
 from autotune.results import beside, summary, tracking
 from autotune.results.study import BASELINE, CANARY, SPACE, TRIAL, canaries_in, load, result_in, results_in
 from autotune.results.study import Study as FinishedStudy
-from autotune.search import account, prior, warm_start
+from autotune.search import prior, warm_start
 from autotune.search.pruners import make_pruner
 from autotune.search.samplers import make_sampler
 from autotune.search.space import Space, check_space, default_of, parse, swept_flags, value_of
-from autotune.search.twin import ended_in
 from autotune.sweep import storage
 from autotune.sweep.display import Display
 from autotune.sweep.launchers import Job, Launcher, make_launcher
@@ -50,6 +49,9 @@ from autotune.system import interrupt
 from autotune.system.files import log_to, write_whole
 from autotune.system.leases import devices
 from autotune.text import one_line, shorten
+
+if TYPE_CHECKING:
+    from autotune.search.twin import Ended
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +140,13 @@ def opened(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with storage.lock(folder / ".lock", str(folder)), log_to(folder / "autotune.log", "%(asctime)s %(message)s"):
         yield
+
+
+def ended_in(folder: Path) -> Mapping[str, "Ended"]:
+    """The trials in a study's folder that have ended, with their steps."""
+    from autotune.search import twin  # SciPy takes a while to import, and only sampler=twin asks
+
+    return twin.ended_in(folder)
 
 
 def check_gpus(config: Config) -> None:
@@ -242,6 +251,7 @@ class Sweep:
 
     def _write_report(self, study: FinishedStudy) -> None:
         from autotune.results import report  # plotly takes a second to import
+        from autotune.search import account
 
         self._attempt("the report leaves out the steps", account.write, study)
         log.info("Report: %s", report.write(study))
