@@ -5,10 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from autotune.config import bounds
 from autotune.config.schema import Device
 from autotune.errors import InputError
 from autotune.measure import steps
 from autotune.sim import from_steps
+from autotune.sim.cost import Cost
+from autotune.sim.flags import resolve
+from autotune.sim.scheduler import Batch, Request
 from autotune.sim.shape import Shape
 from autotune.sim.twin import Error, errors, fit
 from tests.studies import configured
@@ -50,6 +54,31 @@ SEEN_AND_NOT = [
 @pytest.mark.parametrize("names", SEEN_AND_NOT)
 def test_steps_of_another_configuration_are_told_within_10_percent(names: tuple[str, str]):
     assert max(found.error for found in predicted(*names)) <= 0.10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama8b-defaults", "llama8b-512"])
+def test_device_takes_as_long_as_the_twin_for_steps_of_a_dense_model(name: str):
+    steps_ = recorded(name)
+    assert steps_.model
+    shape = Shape.of(steps_.model)
+    twin, flags = fit([steps_], h200(), shape), resolve(steps_.args, h200(), shape)
+    device = twin.as_device(flags)
+    bounds.check(device, "device")
+    for tokens in (512, 2048, 8192):
+        batch = Batch(chunks={Request(0, tokens, 2): tokens})
+        assert Cost(device, shape, flags).step(batch).gpu_s == pytest.approx(
+            twin.cost(flags).step(batch).gpu_s, rel=0.12
+        )
+
+
+@pytest.mark.slow
+def test_device_that_is_fitted_to_a_mixture_of_experts_is_within_bounds_and_says_that_it_is_cut():
+    steps_ = recorded("qwen3moe-defaults")
+    assert steps_.model
+    shape = Shape.of(steps_.model)
+    bounds.check(fit([steps_], h200(), shape).as_device(resolve(steps_.args, h200(), shape)), "device")
+    assert "A device can't hold what this model showed" in from_steps.report([steps_], [], h200(), None)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from autotune.measure.steps import Steps
 from autotune.sim.cost import CONSTANTS
 from autotune.sim.flags import resolve
 from autotune.sim.shape import Shape
-from autotune.sim.twin import Twin, errors, fit
+from autotune.sim.twin import MOST_EFFICIENT, Twin, errors, fit
 
 # Where nothing says which model was served, the prior is that of Llama-3.1-8B, and says less.
 UNKNOWN = {
@@ -22,6 +22,7 @@ UNKNOWN = {
     **{"num_key_value_heads": 8, "vocab_size": 128256},
 }
 UNKNOWN_WIDTH = 2.0
+EFFICIENCIES = ("math_efficiency", "attention_efficiency", "bandwidth_efficiency")
 GRAPHS = (256, 512, 1024, 2048, 4096, 8192)  # largest CUDA graphs, of which one is taken if it is not told
 
 
@@ -44,7 +45,9 @@ def report(fitted: Sequence[Steps], predicted: Sequence[Steps], device: Device, 
         if value:
             lines.append(f"  {name:20s} {value:9.3g}" + (f"  ×/÷ {np.exp(deviation):.2f}" if deviation > 0.05 else ""))
     lines += ["", "No step has shown:", *(f"  {words}" for words in twin.unseen)]
-    made = twin.device_yaml(resolve(fitted[0].args, device, shape))
+    made = twin.as_device(resolve(fitted[0].args, device, shape))
+    if cut := [name for name in EFFICIENCIES if getattr(made, name) >= MOST_EFFICIENT]:
+        lines += ["", f"A device can't hold what this model showed (cut: {', '.join(cut)}); backend.twin=[…] can."]
     return "\n".join(f"# {line}".rstrip() for line in lines) + "\n" + device_yaml(made)
 
 

@@ -33,6 +33,7 @@ GPU_NOISE, HOST_NOISE, JITTER_S = 0.02, 0.09, 1e-4  # of one step: relative, rel
 # From one start of a server to the next, of which a fit to one has seen one: relative, on the GPU and on the host.
 GPU_BETWEEN, HOST_BETWEEN = 0.02, 0.08
 RETURN_S = 5e-4
+MOST_EFFICIENT = 2.0  # bound of a device's efficiencies in the schema
 KNOWN_WIDTH = 1e-3
 SIZES = 16  # of steps: 1, 2, 4, … 32,768 tokens
 SMOOTH, SIZE_WIDTH = 0.05, 0.15  # prior of `by_size`: standard deviation from one size to the next, and of each
@@ -89,15 +90,25 @@ class Twin:
         changes = random.multivariate_normal(np.zeros(len(CONSTANTS)), self.covariance) + between
         return replace(self, factors=self.factors * np.exp(changes), covariance=np.zeros_like(self.covariance))
 
-    def device_yaml(self, like: Flags) -> Device:
-        """`device` with the constants of this server; what depends on this model alone (experts) is left out."""
+    def as_device(self, like: Flags) -> Device:
+        """`device` with the constants of this server, as far as a device's bounds can hold them.
+
+        A dense model's can; those of a mixture of experts, which depend on the model, are cut to MOST_EFFICIENT.
+        """
         factor, now = dict(zip(CONSTANTS, self.factors, strict=True)), self.device
-        constants = dict(zip(CONSTANTS, prior(Cost(now, self.shape, like)) * self.factors, strict=True))
-        bandwidth = now.bandwidth_efficiency / (factor["experts_s"] if self.shape.experts else factor["weights_s"])
+        before = dict(zip(CONSTANTS, prior(Cost(now, self.shape, like)), strict=True))
+        constants = {name: value * factor[name] for name, value in before.items()}
+        weights = factor["experts_s"] if self.shape.experts else factor["weights_s"]
+        bandwidth = min(MOST_EFFICIENT, now.bandwidth_efficiency / weights)
         output_s = 2 * self.shape.embedding / like.tensor_parallel_size / (now.bandwidth_gbs * 1e9 * bandwidth)
+        # A device has no time of a token beside the products but what its bandwidth says: the products take the rest.
+        of_bandwidth = before["token_s"] * now.bandwidth_efficiency / bandwidth
+        product_s = max(constants["product_s"] + constants["token_s"] - of_bandwidth, before["product_s"] / 2)
+        math_efficiency = min(MOST_EFFICIENT, now.math_efficiency * before["product_s"] / product_s)
+        attention = now.attention_efficiency * now.math_efficiency / math_efficiency / factor["attended_s"]
         learned: dict[str, Any] = {
-            "math_efficiency": float(now.math_efficiency / factor["product_s"]),
-            "attention_efficiency": float(now.attention_efficiency * factor["product_s"] / factor["attended_s"]),
+            "math_efficiency": float(math_efficiency),
+            "attention_efficiency": float(min(MOST_EFFICIENT, attention)),
             "bandwidth_efficiency": float(bandwidth),
             "step_s": float(max(1e-5, constants["fixed_s"] - output_s)),
             "host_s": float(constants["prepare_s"] + self.loop[0]),
