@@ -1,6 +1,6 @@
 """Is the highest load that a search certifies the right one, and what does finding it cost?
 
-    python benchmarks/max_qps.py FOLDER [model=tiny scenario=server …]
+    python benchmarks/max_qps.py FOLDER [model=tiny scenario=server scenario.ttft_ms=2000 scenario.tpot_ms=100 …]
     python benchmarks/max_qps.py FOLDER --seeds 16 --no-scan backend=sim [model=llama8b scenario=interactive …]
 
 On one start of the server: searches with other seeds of LoadGen's, then a scan in steps of 1 query/s, each run as

@@ -9,12 +9,15 @@ import hydra
 import pytest
 from hydra.utils import get_method
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from autotune.config import command_line, schema
 from autotune.config.overrides import typed
 from autotune.errors import InputError, TrackingError
 from autotune.measure import trial
 from autotune.results import tracking
+from autotune.sim.shape import Shape
+from autotune.text import one_line
 from tests.conftest import Main
 from tests.studies import configured
 
@@ -31,6 +34,7 @@ def together() -> list[list[str]]:
     for row in zip_longest(*GROUPS.values()):
         chosen = {group: option for group, option in zip(GROUPS, row, strict=True) if option}
         words = [f"{group}=[{option}]" if group == "space" else f"{group}={option}" for group, option in chosen.items()]
+        words += ["scenario.ttft_ms=500", "scenario.tpot_ms=30"]  # of which MLPerf has none for most models
         rows.append([*words, *(["model=tiny"] if "model" not in chosen else [])])
     return rows
 
@@ -81,10 +85,56 @@ def test_options_take_in_the_schemas_defaults():
     assert slurm == asdict(schema.ClusterConfig(slurm["_target_"], parameters=slurm["parameters"]))
 
 
-def test_limits_follow_the_model():
-    assert composed("model=llama405b", "scenario=server").scenario.ttft_ms == 6000
-    assert composed("model=llama2_70b", "scenario=interactive").scenario.tpot_ms == 40
-    assert composed("model=llama405b", "scenario=server", "scenario.ttft_ms=9").scenario.ttft_ms == 9
+@pytest.mark.parametrize(
+    ("model", "server", "interactive"),
+    [
+        ("llama8b", (2000, 100), (500, 30)),
+        ("llama8b_dummy", (2000, 100), (500, 30)),
+        ("llama2_70b", (2000, 200), (450, 40)),
+        ("llama405b", (6000, 175), (4500, 80)),
+        ("deepseek_r1", (2000, 80), (1500, 15)),
+        ("gpt_oss_120b", (3000, 80), (2000, 15)),
+    ],
+)
+def test_limits_follow_the_model(model: str, server: tuple[float, float], interactive: tuple[float, float]):
+    for name, limits in (("server", server), ("interactive", interactive)):
+        made = composed(f"model={model}", f"scenario={name}").scenario
+        assert (made.ttft_ms, made.tpot_ms) == limits
+    assert composed(f"model={model}", "scenario=server", "scenario.ttft_ms=9").scenario.ttft_ms == 9
+
+
+@pytest.mark.parametrize("model", ["smollm2", "gpt_oss_20b", "qwen3_30b_a3b", "llama70b", "custom"])
+@pytest.mark.parametrize("scenario", ["server", "interactive"])
+def test_model_that_mlperf_does_not_list_asks_for_limits(model: str, scenario: str):
+    words = [f"model={model}", "model.path=org/custom", f"scenario={scenario}"]
+    with pytest.raises(OmegaConfBaseException) as told:
+        composed(*words)
+    name = "custom" if model == "custom" else model
+    assert one_line(told.value) == (
+        f"scenario.ttft_ms: MLPerf has no limits for {name}; write scenario.ttft_ms=<ms> scenario.tpot_ms=<ms>, "
+        "null for none"
+    )
+    made = composed(*words, "scenario.ttft_ms=300", "scenario.tpot_ms=null").scenario
+    assert (made.ttft_ms, made.tpot_ms) == (300, None)
+
+
+@pytest.mark.parametrize("model", GROUPS["model"])
+def test_model_says_whence_its_recipe_is(model: str):
+    recipe = composed(f"model={model}").model.recipe
+    said = recipe.source.startswith("github.com/") and re.fullmatch(r"\d{4}-\d\d-\d\d", recipe.date)
+    assert said or not recipe.args
+
+
+@pytest.mark.parametrize("model", [name for name in GROUPS["model"] if name not in ("custom", "smollm2")])
+def test_model_is_simulated_or_refused_in_one_line(model: str):
+    config = composed(f"model={model}").model
+    body = config.shape or config.build
+    try:
+        assert Shape.of({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **body}).layers > 0
+    except InputError as error:
+        assert model in ("gemma", "qwen3_6_35b_a3b") and "backend=sim knows decoders" in str(error)
+    else:
+        assert model not in ("gemma", "qwen3_6_35b_a3b")
 
 
 def test_any_vllm_flag_is_a_field():
@@ -112,7 +162,7 @@ def test_cfg_job_shows_the_composed_trial(main: Main):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["model=tinyy"], "Could not find 'model/tinyy'; Available options in 'model': custom; llama2_70b"),
+        (["model=tinyy"], "Could not find 'model/tinyy'; Available options in 'model': custom; deepseek_r1"),
         (["model=tiny", "engine.foo=1"], "Key 'foo' not in 'EngineConfig'"),
         (["model=tiny", "n_trials=abc"], "'abc' of type 'str' could not be converted to Integer"),
         (

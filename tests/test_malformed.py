@@ -117,7 +117,7 @@ def is_accepted(action: Callable[[], object], *named: str) -> bool:
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    words = ["model=tiny", "backend=sim", "scenario=server", "prior=sim", "launcher=gpus", "gpus=[0]"]
+    words = ["model=llama8b", "backend=sim", "scenario=server", "prior=sim", "launcher=gpus", "gpus=[0]"]
     return typed(composed(words, simulated=True))
 
 

@@ -32,6 +32,7 @@ def register() -> None:
     if OmegaConf.has_resolver("model_name"):
         return
     OmegaConf.register_resolver("model_name", model_name)
+    OmegaConf.register_resolver("mlperf_limit", mlperf_limit)
     OmegaConf.register_resolver("file_name", study_name)  # Hydra makes the folder before anything else is checked
     # Hydra's ${now:…} moves on between a study's name and its trials' names.
     OmegaConf.register_resolver("started", lambda pattern: time.strftime(pattern, STARTED))
@@ -42,6 +43,14 @@ def register() -> None:
 def model_name(path: str | None) -> str:
     """A short name for the model at `path`, fit for a file."""
     return re.sub(r"[^\w.-]+", "-", Path(path or "model").name.lower()).strip("-.")[:100] or "model"
+
+
+def mlperf_limit(limit: float | None, field: str, model: str) -> float:
+    """MLPerf's `limit` for a model, as the default of the scenario's `field`. Raises InputError if it has none."""
+    if limit is None:
+        instead = "scenario.ttft_ms=<ms> scenario.tpot_ms=<ms>, null for none"
+        raise InputError(f"{field}: MLPerf has no limits for {model}; write {instead}")
+    return limit
 
 
 def study_name(name: str) -> str:

@@ -68,10 +68,19 @@ class Limit:
 
 @dataclass
 class Limits:
-    """MLPerf's limits for a model, by scenario. The defaults are llama3.1-8b's, also for models that MLPerf lacks."""
+    """MLPerf's limits for a model, by scenario; null for a model that MLPerf does not list."""
 
-    server: Limit = field(default_factory=lambda: Limit(2000, 100))
-    interactive: Limit = field(default_factory=lambda: Limit(500, 30))
+    server: Limit = field(default_factory=Limit)
+    interactive: Limit = field(default_factory=Limit)
+
+
+@dataclass
+class Recipe:
+    """Flags that vLLM's or the model's own authors recommend: a study's second baseline."""
+
+    args: dict[str, Any] = field(default_factory=dict)  # flags of `vllm serve`, beside those that the model needs
+    source: str = ""  # where they were read
+    date: str = ""  # of the last change there, as 2026-03-08
 
 
 @dataclass
@@ -83,6 +92,7 @@ class ModelConfig:
     shape: Any = None  # its `_target_` makes a folder without weights, for a backend that needs none
     args: dict[str, Any] = field(default_factory=dict)  # flags of `vllm serve` that the model needs
     limits: Limits = field(default_factory=Limits)
+    recipe: Recipe = field(default_factory=Recipe)
 
 
 @dataclass
@@ -328,7 +338,7 @@ class Config:
 def register() -> None:
     """Make the schema known to Hydra, with the fields open whose names only vLLM, a backend or a launcher knows."""
     schema = OmegaConf.structured(Config)
-    flags = [schema.engine.args, schema.model.args, schema.scenario.args]
+    flags = [schema.engine.args, schema.model.args, schema.model.recipe.args, schema.scenario.args]
     for open_node in [*flags, schema.backend, schema.launcher, schema.conditions, schema.only_if]:
         OmegaConf.set_struct(open_node, False)
     store = ConfigStore.instance()

@@ -58,6 +58,7 @@ MODELLED = frozenset(field.name for field in fields(Flags))
 HARMLESS = (
     *("load_format", "dtype", "seed", "disable_log_stats", "enable_logging_iteration_details"),
     *("tokenizer", "tokenizer_mode", "tokenizer_revision", "hf_config_path", "trust_remote_code"),  # data.models knows
+    "language_model_only",
 )
 
 

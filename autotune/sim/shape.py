@@ -144,10 +144,10 @@ def _unlike(config: Mapping[str, Any]) -> str:
         return f"config.json has {heads} heads, {kv_heads} for keys and values, hidden_size={config['hidden_size']}"
     kind, architecture = config.get("model_type"), str(config.get("architectures"))
     layers = str(config.get("layer_types"))
-    if "ForCausalLM" not in architecture or config.get("is_encoder_decoder"):
-        return f"config.json has architectures={architecture}, where …ForCausalLM is one"
     if "linear" in layers or any(name.startswith(STATE) for name in config):
         return "some of its layers keep a state, and no KV cache"
+    if "ForCausalLM" not in architecture or config.get("is_encoder_decoder"):
+        return f"config.json has architectures={architecture}, where …ForCausalLM is one"
     return f"{kind} has layers without a gate" if kind in NOT_GATED else ""
 
 
