@@ -65,6 +65,8 @@ def test_value_out_of_bounds_is_refused_by_its_key(config: Config, key: str, val
 
 def test_loads_and_ends_that_do_not_go_together_are_refused(config: Config):
     for values, words in (
+        ({"scenario.ttft_by_prompt": [[1024, 0]]}, "scenario.ttft_by_prompt=.*write pairs of numbers above 0"),
+        ({"scenario.ttft_by_prompt": [[1024]]}, "write pairs of numbers above 0"),
         ({"scenario.qps": 1e5, "scenario.min_duration_s": 600.0}, "scenario.qps=100000: 6e"),
         ({"scenario.max_duration_s": 1.0}, "scenario.max_duration_s=1: write scenario.min_duration_s=60 or more, or 0"),
         ({"scenario.max_queries": 5}, "scenario.max_queries=5"),

@@ -15,6 +15,7 @@ from autotune.config import command_line, schema
 from autotune.config.overrides import typed
 from autotune.errors import InputError, TrackingError
 from autotune.measure import trial
+from autotune.measure.prepare import configured_flags
 from autotune.results import tracking
 from autotune.sim.shape import Shape
 from autotune.text import one_line
@@ -135,6 +136,19 @@ def test_model_is_simulated_or_refused_in_one_line(model: str):
         assert model in ("gemma", "qwen3_6_35b_a3b") and "backend=sim knows decoders" in str(error)
     else:
         assert model not in ("gemma", "qwen3_6_35b_a3b")
+
+
+def test_workload_is_a_data_set_a_scenario_and_an_objective_of_which_each_can_be_changed():
+    chat = composed("model=llama8b", "workload=chat")
+    assert (chat.dataset.name, chat.scenario.ttft_ms, chat.objective.metrics) == ("chat", 1000, ["max_qps"])
+    assert "enable_prefix_caching" not in configured_flags(chat) and configured_flags(chat)["max_model_len"] == 8192
+    other = composed("model=llama8b", "workload=chat", "dataset=cnn_small", "scenario.tpot_ms=20", "objective=goodput")
+    assert (other.dataset.name, other.scenario.tpot_ms, other.objective.name) == ("cnn_small", 20, "goodput")
+    assert composed("model=llama8b", "workload=rag", "scenario=interactive").scenario.ttft_by_prompt == []
+
+
+def test_only_mlperfs_rules_switch_prefix_caching_off():
+    assert configured_flags(composed("model=llama8b", "workload=mlperf"))["enable_prefix_caching"] is False
 
 
 def test_any_vllm_flag_is_a_field():

@@ -8,9 +8,16 @@ import pytest
 
 from autotune.config.schema import Stop
 from autotune.measure import early_stopping
+from autotune.measure.backend import RequestTiming
 from autotune.measure.early_stopping import Watch
+from autotune.measure.limits import LatencyLimit
 
 RECORDED = Path(__file__).parent / "recorded"
+TTFT_1S = LatencyLimit("ttft", 1.0)
+
+
+def request(ttft: float, tpot: float = 0.0, prompt_tokens: int = 0) -> RequestTiming:
+    return RequestTiming(0, 0.0, ttft, ttft + 10 * tpot, 11, prompt_tokens)
 
 
 @pytest.mark.parametrize(("over", "queries"), [(0, 459), (1, 662), (2, 838)])
@@ -42,11 +49,12 @@ def test_no_verdict_changes_when_a_run_is_stopped(stop: Stop, slow_share: float)
     random = np.random.default_rng(round(slow_share * 1000))
     for total in (459, 700, 1500):
         latencies = np.where(random.random((total, 2)) < slow_share, 2.0, 0.5)
-        whole, stopped = Watch(total, (1.0, 1.0)), Watch(total, (1.0, 1.0))
+        limits = [TTFT_1S, LatencyLimit("tpot", 1.0)]
+        whole, stopped = Watch(total, limits), Watch(total, limits)
         for ttft, tpot in latencies.tolist():
-            whole.add(ttft, tpot)
+            whole.add(request(ttft, tpot))
             if not stopped.ends_run(stop):
-                stopped.add(ttft, tpot)
+                stopped.add(request(ttft, tpot))
         passes = max(whole.over) <= early_stopping.allowed(total)
         assert whole.decided is passes and bool(whole.reasons()) is not passes
         if stopped.seen < total:
@@ -62,22 +70,22 @@ def test_no_verdict_of_loadgens_changes_on_recorded_runs(file: Path):
     p99 is below it.
     """
     with file.open() as lines:
-        latencies = [(float(row["ttft_ms"]) / 1e3, float(row["tpot_ms"]) / 1e3) for row in csv.DictReader(lines)]
+        requests = [request(float(row["ttft_ms"]) / 1e3, float(row["tpot_ms"]) / 1e3) for row in csv.DictReader(lines)]
     passes = file.stem.startswith("valid")
     for stop in (Stop.failed, Stop.decided):
-        watch = Watch(len(latencies), (2.0, 0.1))
-        for latency in latencies:
-            watch.add(*latency)
+        watch = Watch(len(requests), [LatencyLimit("ttft", 2.0), LatencyLimit("tpot", 0.1)])
+        for one in requests:
+            watch.add(one)
             if watch.ends_run(stop):
                 break
         assert watch.decided is passes
-        assert (watch.seen < len(latencies)) is not (passes and stop is Stop.failed)
+        assert (watch.seen < len(requests)) is not (passes and stop is Stop.failed)
 
 
 def test_run_too_short_for_the_test_is_not_stopped():
-    watch = Watch(100, (1.0, None))
+    watch = Watch(100, [TTFT_1S])
     for _ in range(100):
-        watch.add(2.0, 0.0)
+        watch.add(request(2.0))
     assert watch.decided is None and not watch.ends_run(Stop.decided)
     assert watch.reasons() == [
         "TTFT over its limit in 100 of 100 queries, 0 of 100 may be",
@@ -86,13 +94,24 @@ def test_run_too_short_for_the_test_is_not_stopped():
 
 
 def test_a_share_decides_runs_that_are_too_short():
-    watch = Watch(100, (1.0, None), share=0.02)
+    watch = Watch(100, [TTFT_1S], share=0.02)
     for _ in range(3):
-        watch.add(2.0, 0.0)
+        watch.add(request(2.0))
     assert watch.decided is False
 
 
 def test_no_limit_is_never_broken():
-    watch = Watch(459, (None, None))
-    watch.add(1e9, 1e9)
-    assert watch.over == [0, 0]
+    watch = Watch(459, [])
+    watch.add(request(1e9, 1e9))
+    assert watch.over == [] and watch.decided is None and not watch.reasons()
+
+
+def test_short_prompts_have_limits_of_their_own():
+    by_length = LatencyLimit("ttft", 2.0, [(1000, 0.5), (4000, 1.0)])
+    watch = Watch(459, [by_length])
+    for prompt_tokens, ttft in ((1000, 0.5), (1001, 0.9), (9000, 1.9)):
+        watch.add(request(ttft, prompt_tokens=prompt_tokens))
+    assert watch.over == [0] and watch.decided is None
+    watch.add(request(0.6, prompt_tokens=800))
+    assert watch.over == [1] and watch.decided is False
+    assert str(by_length) == "TTFT 500 ms to 1,000 prompt tokens, 1000 ms to 4,000 prompt tokens, 2000 ms beyond"

@@ -5,6 +5,7 @@ from autotune.config.schema import Kind, ObjectiveConfig, ScenarioConfig
 from autotune.errors import InputError
 from autotune.measure import metrics, objective
 from autotune.measure.backend import RequestTiming
+from autotune.measure.limits import LatencyLimit, limits_of
 
 
 def test_tpot_excludes_first_token():
@@ -28,15 +29,18 @@ def test_goodput_counts_requests_within_every_limit():
         RequestTiming(1, 0.0, 0.5, 1.0, 11),  # TTFT over
         RequestTiming(2, 0.0, 0.1, 2.0, 11),  # TPOT over
     ]
-    found = metrics.from_requests(requests, (0.2, 0.1))
+    found = metrics.from_requests(requests, [LatencyLimit("ttft", 0.2), LatencyLimit("tpot", 0.1)])
     assert found["goodput_per_s"] == pytest.approx(1 / 2)
     assert found["samples_per_s"] == pytest.approx(3 / 2) and found["tokens_per_s"] == pytest.approx(33 / 2)
 
 
 def test_constraint_is_the_share_over_the_limit():
-    scenario = ScenarioConfig(name="server", kind=Kind.Server, ttft_ms=200, tpot_ms=None)
-    found = objective.constraints(scenario, {"ttft_p99_ms": 250.0}, failed=2)
-    assert found == {"failed_requests": 2, "ttft_p99": 0.25}
+    """One request in 10 has a long prompt, and a limit of its own."""
+    requests = [RequestTiming(n, 0.0, 0.25 if n else 0.6, 1.5, 11, 100 if n else 4000) for n in range(10)]
+    scenario = ScenarioConfig(name="s", kind=Kind.Server, ttft_ms=600, latency_ms=1000, ttft_by_prompt=[[1000, 200]])
+    limits = limits_of(scenario)
+    found = objective.constraints(limits, metrics.from_requests(requests, limits), failed=2)
+    assert found == pytest.approx({"failed_requests": 2, "ttft_p99": 0.25, "latency_p99": 0.5})
 
 
 def test_objective_takes_its_metrics_in_order():

@@ -19,6 +19,7 @@ from autotune.config.command_line import errors_in_one_line, options, write_out
 from autotune.config.schema import Config
 from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
+from autotune.measure.limits import limits_of
 from autotune.measure.objective import offered_load
 from autotune.measure.result import State
 from autotune.results.study import Study, load
@@ -88,8 +89,8 @@ def column_of(study: Study) -> Column:
 
 def _scenario(config: Config) -> str:
     scenario = config.scenario
-    limits = [f"{name.upper()} {value:g} ms" for name in ("ttft", "tpot") if (value := getattr(scenario, f"{name}_ms"))]
-    return ", ".join(filter(None, [scenario.name, offered_load(config.objective, scenario), *limits]))
+    held = map(str, limits_of(scenario))
+    return ", ".join(filter(None, [scenario.name, offered_load(config.objective, scenario), *held]))
 
 
 def _engine_s_until(study: Study, trial: str) -> float:

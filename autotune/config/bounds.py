@@ -42,6 +42,12 @@ def file_name(value: Any) -> str:
     return f"write at most {NAME_BYTES} letters, digits and . _ - + = @, a letter or digit first"
 
 
+def pairs(value: Any) -> str:
+    """The rule of lists of two numbers each, all above 0."""
+    right = all(len(pair) == 2 and all(0 < one <= MOST for one in pair) for pair in value)
+    return "" if right else f"write pairs of numbers above 0, at most {MOST:.10g}: [[1024,500],[8192,2000]]"
+
+
 def duration(value: Any) -> str:
     """The rule of durations, for `seconds`."""
     found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhd])", str(value).strip(), re.ASCII)
@@ -85,6 +91,8 @@ def check(value: Any, key: str = "", rule: Rule = ANY_NUMBER) -> None:
         for part, item in value.items():
             check(item, f"{key}.{part}", finite)
     elif isinstance(value, (list, tuple)):
+        if wrong := rule(value):
+            raise InputError(f"{key}={value}: {wrong}")
         for item in value:
             check(item, key, finite)
     elif value is not None and (wrong := rule(value)):

@@ -11,7 +11,15 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from autotune.config.bounds import DAY_S, bounded, duration, file_name, positive, within
+from autotune.config.bounds import (
+    DAY_S,
+    bounded,
+    duration,
+    file_name,
+    pairs,
+    positive,
+    within,
+)
 
 
 class Kind(Enum):
@@ -60,10 +68,6 @@ class Limit:
 
     ttft_ms: float | None = positive(None)  # issue to first token, ms
     tpot_ms: float | None = positive(None)  # (latency - TTFT) / (output tokens - 1), ms
-
-    def in_seconds(self) -> tuple[float | None, float | None]:
-        ttft, tpot = (None if limit is None else limit / 1e3 for limit in (self.ttft_ms, self.tpot_ms))
-        return ttft, tpot
 
 
 @dataclass
@@ -131,6 +135,9 @@ class ScenarioConfig:
     qps: float = positive(1.0, 1e6)
     ttft_ms: float | None = positive(None)  # limit on p99 TTFT, ms; null is no limit
     tpot_ms: float | None = positive(None)  # limit on p99 TPOT, ms; null is no limit
+    latency_ms: float | None = positive(None)  # limit on p99 of the latency to the last token, ms; null is no limit
+    # Limits on p99 TTFT by the prompt's length, each [most tokens, ms]; prompts that are longer than all have ttft_ms.
+    ttft_by_prompt: list[list[float]] = field(default_factory=list, metadata={"rule": pairs})
     min_duration_s: float = within(60.0, 0, 7 * DAY_S)  # LoadGen's min_duration, s
     max_duration_s: float = within(0.0, 0, 7 * DAY_S)  # LoadGen's max_duration, s; 0 is no limit
     min_queries: int = within(100, 1, MOST_QUERIES)  # LoadGen's min_query_count
@@ -144,10 +151,6 @@ class ScenarioConfig:
     repeats: int = within(1, 1, 1000)  # runs of LoadGen on one server, each with the next seed; metrics are their means
     search: LoadSearch = field(default_factory=LoadSearch)
     args: dict[str, Any] = field(default_factory=dict)  # flags of `vllm serve` that the scenario's rules demand
-
-    def limits_s(self) -> tuple[float | None, float | None]:
-        """The limits on p99 TTFT and TPOT, in seconds."""
-        return Limit(self.ttft_ms, self.tpot_ms).in_seconds()
 
 
 @dataclass

@@ -9,6 +9,7 @@ from autotune.config.schema import Kind, LiveConfig
 from autotune.live.client import ProcessReport
 from autotune.live.messages import RunSpec
 from autotune.measure.arrivals import server_times
+from autotune.measure.limits import limits_of
 from autotune.system.host import hardware
 
 TTFT_SHARE = 0.05  # of MLPerf's limits on TTFT: 22 to 300 ms
@@ -55,18 +56,19 @@ def ttft_share(config: LiveConfig) -> float | None:
 
 def reasons(spec: RunSpec, figures: dict[str, float]) -> list[str]:
     """Reasons why the client may have decided the verdict: one for each figure that is over its limit."""
-    limits = {"client_cpu": ("the busiest client process's share of a core", spec.client_cpu_limit, "client_cpu_limit")}
+    most = {"client_cpu": ("the busiest client process's share of a core", spec.client_cpu_limit, "client_cpu_limit")}
     # Offline sends all requests at once and has no limit on TTFT: lateness says nothing there.
-    if spec.scenario.ttft_ms and spec.client_ttft_share and spec.scenario.kind is not Kind.Offline:
-        limit = spec.scenario.ttft_ms * spec.client_ttft_share
+    ttft = next((limit for limit in limits_of(spec.scenario) if limit.name == "ttft"), None)
+    if ttft and spec.client_ttft_share and spec.scenario.kind is not Kind.Offline:
+        limit = ttft.tightest * 1e3 * spec.client_ttft_share
         where = f"client_ttft_share={spec.client_ttft_share:g} of the TTFT limit"
-        limits |= {
+        most |= {
             "client_lateness_p99_ms": ("p99 from LoadGen's schedule to a request's last byte sent, ms", limit, where),
             "client_lag_p99_ms": ("p99 of its event loop's lag, ms", limit, where),
             "client_ttft_added_mean_ms": ("mean TTFT at LoadGen beyond vLLM's own, ms", limit, where),
         }
     return [
         f"client: {name}={figures[name]:.3g} is over {limit:.3g} (backend.{where}): {what}"
-        for name, (what, limit, where) in limits.items()
+        for name, (what, limit, where) in most.items()
         if figures.get(name, 0.0) > limit
     ]

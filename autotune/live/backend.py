@@ -30,6 +30,7 @@ from autotune.measure.arrivals import issues
 from autotune.measure.backend import DryRunOutcome, Measurement, Recording, RequestTiming
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
+from autotune.measure.limits import known_to_loadgen, limits_of
 from autotune.system.host import hardware
 from autotune.system.leases import Lease
 from autotune.system.process import GuardedProcess
@@ -238,8 +239,10 @@ class LiveEngine:
         if not client.stopped:
             loadgen = loadgen_log.read(folder / "mlperf_log_detail.txt")
             loadgen_figures = loadgen.figures
-            if scenario.over_share is None:
+            if scenario.over_share is None and all(map(known_to_loadgen, limits_of(scenario))):
                 verdict, reasons = loadgen.verdict, list(loadgen.reasons)
+            elif scenario.over_share is None and loadgen.verdict != "VALID":
+                verdict, reasons = loadgen.verdict, [*reasons, *loadgen.reasons]
         if client.reasons:
             verdict, reasons = "INVALID", [*client.reasons, *reasons]
         if client.failed:
@@ -281,6 +284,7 @@ def read_requests(path: Path) -> list[RequestTiming]:
                 float(row["first_token"]),
                 float(row["last_token"]),
                 int(row["output_tokens"]),
+                int(row.get("prompt_tokens") or 0),
             )
             for row in csv.DictReader(file)
         ]

@@ -36,10 +36,10 @@ from autotune.live.messages import ClientReport, RunSpec
 from autotune.measure import progress
 from autotune.measure.backend import RequestTiming
 from autotune.measure.early_stopping import Watch
-from autotune.measure.metrics import within
+from autotune.measure.limits import limits_of, within
 from autotune.system.files import write_rows
 
-NO_LIMIT_MS = 3_600_000.0
+NO_LIMIT_S = 3600.0
 POLL_S = 0.02
 PUBLISH_S = 2.0
 SETTLED = 0.9  # of the fastest round so far: warm-up ends with a round that took longer than this share of it
@@ -49,11 +49,12 @@ SWITCH_S = 5e-4  # the longest that LoadGen's issue thread waits for the thread 
 class Sut:
     """LoadGen's system under test: hands each query to a client process, and each answer back to LoadGen."""
 
-    def __init__(self, clients: Clients, spec: RunSpec) -> None:
+    def __init__(self, clients: Clients, spec: RunSpec, prompt_tokens: Sequence[int]) -> None:
         self.decided = False  # scenario.stop ends the run
         scenario = spec.scenario
-        self._watch = Watch(spec.total, scenario.limits_s(), scenario.over_share)
+        self._watch = Watch(spec.total, limits_of(scenario), scenario.over_share)
         self._stop = scenario.stop
+        self._prompt_tokens = prompt_tokens  # by sample
         self.completed: list[RequestTiming] = []
         self.failures: list[str] = []
         self.issued: list[float] = []  # by request number, as `sent`
@@ -94,9 +95,10 @@ class Sut:
             issued, sample = self.issued[message.number], self._queries[message.number].index
             self.sent[message.number] = message.sent
             if message.kind == MessageKind.DONE:
-                timing = RequestTiming(sample, issued, message.first, message.last, message.amount)
+                prompt = self._prompt_tokens[sample]
+                timing = RequestTiming(sample, issued, message.first, message.last, message.amount, prompt)
                 self.completed.append(timing)
-                self._watch.add(timing.ttft, timing.tpot)
+                self._watch.add(timing)
             else:
                 self.failures.append(message.text)
         self.decided = self._watch.ends_run(self._stop)
@@ -116,8 +118,9 @@ def settings(scenario: ScenarioConfig) -> lg.TestSettings:
     settings.scenario = getattr(lg.TestScenario, scenario.kind.value)
     settings.mode = lg.TestMode.PerformanceOnly
     settings.use_token_latencies = True
-    settings.ttft_latency = int((scenario.ttft_ms or NO_LIMIT_MS) * 1e6)
-    settings.tpot_latency = int((scenario.tpot_ms or NO_LIMIT_MS) * 1e6)
+    loosest_s = {limit.name: limit.loosest for limit in limits_of(scenario)}
+    settings.ttft_latency = int(min(loosest_s.get("ttft", NO_LIMIT_S), NO_LIMIT_S) * 1e9)
+    settings.tpot_latency = int(min(loosest_s.get("tpot", NO_LIMIT_S), NO_LIMIT_S) * 1e9)
     settings.server_target_qps = scenario.qps
     settings.server_target_latency_percentile = 0.99
     settings.offline_expected_qps = scenario.qps
@@ -129,11 +132,11 @@ def settings(scenario: ScenarioConfig) -> lg.TestSettings:
     return settings
 
 
-def measure(spec: RunSpec, bodies: Sequence[bytes]) -> None:
+def measure(spec: RunSpec, samples: Samples, bodies: Sequence[bytes]) -> None:
     """Warm up, run LoadGen, and write requests.csv and client.json.
 
-    `bodies` are the samples' requests, JSON without the model's name. Ends the process after a run that was stopped.
-    Raises MeasureError if a request of the warm-up fails, a client process dies or vLLM has no metric of TTFT.
+    `bodies` are the requests of `samples`, JSON without the model's name. Ends the process after a run that was
+    stopped. Raises MeasureError if a request of the warm-up fails, a client process dies or vLLM has no metric of TTFT.
     """
     ready, online = requests(spec.url, spec.model, bodies), spec.scenario.kind is not Kind.Offline
     clients = Clients(spec.client_processes, spec.url, ready, spec.request_timeout_s, first_tokens=online)
@@ -144,7 +147,7 @@ def measure(spec: RunSpec, bodies: Sequence[bytes]) -> None:
     before = metrics_page.ttft(spec.url) if spec.has_metrics else None
     warm, warm_cpu = time.perf_counter(), time.process_time()
     clients.begin()
-    sut = Sut(clients, spec)
+    sut = Sut(clients, spec, [len(prompt) for prompt in samples.prompts])
     stopped = run_test(sut, clients, messages, spec, len(bodies))
     run_s, own_cpu_s = time.perf_counter() - warm, time.process_time() - warm_cpu
     write_rows(spec.folder / "requests.csv", RequestTiming, sut.completed)
@@ -237,13 +240,13 @@ def reset_caches(url: str) -> None:
 def publish(sut: Sut, clients: Clients, scenario: ScenarioConfig, folder: Path) -> None:
     """Publish the run's rates so far every PUBLISH_S, without end."""
     began, before = time.perf_counter(), clients.generated
-    limits = scenario.limits_s()
+    held = limits_of(scenario)
     counted = good = 0
     for step in itertools.count():
         time.sleep(PUBLISH_S)
         completed = len(sut.completed)
         for timing in sut.completed[counted:completed]:  # each is looked at once
-            good += within(timing, limits)
+            good += within(timing, held)
         counted = completed
         elapsed = time.perf_counter() - began
         counts = {"tokens_per_s": clients.generated - before, "samples_per_s": counted, "goodput_per_s": good}
@@ -266,10 +269,11 @@ def start_test(sut: Sut, test_settings: lg.TestSettings, samples: int, folder: P
 
 
 def main() -> None:
-    samples, folder = map(Path, sys.argv[1:])
+    path, folder = map(Path, sys.argv[1:])
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each request in flight has a connection
-    ready = bodies(Samples.load(samples))
+    samples = Samples.load(path)
+    ready = bodies(samples)
     while not (folder / "run.json").exists():
         time.sleep(POLL_S)
     spec = RunSpec.load(folder / "run.json")
@@ -277,7 +281,7 @@ def main() -> None:
     gc.disable()  # there are no cycles here, and a collection would stop every thread while it visits all objects
     sys.setswitchinterval(SWITCH_S)
     try:
-        measure(spec, ready)
+        measure(spec, samples, ready)
     except MeasureError as error:
         print(error, file=sys.stderr, flush=True)
         os._exit(1)  # LoadGen's issue thread can't be ended, and Python would wait for it

@@ -25,6 +25,7 @@ class RequestTiming:
     first_token: float
     last_token: float
     output_tokens: int
+    prompt_tokens: int = 0  # 0: not known, in a requests.csv of version 0.2
 
     @property
     def ttft(self) -> float:

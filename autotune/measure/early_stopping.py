@@ -2,7 +2,7 @@
 
 The arithmetic of loadgen/early_stopping.cc and results.cc (EarlyStopping, Server; 6.0.17): a run of n queries, t of
 them over the limit, passes if the probability of t or fewer is below 1 % when the true share over the limit is 1 %.
-TTFT and TPOT are tested separately.
+TTFT and TPOT are tested separately, and so are the limits that LoadGen lacks: on latency, and on TTFT by length.
 """
 
 from bisect import bisect_left
@@ -12,6 +12,7 @@ from scipy.special import bdtr
 
 from autotune.config.schema import ScenarioConfig, Stop
 from autotune.measure.backend import RequestTiming
+from autotune.measure.limits import LatencyLimit, heading, limits_of
 
 PERCENTILE = 0.99
 CONFIDENCE = 0.99
@@ -46,22 +47,21 @@ def upper_bound(latencies: Sequence[float], total: int) -> float | None:
 class Watch:
     """LoadGen's verdict on a Server run of `total` queries, foreseen while its requests end one by one.
 
-    `limits` are of TTFT and TPOT, in seconds; None is no limit. With `share`, that share of the queries may exceed a
-    limit: a run that is too short for LoadGen's test can still show how a longer one would end.
+    Each of `limits` is tested by itself. With `share`, that share of the queries may exceed a limit: a run that is too
+    short for LoadGen's test can still show how a longer one would end.
     """
 
-    def __init__(self, total: int, limits: tuple[float | None, float | None], share: float | None = None) -> None:
+    def __init__(self, total: int, limits: Sequence[LatencyLimit], share: float | None = None) -> None:
         self.allowed = allowed(total) if share is None else round(share * total)
-        self.over = [0, 0]
+        self.over = [0] * len(limits)
         self.seen = 0
         self._total, self._limits = total, limits
 
-    def add(self, ttft: float, tpot: float) -> None:
+    def add(self, request: RequestTiming) -> None:
         """Count a request that has ended."""
         self.seen += 1
-        for number, latency in enumerate((ttft, tpot)):
-            limit = self._limits[number]
-            self.over[number] += limit is not None and latency > limit
+        for number, limit in enumerate(self._limits):
+            self.over[number] += limit.share(request) > 1
 
     @property
     def decided(self) -> bool | None:
@@ -71,9 +71,10 @@ class Watch:
         """
         if self.allowed < 0:
             return None
-        if max(self.over) > self.allowed:
+        most = max(self.over, default=0)
+        if most > self.allowed:
             return False
-        return True if max(self.over) + self._total - self.seen <= self.allowed else None
+        return True if most + self._total - self.seen <= self.allowed else None
 
     def ends_run(self, stop: Stop) -> bool:
         """True if the run may end now."""
@@ -86,8 +87,8 @@ class Watch:
         # results.cc (PerfConstraintsMet) looks at the latency of rank int(0.99 n), whatever n is.
         most = self.allowed if self.allowed >= 0 else self._total - int(PERCENTILE * self._total) - 1
         reasons = [
-            f"{name} over its limit in {over} of {self.seen} queries, {most} of {self._total} may be"
-            for name, over in zip(("TTFT", "TPOT"), self.over, strict=True)
+            f"{heading(limit.name)} over its limit in {over} of {self.seen} queries, {most} of {self._total} may be"
+            for limit, over in zip(self._limits, self.over, strict=True)
             if over > most
         ]
         if self.allowed < 0:
@@ -97,9 +98,9 @@ class Watch:
 
 def watched(requests: Iterable[RequestTiming], total: int, scenario: ScenarioConfig, stop: Stop = Stop.never) -> Watch:
     """A Watch to which `requests` were added in order, until `stop` ended the run."""
-    watch = Watch(total, scenario.limits_s(), scenario.over_share)
+    watch = Watch(total, limits_of(scenario), scenario.over_share)
     for request in requests:
-        watch.add(request.ttft, request.tpot)
+        watch.add(request)
         if watch.ends_run(stop):
             break
     return watch

@@ -7,9 +7,13 @@ from scipy.special import stdtrit  # scipy.stats would make each trial start a s
 
 from autotune.measure import early_stopping
 from autotune.measure.backend import RequestTiming
+from autotune.measure.limits import LatencyLimit, within
 
-Limits = tuple[float | None, float | None]  # on TTFT and TPOT, s; None is no limit
 PERCENTILES = (50, 90, 95, 97, 99, 99.9)
+
+
+def p99(values: Sequence[float]) -> float:
+    return float(np.percentile(values, 99, method="higher"))
 
 
 def summary(name: str, seconds: Sequence[float]) -> dict[str, float]:
@@ -22,20 +26,18 @@ def summary(name: str, seconds: Sequence[float]) -> dict[str, float]:
     return figures
 
 
-def within(request: RequestTiming, limits: Limits) -> bool:
-    """True if `request` keeps both limits."""
-    ttft, tpot = limits
-    return (ttft is None or request.ttft <= ttft) and (tpot is None or request.tpot <= tpot)
-
-
-def from_requests(requests: Sequence[RequestTiming], limits: Limits, total: int | None = None) -> dict[str, float]:
+def from_requests(
+    requests: Sequence[RequestTiming], limits: Sequence[LatencyLimit], total: int | None = None
+) -> dict[str, float]:
     """Latencies and rates as the client saw them; `limits` decide goodput.
 
     Rates are over the time from the first issue to the last token. With 99 % confidence p99 is below
     `<name>_p99_upper_ms`: the bound that LoadGen's test of a run of `total` queries uses, which needs 459 of them.
+    `<name>_limit_share` is that bound, or p99 where there are fewer, as a share of the limit on this latency.
     """
+    total = total or len(requests)
     duration = max(r.last_token for r in requests) - min(r.issued for r in requests)
-    ttft, tpot = [r.ttft for r in requests], [r.tpot for r in requests]
+    latencies = {name: [getattr(r, name) for r in requests] for name in ("ttft", "tpot", "latency")}
     figures = {
         "duration_s": duration,
         "requests": len(requests),
@@ -43,13 +45,15 @@ def from_requests(requests: Sequence[RequestTiming], limits: Limits, total: int 
         "tokens_per_s": sum(r.output_tokens for r in requests) / duration,
         "samples_per_s": len(requests) / duration,
         "goodput_per_s": sum(within(r, limits) for r in requests) / duration,
-        **summary("ttft", ttft),
-        **summary("tpot", tpot),
-        **summary("latency", [r.latency for r in requests]),
     }
-    for name, latencies in (("ttft", ttft), ("tpot", tpot)):
-        if (upper := early_stopping.upper_bound(latencies, total or len(requests))) is not None:
+    for name, values in latencies.items():
+        figures |= summary(name, values)
+        if (upper := early_stopping.upper_bound(values, total)) is not None:
             figures[f"{name}_p99_upper_ms"] = upper * 1e3
+    for limit in limits:
+        shares = [limit.share(r) for r in requests]
+        upper = early_stopping.upper_bound(shares, total)
+        figures[f"{limit.name}_limit_share"] = p99(shares) if upper is None else upper
     return figures
 
 

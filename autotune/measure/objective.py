@@ -1,9 +1,10 @@
 """The objective: its values, constraints, direction and gain."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from autotune.config.schema import Kind, ObjectiveConfig, ScenarioConfig
 from autotune.errors import InputError
+from autotune.measure.limits import LatencyLimit
 from autotune.measure.result import Result
 
 
@@ -68,14 +69,11 @@ def values_for_sampler(sampler: object, objective: ObjectiveConfig, result: Resu
     return result.values
 
 
-def constraints(scenario: ScenarioConfig, metrics: Mapping[str, float], failed: int) -> dict[str, float]:
+def constraints(limits: Iterable[LatencyLimit], metrics: Mapping[str, float], failed: int) -> dict[str, float]:
     """Optuna's constraints: a trial is feasible if all are at most 0.
 
     A limit's constraint is how far p99 exceeds it, as a share of it; where there are enough requests, p99's upper bound
     in LoadGen's test is taken instead. A single one of `failed` requests makes a trial infeasible.
     """
-    constraints = {"failed_requests": float(failed)}
-    for name, limit in (("ttft", scenario.ttft_ms), ("tpot", scenario.tpot_ms)):
-        if limit is not None:
-            constraints[f"{name}_p99"] = metrics.get(f"{name}_p99_upper_ms", metrics[f"{name}_p99_ms"]) / limit - 1
-    return constraints
+    over = {f"{limit.name}_p99": metrics[f"{limit.name}_limit_share"] - 1 for limit in limits}
+    return {"failed_requests": float(failed), **over}

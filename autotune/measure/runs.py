@@ -1,7 +1,7 @@
 """The runs of LoadGen that a trial makes on its server: one, several repeats, or a search for the highest load."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +12,7 @@ from autotune.errors import InputError
 from autotune.measure import bottleneck, early_stopping, max_qps, metrics, objective, progress
 from autotune.measure.arrivals import OFFLINE_SLACK
 from autotune.measure.backend import Engine, Measurement, RequestTiming
+from autotune.measure.limits import LatencyLimit, limits_of
 from autotune.measure.result import Result, RunRecord
 
 # Metrics that depend on what could be observed of the server, the GPU and the client.
@@ -44,7 +45,8 @@ def one(scenario: ScenarioConfig, engine: Engine, flags: Mapping[str, Any], fold
         result.phases[phase] = result.phases.get(phase, 0.0) + seconds
     if measured.server:
         bottleneck.write(measured.server, folder)
-    figures = metrics.from_requests(measured.requests, scenario.limits_s(), measured.total)
+    held = limits_of(scenario)
+    figures = metrics.from_requests(measured.requests, held, measured.total)
     figures |= {**measured.loadgen, **bottleneck.figures(measured.server), **measured.figures}
     figures["failed_requests"] = measured.failed
     if any(reason.startswith(CLIENT) for reason in measured.reasons):
@@ -53,7 +55,7 @@ def one(scenario: ScenarioConfig, engine: Engine, flags: Mapping[str, Any], fold
         bound = "arrival"
     else:
         bound = bottleneck.bottleneck(measured.server, flags)
-    constraints = objective.constraints(scenario, figures, measured.failed)
+    constraints = objective.constraints(held, figures, measured.failed)
     if bound == CLIENT:  # LoadGen's INVALID alone does not keep a trial from being the best
         constraints[CLIENT] = 1.0
     return RunResult(measured, figures, constraints, bound)
@@ -97,7 +99,7 @@ def check(config: Config) -> None:
             f"scenario.qps={scenario.qps:g}: {queries:.3g} queries in {scenario.min_duration_s:g} s; lower it or "
             f"scenario.min_duration_s, to at most {MOST_QUERIES} queries"
         )
-    known = measured(queries, searches)
+    known = measured(queries, limits_of(scenario), searches)
     if missing := [name for name in config.objective.metrics if name not in known and not OBSERVED.match(name)]:
         close = get_close_matches(missing[0], known, 1)
         hint = f"did you mean {close[0]}" if close else f"a run has {', '.join(sorted(known))}"
@@ -110,15 +112,15 @@ def planned(scenario: ScenarioConfig) -> int:
     return max(scenario.min_queries, int(rate[scenario.kind] * scenario.min_duration_s))
 
 
-def measured(queries: int, searches: bool) -> set[str]:
-    """The names of what is known of any run of so many `queries`."""
+def measured(queries: int, held: Sequence[LatencyLimit], searches: bool) -> set[str]:
+    """The names of what is known of any run of so many `queries` under the limits `held`."""
     names = {"failed_requests", "tokens_per_s_per_gpu"}
-    names |= metrics.from_requests([RequestTiming(0, 0.0, 1.0, 2.0, 2)], (None, None), queries).keys()
+    names |= metrics.from_requests([RequestTiming(0, 0.0, 1.0, 2.0, 2)], held, queries).keys()
     return names | ({"max_qps", "max_qps_per_gpu"} if searches else set())
 
 
 def _check_search(scenario: ScenarioConfig) -> None:
-    if scenario.kind is not Kind.Server or not any(scenario.limits_s()):
+    if scenario.kind is not Kind.Server or not limits_of(scenario):
         raise InputError(
             f"objective.metrics: max_qps is the highest load under limits, and scenario={scenario.name} has no "
             f"{'limits' if scenario.kind is Kind.Server else 'arrival rate'}; write scenario=interactive or server"
@@ -176,7 +178,7 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
 
 
 def broken_limit(run: RunResult) -> str:
-    """The limit that `run` exceeds by most, ttft or tpot; CLIENT if its client was too slow."""
+    """The limit that `run` exceeds by most: ttft, tpot or latency; CLIENT if its client was too slow."""
     over = {name.removesuffix("_p99"): share for name, share in run.constraints.items() if name.endswith("_p99")}
     return CLIENT if run.bound == CLIENT else max(over, key=lambda name: over[name])
 

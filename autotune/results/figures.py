@@ -4,6 +4,7 @@ Each raises NotDrawnError where a study has nothing to draw, with the reason for
 """
 
 import json
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autotune.config.schema import ScenarioConfig
 from autotune.config.vllm_flags import FLAG
+from autotune.measure.limits import limits_of
 from autotune.measure.result import Result
 from autotune.results import summary
 from autotune.results.study import BASELINE, SPACE, TRIAL, Study
@@ -416,9 +418,9 @@ def changes(result: Result) -> str:
 
 
 def latency_limits(scenario: ScenarioConfig) -> dict[str, float]:
-    """Limits by the metric that they are of, ms."""
-    limits = {"ttft_p99_ms": scenario.ttft_ms, "tpot_p99_ms": scenario.tpot_ms}
-    return {metric: limit for metric, limit in limits.items() if limit is not None}
+    """Limits by the metric that they are of, ms; the loosest of those that depend on the prompt's length."""
+    held = {f"{limit.name}_p99_ms": limit.loosest * 1e3 for limit in limits_of(scenario)}
+    return {metric: limit for metric, limit in held.items() if limit < math.inf}
 
 
 def _distributions(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]:

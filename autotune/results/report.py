@@ -22,6 +22,7 @@ from plotly.offline import get_plotlyjs
 
 from autotune.config.schema import Config
 from autotune.config.vllm_flags import FLAG
+from autotune.measure.limits import limits_of
 from autotune.measure.objective import offered_load, sign
 from autotune.measure.result import Result, State
 from autotune.results import figures, summary
@@ -43,6 +44,7 @@ BOUNDS = {
     "client": "the load generator",
     "ttft": "a higher load breaks the limit on TTFT",
     "tpot": "a higher load breaks the limit on TPOT",
+    "latency": "a higher load breaks the limit on latency",
 }
 
 
@@ -456,7 +458,6 @@ def facts(study: Study) -> list[tuple[str, str]]:
     config = study.config
     started = [result.started_at for result in study.results.values() if result.started_at]
     ended = [result.ended_at for result in study.results.values() if result.ended_at]
-    limits = figures.latency_limits(config.scenario)
     offered = offered_load(config.objective, config.scenario)
     named: dict[str, dict[str, None]] = {}
     for result in study.results.values():
@@ -467,7 +468,7 @@ def facts(study: Study) -> list[tuple[str, str]]:
         ("model", config.model.name),
         ("data set", config.dataset.name),
         ("scenario", f"{config.scenario.name} ({config.scenario.kind.value}){offered and f', {offered}'}"),
-        ("limits", ", ".join(f"{label(metric)} {limit:g}" for metric, limit in limits.items()) or "none"),
+        ("limits at p99", "; ".join(map(str, limits_of(config.scenario))) or "none"),
         ("objective", ", ".join(map(" ".join, objectives))),
     ]
     if started and ended:

@@ -21,7 +21,7 @@ from autotune.measure.arrivals import issues
 from autotune.measure.backend import DryRunOutcome, Measurement, Recording, RequestTiming
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
-from autotune.measure.metrics import within
+from autotune.measure.limits import limits_of, within
 from autotune.sim.cost import GIB, Cost
 from autotune.sim.engine import serve
 from autotune.sim.flags import AUTO, HARMLESS, MODELLED, Flags, refusal, resolve
@@ -168,7 +168,8 @@ def simulate(cost: Cost, scenario: ScenarioConfig, samples: Samples, record: boo
 
     def timing(sample: int, issued: float, done: Request) -> RequestTiming:
         late = device.answer_s
-        return RequestTiming(sample, issued, done.first_token + late, done.last_token + late, done.output)
+        times = done.first_token + late, done.last_token + late
+        return RequestTiming(sample, issued, *times, done.output, done.prompt)
 
     if scenario.kind is Kind.SingleStream:
         timings, rows = list[RequestTiming](), list[tuple[float, ...]]()
@@ -193,7 +194,7 @@ def simulate(cost: Cost, scenario: ScenarioConfig, samples: Samples, record: boo
 
 def judge(requests: list[RequestTiming], scenario: ScenarioConfig) -> tuple[list[RequestTiming], list[str]]:
     """The requests that end before scenario.stop ends the run, and LoadGen's reasons to call it INVALID."""
-    if scenario.kind is not Kind.Server or not any(scenario.limits_s()):
+    if scenario.kind is not Kind.Server or not limits_of(scenario):
         return requests, []
     ended = sorted(requests, key=lambda request: request.last_token)
     watch = watched(ended, len(ended), scenario, scenario.stop)
@@ -241,7 +242,8 @@ def pass_time(
 def published(requests: Sequence[RequestTiming], until_s: float, scenario: ScenarioConfig) -> dict[str, float]:
     """The rates that a real run publishes after `until_s`."""
     ended = [request for request in requests if request.last_token <= until_s]
-    good = sum(within(request, scenario.limits_s()) for request in ended)
+    held = limits_of(scenario)
+    good = sum(within(request, held) for request in ended)
     tokens = sum(generated(request, until_s) for request in requests)
     counts = {"tokens_per_s": tokens, "samples_per_s": len(ended), "goodput_per_s": good}
     return {name: count / until_s for name, count in counts.items()}

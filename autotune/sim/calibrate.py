@@ -82,7 +82,7 @@ class Case:
         """The compared metrics, simulated."""
         cost = self._cost(device)
         draws = [simulate(cost, scenario, samples).requests for scenario, samples in self.draws]
-        simulated = [from_requests(requests, (None, None)) for requests in draws]
+        simulated = [from_requests(requests, []) for requests in draws]
         return {metric: float(np.mean([run[metric] for run in simulated])) for metric in self.tolerances()}
 
     def start_error_s(self, device: Device) -> float:
