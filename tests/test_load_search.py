@@ -82,3 +82,17 @@ def test_bracket_that_short_runs_got_wrong_is_left():
 def test_search_ends_where_there_is_no_bracket(holds: Callable[[float, float, bool], bool]):
     found = search(holds, 45.0, FULL_S, LoadSearch(max_runs=12))
     assert found.certified is None or found.failing is None
+
+
+@pytest.mark.parametrize("true", [1, 2, 7, 90])
+@pytest.mark.parametrize("most", [1.0, 10.0, 200.0])
+def test_users_are_whole_numbers(true: int, most: float):
+    tried = []
+
+    def holds(users: float, seconds: float, full: bool) -> bool:
+        tried.append(users)
+        return users <= true
+
+    found = search(holds, most, FULL_S, LoadSearch(precision=0.01), whole=True)
+    assert (found.certified, found.failing) == (true, true + 1)
+    assert all(users == int(users) >= 1 for users in tried)

@@ -135,6 +135,9 @@ def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: Kind
     requests = read_requests(tmp_path / "requests.csv")
     assert len(requests) >= enough
     assert all(r.output_tokens == TOKENS and r.issued <= r.first_token <= r.last_token for r in requests)
+    if kind is Kind.ClosedLoop:  # LoadGen has none
+        assert not (tmp_path / "mlperf_log_detail.txt").exists()
+        return
     log = loadgen_log.read(tmp_path / "mlperf_log_detail.txt")
     assert {"tokens_per_s", "samples_per_s"} <= log.figures.keys()
     assert ("ttft_p99_ms" in log.figures) == (kind is not Kind.Offline)
@@ -237,6 +240,24 @@ def test_server_that_is_warm_is_asked_for_one_round(tmp_path: Path, url: str):
     Streaming.received.clear()
     run(tmp_path, url, Kind.SingleStream, [COLD], warmup_requests=3, warmup_rounds=1, min_queries=4)
     assert [path for path, _ in Streaming.received].count("/reset_prefix_cache") == 1
+
+
+def test_users_of_a_closed_loop_wait_for_their_answers(tmp_path: Path, url: str):
+    settings = {"users": 3, "ramp_s": 0.05, "min_duration_s": 0.5, "min_queries": 4}
+    done = run(tmp_path, url, Kind.ClosedLoop, [SLOW] * 5, **settings)
+    assert done.returncode == 0, done.stderr
+    requests = read_requests(tmp_path / "requests.csv")
+    ends = sorted(one.last_token for one in requests)
+    begins = sorted(one.issued for one in requests)
+    assert len(requests) >= 6 and all(one.prompt_tokens == 2 for one in requests)
+    assert all(begin > ends[number] for number, begin in enumerate(begins[3:]))
+    assert begins[-1] - begins[0] < 0.5 + TTFT_S
+
+
+def test_user_of_a_closed_loop_whose_request_failed_sends_no_more(tmp_path: Path, url: str):
+    done = run(tmp_path, url, Kind.ClosedLoop, [REFUSED], users=2, ramp_s=0.0, min_duration_s=30.0)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "client.json").read_text())["failed"] == 2
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from autotune.errors import InputError
 from autotune.measure import trial
 from autotune.measure.backend import DryRunOutcome, Measurement
-from autotune.measure.prepare import prepare
+from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result, State
 from autotune.sim.backend import SimBackend, SimEngine
 from tests.studies import configured
@@ -51,6 +51,31 @@ def test_highest_load_is_certified_and_bracketed(searched: tuple[Path, Result]):
     # What a run that was stopped costs is what it took.
     spent = sum(one.metrics["duration_s"] for one in result.runs)
     assert result.phases["run"] == pytest.approx(spent, rel=0.02)
+
+
+USERS = ["workload=code", "dataset=cnn_shaped", "load=concurrency", "scenario.min_duration_s=10", "scenario.ramp_s=2"]
+
+
+def test_most_users_are_certified_and_bracketed(tmp_path: Path):
+    result = run(tmp_path, *USERS, "scenario.search.certify_queries=459", "scenario.search.burst=50")
+    users, failing = result.metrics["max_concurrency"], result.metrics["failing_concurrency"]
+    assert result.values == [users] and result.feasible and result.bound == "latency"
+    assert users < failing <= max(users + 1, 1.05 * users) and users == int(users)
+    assert result.metrics["latency_p99_ms"] <= 2000
+
+
+def test_each_user_of_a_closed_loop_waits_for_the_answer(tmp_path: Path):
+    """On two replicas, too, of which each has half of the users."""
+    closed = [*USERS, "objective=throughput", "scenario.users=9", "scenario.ramp_s=0", "engine.args.max_model_len=4096"]
+    for name, more in (("one", []), ("two", ["engine.args.data_parallel_size=2"])):
+        config = configured(*SIMULATED, *closed, *more)
+        prepared = prepare(config)
+        samples = prepare_samples(config, prepared)
+        with prepared.backend.start(prepared.model, prepared.args, samples, tmp_path, None) as engine:
+            requests = engine.run(config.scenario, tmp_path).requests
+        begins, ends = sorted(one.issued for one in requests), sorted(one.last_token for one in requests)
+        assert len(requests) >= 100 and begins[-1] <= 10.0, name
+        assert begins[9:] == pytest.approx(ends[:-9]), name
 
 
 def highest(folder: Path, seed: int, minutes: int) -> float:
@@ -98,6 +123,7 @@ def test_limits_that_no_load_holds_leave_an_infeasible_trial(tmp_path: Path):
     [
         (["scenario=offline"], "has no arrival rate"),
         (["scenario=server", "scenario.ttft_ms=null", "scenario.tpot_ms=null"], "has no limits"),
+        (["scenario=server", "load=concurrency"], "max_qps is no load of ClosedLoop; write objective=max_concurrency"),
         (["scenario=server", "scenario.search.certify_queries=458"], "write 459 or more"),
     ],
 )

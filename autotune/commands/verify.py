@@ -175,7 +175,7 @@ def plan(study: Study, settings: Verify, configs: Mapping[str, Config], override
 
     def repeat(name: str, block: int) -> Repeat:
         changes: dict[str, Any] = {"scenario.seed": configs[name].scenario.seed + block}
-        if highest := study.results[name].metrics.get("max_qps"):
+        if highest := objective.highest(study.results[name].metrics):
             changes["scenario.search.start_qps"] = highest
         changed = [f"{key}={value}" for key, value in changes.items()]
         placement = {"gpus": groups[block % len(groups)], "launcher": common.launcher}

@@ -4,7 +4,7 @@ A file in conf/ sets only what differs from the defaults here. Files of the grou
 in by the name of their class: `defaults: [/LiveConfig@_here_]`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -23,11 +23,12 @@ from autotune.config.bounds import (
 
 
 class Kind(Enum):
-    """LoadGen's scenarios."""
+    """LoadGen's scenarios, and a closed loop, which LoadGen lacks."""
 
     Offline = "Offline"
     Server = "Server"
     SingleStream = "SingleStream"
+    ClosedLoop = "ClosedLoop"  # users, each of whom sends a request when the last one has been answered
 
 
 class Output(Enum):
@@ -112,9 +113,9 @@ class DatasetConfig:
 
 @dataclass
 class LoadSearch:
-    """Settings of objective=max_qps: the search, on one server, for the highest load that keeps the limits."""
+    """Settings of the search, on one server, for the highest load that keeps the limits: queries/s, or users."""
 
-    # First load, if the result is roughly known; null: a burst and short runs find it.
+    # First load, also of users, if the result is roughly known; null: a burst and short runs find it.
     start_qps: float | None = positive(None, 1e6)
     precision: float = positive(0.04, 1)  # a load that is higher than the certified one by this share fails
     burst: int = within(200, 1, MOST_QUERIES)  # requests sent at once, to measure the most that the server can take
@@ -133,6 +134,8 @@ class ScenarioConfig:
     kind: Kind = MISSING
     # Queries/s. Server: rate of Poisson arrivals; Offline: expected rate, which sets the query's size.
     qps: float = positive(1.0, 1e6)
+    users: int = within(16, 1, 100_000)  # of a ClosedLoop
+    ramp_s: float = within(10.0, 0, DAY_S)  # over which the users of a ClosedLoop begin, evenly, s
     ttft_ms: float | None = positive(None)  # limit on p99 TTFT, ms; null is no limit
     tpot_ms: float | None = positive(None)  # limit on p99 TPOT, ms; null is no limit
     latency_ms: float | None = positive(None)  # limit on p99 of the latency to the last token, ms; null is no limit
@@ -151,6 +154,18 @@ class ScenarioConfig:
     repeats: int = within(1, 1, 1000)  # runs of LoadGen on one server, each with the next seed; metrics are their means
     search: LoadSearch = field(default_factory=LoadSearch)
     args: dict[str, Any] = field(default_factory=dict)  # flags of `vllm serve` that the scenario's rules demand
+
+    @property
+    def load(self) -> float:
+        """The load that is offered: users of a closed loop, else queries/s."""
+        return self.users if self.kind is Kind.ClosedLoop else self.qps
+
+    def with_load(self, load: float) -> "ScenarioConfig":
+        return replace(self, **({"users": round(load)} if self.kind is Kind.ClosedLoop else {"qps": load}))
+
+    @property
+    def load_unit(self) -> str:
+        return "users" if self.kind is Kind.ClosedLoop else "queries/s"
 
 
 @dataclass

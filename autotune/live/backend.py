@@ -166,13 +166,14 @@ class LiveEngine:
             total = sum(1 for _ in issues(scenario, len(self.samples)))
             total = min(total, scenario.max_queries or total)
         # max_duration_s may end the run with fewer queries than `total`, of which fewer may be over a limit: that it
-        # passes is never certain before its end.
+        # passes is never certain before its end. How many a closed loop makes is not known.
         cut = scenario.stop is Stop.decided and scenario.max_duration_s > 0
+        stop = Stop.never if scenario.kind is Kind.ClosedLoop else Stop.failed if cut else scenario.stop
         return RunSpec(
             folder=folder,
             url=self.server.url,
             model=self.server.model,
-            scenario=replace(scenario, stop=Stop.failed if cut else scenario.stop, args={}),  # flags may hold secrets
+            scenario=replace(scenario, stop=stop, args={}),  # flags may hold secrets
             request_timeout_s=self.config.request_timeout_s,
             client_processes=self.config.client_processes or max(1, min(8, len(os.sched_getaffinity(0)) // 16)),
             client_cpu_limit=self.config.client_cpu_limit,
@@ -236,7 +237,7 @@ class LiveEngine:
         reasons = watched(requests, total, scenario).reasons()
         verdict = "INVALID" if reasons else "VALID"
         loadgen_figures: dict[str, float] = {}
-        if not client.stopped:
+        if not client.stopped and scenario.kind is not Kind.ClosedLoop:
             loadgen = loadgen_log.read(folder / "mlperf_log_detail.txt")
             loadgen_figures = loadgen.figures
             if scenario.over_share is None and all(map(known_to_loadgen, limits_of(scenario))):

@@ -34,6 +34,7 @@ from autotune.live import audit, key, loadgen_log, metrics_page
 from autotune.live.client import Clients, Message, MessageKind, bodies, requests
 from autotune.live.messages import ClientReport, RunSpec
 from autotune.measure import progress
+from autotune.measure.arrivals import issues
 from autotune.measure.backend import RequestTiming
 from autotune.measure.early_stopping import Watch
 from autotune.measure.limits import limits_of, within
@@ -59,7 +60,8 @@ class Sut:
         self.failures: list[str] = []
         self.issued: list[float] = []  # by request number, as `sent`
         self.sent: list[float] = []  # 0 until its answer has ended
-        self._queries: list[lg.QuerySample] = []
+        self._ids: list[int] = []  # LoadGen's
+        self._samples: list[int] = []
         self._clients = clients
         self._first_token = scenario.kind is not Kind.Offline
         self._buffer = array.array("B", bytes(8))  # LoadGen copies it; performance runs never look inside
@@ -67,15 +69,20 @@ class Sut:
 
     def issue(self, queries: list[lg.QuerySample]) -> None:
         """Send `queries`. LoadGen calls it on its issue thread; an error there ends the process."""
+        self._ids += [query.id for query in queries]
+        self.send([query.index for query in queries])
+
+    def send(self, samples: Sequence[int]) -> None:
+        """Send a request for each of `samples`."""
         if self.decided:
             return
         issued = time.perf_counter()
         number = len(self.issued)
-        self.issued += [issued] * len(queries)
-        self.sent += [0.0] * len(queries)
-        self._queries += queries
+        self.issued += [issued] * len(samples)
+        self.sent += [0.0] * len(samples)
+        self._samples += samples
         try:
-            self._clients.send([(number + offset, query.index) for offset, query in enumerate(queries)])
+            self._clients.send([(number + offset, sample) for offset, sample in enumerate(samples)])
         except OSError:
             if not self.decided:  # else the clients have been told to finish
                 raise
@@ -85,14 +92,10 @@ class Sut:
 
     def on_messages(self, messages: Sequence[Message]) -> None:
         """Pass the clients' messages on to LoadGen, which times them as they come, then record them for ourselves."""
-        begun = [message for message in messages if message.kind == MessageKind.FIRST_TOKEN or not message.first]
         ended = [message for message in messages if message.kind != MessageKind.FIRST_TOKEN]
-        if self._first_token and begun:
-            lg.FirstTokenComplete([self._response(message, 0) for message in begun])
-        if ended:
-            lg.QuerySamplesComplete([self._response(message, self._tokens(message)) for message in ended])
+        self._tell_loadgen(messages, ended)
         for message in ended:
-            issued, sample = self.issued[message.number], self._queries[message.number].index
+            issued, sample = self.issued[message.number], self._samples[message.number]
             self.sent[message.number] = message.sent
             if message.kind == MessageKind.DONE:
                 prompt = self._prompt_tokens[sample]
@@ -103,13 +106,73 @@ class Sut:
                 self.failures.append(message.text)
         self.decided = self._watch.ends_run(self._stop)
 
+    def _tell_loadgen(self, messages: Sequence[Message], ended: Sequence[Message]) -> None:
+        begun = [message for message in messages if message.kind == MessageKind.FIRST_TOKEN or not message.first]
+        if self._first_token and begun:
+            lg.FirstTokenComplete([self._response(message, 0) for message in begun])
+        if ended:
+            lg.QuerySamplesComplete([self._response(message, self._tokens(message)) for message in ended])
+
     @staticmethod
     def _tokens(message: Message) -> int:
         # LoadGen waits for every query, so a failed one is completed, too; the run is INVALID anyway.
         return message.amount if message.kind == MessageKind.DONE else 2
 
     def _response(self, message: Message, tokens: int) -> lg.QuerySampleResponse:
-        return lg.QuerySampleResponse(self._queries[message.number].id, self._address, self._size, tokens)
+        return lg.QuerySampleResponse(self._ids[message.number], self._address, self._size, tokens)
+
+
+class Users(Sut):
+    """Users of a closed loop, which LoadGen lacks: each sends a request when the last one has been answered.
+
+    One whose request failed sends no more. They begin on a thread of their own.
+    """
+
+    def __init__(self, clients: Clients, spec: RunSpec, prompt_tokens: Sequence[int]) -> None:
+        super().__init__(clients, spec, prompt_tokens)
+        self._scenario = spec.scenario
+        self._order = issues(spec.scenario, len(prompt_tokens))
+        self._lock = threading.Lock()
+        self._began = time.perf_counter()
+        self._all_began = self._finished = False
+
+    def begin(self) -> None:
+        """Let the users send their first requests over scenario.ramp_s."""
+        for user in range(self._scenario.users):
+            due_s = self._scenario.ramp_s * user / self._scenario.users
+            time.sleep(max(0.0, self._began + due_s - time.perf_counter()))
+            with self._lock:
+                self._ask(1)
+            if self._is_long_enough():
+                break
+        with self._lock:
+            self._all_began = True
+            self._finish_if_idle()
+
+    def on_messages(self, messages: Sequence[Message]) -> None:
+        """Record the clients' messages, and send the next request for each that has been answered."""
+        super().on_messages(messages)
+        with self._lock:
+            self._ask(sum(message.kind == MessageKind.DONE for message in messages))
+            self._finish_if_idle()
+
+    def _tell_loadgen(self, messages: Sequence[Message], ended: Sequence[Message]) -> None:
+        """LoadGen takes no part."""
+
+    def _ask(self, count: int) -> None:
+        """Send `count` requests, unless the run is long enough."""
+        for _ in range(count):
+            if not self._is_long_enough():
+                self.send([next(self._order)[1]])
+
+    def _is_long_enough(self) -> bool:
+        elapsed = time.perf_counter() - self._began
+        return elapsed >= self._scenario.min_duration_s and len(self.issued) >= self._scenario.min_queries
+
+    def _finish_if_idle(self) -> None:
+        if self._all_began and not self._finished and len(self.completed) + len(self.failures) == len(self.issued):
+            self._finished = True
+            self._clients.finish()
 
 
 def settings(scenario: ScenarioConfig) -> lg.TestSettings:
@@ -147,7 +210,9 @@ def measure(spec: RunSpec, samples: Samples, bodies: Sequence[bytes]) -> None:
     before = metrics_page.ttft(spec.url) if spec.has_metrics else None
     warm, warm_cpu = time.perf_counter(), time.process_time()
     clients.begin()
-    sut = Sut(clients, spec, [len(prompt) for prompt in samples.prompts])
+    sut_class = Users if spec.scenario.kind is Kind.ClosedLoop else Sut
+    sut = sut_class(clients, spec, [len(prompt) for prompt in samples.prompts])
+    threading.Thread(target=publish, args=(sut, clients, spec.scenario, spec.folder), daemon=True).start()
     stopped = run_test(sut, clients, messages, spec, len(bodies))
     run_s, own_cpu_s = time.perf_counter() - warm, time.process_time() - warm_cpu
     write_rows(spec.folder / "requests.csv", RequestTiming, sut.completed)
@@ -174,7 +239,11 @@ def measure(spec: RunSpec, samples: Samples, bodies: Sequence[bytes]) -> None:
 
 def run_test(sut: Sut, clients: Clients, messages: Iterator[list[Message]], spec: RunSpec, samples: int) -> bool:
     """Run LoadGen to its end, or until scenario.stop ends the run; returns whether that stopped it."""
-    threading.Thread(target=publish, args=(sut, clients, spec.scenario, spec.folder), daemon=True).start()
+    if isinstance(sut, Users):
+        threading.Thread(target=sut.begin, daemon=True).start()
+        for batch in messages:
+            sut.on_messages(batch)
+        return False
     test = ThreadPoolExecutor(1).submit(start_test, sut, settings(spec.scenario), samples, spec.folder)
     test.add_done_callback(lambda _: clients.finish())
     for batch in messages:
@@ -199,8 +268,9 @@ def ttft_added(spec: RunSpec, sut: Sut, before: tuple[float, float] | None) -> d
     if before is None or not sut.completed or (after := metrics_page.ttft(spec.url)) is None:
         return {}
     server_s, count = np.subtract(after, before)
-    # LoadGen has no TTFT in Offline: there it is ours.
-    loadgens = loadgen_log.read(spec.folder / "mlperf_log_detail.txt").figures.get("ttft_mean_ms")
+    # LoadGen has no TTFT in Offline, and no part in a closed loop: there it is ours.
+    log = spec.folder / "mlperf_log_detail.txt"
+    loadgens = loadgen_log.read(log).figures.get("ttft_mean_ms") if log.exists() else None
     mean_ms = loadgens or 1e3 * sum(timing.ttft for timing in sut.completed) / len(sut.completed)
     return {"client_ttft_added_mean_ms": mean_ms - 1e3 * float(server_s / count)} if count else {}
 

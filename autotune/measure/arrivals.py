@@ -24,7 +24,7 @@ def issues(scenario: ScenarioConfig, samples: int) -> Iterator[tuple[float, int]
     """Yield LoadGen's queries in order: seconds since the first, and the index of one of `samples` samples.
 
     Offline issues all at 0. SingleStream's times are 0, too: it issues a query when the last one has been answered, and
-    the caller stops after scenario.min_queries and min_duration_s.
+    the caller stops after scenario.min_queries and min_duration_s. So does a closed loop, in the same order.
     """
     loaded = _shuffled(samples, _draws(scenario.seed))
     if scenario.kind is Kind.Offline:
@@ -35,7 +35,7 @@ def issues(scenario: ScenarioConfig, samples: int) -> Iterator[tuple[float, int]
     # By now LoadGen has drawn two other orders from the same generator, which it does not use.
     for _ in range(1 + math.ceil(scenario.min_queries / samples)):
         _shuffled(samples, draw)
-    times = itertools.repeat(0.0) if scenario.kind is Kind.SingleStream else server_times(scenario.qps, scenario.seed)
+    times = server_times(scenario.qps, scenario.seed) if scenario.kind is Kind.Server else itertools.repeat(0.0)
     last_s = 0.0
     for count, time_s in enumerate(times):
         if scenario.kind is Kind.Server and last_s >= scenario.min_duration_s and count >= scenario.min_queries:

@@ -7,6 +7,10 @@ from autotune.errors import InputError
 from autotune.measure.limits import LatencyLimit
 from autotune.measure.result import Result
 
+# The metric of a trial's highest load, by kind of load.
+LOADED = {Kind.Server: "max_qps", Kind.ClosedLoop: "max_concurrency"}
+HIGHEST = frozenset(LOADED.values())
+
 
 def check(objective: ObjectiveConfig) -> None:
     """Raise InputError unless there are metrics, each of them once and with its direction."""
@@ -24,14 +28,19 @@ def check(objective: ObjectiveConfig) -> None:
 
 def searches(objective: ObjectiveConfig) -> bool:
     """True if each trial searches for its highest load."""
-    return "max_qps" in objective.metrics
+    return not HIGHEST.isdisjoint(objective.metrics)
+
+
+def highest(metrics: Mapping[str, float]) -> float | None:
+    """The highest load that a trial with these metrics has found, in queries/s or users; None without a search."""
+    return next((metrics[name] for name in HIGHEST & metrics.keys()), None)
 
 
 def offered_load(objective: ObjectiveConfig, scenario: ScenarioConfig) -> str:
     """The load on a server, in words; empty if the scenario's name says it all."""
     if searches(objective):
         return "the highest load within the limits"
-    return f"{scenario.qps:g} queries/s" if scenario.kind is Kind.Server else ""
+    return f"{scenario.load:g} {scenario.load_unit}" if scenario.kind in LOADED else ""
 
 
 def values(objective: ObjectiveConfig, metrics: Mapping[str, float]) -> list[float]:

@@ -14,7 +14,7 @@ from autotune.errors import StoppedError
 
 FILE, STOP = "progress.jsonl", "stop"
 METRICS = ("tokens_per_s", "samples_per_s", "goodput_per_s")  # can be published before a run ends
-FAILING = "failing_qps"  # published by a search for the highest load: a load that broke a limit
+FAILING = "failing_load"  # published by a search for the highest load: a load that broke a limit
 
 
 def begin(folder: Path) -> None:

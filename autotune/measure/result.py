@@ -34,7 +34,7 @@ class RunRecord:
 
     folder: str  # of its logs, within the trial's
     role: str  # burst, probe, certify or repeat
-    qps: float  # offered
+    qps: float  # offered: queries/s, or the users of a closed loop
     verdict: str  # VALID or INVALID
     reasons: list[str] = field(default_factory=list)  # why it is not VALID
     stopped_early: bool = False  # once the verdict was certain; the metrics are of the requests that had ended

@@ -1,24 +1,24 @@
 """The runs of LoadGen that a trial makes on its server: one, several repeats, or a search for the highest load."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from autotune.config.schema import MOST_QUERIES, Config, Kind, ScenarioConfig, Stop
+from autotune.config.schema import MOST_QUERIES, Config, Kind, ObjectiveConfig, ScenarioConfig, Stop
 from autotune.errors import InputError
 from autotune.measure import bottleneck, early_stopping, max_qps, metrics, objective, progress
 from autotune.measure.arrivals import OFFLINE_SLACK
 from autotune.measure.backend import Engine, Measurement, RequestTiming
-from autotune.measure.limits import LatencyLimit, limits_of
+from autotune.measure.limits import limits_of
 from autotune.measure.result import Result, RunRecord
 
 # Metrics that depend on what could be observed of the server, the GPU and the client.
 OBSERVED = re.compile(
-    r"(gpu|client)_|((running|waiting)_mean|kv_use_max|preemptions|prefix_hit_share|step_ms|tokens_per_step|failing_qps"
-    r"|queued_tpot_p99_ms|scheduled_samples_per_s)$"
+    r"(gpu|client)_|((running|waiting)_mean|kv_use_max|preemptions|prefix_hit_share|step_ms|tokens_per_step"
+    r"|failing_(qps|concurrency)|queued_tpot_p99_ms|scheduled_samples_per_s)$"
 )
 CLIENT = "client"  # first word of a reason that says that the load generator itself was too slow
 
@@ -32,9 +32,9 @@ class RunResult:
     constraints: dict[str, float]
     bound: str  # the server's bottleneck, CLIENT, or the limit that a higher load breaks
 
-    def record(self, folder: Path, role: str, qps: float) -> RunRecord:
+    def record(self, folder: Path, role: str, load: float) -> RunRecord:
         run = self.measured
-        return RunRecord(folder.name, role, qps, run.verdict, run.reasons, run.stopped_early, self.metrics)
+        return RunRecord(folder.name, role, load, run.verdict, run.reasons, run.stopped_early, self.metrics)
 
 
 def one(scenario: ScenarioConfig, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> RunResult:
@@ -70,7 +70,7 @@ def repeated(config: Config, engine: Engine, flags: Mapping[str, Any], folder: P
     for number in range(scenario.repeats):
         run_folder = folder / f"run-{number + 1}"
         done.append(one(replace(scenario, seed=scenario.seed + number), engine, flags, run_folder, result))
-        result.runs.append(done[-1].record(run_folder, "repeat", scenario.qps))
+        result.runs.append(done[-1].record(run_folder, "repeat", scenario.load))
     means = {}
     for name in done[-1].metrics:
         values = [run.metrics[name] for run in done if name in run.metrics]
@@ -88,7 +88,7 @@ def check(config: Config) -> None:
     scenario = config.scenario
     searches = objective.searches(config.objective)
     if searches:
-        _check_search(scenario)
+        _check_search(config.objective, scenario)
     for unit in ("duration_s", "queries"):
         least, most = (getattr(scenario, f"{end}_{unit}") for end in ("min", "max"))
         if 0 < most < least:
@@ -99,7 +99,7 @@ def check(config: Config) -> None:
             f"scenario.qps={scenario.qps:g}: {queries:.3g} queries in {scenario.min_duration_s:g} s; lower it or "
             f"scenario.min_duration_s, to at most {MOST_QUERIES} queries"
         )
-    known = measured(queries, limits_of(scenario), searches)
+    known = measured(scenario, searches)
     if missing := [name for name in config.objective.metrics if name not in known and not OBSERVED.match(name)]:
         close = get_close_matches(missing[0], known, 1)
         hint = f"did you mean {close[0]}" if close else f"a run has {', '.join(sorted(known))}"
@@ -107,23 +107,33 @@ def check(config: Config) -> None:
 
 
 def planned(scenario: ScenarioConfig) -> int:
-    """The number of queries of a run of `scenario`; of a SingleStream its least."""
-    rate = {Kind.Offline: OFFLINE_SLACK * scenario.qps, Kind.Server: scenario.qps, Kind.SingleStream: 0.0}
-    return max(scenario.min_queries, int(rate[scenario.kind] * scenario.min_duration_s))
+    """The number of queries of a run of `scenario`; of one whose requests wait for answers, the least."""
+    rate = {Kind.Offline: OFFLINE_SLACK * scenario.qps, Kind.Server: scenario.qps}.get(scenario.kind, 0.0)
+    return max(scenario.min_queries, int(rate * scenario.min_duration_s))
 
 
-def measured(queries: int, held: Sequence[LatencyLimit], searches: bool) -> set[str]:
-    """The names of what is known of any run of so many `queries` under the limits `held`."""
+def measured(scenario: ScenarioConfig, searches: bool) -> set[str]:
+    """The names of what is known of any run of `scenario`."""
     names = {"failed_requests", "tokens_per_s_per_gpu"}
-    names |= metrics.from_requests([RequestTiming(0, 0.0, 1.0, 2.0, 2)], held, queries).keys()
-    return names | ({"max_qps", "max_qps_per_gpu"} if searches else set())
+    names |= metrics.from_requests([RequestTiming(0, 0.0, 1.0, 2.0, 2)], limits_of(scenario), planned(scenario)).keys()
+    if searches:
+        highest = objective.LOADED[scenario.kind]
+        names |= {highest, f"{highest}_per_gpu"}
+    return names
 
 
-def _check_search(scenario: ScenarioConfig) -> None:
-    if scenario.kind is not Kind.Server or not limits_of(scenario):
+def _check_search(config: ObjectiveConfig, scenario: ScenarioConfig) -> None:
+    wanted = next(name for name in config.metrics if name in objective.HIGHEST)
+    found = objective.LOADED.get(scenario.kind)
+    if found != wanted and found:
         raise InputError(
-            f"objective.metrics: max_qps is the highest load under limits, and scenario={scenario.name} has no "
-            f"{'limits' if scenario.kind is Kind.Server else 'arrival rate'}; write scenario=interactive or server"
+            f"objective.metrics: {wanted} is no load of {scenario.kind.value}; write objective={found}, or "
+            f"load={'rate' if wanted == 'max_qps' else 'concurrency'}"
+        )
+    if not found or not limits_of(scenario):
+        raise InputError(
+            f"objective.metrics: {wanted} is the highest load under limits, and scenario={scenario.name} has no "
+            f"{'limits' if found else 'arrival rate'}; write scenario=interactive or server, or a workload"
         )
     fewest = early_stopping.queries_needed(0)
     if scenario.search.certify_queries < fewest:
@@ -136,44 +146,48 @@ def _check_search(scenario: ScenarioConfig) -> None:
 def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> RunResult:
     """Search for the highest load that keeps the limits.
 
-    Returns the run that certifies it, with `max_qps` and `failing_qps` among its metrics. If no load keeps them, it
-    returns the run at the lowest load that was tried, with `max_qps` 0. A search that begins with a burst adds the
-    burst's p99 TPOT: that of a request which generates while others queue.
+    Returns the run that certifies it, with `max_qps` and `failing_qps` among its metrics, or `max_concurrency` and
+    `failing_concurrency`. If no load keeps them, it returns the run at the lowest load that was tried, with a highest
+    load of 0. A search that begins with a burst adds the burst's p99 TPOT: that of a request which generates while
+    others queue.
     """
     scenario, settings = config.scenario, config.scenario.search
+    name, closed = objective.LOADED[scenario.kind], scenario.kind is Kind.ClosedLoop
     done: dict[float, RunResult] = {}  # by load
 
     def run(role: str, load: ScenarioConfig) -> RunResult:
         run_folder = folder / f"run-{len(result.runs) + 1}"
-        progress.phase(folder, f"{role} {load.qps:.4g} qps" if load.kind is Kind.Server else role)
+        progress.phase(folder, f"{role} {load.load:.4g} {load.load_unit}" if load.kind in objective.LOADED else role)
         ended = one(load, engine, flags, run_folder, result)
-        result.runs.append(ended.record(run_folder, role, load.qps))
+        result.runs.append(ended.record(run_folder, role, load.load))
         return ended
 
-    def keeps_limits(qps: float, seconds: float, full: bool) -> bool:
-        load = certifying(scenario, qps)
+    def keeps_limits(offered: float, seconds: float, full: bool) -> bool:
+        load = certifying(scenario, offered)
         if not full:  # the share of queries that may exceed a limit is that of the certifying run
-            queries = max(load.min_queries, int(qps * load.min_duration_s))
+            queries = planned(load)
             share = early_stopping.allowed(queries) / queries
             load = replace(load, min_duration_s=seconds, min_queries=1, stop=Stop.decided, over_share=share)
         ended = run("certify" if full else "probe", load)
-        if full or qps not in done:
-            done[qps] = ended
+        if full or offered not in done:
+            done[offered] = ended
         valid = ended.measured.verdict == "VALID"
         if not valid:
-            progress.publish(folder, len(result.runs), {progress.FAILING: qps})
+            progress.publish(folder, len(result.runs), {progress.FAILING: offered})
         return valid
 
-    burst_qps, queued = 0.0, {}
+    most, queued = 0.0, {}
     if settings.start_qps is None:
-        burst_metrics = run("burst", burst(scenario)).metrics
-        burst_qps, queued = burst_metrics["samples_per_s"], {"queued_tpot_p99_ms": burst_metrics["tpot_p99_ms"]}
-    highest = max_qps.search(keeps_limits, burst_qps, scenario.min_duration_s, settings)
+        queueing = run("burst", burst(scenario)).metrics
+        most, queued = queueing["samples_per_s"], {"queued_tpot_p99_ms": queueing["tpot_p99_ms"]}
+        if closed:  # by Little's law, the requests that generated at a time
+            most *= (queueing["latency_mean_ms"] - queueing["ttft_mean_ms"]) / 1e3
+    highest = max_qps.search(keeps_limits, most, scenario.min_duration_s, settings, whole=closed)
     best = done[min(done) if highest.certified is None else highest.certified]
-    best.metrics.update(queued, max_qps=highest.certified or 0.0)
+    best.metrics.update({**queued, name: highest.certified or 0.0})
     if highest.failing is None:
         return best
-    best.metrics["failing_qps"] = highest.failing
+    best.metrics[name.replace("max", "failing")] = highest.failing
     return replace(best, bound=broken_limit(done[highest.failing]))
 
 
@@ -187,8 +201,8 @@ def burst(scenario: ScenarioConfig) -> ScenarioConfig:
     return replace(scenario, kind=Kind.Offline, min_queries=scenario.search.burst, min_duration_s=0.0, qps=1.0)
 
 
-def certifying(scenario: ScenarioConfig, qps: float) -> ScenarioConfig:
-    return replace(scenario, qps=qps, min_queries=max(scenario.min_queries, scenario.search.certify_queries))
+def certifying(scenario: ScenarioConfig, load: float) -> ScenarioConfig:
+    return replace(scenario.with_load(load), min_queries=max(scenario.min_queries, scenario.search.certify_queries))
 
 
 def whole(scenario: ScenarioConfig, result: Result) -> list[tuple[str, ScenarioConfig, dict[str, float]]]:
@@ -201,7 +215,8 @@ def whole(scenario: ScenarioConfig, result: Result) -> list[tuple[str, ScenarioC
             if run.role == "burst":
                 complete.append((run.role, burst(scenario), run.metrics))
             elif run.role == "certify":
-                complete.append((f"{run.role} {run.qps:.4g} qps", certifying(scenario, run.qps), run.metrics))
+                name = f"{run.role} {run.qps:.4g} {scenario.load_unit}"
+                complete.append((name, certifying(scenario, run.qps), run.metrics))
             elif run.role == "repeat":
                 seeded = replace(scenario, seed=scenario.seed + number)
                 complete.append((f"{run.role} {number + 1}", seeded, run.metrics))

@@ -125,7 +125,7 @@ def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Pa
     else:
         run = runs.one(config.scenario, engine, flags, folder, result)
     result.metrics, result.bound = run.metrics, run.bound
-    for name in ("tokens_per_s", "max_qps"):
+    for name in ("tokens_per_s", *objective.HIGHEST):
         if name in run.metrics:
             result.metrics[f"{name}_per_gpu"] = run.metrics[name] / vllm_flags.gpus(flags)
     result.verdict, result.reasons = run.measured.verdict, run.measured.reasons

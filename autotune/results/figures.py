@@ -219,7 +219,7 @@ def front(study: optuna.Study, metrics: Sequence[str], limits: Mapping[str, floa
     return finished(figure, height=440)
 
 
-def load_curve(results: Mapping[str, Result], metric: str, limit: float | None) -> go.Figure:
+def load_curve(results: Mapping[str, Result], metric: str, limit: float | None, unit: str) -> go.Figure:
     """Draw a latency over the offered load, a line for each trial of several runs; hollow: LoadGen said INVALID."""
     figure = go.Figure()
     for name, result in results.items():
@@ -232,30 +232,30 @@ def load_curve(results: Mapping[str, Result], metric: str, limit: float | None) 
             marker={"symbol": ["circle" if run.verdict == "VALID" else "circle-open" for run in runs], "size": 8},
             line={"dash": "dash"} if name == BASELINE else {},
             hovertext=[f"{name}: {run.verdict} {'; '.join(run.reasons)}<br>{changes(result)}" for run in runs],
-            hovertemplate="%{x:.4g} QPS: %{y:,.4g} ms<br>%{hovertext}<extra></extra>",
+            hovertemplate=f"%{{x:.4g}} {unit}: %{{y:,.4g}} ms<br>%{{hovertext}}<extra></extra>",
         )
-    return _loads(figure, metric, limit)
+    return _loads(figure, metric, limit, unit)
 
 
-def load_points(results: Mapping[str, Result], metric: str, limit: float | None) -> go.Figure:
-    """Draw the same for a study that swept the load: a point for each trial."""
+def load_points(results: Mapping[str, Result], key: str, metric: str, limit: float | None, unit: str) -> go.Figure:
+    """Draw the same for a study that swept the load, a parameter with this key: a point for each trial."""
     figure = go.Figure()
     for verdict, symbol, colour in (("VALID", "circle", BLUE), ("INVALID", "circle-open", VERMILLION)):
         some = {name: one for name, one in results.items() if (one.verdict == "VALID") == (verdict == "VALID")}
         figure.add_scatter(
-            x=[result.params["scenario.qps"] for result in some.values()],
+            x=[result.params[key] for result in some.values()],
             y=[result.metrics[metric] for result in some.values()],
             name=verdict,
             mode="markers",
             marker={"symbol": symbol, "color": colour},
             hovertext=[f"{name}<br>{changes(result)}" for name, result in some.items()],
-            hovertemplate="%{x:.4g} QPS: %{y:,.4g} ms<br>%{hovertext}<extra></extra>",
+            hovertemplate=f"%{{x:.4g}} {unit}: %{{y:,.4g}} ms<br>%{{hovertext}}<extra></extra>",
         )
-    return _loads(figure, metric, limit)
+    return _loads(figure, metric, limit, unit)
 
 
-def _loads(figure: go.Figure, metric: str, limit: float | None) -> go.Figure:
-    figure.update_xaxes(title_text="offered load, queries/s")
+def _loads(figure: go.Figure, metric: str, limit: float | None, unit: str) -> go.Figure:
+    figure.update_xaxes(title_text=f"offered load, {unit}")
     figure.update_yaxes(title_text=label(metric), rangemode="tozero")
     if limit is not None:
         _limit(figure, "y", limit)

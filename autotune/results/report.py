@@ -20,7 +20,7 @@ import plotly.graph_objects as go
 from optuna.trial import TrialState
 from plotly.offline import get_plotlyjs
 
-from autotune.config.schema import Config
+from autotune.config.schema import Config, Kind
 from autotune.config.vllm_flags import FLAG
 from autotune.measure.limits import limits_of
 from autotune.measure.objective import offered_load, sign
@@ -255,16 +255,18 @@ def load(study: Study, limits: Mapping[str, float]) -> Section:
     section = Section("Latency over load", "Hollow marks: LoadGen said INVALID.")
     trials = by_value(study)
     several = {name: result for name, result in trials if len({run.qps for run in result.runs}) > 1}
-    swept = {name: result for name, result in trials if "scenario.qps" in result.params}
+    scenario = study.config.scenario
+    key = "scenario.users" if scenario.kind is Kind.ClosedLoop else "scenario.qps"
+    swept = {name: result for name, result in trials if key in result.params}
     if several:
         some = {name: result for name, result in several.items() if name != BASELINE}
         some = dict(list(some.items())[: figures.CURVES])
         shown = {BASELINE: several[BASELINE], **some} if BASELINE in several else some
-        for metric in ("ttft_p99_ms", "tpot_p99_ms"):
-            section.add(partial(figures.load_curve, shown, metric, limits.get(metric)))
+        for metric in list(limits) or ["ttft_p99_ms", "tpot_p99_ms"]:
+            section.add(partial(figures.load_curve, shown, metric, limits.get(metric), scenario.load_unit))
     elif swept:
-        for metric in ("ttft_p99_ms", "tpot_p99_ms"):
-            section.add(partial(figures.load_points, swept, metric, limits.get(metric)))
+        for metric in list(limits) or ["ttft_p99_ms", "tpot_p99_ms"]:
+            section.add(partial(figures.load_points, swept, key, metric, limits.get(metric), scenario.load_unit))
     else:
         section.missing = ["every trial ran at one load (space=load sweeps it)"]
     return section

@@ -7,6 +7,7 @@ from autotune.config import bounds
 from autotune.config.schema import Config, ObjectiveConfig
 from autotune.errors import InputError
 from autotune.measure import progress
+from autotune.measure.objective import searches
 from autotune.text import one_line
 
 
@@ -44,13 +45,16 @@ def make_pruner(config: Config) -> optuna.pruners.BasePruner:
     except (ValueError, TypeError) as error:
         raise InputError(f"pruner: {one_line(error)}") from None
     wanted = config.objective.metrics
+    alone = len(wanted) == 1 and searches(config.objective)
     if isinstance(pruner, BehindBest):
-        if wanted != ["max_qps"]:
-            raise InputError(f"pruner=behind: needs objective=max_qps, and objective.metrics is {wanted}")
+        if not alone:
+            raise InputError(
+                f"pruner=behind: needs objective=max_qps or max_concurrency, and objective.metrics is {wanted}"
+            )
     elif not isinstance(pruner, optuna.pruners.NopPruner) and (len(wanted) > 1 or wanted[0] not in progress.METRICS):
         raise InputError(
             f"pruner: needs one objective among {', '.join(progress.METRICS)}, "
-            f"and objective.metrics is {wanted}; write pruner={'behind' if wanted == ['max_qps'] else 'none'}"
+            f"and objective.metrics is {wanted}; write pruner={'behind' if alone else 'none'}"
         )
     return pruner
 

@@ -106,11 +106,11 @@ class Simulated:
 
 def starting_at(simulation: Simulation, near: Result | None) -> Simulation:
     """`simulation` whose search for the highest load starts at that of `near`, which saves most of its runs."""
-    qps = near.metrics.get("max_qps") if near else None
-    if not qps or not objective.searches(simulation.config.objective):
+    load = objective.highest(near.metrics) if near else None
+    if not load or not objective.searches(simulation.config.objective):
         return simulation
     scenario = simulation.config.scenario
-    closing = replace(scenario, search=replace(scenario.search, start_qps=qps))
+    closing = replace(scenario, search=replace(scenario.search, start_qps=load))
     return replace(simulation, config=replace(simulation.config, scenario=closing))
 
 

@@ -1,8 +1,9 @@
 """The simulated backend: the same interface as live vLLM, with estimates for measurements."""
 
+import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from autotune.config import vllm_flags
 from autotune.config.redact import redact
-from autotune.config.schema import Kind, ScenarioConfig, SimConfig
+from autotune.config.schema import Device, Kind, ScenarioConfig, SimConfig
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import InputError, StartError
@@ -22,6 +23,7 @@ from autotune.measure.backend import DryRunOutcome, Measurement, Recording, Requ
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
 from autotune.measure.limits import limits_of, within
+from autotune.measure.objective import LOADED
 from autotune.sim.cost import GIB, Cost
 from autotune.sim.engine import serve
 from autotune.sim.flags import AUTO, HARMLESS, MODELLED, Flags, refusal, resolve
@@ -171,17 +173,17 @@ def simulate(cost: Cost, scenario: ScenarioConfig, samples: Samples, record: boo
         times = done.first_token + late, done.last_token + late
         return RequestTiming(sample, issued, *times, done.output, done.prompt)
 
-    if scenario.kind is Kind.SingleStream:
-        timings, rows = list[RequestTiming](), list[tuple[float, ...]]()
-        clock = 0.0
-        for number, (_, sample) in enumerate(issues(scenario, len(samples))):
-            if number >= scenario.min_queries and clock >= scenario.min_duration_s:
-                break
-            alone = request(number, sample, clock + device.accept_s)
-            rows += serve([alone], replicas[0], cost, record).rows
-            timings.append(timing(sample, clock, alone))
-            clock = timings[-1].last_token
-        return Simulated(timings, [], rows)
+    if scenario.kind in (Kind.SingleStream, Kind.ClosedLoop):
+        loops = []
+        for at in range(len(replicas)):
+            order = (sample for _, sample in itertools.islice(issues(scenario, len(samples)), at, None, len(replicas)))
+            loops.append(ClosedLoop(scenario, at, len(replicas), device, request, order))
+        observers = [
+            serve(loop.begin(), scheduler, cost, record, loop.following)
+            for loop, scheduler in zip(loops, replicas, strict=True)
+        ]
+        timings = [timing(*sent) for loop in loops for sent in loop.sent]
+        return Simulated(timings, observers[0].states, observers[0].rows)
     issued = list(issues(scenario, len(samples)))
     requests, accepted = [], 0.0
     for number, (time_s, sample) in enumerate(issued):
@@ -192,9 +194,44 @@ def simulate(cost: Cost, scenario: ScenarioConfig, samples: Samples, record: boo
     return Simulated(timings, observers[0].states, observers[0].rows)
 
 
+class ClosedLoop:
+    """The requests of every `of`-th user of a closed loop to one replica; SingleStream has one user."""
+
+    def __init__(
+        self,
+        scenario: ScenarioConfig,
+        at: int,
+        of: int,
+        device: Device,
+        request: Callable[[int, int, float], Request],
+        order: Iterator[int],
+    ) -> None:
+        self.sent: list[tuple[int, float, Request]] = []  # sample, time, request
+        users = scenario.users if scenario.kind is Kind.ClosedLoop else 1
+        self._begin = [scenario.ramp_s * user / users for user in range(at, users, of)]
+        self._scenario, self._device, self._request, self._order = scenario, device, request, order
+        self._least = scenario.min_queries / of
+
+    def begin(self) -> list[Request]:
+        """The first request of each user."""
+        return [self._send(at_s) for at_s in self._begin]
+
+    def following(self, done: Request) -> Iterator[Request]:
+        """Yield the next request of the user whose last one is `done`, unless the run is long enough."""
+        now = done.last_token + self._device.answer_s
+        if len(self.sent) < self._least or now < self._scenario.min_duration_s:
+            yield self._send(now)
+
+    def _send(self, at_s: float) -> Request:
+        sample, arrival = next(self._order), at_s + self._device.accept_s
+        request = self._request(round(arrival * 1e9), sample, arrival)
+        self.sent.append((sample, at_s, request))
+        return request
+
+
 def judge(requests: list[RequestTiming], scenario: ScenarioConfig) -> tuple[list[RequestTiming], list[str]]:
     """The requests that end before scenario.stop ends the run, and LoadGen's reasons to call it INVALID."""
-    if scenario.kind is not Kind.Server or not limits_of(scenario):
+    if scenario.kind not in LOADED or not limits_of(scenario):
         return requests, []
     ended = sorted(requests, key=lambda request: request.last_token)
     watch = watched(ended, len(ended), scenario, scenario.stop)

@@ -1,12 +1,15 @@
 """The loop of vLLM's engine core on a virtual clock: requests arrive, steps are scheduled, tokens are generated."""
 
+import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
+from itertools import chain
 
 from autotune.measure.bottleneck import ServerState
 from autotune.sim.cost import Cost
 from autotune.sim.scheduler import Batch, Request, Scheduler
 
+Following = Callable[[Request], Iterable[Request]]  # the requests that one which has ended brings about
 OBSERVE_S = 1.0  # simulated, between two states
 
 
@@ -55,23 +58,26 @@ def contents(scheduler: Scheduler, batch: Batch) -> tuple[float, ...]:
     return batch.decodes, batch.context, len(batch.chunks), prefilled, attended, *queued
 
 
-def serve(requests: Sequence[Request], scheduler: Scheduler, cost: Cost, record: bool = False) -> Observer:
-    """Run `requests`, in order of arrival, to their ends, and set their token times; returns what was observed.
+def nothing(_: Request) -> Iterable[Request]:
+    return ()
 
-    With `record` that includes each step.
 
-    With asynchronous scheduling the host schedules and launches a step while the GPU runs the one before, whose end has
-    not freed anything yet. Raises ValueError if a request can never be scheduled.
+def serve(
+    requests: Iterable[Request], scheduler: Scheduler, cost: Cost, record: bool = False, following: Following = nothing
+) -> Observer:
+    """Run `requests`, and those `following` one that has ended, and set their token times; returns what was observed.
+
+    With `record` that includes each step. With asynchronous scheduling the host launches a step while the GPU runs the
+    one before, whose end has not freed anything yet. Raises ValueError if a request can never be scheduled.
     """
     in_flight = 2 if cost.flags.async_scheduling else 1
     now = gpu_free = 0.0
     pace_of = cost.pace.factors()
     running: deque[tuple[float, Batch, tuple[float, ...]]] = deque()
-    arrived, count, observer = 0, len(requests), Observer(scheduler)
+    arriving, observer = sorted((one.arrival, one.number, one) for one in requests), Observer(scheduler)  # a heap
     while True:
-        while arrived < count and requests[arrived].arrival <= now:
-            scheduler.add(requests[arrived])
-            arrived += 1
+        while arriving and arriving[0][0] <= now:
+            scheduler.add(heapq.heappop(arriving)[2])
         if scheduler.running or scheduler.waiting:
             batch = scheduler.schedule()
             if batch.decodes or batch.chunks:
@@ -95,8 +101,10 @@ def serve(requests: Sequence[Request], scheduler: Scheduler, cost: Cost, record:
                 request.first_token = ended
             for request in batch.last:
                 request.last_token = ended
-        elif arrived < count:
-            now = max(now, requests[arrived].arrival)
+            for one in chain.from_iterable(map(following, batch.last)):
+                heapq.heappush(arriving, (one.arrival, one.number, one))
+        elif arriving:
+            now = max(now, arriving[0][0])
         elif scheduler.waiting or scheduler.running:
             raise ValueError("a request fits no step")
         else:
