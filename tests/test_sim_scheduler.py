@@ -57,8 +57,15 @@ def test_long_prefill_threshold_leaves_tokens_to_others_but_not_when_there_are_n
     assert [step(run), step(run)] == [({0: 10, 1: 5}, 0), ({0: 20}, 0)]
 
 
-def test_request_waits_for_a_seat():
-    run = scheduler(Request(0, 4, 2), Request(1, 4, 1), seqs=1)
+def test_adaptive_threshold_is_at_least_an_equal_share_of_the_step():
+    given = {"long_prefill_token_threshold": 10, "long_prefill_token_threshold_adaptive": True}
+    run = scheduler(Request(0, 30, 1), Request(1, 5, 1), **given)
+    assert [step(run), step(run)] == [({0: 16, 1: 5}, 0), ({0: 14}, 0)]
+
+
+@pytest.mark.parametrize("given", [{"seqs": 1}, {"max_num_active_seqs": 1}])
+def test_request_waits_for_a_seat(given: dict[str, int]):
+    run = scheduler(Request(0, 4, 2), Request(1, 4, 1), **given)
     assert [step(run) for _ in range(3)] == [({0: 4}, 0), ({}, 1), ({1: 4}, 0)]
 
 
@@ -134,7 +141,9 @@ def random_case(rng: random.Random) -> dict[str, Any]:
         "config": {
             "max_num_seqs": seqs,
             "max_num_batched_tokens": max(seqs, rng.choice([16, 32, 64, 128]), 0 if chunked else longest),
+            "max_num_active_seqs": rng.choice([None, None, rng.randint(1, seqs)]),
             "long_prefill_token_threshold": rng.choice([0, 0, 5, 12, 40]),
+            "long_prefill_token_threshold_adaptive": rng.random() < 0.5,
             "enable_chunked_prefill": chunked,
             "policy": "priority" if priority else "fcfs",
             "watermark": rng.choice([0.0, 0.0, 0.1, 0.3]),

@@ -1,10 +1,15 @@
 from pathlib import Path
+from typing import Any, ClassVar
 
 import optuna
 import pytest
 
+from autotune.config import vllm_flags
+from autotune.config.command_line import CONF, compose
 from autotune.config.schema import Config, SimConfig
+from autotune.config.vllm_flags import Flag, recorded
 from autotune.errors import InputError
+from autotune.measure.prepare import prepare
 from autotune.search.space import Space, check_space, describe, parse, swept_flags
 from autotune.sim.backend import SimBackend
 
@@ -88,7 +93,8 @@ def test_group_that_is_swept_is_said_to_need_studies_of_its_own():
 
 
 class AnyFlag:
-    flags = ("max_num_seqs", "enable_chunked_prefill")
+    flags = tuple(recorded())
+    facts: ClassVar[dict[str, str]] = {}
 
     def read(self, args: dict[str, object]) -> dict[str, object]:
         """Take every flag as it is."""
@@ -134,11 +140,48 @@ def test_condition_on_flags_and_swept_parameters_is_fine():
     check_space(space("engine.args.block_size=choice(16)", conditions=conditions), Config(), AnyFlag(), {})
 
 
-def read(*arguments: str, **rules: dict[str, str]) -> Space:
+class Recorded:
+    """The vLLM whose flags are recorded, but for those that it `lacks`, and with `others`."""
+
+    def __init__(self, lacks: tuple[str, ...] = (), **others: Flag) -> None:
+        self.flags = {name: flag for name, flag in recorded().items() if name not in lacks} | others
+        self.facts = {"vllm": "0.1"}
+
+    def read(self, args: dict[str, Any]) -> dict[str, Any]:
+        return vllm_flags.read(args, self.flags, "vLLM")
+
+
+def read(*arguments: str, backend: Any = None, **rules: dict[str, str]) -> Space:
     """The space of `arguments` as the recorded vLLM reads it."""
-    return check_space(
-        space(*arguments, **rules), Config(), SimBackend(SimConfig(), Path()), {"max_num_batched_tokens": 8192}
+    return check_space(space(*arguments, **rules), Config(), backend or Recorded(), {"max_num_batched_tokens": 8192})
+
+
+def test_flag_and_value_that_another_vllm_has_are_left_out_with_one_line(caplog: pytest.LogCaptureFixture):
+    old = Recorded(lacks=("max_num_active_seqs",), kv_cache_dtype=Flag(choices=["auto", "fp8"]))
+    found = read(
+        "engine.args.max_num_seqs=choice(8,16)",
+        "engine.args.max_num_active_seqs=choice(4,8)",
+        "engine.args.kv_cache_dtype=choice(auto,nvfp4,fp8)",
+        backend=old,
+        conditions={"active": "max_num_active_seqs <= max_num_seqs"},
     )
+    assert list(found.parameters) == ["engine.args.max_num_seqs", "engine.args.kv_cache_dtype"]
+    assert found.parameters["engine.args.kv_cache_dtype"].choices == ("auto", "fp8")
+    assert caplog.messages == [
+        "left out of the space, as vLLM 0.1 has no max_num_active_seqs",
+        "left out of the space: engine.args.kv_cache_dtype=nvfp4: vLLM accepts auto, fp8",
+    ]
+    with pytest.raises(InputError, match=r"nothing to tune: vLLM 0\.1 has no max_num_active_seqs"):
+        read("engine.args.max_num_active_seqs=choice(4,8)", backend=old)
+    with pytest.raises(InputError, match="no such flag; did you mean max_num_active_seqs"):
+        read("engine.args.max_num_activ_seqs=choice(4,8)")
+
+
+def test_simulation_leaves_out_what_it_does_not_model(caplog: pytest.LogCaptureFixture):
+    simulated = SimBackend(SimConfig(), Path())
+    swept = ["engine.args.max_num_seqs=choice(8,16)", "engine.args.stream_interval=choice(1,4)", "backend.env.X=a,b"]
+    assert list(read(*swept, backend=simulated).parameters) == ["engine.args.max_num_seqs"]
+    assert caplog.messages == ["left out of the space, as the simulation has no stream_interval, backend.env.X"]
 
 
 @pytest.mark.parametrize(
@@ -208,3 +251,35 @@ def test_flags_of_a_trial_are_whole_and_have_what_is_not_swept():
         "compilation_config": {"mode": 3, "cudagraph_capture_sizes": [1, 2]},
         "max_num_seqs": None,
     }
+
+
+# What the installed vLLM refuses on a CPU, by flag: values of conf/space that it names, and why.
+ON_CPU = {
+    "attention_backend": ({"FLASH_ATTN", "FLASHINFER", "TRITON_ATTN"}, "vLLM on a CPU has no attention_backend"),
+    "moe_backend": ({"triton", "cutlass", "flashinfer_cutlass", "deep_gemm", "marlin"}, "vLLM on a CPU has no moe_ba"),
+    "enable_eplb": ({True}, "only supported on CUDA devices"),
+    "api_server_count": ({2, 4}, "api_server_count is 1"),
+    "kv_offloading_size": ({8.0, 32.0}, "vLLM on a CPU has no kv_offloading_size"),
+    "quantization": ({"fp8", "fp8_per_block", "mxfp8"}, "vLLM on a CPU has no quantization"),
+    "speculative_config": ({'{"method": "suffix", "num_speculative_tokens": 8}'}, "Install via"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "space").glob("*.yaml")))
+def test_space_is_one_of_the_installed_vllm_and_its_refusals_are_named(name: str, caplog: pytest.LogCaptureFixture):
+    config, params, sweeps = compose(["model=tiny_moe", f"space=[{name}]"], ["tracking=none"])
+    if not params:
+        return
+    prepared = prepare(config)
+    outcome = prepared.dry_run()
+    found = check_space(parse(params, sweeps, config.conditions, config.only_if)[0], config, prepared.backend, {})
+    assert not outcome.refusal and not caplog.messages and len(found.parameters) == len(params)
+    for flag, (values, why) in ON_CPU.items():
+        if f"engine.args.{flag}" in found.parameters:
+            alone = {
+                value: prepared.dry_run(swept_flags({f"engine.args.{flag}": value}, prepared.args))
+                for value in found.parameters[f"engine.args.{flag}"].choices
+            }
+            assert {value for value, one in alone.items() if one.refusal} == values
+            assert all(why in one.refusal for one in alone.values() if one.refusal)

@@ -48,7 +48,7 @@ def model_name(path: str | None) -> str:
 def mlperf_limit(limit: float | None, field: str, model: str) -> float:
     """MLPerf's `limit` for a model, as the default of the scenario's `field`. Raises InputError if it has none."""
     if limit is None:
-        instead = "scenario.ttft_ms=<ms> scenario.tpot_ms=<ms>, null for none"
+        instead = "scenario.ttft_ms=<ms> scenario.tpot_ms=<ms> (null for none), or a workload (workload=chat)"
         raise InputError(f"{field}: MLPerf has no limits for {model}; write {instead}")
     return limit
 

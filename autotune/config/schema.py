@@ -98,6 +98,7 @@ class ModelConfig:
     args: dict[str, Any] = field(default_factory=dict)  # flags of `vllm serve` that the model needs
     limits: Limits = field(default_factory=Limits)
     recipe: Recipe = field(default_factory=Recipe)
+    draft: str = "default"  # vLLM's speculative_config with what the model has for it, for space=speculation
 
 
 @dataclass

@@ -57,6 +57,8 @@ class LiveBackend:
     def __init__(self, config: LiveConfig, cache_dir: Path) -> None:
         self.config = config
         self.vllm = find_vllm(config.python or sys.executable, tuple(sorted(config.env.items())), cache_dir)
+        for name in config.env:
+            self.vllm.check_variable(name)
         loadgen = importlib.metadata.version("mlcommons-loadgen")
         self.flags = self.vllm.flags.keys()
         self.facts = {"vllm": self.vllm.version, "torch": self.vllm.torch, "loadgen": loadgen}

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,12 +41,22 @@ class InstalledVllm:
     torch: str  # its version
     serve: list[str]  # `<python> *serve <model>` starts it
     flags: dict[str, Flag]  # of `vllm serve`, by name with underscores
+    variables: frozenset[str] = frozenset()  # of the environment, that it reads
     env: Env = ()  # added to its environment
     cache_dir: Path = field(default_factory=Path)  # for the outcomes of dry runs
 
     def read(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """`args` as this vLLM reads them. Raises InputError for a flag or a value that it does not take."""
         return vllm_flags.read(args, self.flags, f"vLLM {self.version}")
+
+    def check_variable(self, name: str) -> None:
+        """Raise InputError for a variable of vLLM's by its name that this vLLM does not know: it would ignore it."""
+        if name.startswith("VLLM_") and name not in self.variables:
+            close = get_close_matches(name, self.variables, 1)
+            hint = (
+                f"did you mean {close[0]}?" if close else "see vllm/envs.py; perhaps it is a flag now (engine.args.…)"
+            )
+            raise InputError(f"backend.env.{name}: vLLM {self.version} reads no such variable; {hint}")
 
     def command_line(self, args: Mapping[str, Any]) -> list[str]:
         """Words for `vllm serve` that set `args`."""
@@ -126,6 +137,7 @@ def find_vllm(python: str, env: Env, cache_dir: Path) -> InstalledVllm:
         torch=body["torch"],
         serve=body["serve"],
         flags={name: Flag(**flag) for name, flag in body["flags"].items()},
+        variables=frozenset(body["variables"]),
         env=env,
         cache_dir=cache_dir,
     )

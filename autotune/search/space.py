@@ -1,5 +1,6 @@
 """The search space: parameters, their distributions, and the conditions between them."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,17 +17,21 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from autotune.config.overrides import with_fields
 from autotune.config.schema import Config
-from autotune.config.vllm_flags import FLAG, as_text, changes, unpacked, value_at
+from autotune.config.vllm_flags import FLAG, as_text, changes, read, recorded, unpacked, value_at
 from autotune.errors import InputError
+from autotune.measure.prepare import backend_of, cache_of
 from autotune.measure.prepare import check as check_config
 from autotune.search.conditions import holds, names_in
 from autotune.search.hydra_private import distribution_of
 from autotune.text import one_line
 
+log = logging.getLogger(__name__)
+
 # Groups whose fields decide what a trial measures, and fields of them that a study has one of.
 SWEPT = ("engine", "scenario", "dataset", "backend")
 NEVER_SWEPT = ("name", "_target_", "args", "env", "prefix", "python", "device", "search", "records")
 MOST_POINTS = 1_000_000  # of a range
+VARIABLE = "backend.env."  # prefix of environment variables
 # A choice that leaves the flag to vLLM; Hydra's choice() takes no null.
 DEFAULT = "default"
 POINTS = 1000  # of the space, at which a condition is tried before the study starts
@@ -192,23 +197,52 @@ def describe(distribution: BaseDistribution) -> str:
     return f"{distribution.low:g}…{distribution.high:g}{', log' if distribution.log else step}"
 
 
+def without_unknown(space: Space, backend: Any) -> Space:
+    """`space` without the flags that another vLLM has and `backend` lacks, which one line names.
+
+    Raises InputError if nothing is left.
+    """
+    simulated = "simulated" in backend.facts
+
+    def lacks(name: str) -> bool:
+        flag = name.removeprefix(FLAG).partition(".")[0]
+        if name.startswith(FLAG):
+            return flag in recorded() and flag not in backend.flags
+        return simulated and name.startswith(VARIABLE)
+
+    lacking = [name for name in space.parameters if lacks(name)]
+    if not lacking:
+        return space
+    reader = "the simulation" if simulated else f"vLLM {backend.facts.get('vllm')}"
+    names = ", ".join(name.removeprefix(FLAG) for name in lacking)
+    if len(lacking) == len(space.parameters):
+        raise InputError(f"nothing to tune: {reader} has no {names}; choose another space")
+    log.warning("left out of the space, as %s has no %s", reader, names)
+    return replace(space, parameters={name: one for name, one in space.parameters.items() if name not in lacking})
+
+
 def check_space(space: Space, config: Config, backend: Any, known: Mapping[str, Any]) -> Space:
     """`space` with its flags' values as vLLM reads them; `known` has the values of flags that are not swept.
 
     Raises InputError for a parameter or a value that vLLM does not take, and for a condition that can't be told.
     """
+    known_to_it = without_unknown(space, backend)
     parameters = {
         name: _as_read(name, distribution, backend) if name.startswith(FLAG) else distribution
-        for name, distribution in space.parameters.items()
+        for name, distribution in known_to_it.parameters.items()
     }
     checked = replace(space, parameters=parameters)
     for name, distribution in parameters.items():
-        for value in [] if name.startswith(FLAG) else map(value_of, _ends(distribution)):
-            check_config(with_fields(config, {name: value}))
+        for value in [] if name.startswith(FLAG) else map(value_of, ends(distribution)):
+            changed = with_fields(config, {name: value})
+            check_config(changed)
+        if name.startswith(VARIABLE):
+            with cache_of(config) as folder:
+                backend_of(changed, folder)
     expressions = {f"conditions.{name}": expression for name, expression in space.conditions.items()}
     expressions |= {f"only_if.{name}": expression for name, expression in space.only_if.items()}
-    nameable = {*known, *backend.flags}
-    nameable |= {part for key in parameters for part in (key.rpartition(".")[2], key.removeprefix(FLAG))}
+    nameable = {*known, *backend.flags, *recorded()}
+    nameable |= {part for key in space.parameters for part in (key.rpartition(".")[2], key.removeprefix(FLAG))}
     for where, expression in expressions.items():
         names = names_in(expression, where)
         for name in names:
@@ -217,7 +251,7 @@ def check_space(space: Space, config: Config, backend: Any, known: Mapping[str, 
                 hint = f"did you mean {close[0]}?" if close else "write a flag or a swept parameter"
                 raise InputError(f"{where}: {expression!r} names {name}, which is no flag and not swept; {hint}")
         named = [key for key in parameters if key.rpartition(".")[2] in names or key.removeprefix(FLAG) in names]
-        points = product(*(_ends(parameters[key]) for key in named))
+        points = product(*(ends(parameters[key]) for key in named))
         for point in islice(points, POINTS):
             holds(expression, values(known, dict(zip(named, point, strict=True))), where)
     return checked
@@ -227,19 +261,35 @@ def _as_read(name: str, distribution: BaseDistribution, backend: Any) -> BaseDis
     """The distribution of a flag, each of its values as vLLM reads it. Raises InputError."""
     field = name.removeprefix(FLAG)
 
-    def read(value: Any) -> Any:
+    def as_read(value: Any) -> Any:
         found = value_at(backend.read(changes({}, {field: value_of(value)})), field.replace("-", "_"))
         return as_text(found) if isinstance(found, (dict, list)) else found
 
     if isinstance(distribution, CategoricalDistribution):
-        choices = [choice if choice == DEFAULT else read(choice) for choice in distribution.choices]
+        choices: list[Any] = []
+        for choice in distribution.choices:
+            try:
+                choices.append(choice if choice == DEFAULT else as_read(choice))
+            except InputError as error:
+                if len(distribution.choices) == 1 or not _is_recorded(field, choice):
+                    raise
+                log.warning("left out of the space: %s", error)
         return CategoricalDistribution(list(dict.fromkeys(choices)))
-    for value in _ends(distribution):
-        read(value)
+    for value in ends(distribution):
+        as_read(value)
     return distribution
 
 
-def _ends(distribution: BaseDistribution) -> Sequence[Any]:
+def _is_recorded(field: str, choice: Any) -> bool:
+    """Tell whether the recorded vLLM takes `choice`, though the installed one does not."""
+    try:
+        read(changes({}, {field: value_of(choice)}), recorded(), "vLLM")
+    except InputError:
+        return False
+    return True
+
+
+def ends(distribution: BaseDistribution) -> Sequence[Any]:
     """Values that are in their field's bounds only if all of `distribution` is: each choice, or a range's ends.
 
     Of a range without steps also one that is no whole number.

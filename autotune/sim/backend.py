@@ -48,7 +48,7 @@ class SimBackend:
 
     def __init__(self, config: SimConfig, cache_dir: Path) -> None:
         self.config = config
-        self.flags = vllm_flags.recorded()
+        self.flags = (*MODELLED, *HARMLESS)
         self.facts = {"simulated": config.device.name}
         self.twin: Twin | None = None  # of the server to simulate; None: fitted to the recorded steps, if there are any
         self._steps: list[Steps] = []
@@ -58,8 +58,8 @@ class SimBackend:
             self._steps = steps.read_all(config.twin)
 
     def read(self, args: Mapping[str, Any]) -> dict[str, Any]:
-        made = vllm_flags.read(args, self.flags, "vLLM")
-        if unknown := [name for name in made if name not in (*MODELLED, *HARMLESS)]:
+        made = vllm_flags.read(args, vllm_flags.recorded(), "vLLM")
+        if unknown := [name for name in made if name not in self.flags]:
             log.warning("backend=sim leaves out what it does not model: engine.args.%s", ", ".join(unknown))
         return made
 
@@ -102,7 +102,13 @@ class SimBackend:
         if missing := out_of_memory(cost):
             raise StartError(missing, cost.start_s)
         revision = ["--revision", model.revision] if model.revision else []
-        command = ["vllm", "serve", model.path, *revision, *vllm_flags.command_line(redact(args), self.flags)]
+        command = [
+            "vllm",
+            "serve",
+            model.path,
+            *revision,
+            *vllm_flags.command_line(redact(args), vllm_flags.recorded()),
+        ]
         if self.config.pace:
             pass_time(cost.start_s, self.config.pace, "start", folder)
         yield SimEngine(cost, samples, cost.start(), command, self.facts, self.config, folder)

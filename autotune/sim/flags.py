@@ -19,7 +19,9 @@ class Flags:
     max_model_len: int
     block_size: int
     gpu_memory_utilization: float = 0.92
+    max_num_active_seqs: int | None = None  # of max_num_seqs; null: all
     long_prefill_token_threshold: int = 0
+    long_prefill_token_threshold_adaptive: bool = False  # at least an equal share of the step
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
     async_scheduling: bool
@@ -52,6 +54,7 @@ class Flags:
         return tuple(size for size in sorted(sizes) if size <= largest)
 
 
+KV_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head")
 AUTO = -1  # max_model_len: as long as the model and the memory allow
 MODELLED = frozenset(field.name for field in fields(Flags))
 # Flags that change nothing in a simulation.
@@ -84,6 +87,8 @@ def refusal(flags: Flags, device: Device, shape: Shape) -> str:
     tp, gpus = flags.tensor_parallel_size, vllm_flags.gpus(asdict(flags))
     if tokens < seqs:
         return f"max_num_batched_tokens ({tokens}) must be at least max_num_seqs ({seqs})"
+    if (active := flags.max_num_active_seqs or 0) > seqs:
+        return f"max_num_active_seqs ({active}) must be at most max_num_seqs ({seqs})"
     if not flags.enable_chunked_prefill and tokens < longest:
         return f"without chunked prefill max_num_batched_tokens ({tokens}) must be at least max_model_len ({longest})"
     if shape.heads % tp:
@@ -94,6 +99,8 @@ def refusal(flags: Flags, device: Device, shape: Shape) -> str:
         return "the simulator has no pipeline parallelism"
     if flags.quantization not in (None, "fp8"):
         return f"the simulator has no quantization={flags.quantization}"
+    if flags.kv_cache_dtype not in KV_DTYPES:
+        return f"the simulator has no kv_cache_dtype={flags.kv_cache_dtype}"
     if longest < 1:
         return f"max_model_len={longest} leaves no token"
     if flags.block_size % device.block_size:

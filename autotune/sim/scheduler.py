@@ -91,10 +91,10 @@ class Scheduler:
         """Decide the next step; requests in its `last` stay in `running` until `finish(batch)`."""
         self._step += 1
         batch = Batch()
-        alone = len(self.running) + len(self.waiting) == 1
-        longest = self.flags.max_num_batched_tokens
-        if self.flags.long_prefill_token_threshold and not alone:
-            longest = self.flags.long_prefill_token_threshold
+        requests, longest = len(self.running) + len(self.waiting), self.flags.max_num_batched_tokens
+        if (threshold := self.flags.long_prefill_token_threshold) and requests > 1:
+            share = longest // requests if self.flags.long_prefill_token_threshold_adaptive else 0
+            longest = max(threshold, share)
         paused = self._continue(batch, longest)
         batch.decodes = self._decoding - len(paused)
         batch.context = self._context - sum(map(self._computed, paused))
@@ -137,9 +137,10 @@ class Scheduler:
         return []
 
     def _admit(self, batch: Batch, longest: int) -> None:
-        """Admit waiting requests while max_num_seqs, the step's tokens and the free blocks allow it."""
+        """Admit waiting requests while the sequences, the step's tokens and the free blocks allow it."""
         budget = self.flags.max_num_batched_tokens - batch.tokens
-        while self.waiting and budget > 0 and len(self.running) < self.flags.max_num_seqs:
+        most = self.flags.max_num_active_seqs or self.flags.max_num_seqs
+        while self.waiting and budget > 0 and len(self.running) < most:
             request = self.waiting[0]
             prefix = self.cache.find(request.block_table, request.length)
             start = len(prefix) * self.cache.block_size
