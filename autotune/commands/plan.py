@@ -5,6 +5,10 @@
 Prints the share of the space that can run, what limits it, the gain to expect and the hours that the study will take;
 all are estimates. The device is an H100; backend/device@prior.backend.device=a100 names another. twin=<a study's name>
 simulates the server whose steps that study recorded, in place of a device.
+
+--load 200 says how many GPUs of each parallelism serve 200 queries/s (with load=concurrency: users) within the limits,
+and with price_per_gpu_hour=2.5 what they cost. It looks for each configuration's highest load unless objective= says
+otherwise.
 """
 
 import sys
@@ -16,10 +20,11 @@ from pathlib import Path
 import optuna
 
 from autotune.config import vllm_flags
-from autotune.config.command_line import compose, errors_in_one_line
+from autotune.config.command_line import compose, errors_in_one_line, load_as_key
 from autotune.config.schema import Config
 from autotune.errors import InputError
 from autotune.measure.result import Result
+from autotune.results import fleet
 from autotune.results.study import BASELINE, TRIAL, Study, load
 from autotune.results.summary import change
 from autotune.search.account import device_of
@@ -92,6 +97,9 @@ def render(plan: Plan) -> str:
             lines.append(f"gain      {change(study, study.best)} against vLLM's defaults")
     else:
         lines.append("best      nothing that holds the limits; loosen them, lower the load or widen the space")
+    if load := study.config.target_load:
+        tried = [*study.results.items(), *((f"draw-{number}", result) for number, result in enumerate(plan.drawn))]
+        lines += ["", *fleet.render(fleet.fleets(tried, study.config, load), study.config, load), ""]
     return "\n".join([*lines, f"time      {_time(plan, runs)}"])
 
 
@@ -143,13 +151,19 @@ def _time(plan: Plan, runs: Sequence[Result]) -> str:
     return f"{trials} trials of {trial_s:.0f} s: {hours:.1f} h one after another, {gpu_hours:.1f} GPU hours"
 
 
+def searching(words: Sequence[str]) -> list[str]:
+    """The objective by which a target load is planned, unless `words` have one of their own."""
+    keys = {word.partition("=")[0] for word in words}
+    return ["objective=max_qps"] if "target_load" in keys and keys.isdisjoint(("objective", "workload", "load")) else []
+
+
 def main() -> None:
     with errors_in_one_line():
         twins = [word.removeprefix(TWIN) for word in sys.argv[1:] if word.startswith(TWIN)]
         if len(twins) > 1:
             raise InputError("twin is set twice; write it once")
-        words = [word for word in sys.argv[1:] if not word.startswith(TWIN)]
-        config, params, sweeps = compose(words, ["prior=sim"])
+        words = load_as_key([word for word in sys.argv[1:] if not word.startswith(TWIN)])
+        config, params, sweeps = compose(words, ["prior=sim", *searching(words)])
         if twins:
             on_twin_of(twins[0], config, any("prior.backend.device" in word for word in words))
         space, _ = parse(params, sweeps, config.conditions, config.only_if)

@@ -132,6 +132,12 @@ def options(kind: type[Options], words: Sequence[str], usage: str | None) -> Opt
     return options
 
 
+def load_as_key(words: Sequence[str]) -> list[str]:
+    """A command's `words` with `--load 200` as `target_load=200`: as a key, `load` is a group."""
+    text = "\0".join(words)
+    return re.sub(r"(^|\0)--load[\0=]", r"\1target_load=", text).split("\0") if words else []
+
+
 def write_out(text: str, output: str | None) -> None:
     """Write `text` to the file `output`, or to standard output. Raises InputError."""
     if output is None:

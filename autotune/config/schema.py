@@ -328,6 +328,9 @@ class Config:
     # 30m, 2h: after it no trial starts, and those that run may end; null is no limit.
     budget: str | None = bounded(None, duration)
     budget_of: BudgetOf = BudgetOf.engine
+    price_per_gpu_hour: float | None = positive(None)  # in any currency: trials then say what a million tokens cost
+    # Load (queries/s, or users of a closed loop) for which the study says how many GPUs serve it, and at what price.
+    target_load: float | None = positive(None)
     max_failures: int = within(10, 1, 1e7)  # trials that fail in a row end the study
     duplicates: Duplicates = Duplicates.lookup
     resume: bool = False  # refuse to begin a new study; one that exists is continued in any case

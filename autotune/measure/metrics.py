@@ -46,6 +46,8 @@ def from_requests(
         "samples_per_s": len(requests) / duration,
         "goodput_per_s": sum(within(r, limits) for r in requests) / duration,
     }
+    if prompt_tokens := sum(r.prompt_tokens for r in requests):
+        figures["prompt_tokens_per_s"] = prompt_tokens / duration
     for name, values in latencies.items():
         figures |= summary(name, values)
         if (upper := early_stopping.upper_bound(values, total)) is not None:

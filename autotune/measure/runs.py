@@ -9,7 +9,7 @@ from typing import Any
 
 from autotune.config.schema import MOST_QUERIES, Config, Kind, ObjectiveConfig, ScenarioConfig, Stop
 from autotune.errors import InputError
-from autotune.measure import bottleneck, early_stopping, max_qps, metrics, objective, progress
+from autotune.measure import bottleneck, early_stopping, max_qps, metrics, objective, price, progress
 from autotune.measure.arrivals import OFFLINE_SLACK
 from autotune.measure.backend import Engine, Measurement, RequestTiming
 from autotune.measure.limits import limits_of
@@ -99,7 +99,9 @@ def check(config: Config) -> None:
             f"scenario.qps={scenario.qps:g}: {queries:.3g} queries in {scenario.min_duration_s:g} s; lower it or "
             f"scenario.min_duration_s, to at most {MOST_QUERIES} queries"
         )
-    known = measured(scenario, searches)
+    known = measured(scenario, searches) | ({*price.PER_MILLION} if config.price_per_gpu_hour else set())
+    if costs := [name for name in config.objective.metrics if name in price.PER_MILLION and name not in known]:
+        raise InputError(f"objective.metrics: {costs[0]} needs price_per_gpu_hour=…")
     if missing := [name for name in config.objective.metrics if name not in known and not OBSERVED.match(name)]:
         close = get_close_matches(missing[0], known, 1)
         hint = f"did you mean {close[0]}" if close else f"a run has {', '.join(sorted(known))}"
@@ -115,7 +117,8 @@ def planned(scenario: ScenarioConfig) -> int:
 def measured(scenario: ScenarioConfig, searches: bool) -> set[str]:
     """The names of what is known of any run of `scenario`."""
     names = {"failed_requests", "tokens_per_s_per_gpu"}
-    names |= metrics.from_requests([RequestTiming(0, 0.0, 1.0, 2.0, 2)], limits_of(scenario), planned(scenario)).keys()
+    one = RequestTiming(0, 0.0, 1.0, 2.0, 2, 1)
+    names |= metrics.from_requests([one], limits_of(scenario), planned(scenario)).keys()
     if searches:
         highest = objective.LOADED[scenario.kind]
         names |= {highest, f"{highest}_per_gpu"}

@@ -15,7 +15,7 @@ from autotune.config import vllm_flags
 from autotune.config.redact import redact
 from autotune.config.schema import Config
 from autotune.errors import StoppedError
-from autotune.measure import objective, runs, series
+from autotune.measure import objective, price, runs, series
 from autotune.measure.backend import DryRunOutcome, Engine, Recording
 from autotune.measure.prepare import Prepared, gpu_count, prepare, prepare_samples
 from autotune.measure.result import Result, State
@@ -128,6 +128,8 @@ def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Pa
     for name in ("tokens_per_s", *objective.HIGHEST):
         if name in run.metrics:
             result.metrics[f"{name}_per_gpu"] = run.metrics[name] / vllm_flags.gpus(flags)
+    if config.price_per_gpu_hour:
+        result.metrics |= price.per_million(run.metrics, vllm_flags.gpus(flags), config.price_per_gpu_hour)
     result.verdict, result.reasons = run.measured.verdict, run.measured.reasons
     result.facts |= run.measured.facts
     result.values = objective.values(config.objective, result.metrics)

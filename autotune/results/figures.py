@@ -29,6 +29,7 @@ from autotune.config.vllm_flags import FLAG
 from autotune.measure.limits import limits_of
 from autotune.measure.result import Result
 from autotune.results import summary
+from autotune.results.fleet import Fleet, cost
 from autotune.results.study import BASELINE, SPACE, TRIAL, Study
 from autotune.system.files import left_in
 
@@ -297,6 +298,46 @@ def bounds(results: Mapping[str, Result], metric: str) -> go.Figure:
     figure.update_xaxes(title_text=label(metric))
     figure.update_yaxes(autorange="reversed")
     return finished(figure, height=110 + 45 * len(counts))
+
+
+def fleets(found: Sequence[Fleet], unit: str) -> go.Figure:
+    """Draw the GPUs that serve the load, by parallelism."""
+    if not found:
+        raise NotDrawnError("nothing that was tried serves the load within the limits")
+    figure = go.Figure()
+    figure.add_bar(
+        x=[fleet.gpus for fleet in found],
+        y=[fleet.parallelism for fleet in found],
+        orientation="h",
+        text=[f"{fleet.servers} × {fleet.gpus // fleet.servers}" for fleet in found],
+        hovertext=[f"{fleet.name}: {fleet.each:.4g} {unit} each" for fleet in found],
+        hovertemplate="%{x} GPUs<br>%{hovertext}<extra></extra>",
+    )
+    figure.update_xaxes(title_text="GPUs (servers × GPUs of each)", rangemode="tozero")
+    figure.update_yaxes(autorange="reversed")
+    return finished(figure, height=150 + 35 * len(found))
+
+
+def costs(results: Mapping[str, Result], per_gpu_hour: float) -> go.Figure:
+    """Draw the cost of a million output tokens over the throughput of a GPU, a dot for each trial."""
+    figure = go.Figure()
+    for feasible, name, colour, symbol in ((True, "holds the limits", BLUE, "circle"), (False, "broke one", GREY, "x")):
+        some = {key: one for key, one in results.items() if one.feasible == feasible}
+        figure.add_scatter(
+            x=[result.metrics["tokens_per_s_per_gpu"] for result in some.values()],
+            y=[cost(result, per_gpu_hour) for result in some.values()],
+            name=name,
+            mode="markers",
+            marker={"color": colour, "symbol": symbol, "size": 8},
+            hovertext=[f"{key}<br>{changes(result)}" for key, result in some.items()],
+            hovertemplate="%{y:,.4g} for a million tokens<br>%{hovertext}<extra></extra>",
+            showlegend=bool(some),
+        )
+    if not any(trace.x for trace in figure.data):
+        raise NotDrawnError("no trial completed")
+    figure.update_xaxes(title_text="tokens/s of a GPU")
+    figure.update_yaxes(title_text="cost per million output tokens", rangemode="tozero")
+    return finished(figure)
 
 
 def phases(results: Mapping[str, Result]) -> go.Figure:

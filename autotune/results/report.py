@@ -25,7 +25,7 @@ from autotune.config.vllm_flags import FLAG
 from autotune.measure.limits import limits_of
 from autotune.measure.objective import offered_load, sign
 from autotune.measure.result import Result, State
-from autotune.results import figures, summary
+from autotune.results import figures, fleet, summary
 from autotune.results.figures import drawn, label
 from autotune.results.study import BASELINE, TWIN, Study
 from autotune.results.summary import HEADINGS, outcome
@@ -59,6 +59,7 @@ class Section:
     title: str
     text: str = ""
     small: bool = False  # plots that are read side by side
+    rows: list[list[str]] = field(default_factory=list)  # of a table, its headings first
     plots: list[Plot] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # reasons why a plot is not here
 
@@ -190,6 +191,7 @@ def sections(study: Study) -> list[Section]:
         slices(alone, ranked),
         front(study, limits),
         load(study, limits),
+        *costs(study),
         bounds(study),
         *expectations(study),
         *steps(study),
@@ -270,6 +272,24 @@ def load(study: Study, limits: Mapping[str, float]) -> Section:
     else:
         section.missing = ["every trial ran at one load (space=load sweeps it)"]
     return section
+
+
+def costs(study: Study) -> list[Section]:
+    """The section on costs, and on the GPUs that serve `target_load`; none where neither was asked for."""
+    config, wanted, priced = study.config, study.config.target_load, study.config.price_per_gpu_hour
+    if not (wanted or priced):
+        return []
+    section = Section("GPUs and cost", f"At {priced:g} for a GPU's hour. " if priced else "")
+    if wanted:
+        found = fleet.fleets(study.complete.items(), config, wanted)
+        section.text += f"{fleet.caption(config, wanted)}. " if found else ""
+        section.rows = fleet.rows(found, config.scenario.load_unit) if found else []
+        section.missing += [] if found else fleet.render(found, config, wanted)
+        section.add(partial(figures.fleets, found, config.scenario.load_unit))
+    if priced:
+        section.text += "A million tokens out pay for the whole server, the prompts included."
+        section.add(partial(figures.costs, study.complete, priced))
+    return [section]
 
 
 def by_value(study: Study) -> list[tuple[str, Result]]:

@@ -10,6 +10,7 @@ from autotune.config.redact import redact
 from autotune.config.schema import Config
 from autotune.measure import objective
 from autotune.measure.result import Result, State
+from autotune.results import fleet
 from autotune.results.study import BASELINE, Study
 from autotune.system.files import left_in, write_whole
 from autotune.text import aligned, shorten
@@ -65,6 +66,11 @@ def headline(study: Study) -> dict[str, float]:
         figures[f"best_{metric}"] = study.results[best].values[0]
         if (gain := study.gain(best)) is not None:
             figures["gain_percent"] = gain * 100
+    if load := study.config.target_load:
+        cheapest = next(iter(fleet.fleets(study.complete.items(), study.config, load)), None)
+        if cheapest:
+            figures |= {"gpus_for_target_load": float(cheapest.gpus)}
+            figures |= {"cost_per_hour_for_target_load": cheapest.per_hour} if cheapest.per_hour else {}
     return figures
 
 
@@ -104,6 +110,8 @@ def render(study: Study) -> str:
         warning = edge(study.results[study.served or best], config)
         parts += ["", warning] if warning else []
     parts += _surprises(study) + _nodes(study)
+    if (load := config.target_load) and study.complete:
+        parts += ["", *fleet.render(fleet.fleets(study.complete.items(), config, load), config, load)]
     if verdict := verified(study.folder):
         parts += ["", f"Verified: {verdict}"]
     if any(row.estimated for row in rows.values()):
