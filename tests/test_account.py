@@ -12,6 +12,7 @@ from autotune.measure.steps import NAME, Steps
 from autotune.results import report
 from autotune.results.study import TWIN, Study
 from autotune.search import account as of_study
+from autotune.search.device import device_of
 from autotune.sim import account
 from autotune.sim.cost import CONSTANTS, Work, seconds
 from autotune.sim.shape import Shape
@@ -93,12 +94,20 @@ def test_study_without_recorded_steps_has_no_such_section(tmp_path: Path):
     assert not (tmp_path / TWIN).exists() and not report.steps(study)
 
 
-def test_device_is_the_priors_then_the_simulated_one_then_the_default():
+def test_device_is_the_priors_then_the_simulated_one_then_the_machines():
     device = vars(h200())
-    assert of_study.device_of(Config(prior=PriorConfig(backend={"device": device})))[1] == "prior.backend.device"
-    assert of_study.device_of(Config(backend={"device": device}))[0] == h200()
-    default, named_by = of_study.device_of(Config(backend={"_target_": "autotune.live.backend.LiveBackend"}))
-    assert (default.name, named_by) == ("H100", "")
+    live = Config(backend={"_target_": "autotune.live.backend.LiveBackend"})
+    assert device_of(Config(prior=PriorConfig(backend={"device": device})), {})[1] == "prior.backend.device"
+    assert device_of(Config(backend={"device": device}), {})[0] == h200()
+    for facts, name, named_by in (
+        ({"gpu": "NVIDIA H200", "cpu": "Xeon"}, "H200", "NVIDIA H200"),
+        ({"gpu": "NVIDIA A100-SXM4-80GB", "cpu": "Xeon"}, "A100", "NVIDIA A100-SXM4-80GB"),
+        ({"gpu": "NVIDIA B200", "cpu": "Xeon"}, "H100", ""),
+        ({"cpu": "Xeon"}, "CPU", "no GPU"),
+        ({}, "H100", ""),
+    ):
+        found, whose = device_of(live, facts)
+        assert (found.name, whose) == (name, named_by)
 
 
 @pytest.mark.slow

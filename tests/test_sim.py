@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from autotune.config.schema import HOST
+from autotune.config.schema import HOST, Device, Stop
 from autotune.errors import InputError, StartError
 from autotune.measure import steps, trial
 from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result, State
 from autotune.search.simulate import estimate, simulation
 from autotune.sim import calibrate
-from autotune.sim.backend import SimBackend
+from autotune.sim.backend import SimBackend, judge, simulate
 from autotune.sim.cost import Cost
 from autotune.sim.flags import resolve
 from autotune.sim.shape import Shape
@@ -143,6 +143,19 @@ def test_prefix_caching_saves_shared_prompts():
     without = simulated(*shared).metrics["samples_per_s"]
     cached = simulated(*shared, "engine.args.enable_prefix_caching=true").metrics["samples_per_s"]
     assert cached > 1.5 * without
+
+
+@pytest.mark.parametrize("stop", ["decided", "failed"])
+def test_run_that_is_stopped_is_a_whole_one_without_what_follows(stop: str):
+    words = ["scenario=interactive", "scenario.qps=60", "scenario.min_queries=700", f"scenario.stop={stop}"]
+    config = configured("model=llama8b", "backend=sim", *words)
+    prepared = prepare(config)
+    samples, shape = prepare_samples(config, prepared), Shape.of(prepared.model.config)
+    device = Device(**config.backend["device"])
+    cost = Cost(device, shape, resolve({}, device, shape))
+    whole, stopped = (simulate(cost, config.scenario, samples, stop=one) for one in (Stop.never, config.scenario.stop))
+    assert len(stopped.requests) < len(whole.requests) == whole.total == stopped.total
+    assert judge(stopped.requests, whole.total, config.scenario) == judge(whole.requests, whole.total, config.scenario)
 
 
 def test_single_stream_never_waits():

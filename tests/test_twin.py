@@ -66,7 +66,8 @@ def test_device_takes_as_long_as_the_twin_for_steps_of_a_dense_model(name: str):
     device = twin.as_device(flags)
     bounds.check(device, "device")
     for tokens in (512, 2048, 8192):
-        batch = Batch(chunks={Request(0, tokens, 2): tokens})
+        batch = Batch()
+        batch.prefill(Request(0, tokens, 2), tokens)
         assert Cost(device, shape, flags).step(batch).gpu_s == pytest.approx(
             twin.cost(flags).step(batch).gpu_s, rel=0.12
         )

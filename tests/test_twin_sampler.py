@@ -1,6 +1,9 @@
 """sampler=twin asks for what wins on a twin of the server; where the twin is wrong or has nothing to say, TPE does."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -12,6 +15,8 @@ from autotune.measure.result import Result, State
 from autotune.results.study import results_in
 from autotune.search.space import parse
 from autotune.search.twin import Ended, Params, TwinSampler, encoded, ended_in, key
+from autotune.sweep import storage
+from autotune.sweep.record import Record
 from tests.studies import SEQS, configured, study
 
 TOKENS, BACKEND = "engine.args.max_num_batched_tokens", "engine.args.attention_backend"
@@ -22,7 +27,7 @@ SPACE, _ = parse(
     {},
 )
 CONFIG = configured("model=llama8b", "backend=sim", "scenario=offline", "scenario.min_queries=64", "prior=sim")
-QUICK = {"first_s": 0.3, "proposal_s": 0.1, "draws": 1, "seed": 0}
+QUICK = {"proposal_s": 2.0, "draws": 1, "seed": 0}
 
 
 def asked(sampler: TwinSampler, running: int = 0) -> Params:
@@ -87,7 +92,7 @@ def test_broken_steps_cost_the_twin_their_trial_only(tmp_path: Path, caplog: pyt
     (tmp_path / "trial-0").mkdir()
     (tmp_path / "trial-0/steps.parquet").write_text("nothing")
     Result("complete", values=[100.0], params={SEQS: 8, TOKENS: 1024, BACKEND: "default"}).save(tmp_path / "trial-0")
-    assert asked(TwinSampler(CONFIG, SPACE, lambda: ended_in(tmp_path), **QUICK))[SEQS] == 128
+    assert asked(TwinSampler(CONFIG, SPACE, lambda: ended_in(tmp_path, results_in(tmp_path)), **QUICK))[SEQS] == 128
     assert "trial-0/steps.parquet: not a file of recorded steps" in caplog.text
 
 
@@ -111,18 +116,52 @@ def test_enqueued_trial_costs_no_simulation():
     assert not made.ask().relative_params
 
 
-def test_twin_without_a_device_is_refused_before_anything_starts(tmp_path: Path):
-    with pytest.raises(InputError, match=r"sampler=twin begins with a simulated device; write prior=sim"):
-        study(tmp_path, "sampler=twin", "prior=none", f"{SEQS}=choice(8,64)", simulated=True)
-    assert not list(tmp_path.iterdir())
+def test_twin_without_a_prior_leaves_the_first_trials_to_tpe(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    sampler = TwinSampler(replace(CONFIG, prior=replace(CONFIG.prior, backend=None)), SPACE, dict, **QUICK)
+    assert not asked(sampler) and not sampler.expected({SEQS: 8})
+    assert "twin: waits for the first steps; TPE is asked" in caplog.text
+
+
+def test_storage_is_not_locked_while_the_twin_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    locked, computed = [False], []
+
+    @contextmanager
+    def transaction(_: object) -> Iterator[None]:
+        locked[0] = True
+        yield
+        locked[0] = False
+
+    def choose(*_: object) -> Params:
+        computed.append(locked[0])
+        return {SEQS: 8, TOKENS: 1024, BACKEND: "default"}
+
+    with storage.opened(f"sqlite:///{tmp_path}/study.db", "s") as opened:
+        record = Record(opened, "s", SPACE, CONFIG.objective)
+        sampler = TwinSampler(CONFIG, SPACE, dict, **QUICK)
+        record.use(sampler, optuna.pruners.NopPruner())
+        monkeypatch.setattr(Record, "_transaction", transaction)
+        monkeypatch.setattr(sampler, "_chosen", choose)
+        monkeypatch.setattr(sampler, "_expected", choose)
+        trial, params = record.ask({})
+    assert params[SEQS] == 8 and "expected" in trial.user_attrs
+    assert computed == [False, False]
+
+
+def test_error_leaves_the_study_to_tpe(caplog: pytest.LogCaptureFixture):
+    """As where the objective is something that no simulation knows."""
+    metric = replace(CONFIG.objective, metrics=["gpu_power_w"])
+    sampler = TwinSampler(replace(CONFIG, objective=metric), SPACE, dict, **QUICK)
+    assert not asked(sampler) and not asked(sampler)
+    assert caplog.text.count("twin: left aside for TPE: InputError: objective.metrics: ") == 1
 
 
 @pytest.mark.slow
 def test_study_learns_its_server_from_the_steps_of_its_trials(tmp_path: Path):
     """The twin begins with a GPU half as fast as the server's."""
-    budget = ["hydra.sweeper.sampler.first_s=3", "hydra.sweeper.sampler.proposal_s=1"]
+    budget = "hydra.sweeper.sampler.proposal_s=2"
     slow = [f"prior.backend.device.{name}_efficiency=0.45" for name in ("math", "bandwidth")]
-    words = ["sampler=twin", "backend.steps=true", *slow, *budget]
+    words = ["sampler=twin", "backend.steps=true", *slow, budget]
     space = [f"{SEQS}=choice(4,16,64,256)", f"{TOKENS}=choice(512,2048,8192)"]
     said = study(tmp_path, *words, *space, "n_trials=3", simulated=True)
     results = results_in(tmp_path / "multirun/s")
@@ -138,8 +177,8 @@ def test_study_learns_its_server_from_the_steps_of_its_trials(tmp_path: Path):
 
 @pytest.mark.slow
 def test_study_with_two_objectives_asks_the_twin(tmp_path: Path):
-    budget = ["hydra.sweeper.sampler.first_s=2", "hydra.sweeper.sampler.proposal_s=0.5"]
-    words = ["sampler=twin", "backend.steps=true", "objective=pareto", *budget, f"{SEQS}=choice(4,16,64,256)"]
+    budget = "hydra.sweeper.sampler.proposal_s=1"
+    words = ["sampler=twin", "backend.steps=true", "objective=pareto", budget, f"{SEQS}=choice(4,16,64,256)"]
     study(tmp_path, *words, "n_trials=3", simulated=True)
     found = results_in(tmp_path / "multirun/s")["trial-0"]
     assert found.complete and len(found.expected["values"]) == 2

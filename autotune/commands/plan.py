@@ -27,7 +27,7 @@ from autotune.measure.result import Result
 from autotune.results import fleet
 from autotune.results.study import BASELINE, TRIAL, Study, load
 from autotune.results.summary import change
-from autotune.search.account import device_of
+from autotune.search.device import device_of
 from autotune.search.simulate import estimate, search, search_best, simulation
 from autotune.search.space import Space, check_space, parse
 from autotune.text import shorten
@@ -71,7 +71,7 @@ def on_twin_of(name: str, config: Config, keep_device: bool) -> None:
     if config.prior.backend is None:
         return
     config.prior.backend["twin"] = [str(study.folder)]
-    device, named_by = device_of(study.config)
+    device, named_by = device_of(study.config, next(iter(study.results.values())).facts)
     if named_by and not keep_device:
         config.prior.backend["device"] = asdict(device)
 

@@ -28,8 +28,7 @@ class TwinSamplerConf(SamplerConfig):  # type: ignore[misc]
     _target_: str = "autotune.search.twin.TwinSampler"
     _partial_: bool = True
     seed: int | None = None
-    first_s: float = 12.0  # of the sweeping process' time for the first proposal, beside the fit …
-    proposal_s: float = 3.0  # … and for each of the others
+    proposal_s: float = 5.0  # of the sweeping process' time for each proposal
     draws: int = 4  # twins from the posterior, on which the best configurations are simulated, too
 
 

@@ -1,17 +1,15 @@
 """twin.json in a study's folder: what its recorded steps say of the baseline and of the best trial, for the report."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from autotune.config.overrides import CONF
-from autotune.config.schema import Config, Device
+from autotune.config.schema import Config
 from autotune.errors import InputError
 from autotune.measure.series import STEPS
 from autotune.results.study import BASELINE, TWIN, Study
+from autotune.search.device import device_of
 from autotune.sim.shape import Shape
 from autotune.system.files import write_whole
 from autotune.text import one_line
@@ -19,7 +17,6 @@ from autotune.text import one_line
 if TYPE_CHECKING:
     from autotune.measure.steps import Steps  # pyarrow and SciPy take a while to import, and not all studies have steps
 
-DEVICE = CONF / "backend/device/h100.yaml"  # where a configuration names none: conf/backend/sim.yaml's
 MOST = 100_000  # steps of a trial that are looked at: the first ones
 
 
@@ -32,7 +29,8 @@ def write(study: Study) -> None:
     try:
         from autotune.measure.steps import read
 
-        body = told([first(read(study.folder / name / STEPS, name)) for name in names], study.config)
+        steps = [first(read(study.folder / name / STEPS, name)) for name in names]
+        body = told(steps, study.config, study.results[names[0]].facts)
     except Exception as error:  # a model that is not simulated, a fit that does not end: the report goes without
         body = {"missing": one_line(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"}
     write_whole(study.folder / TWIN, json.dumps(body, indent=1))
@@ -49,12 +47,15 @@ def first(steps: "Steps") -> "Steps":
     return replace(steps, table=steps.table[:MOST])
 
 
-def told(recordings: Sequence["Steps"], config: Config) -> dict[str, Any]:
-    """The twin's errors for `recordings`, fitted to the first, and accounts of a twin that is fitted to all."""
+def told(recordings: Sequence["Steps"], config: Config, facts: Mapping[str, str]) -> dict[str, Any]:
+    """The twin's errors for `recordings`, fitted to the first, and accounts of a twin that is fitted to all.
+
+    `facts` are of the machine.
+    """
     from autotune.sim.account import account
     from autotune.sim.twin import errors, fit
 
-    device, whose = device_of(config)
+    device, whose = device_of(config, facts)
     model = next((steps.model for steps in recordings if steps.model), None)
     if model is None:
         raise InputError("the recorded steps do not say which model was served")
@@ -66,11 +67,3 @@ def told(recordings: Sequence["Steps"], config: Config) -> dict[str, Any]:
         steps.name: {kind: asdict(share) for kind, share in account(of_all, steps).items()} for steps in recordings
     }
     return {"device": device.name, "device_of": whose, "errors": off, "accounts": accounts}
-
-
-def device_of(config: Config) -> tuple[Device, str]:
-    """The device at whose constants the fit begins, and what names it."""
-    for backend, whose in ((config.prior.backend, "prior.backend.device"), (config.backend, "backend.device")):
-        if backend and "device" in backend:
-            return Device(**dict(backend["device"])), whose
-    return Device(**yaml.safe_load(DEVICE.read_text(encoding="utf-8"))), ""

@@ -1,18 +1,17 @@
 """The first trials of a study, chosen by a simulation instead of at random."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from autotune.config.schema import FITTED, HOST, Config
 from autotune.measure import objective
 from autotune.measure.result import Result
 from autotune.search.simulate import Simulation, estimate, on_twin, search_best, simulation, twin_of
-from autotune.search.space import Space
+from autotune.search.space import Space, scaled
 
 APART = 0.1  # of a parameter's range, in which two configurations differ to be distinct
 CANDIDATES = 30  # distinct configurations that are simulated on other devices
@@ -114,10 +113,4 @@ def _distance(one: Any, other: Any, distribution: BaseDistribution) -> float:
     """The distance of two values as a share of the range; 1 for two different choices."""
     if isinstance(distribution, CategoricalDistribution):
         return float(one != other)
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
-    low, high = distribution.low, distribution.high
-    if low == high:
-        return 0.0
-    if distribution.log:
-        return float(abs(math.log(one / other)) / math.log(high / low))
-    return float(abs(one - other) / (high - low))
+    return abs(scaled(one, distribution) - scaled(other, distribution))

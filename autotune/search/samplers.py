@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MOST = 1e5  # trials, candidates, individuals: a sampler's memory
 LEAST = {"inc_popsize": -1}  # as Optuna writes that CMA-ES does not restart
-ABOVE_0 = ("n_ei_candidates", "sigma0", "first_s", "proposal_s")
+ABOVE_0 = ("n_ei_candidates", "sigma0", "proposal_s")
 WHITELIST = ("optuna.*", "optuna_integration.*", "hydra_plugins.*", "autotune.search.twin.*")
 
 

@@ -188,6 +188,17 @@ def contains(distribution: BaseDistribution, value: Any) -> bool:
     return distribution.low <= value <= distribution.high and abs(steps - round(steps)) < 1e-8
 
 
+def scaled(value: Any, distribution: BaseDistribution) -> float:
+    """The place of a number in its range, from 0 to 1; the middle if there is none, or no range."""
+    assert isinstance(distribution, (IntDistribution, FloatDistribution))
+    low, high = distribution.low, distribution.high
+    if value is None or low == high:
+        return 0.5
+    if distribution.log:
+        return math.log(value / low) / math.log(high / low)
+    return float((value - low) / (high - low))
+
+
 def describe(distribution: BaseDistribution) -> str:
     """`16…1024, log`; `2048 | 4096`."""
     if isinstance(distribution, CategoricalDistribution):

@@ -10,29 +10,34 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from autotune.config.schema import Config
+from autotune.config.schema import Config, Device
 from autotune.errors import InputError
 from autotune.measure import objective
 from autotune.measure.result import Result, State
 from autotune.measure.steps import NAME, Steps, read
-from autotune.results.study import results_in
+from autotune.results.study import CANARY
+from autotune.search.device import as_started, device_of, simulated
 from autotune.search.prior import distinct
 from autotune.search.simulate import Simulation, ask, checked, key, on_twin, simulation, twin_of
-from autotune.search.space import Space
+from autotune.search.space import Space, scaled
+from autotune.sim.shape import Shape
 from autotune.sim.twin import Twin, errors, fit
+from autotune.system.host import hardware
+from autotune.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +48,10 @@ RECORDINGS = 4  # to which a twin is fitted in any case: the first ones …
 AMISS = 0.05  # … and then one whose steps of some kind it tells worse than this share of their time
 SHORTLIST = 4  # distinct configurations that are simulated on draws of the twin
 FRESH = 8  # best ones of an older twin, which are simulated on a new one first
+FAR = 1.3  # factor by which a configuration that holds less load than the best one is of no interest
+RUNS = 5  # simulated ones, after which that is known
+SEARCHED, DRAWN = 0.7, 0.95  # shares of a proposal's time after which the search, and the draws, have an end
+REPEATED = 25  # trials of a simulated study in a row that it has seen before; then it ends
 AT_RANDOM = 10  # first configurations of the simulated study
 LEAST_GAIN = 0.003  # expected, as a share; below it the twin has nothing to say
 OTHERS_TURN = 3  # every third proposal from which the twin expects nothing is TPE's; the others are its next best
@@ -63,10 +72,12 @@ class Ended:
     steps: Callable[[], Steps] | None = None
 
 
-def ended_in(folder: Path) -> dict[str, Ended]:
-    """The trials in a study's folder that have ended, by name."""
+def ended_in(folder: Path, results: Mapping[str, Result]) -> dict[str, Ended]:
+    """The trials of a study that have ended, by name: its `results` so far, without canaries, whose runs are short."""
     found = {}
-    for name, result in results_in(folder).items():
+    for name, result in results.items():
+        if name.startswith(CANARY):
+            continue
         file = folder / name / NAME
         recorded = result.complete and not result.duplicate_of and file.exists()
         found[name] = Ended(result, partial(read, file, name) if recorded else None)
@@ -85,33 +96,54 @@ class Simulated:
         self._space = space
         self._before = {key(one.params): one for one in before}
         self._results: dict[tuple[str, int], Result] = {}
+        self._rough: dict[str, Result] = {}
 
     def result(self, params: Params, draw: int = 0) -> Result:
         """The result expected of `params`; draw 0 is the twin itself."""
         point = key(params)
         if (point, draw) not in self._results:
             near = self._results.get((point, 0), self._before.get(point))
-            self._results[point, draw] = checked(starting_at(self._simulations[draw], near), self._space, params)
+            self._results[point, draw] = checked(starting_at(self._simulations[draw], load(near)), self._space, params)
         return self._results[point, draw]
 
+    def roughly(self, params: Params) -> Result:
+        """The result expected of `params`; of what holds far less load than the best so far, only that it does."""
+        point, most = key(params), max(map(load, self.on_twin), default=0.0)
+        if not most or (point, 0) in self._results or point in self._before:
+            return self.result(params)
+        if point not in self._rough:
+            found = checked(starting_at(self._simulations[0], most, RUNS), self._space, params)
+            if found.complete and load(found) < most / FAR:
+                self._rough[point] = found
+            else:
+                self._before[point] = found
+                return self.result(params)
+        return self._rough[point]
+
     def search(self, study: optuna.Study, until_s: float) -> None:
-        """Go on with a simulated study of this twin until the process has run `until_s`."""
-        while time.process_time() < until_s:
-            ask(study, self._simulations[0], self._space, self.result)
+        """Go on with a simulated study of this twin until the process has run `until_s`, or it has nothing new."""
+        repeated, known = 0, 0
+        while repeated < REPEATED and (time.process_time() < until_s or not self._results):
+            ask(study, self._simulations[0], self._space, self.roughly)
+            repeated = repeated + 1 if known == (known := len(self._results) + len(self._rough)) else 0
 
     @property
     def on_twin(self) -> list[Result]:
         return [result for (_, draw), result in self._results.items() if draw == 0]
 
 
-def starting_at(simulation: Simulation, near: Result | None) -> Simulation:
-    """`simulation` whose search for the highest load starts at that of `near`, which saves most of its runs."""
-    load = objective.highest(near.metrics) if near else None
-    if not load or not objective.searches(simulation.config.objective):
+def load(result: Result | None) -> float:
+    """The highest load that a search found; 0 if none was searched or found."""
+    return (objective.highest(result.metrics) or 0.0) if result else 0.0
+
+
+def starting_at(simulation: Simulation, load: float, runs: int | None = None) -> Simulation:
+    """`simulation` whose search for the highest load starts at `load`, unless that is 0, and makes at most `runs`."""
+    if not load:
         return simulation
     scenario = simulation.config.scenario
-    closing = replace(scenario, search=replace(scenario.search, start_qps=load))
-    return replace(simulation, config=replace(simulation.config, scenario=closing))
+    closing = replace(scenario.search, start_qps=load, max_runs=runs or scenario.search.max_runs)
+    return replace(simulation, config=replace(simulation.config, scenario=replace(scenario, search=closing)))
 
 
 class TwinSampler(BaseSampler):
@@ -123,31 +155,38 @@ class TwinSampler(BaseSampler):
         space: Space,
         ended: Callable[[], Mapping[str, Ended]],
         seed: int | None = None,
-        first_s: float = 12.0,
-        proposal_s: float = 3.0,
+        proposal_s: float = 5.0,
         draws: int = 4,
+        tpe: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Prepare a sampler; `ended` gives the study's trials that have ended.
 
-        Beside the fit, a proposal takes about `proposal_s` of this process' time, the first one `first_s`. Before there
-        are steps, the device of `config.prior.backend` is the twin. Raises InputError.
+        A proposal takes `proposal_s` of this process' time. Before there are steps, the device of
+        `config.prior.backend` is the twin; without one TPE is asked, which `tpe` configures. Raises InputError.
         """
-        if not config.prior.backend:
-            raise InputError("sampler=twin begins with a simulated device; write prior=sim")
         self._config, self._space, self._ended = config, space, ended
-        self._budgets_s = (first_s, proposal_s)
-        self._draws, self._seed = draws, seed or 0
-        self._other = TPESampler(seed=seed, constant_liar=True)
-        try:
-            self._simulation = simulation(config, config.prior.backend)
-        except InputError as error:
-            raise InputError(f"sampler=twin simulates: {error}; or write another sampler") from None
-        self._use(twin_of(self._simulation, config.prior.sigma, config.prior.host_sigma), [])
+        self._proposal_s, self._draws, self._seed = proposal_s, draws, seed or 0
+        self._other = TPESampler(seed=seed, **{"constant_liar": True, **tpe})
+        self._twin: Twin | None = None
+        self._factors: Floats | None = None  # of the last fit
+        self._begin(config.prior.backend or simulated(device_of(config, hardware())[0]))
+        if config.prior.backend:
+            self._use(twin_of(self._simulation, config.prior.sigma, config.prior.host_sigma), [])
         self._fitted: dict[str, Steps] = {}  # to which the twin is fitted, by trial
         self._looked_at: set[str] = set()  # trials whose steps are known
         self._residuals: list[tuple[Params, float]] = []  # see _compared
         self._nothing_better = 0  # proposals in a row from which the twin expected nothing
         self._said = ""
+        self._next: Params | None = None  # what `prepare` has chosen
+        self._broken = False  # by an error
+
+    def _begin(self, backend: dict[str, Any]) -> None:
+        """Simulate on this backend's device until a twin is fitted. Raises InputError."""
+        try:
+            self._simulation = simulation(self._config, backend)
+        except InputError as error:
+            raise InputError(f"sampler=twin simulates: {error}; or write another sampler") from None
+        self._device, self._shape = Device(**backend["device"]), Shape.of(self._simulation.prepared.model.config)
 
     def _use(self, twin: Twin, good: Sequence[Result]) -> None:
         """Simulate on `twin` from now on, first what was `good` on the one before."""
@@ -156,11 +195,18 @@ class TwinSampler(BaseSampler):
         inner = TPESampler(seed=self._seed, n_startup_trials=AT_RANDOM)
         directions: Any = self._config.objective.directions
         self._study = optuna.create_study(sampler=inner, directions=directions)
+        for one in good:
+            self._study.enqueue_trial(dict(one.params))
 
     # Optuna's questions
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {} if trial.system_attrs.get("fixed_params") else dict(self._space.parameters)
+
+    def prepare(self, study: optuna.Study) -> None:
+        """Choose what the next trial is asked for before it is: Optuna's storage may be locked while it asks."""
+        if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            self._next = self._choose(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -168,13 +214,11 @@ class TwinSampler(BaseSampler):
         """The configuration to run next; nothing if TPE is to choose it."""
         if not search_space:
             return {}
-        budget_s = self._budgets_s[bool(self._looked_at or self._simulated.on_twin)]
-        ended = self._learn()
-        if why := self._why_wrong([one.result for one in ended.values()]):
-            return dict(self._to_tpe(why))
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        pending = [one.params for one in running if one.number != trial.number and one.params]
-        return dict(self._propose([one.result for one in ended.values()], pending, time.process_time() + budget_s))
+        chosen, self._next = self._next, None
+        if chosen is None:
+            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            chosen = self._choose([one for one in running if one.number != trial.number])
+        return dict(chosen)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -187,7 +231,10 @@ class TwinSampler(BaseSampler):
         self._other.after_trial(study, trial, state, values)
 
     def expected(self, params: Params) -> dict[str, Any]:
-        """The result that the twin expects of a trial, as `result.expected` holds it."""
+        """The result that the twin expects of a trial, as `result.expected` holds it; empty if there is no twin."""
+        return self._guarded(lambda: self._expected(params)) if self._twin else {}
+
+    def _expected(self, params: Params) -> dict[str, Any]:
         found = self._simulated.result(params)
         if not found.complete:
             return {"values": [], "feasible": False}
@@ -196,7 +243,33 @@ class TwinSampler(BaseSampler):
         values = [value * math.exp(sign * factor) for value, sign in zip(found.values, signs, strict=True)]
         return {"values": values, "feasible": found.feasible}
 
+    def _choose(self, running: Sequence[FrozenTrial]) -> Params:
+        """The parameters of the next trial, beside those that run; empty if TPE is to choose it."""
+        pending = [one.params for one in running if one.params]
+        return self._guarded(lambda: self._chosen(pending))
+
+    def _guarded(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what `work` does; an error leaves the study, which may have run for hours, to TPE."""
+        if self._broken:
+            return {}
+        try:
+            return work()
+        except Exception as error:
+            log.warning("twin: left aside for TPE: %s: %s", type(error).__name__, one_line(error))
+            self._broken = True
+            return {}
+
     # The twin
+
+    def _chosen(self, pending: Sequence[Params]) -> dict[str, Any]:
+        began_s = time.process_time()
+        ended = self._learn()
+        results = [one.result for one in ended.values()]
+        if not self._twin:
+            return self._to_tpe("waits for the first steps; TPE is asked")
+        if why := self._why_wrong(results):
+            return self._to_tpe(why)
+        return dict(self._propose(results, pending, began_s))
 
     def _learn(self) -> Mapping[str, Ended]:
         """Fit the twin to the steps of the trials that have ended meanwhile; returns all that have."""
@@ -204,17 +277,31 @@ class TwinSampler(BaseSampler):
         new = {name: steps for name, one in ended.items() if name not in self._looked_at and (steps := _steps_of(one))}
         self._looked_at |= new.keys()
         for name, steps in new.items():
-            if len(self._fitted) < RECORDINGS or any(one.error > AMISS for one in errors(self._twin, steps)):
+            if (
+                not self._twin
+                or len(self._fitted) < RECORDINGS
+                or any(one.error > AMISS for one in errors(self._twin, steps))
+            ):
                 self._fitted[name] = steps
         if new.keys() & self._fitted.keys():
-            chosen = [*self._fitted.values()]
-            try:
-                twin = fit([*chosen[:1], *chosen[1:][-RECORDINGS:]], self._twin.device, self._twin.shape)
-                self._use(twin, self._ranked()[:FRESH])
-            except (ValueError, np.linalg.LinAlgError) as error:  # of steps that no constants explain
-                log.warning("twin: it can't be fitted to the steps of %s (%s)", ", ".join(new), error)
-        self._residuals = self._compared([one.result for one in ended.values()])
+            self._fit(ended, new)
+        if self._twin:
+            self._residuals = self._compared([one.result for one in ended.values()])
         return ended
+
+    def _fit(self, ended: Mapping[str, Ended], new: Iterable[str]) -> None:
+        """Fit the twin; `new` trials' steps have come."""
+        chosen = [*self._fitted.values()]
+        if not self._twin:  # no device was told: the one that these steps are of
+            first = ended[next(iter(self._fitted))].result
+            device = device_of(self._config, first.facts)[0]
+            self._begin(simulated(as_started(device, chosen[0].args, first.params)))
+        try:
+            twin = fit([*chosen[:1], *chosen[1:][-RECORDINGS:]], self._device, self._shape, near=self._factors)
+            self._factors = twin.factors
+            self._use(twin, self._ranked()[:FRESH] if self._twin else [])
+        except (ValueError, np.linalg.LinAlgError) as error:  # of steps that no constants explain
+            log.warning("twin: it can't be fitted to the steps of %s (%s)", ", ".join(new), error)
 
     def _compared(self, results: Sequence[Result]) -> list[tuple[Params, float]]:
         """Parameters, and the measured score against the twin's, of the last trials that the twin saw run."""
@@ -268,20 +355,16 @@ class TwinSampler(BaseSampler):
         running = [one for one in self._simulated.on_twin if one.complete]
         return sorted(running, key=lambda one: -score(self._config, one))
 
-    def _propose(self, results: Sequence[Result], pending: Sequence[Params], until_s: float) -> Params:
+    def _propose(self, results: Sequence[Result], pending: Sequence[Params], began_s: float) -> dict[str, Any]:
         """The configuration that promises most beyond what is measured and what runs; empty if none does."""
         tried = {key(result.params) for result in results} | {key(params) for params in pending}
         good = [one for one in self._good if key(one.params) not in tried]
-        draws_s = self._budgets_s[1] * 0.4
-        for one in good:
-            if time.process_time() < until_s - draws_s:
-                self._simulated.result(one.params)
-        self._simulated.search(self._study, until_s - draws_s)
+        self._simulated.search(self._study, began_s + SEARCHED * self._proposal_s)
         new = [one for one in self._ranked() if key(one.params) not in tried] or good
         points = [one.params for one in distinct(new, self._space, SHORTLIST)]
         if not points:
             return self._to_tpe("knows no other configuration that runs; TPE is asked")
-        scores = self._scores([*points, *pending], until_s)
+        scores = self._scores([*points, *pending], began_s + DRAWN * self._proposal_s)
         scores = np.maximum(scores, scores[np.isfinite(scores)].min() + FAILED)
         measured = max((score(self._config, one) for one in results if one.complete), default=scores.min())
         reached = np.maximum(measured, scores[:, len(points) :].max(axis=1, initial=-math.inf))
@@ -293,11 +376,11 @@ class TwinSampler(BaseSampler):
                 log.info("twin: expects %+.1f%% over the best so far", 100 * math.expm1(gains[best]))
             else:
                 log.info("twin: nothing keeps the limits so far; asks for what comes closest")
-            return points[best]
+            return dict(points[best])
         self._nothing_better += 1
         if not self._nothing_better % OTHERS_TURN:
             return self._to_tpe("expects nothing better; TPE is asked now and then")
-        return points[int(scores[:, : len(points)].mean(axis=0).argmax())]
+        return dict(points[int(scores[:, : len(points)].mean(axis=0).argmax())])
 
     def _scores(self, points: Sequence[Params], until_s: float) -> Floats:
         """Scores of `points`, a column each, on the twin and on its draws; those of the twin where time is short."""
@@ -308,7 +391,7 @@ class TwinSampler(BaseSampler):
                 scores[draw, at] = score(self._config, self._simulated.result(params, on))
         return scores + self._corrections(points)
 
-    def _to_tpe(self, why: str) -> Params:
+    def _to_tpe(self, why: str) -> dict[str, Any]:
         """Log `why` TPE is to choose, unless it was said before."""
         if why != self._said:
             log.info("twin: %s", why)
@@ -343,20 +426,13 @@ def encoded(params: Params, space: Space) -> list[float]:
     numbers: list[float] = []
     for name, distribution in space.parameters.items():
         value = params.get(name)
-        if isinstance(distribution, CategoricalDistribution):
-            choices: Sequence[Any] = distribution.choices
-            if all(isinstance(choice, (int, float)) for choice in choices):
-                known = value in choices and len(choices) > 1
-                numbers.append(sorted(choices).index(value) / (len(choices) - 1) if known else 0.5)
-            else:
-                numbers.extend(float(value == choice) for choice in choices)
+        if not isinstance(distribution, CategoricalDistribution):
+            numbers.append(scaled(value, distribution))
             continue
-        assert isinstance(distribution, (IntDistribution, FloatDistribution))
-        low, high = distribution.low, distribution.high
-        if value is None or low == high:
-            numbers.append(0.5)
-        elif distribution.log:
-            numbers.append(math.log(value / low) / math.log(high / low))
+        choices: Sequence[Any] = distribution.choices
+        if all(isinstance(choice, (int, float)) for choice in choices):
+            known = value in choices and len(choices) > 1
+            numbers.append(sorted(choices).index(value) / (len(choices) - 1) if known else 0.5)
         else:
-            numbers.append((value - low) / (high - low))
+            numbers.extend(float(value == choice) for choice in choices)
     return numbers

@@ -54,17 +54,19 @@ def gpu_seconds(constants: Floats, work: Work) -> dict[str, Floats]:
 
     Weights are read while tokens are multiplied with them: each has the share of that time that follows its own.
     """
-    of = dict(zip(CONSTANTS, constants, strict=True))
-    reading, multiplying = of["weights_s"] + of["experts_s"] * work.touched, work.tokens * of["product_s"]
-    powers = reading**POWER + multiplying**POWER
-    both, share = powers ** (1 / POWER), reading**POWER / powers
-    parts = {
-        "weights": of["fixed_s"] + both * share,
-        "tokens": both * (1 - share) + work.tokens * of["token_s"],
-        "attention": work.attended * of["attended_s"] + work.context * of["context_s"],
-        "sequences": work.sequences * of["sequence_s"],
+
+    def of(*names: str) -> Floats:
+        only: Floats = seconds(np.where(np.isin(CONSTANTS, names), constants, 0.0), work).gpu_s
+        return only
+
+    reading, both = of("weights_s", "experts_s"), of("weights_s", "experts_s", "product_s")
+    share = (reading / both) ** POWER
+    return {
+        "weights": of("fixed_s") + both * share,
+        "tokens": both * (1 - share) + of("token_s"),
+        "attention": of("attended_s", "context_s"),
+        "sequences": of("sequence_s"),
     }
-    return {part: one * work.by_size for part, one in parts.items()}
 
 
 def between_results(steps: Steps) -> Floats:

@@ -2,8 +2,9 @@
 
 import itertools
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from autotune.config import vllm_flags
 from autotune.config.redact import redact
-from autotune.config.schema import Device, Kind, ScenarioConfig, SimConfig
+from autotune.config.schema import Device, Kind, ScenarioConfig, SimConfig, Stop
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import InputError, StartError
@@ -21,7 +22,7 @@ from autotune.measure import progress
 from autotune.measure.arrivals import issues
 from autotune.measure.backend import DryRunOutcome, Measurement, Recording, RequestTiming
 from autotune.measure.bottleneck import ServerState
-from autotune.measure.early_stopping import watched
+from autotune.measure.early_stopping import Watch, watched
 from autotune.measure.limits import limits_of, within
 from autotune.measure.objective import LOADED
 from autotune.sim.cost import GIB, Cost
@@ -129,8 +130,8 @@ class SimEngine:
     rows: list[tuple[float, ...]] = field(default_factory=list)  # of its steps, on one clock for all runs
 
     def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:
-        requests, states, rows = simulate(self.cost, scenario, self.samples, self.config.steps)
-        done, reasons = judge(requests, scenario)
+        requests, states, rows, total = simulate(self.cost, scenario, self.samples, self.config.steps, scenario.stop)
+        done, reasons = judge(requests, total, scenario)
         run_s = max(request.last_token for request in done)
         began = self.rows[-1][3] + BETWEEN_S if self.rows else 0.0
         self.rows.extend((*(began + time_s for time_s in row[:4]), *row[4:]) for row in rows if row[3] <= run_s)
@@ -139,7 +140,7 @@ class SimEngine:
         return Measurement(
             requests=done,
             failed=0,
-            total=len(requests),
+            total=total,
             verdict="VALID" if not reasons else "INVALID",
             reasons=reasons,
             loadgen={},
@@ -158,10 +159,16 @@ class Simulated(NamedTuple):
     requests: list[RequestTiming]
     states: list[ServerState]  # over time
     rows: list[tuple[float, ...]]  # of its steps, if they are asked for
+    total: int  # requests; those are left out of `requests` that a stopped run did not end
 
 
-def simulate(cost: Cost, scenario: ScenarioConfig, samples: Samples, record: bool = False) -> Simulated:
-    """Send LoadGen's `scenario` to the server that `cost` describes; `record` its steps."""
+def simulate(
+    cost: Cost, scenario: ScenarioConfig, samples: Samples, record: bool = False, stop: Stop = Stop.never
+) -> Simulated:
+    """Send LoadGen's `scenario` to the server that `cost` describes; `record` its steps.
+
+    Where there is one replica, what would come after `stop` has ended the run of a Server may be left out.
+    """
     flags, device = cost.flags, cost.device
     blocks = cost.kv_tokens() // flags.block_size - 1  # vLLM keeps one for itself
     caching, size = flags.enable_prefix_caching, flags.block_size
@@ -189,15 +196,45 @@ def simulate(cost: Cost, scenario: ScenarioConfig, samples: Samples, record: boo
             for loop, scheduler in zip(loops, replicas, strict=True)
         ]
         timings = [timing(*sent) for loop in loops for sent in loop.sent]
-        return Simulated(timings, observers[0].states, observers[0].rows)
+        return Simulated(timings, observers[0].states, observers[0].rows, len(timings))
     issued = list(issues(scenario, len(samples)))
     requests, accepted = [], 0.0
     for number, (time_s, sample) in enumerate(issued):
         accepted = max(accepted, time_s) + device.accept_s  # the API server takes them one by one
         requests.append(request(number, sample, accepted))
-    observers = [serve(requests[at :: len(replicas)], scheduler, cost, record) for at, scheduler in enumerate(replicas)]
-    timings = [timing(sample, at, done) for (at, sample), done in zip(issued, requests, strict=True)]
-    return Simulated(timings, observers[0].states, observers[0].rows)
+    end = End(
+        len(issued), scenario, stop if len(replicas) == 1 else Stop.never, lambda r: timing(*issued[r.number][::-1], r)
+    )
+    observers = [
+        serve(requests[at :: len(replicas)], scheduler, cost, record, end.seen, end.passed)
+        for at, scheduler in enumerate(replicas)
+    ]
+    served = [(one, done) for one, done in zip(issued, requests, strict=True) if done.last_token]
+    timings = [timing(sample, at, done) for (at, sample), done in served]
+    return Simulated(timings, observers[0].states, observers[0].rows, len(issued))
+
+
+class End:
+    """The end of a run that is stopped as soon as its requests have decided it."""
+
+    def __init__(
+        self, total: int, scenario: ScenarioConfig, stop: Stop, timing: Callable[[Request], RequestTiming]
+    ) -> None:
+        self._watch = Watch(total, limits_of(scenario), scenario.over_share)
+        self._stop = stop if limits_of(scenario) and scenario.kind in LOADED else Stop.never
+        self._timing, self._at_s = timing, math.inf
+
+    def seen(self, done: Request) -> Iterable[Request]:
+        """Count a request that has ended; none follows it."""
+        if self._stop is not Stop.never:
+            request = self._timing(done)
+            self._watch.add(request)
+            if self._watch.ends_run(self._stop):
+                self._at_s = min(self._at_s, request.last_token)
+        return ()
+
+    def passed(self, now: float) -> bool:
+        return now > self._at_s
 
 
 class ClosedLoop:
@@ -235,12 +272,12 @@ class ClosedLoop:
         return request
 
 
-def judge(requests: list[RequestTiming], scenario: ScenarioConfig) -> tuple[list[RequestTiming], list[str]]:
-    """The requests that end before scenario.stop ends the run, and LoadGen's reasons to call it INVALID."""
+def judge(requests: list[RequestTiming], total: int, scenario: ScenarioConfig) -> tuple[list[RequestTiming], list[str]]:
+    """The `requests` that end before scenario.stop ends the run, and LoadGen's reasons to call it INVALID."""
     if scenario.kind not in LOADED or not limits_of(scenario):
         return requests, []
     ended = sorted(requests, key=lambda request: request.last_token)
-    watch = watched(ended, len(ended), scenario, scenario.stop)
+    watch = watched(ended, total, scenario, scenario.stop)
     return ended[: watch.seen], watch.reasons()
 
 

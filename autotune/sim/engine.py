@@ -52,30 +52,48 @@ class Observer:
 
 def contents(scheduler: Scheduler, batch: Batch) -> tuple[float, ...]:
     """Contents of the step `batch`, in the order of measure/steps.py's COUNTS."""
-    prefilled = sum(batch.chunks.values())
-    attended = batch.attended + prefilled / 2  # a prefilled token attends to itself, too
+    attended = batch.attended + batch.prefilled / 2  # a prefilled token attends to itself, too
     queued = len(scheduler.running), len(scheduler.waiting)
-    return batch.decodes, batch.context, len(batch.chunks), prefilled, attended, *queued
+    return batch.decodes, batch.context, len(batch.chunks), batch.prefilled, attended, *queued
 
 
 def nothing(_: Request) -> Iterable[Request]:
     return ()
 
 
+def answered(batch: Batch, ended: float, following: Following) -> Iterable[Request]:
+    """Note when the step `batch` has `ended`; returns the requests that follow."""
+    for request in batch.first:
+        request.first_token = ended
+    for request in batch.last:
+        request.last_token = ended
+    return chain.from_iterable(map(following, sorted(batch.last)))
+
+
+def never(_: float) -> bool:
+    return False
+
+
 def serve(
-    requests: Iterable[Request], scheduler: Scheduler, cost: Cost, record: bool = False, following: Following = nothing
+    requests: Iterable[Request],
+    scheduler: Scheduler,
+    cost: Cost,
+    record: bool = False,
+    following: Following = nothing,
+    stopped: Callable[[float], bool] = never,
 ) -> Observer:
     """Run `requests`, and those `following` one that has ended, and set their token times; returns what was observed.
 
-    With `record` that includes each step. With asynchronous scheduling the host launches a step while the GPU runs the
-    one before, whose end has not freed anything yet. Raises ValueError if a request can never be scheduled.
+    With `record` that includes each step. Once it is `stopped`, requests are left as they are. With asynchronous
+    scheduling the host launches a step while the GPU runs the one before, whose end has not freed anything yet. Raises
+    ValueError if a request can never be scheduled.
     """
     in_flight = 2 if cost.flags.async_scheduling else 1
     now = gpu_free = 0.0
     pace_of = cost.pace.factors()
     running: deque[tuple[float, Batch, tuple[float, ...]]] = deque()
     arriving, observer = sorted((one.arrival, one.number, one) for one in requests), Observer(scheduler)  # a heap
-    while True:
+    while not stopped(now):
         while arriving and arriving[0][0] <= now:
             scheduler.add(heapq.heappop(arriving)[2])
         if scheduler.running or scheduler.waiting:
@@ -97,15 +115,12 @@ def serve(
             if record:
                 observer.rows.append((*scheduled[:2], now, now, *scheduled[2:]))
             scheduler.finish(batch)
-            for request in batch.first:
-                request.first_token = ended
-            for request in batch.last:
-                request.last_token = ended
-            for one in chain.from_iterable(map(following, batch.last)):
+            for one in answered(batch, ended, following):
                 heapq.heappush(arriving, (one.arrival, one.number, one))
         elif arriving:
             now = max(now, arriving[0][0])
         elif scheduler.waiting or scheduler.running:
             raise ValueError("a request fits no step")
         else:
-            return observer
+            break
+    return observer

@@ -54,7 +54,8 @@ class Request:
 class Batch:
     """One step's work."""
 
-    chunks: dict[Request, int] = field(default_factory=dict)  # requests in prefill → tokens of each
+    chunks: dict[Request, int] = field(default_factory=dict)  # requests in prefill → tokens of each …
+    prefilled: int = 0  # … and of all
     attended: float = 0.0  # tokens that each prefilled token attends to, summed
     decodes: int = 0  # requests that generate from one token
     context: int = 0  # the decodes' tokens in the KV cache, summed
@@ -64,7 +65,11 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        return self.decodes + sum(self.chunks.values())
+        return self.decodes + self.prefilled
+
+    def prefill(self, request: Request, tokens: int) -> None:
+        self.chunks[request] = tokens
+        self.prefilled += tokens
 
 
 class Scheduler:
@@ -121,7 +126,7 @@ class Scheduler:
             tokens = 1
             if not request.due:
                 # Only the last request admitted can need more than is left: the others had their tokens before it came.
-                left = self.flags.max_num_batched_tokens - self._decoding - sum(batch.chunks.values())
+                left = self.flags.max_num_batched_tokens - self._decoding - batch.prefilled
                 tokens = min(request.length - request.computed, longest, left)
             while not self.cache.allocate(request.block_table, self._computed(request) + tokens):
                 victim = max(self.running)
@@ -129,7 +134,7 @@ class Scheduler:
                 if victim is request:
                     return [r for r in self.running if r.due and r.order > request.order]
             if not request.due:
-                batch.chunks[request] = tokens
+                batch.prefill(request, tokens)
             elif self._left(request) == 1:
                 batch.last.append(request)
             else:
@@ -156,7 +161,7 @@ class Scheduler:
             self._admitted += 1
             request.order, request.computed = self._admitted, start
             self.running[request] = self._prefilling[request] = None
-            batch.chunks[request] = tokens
+            batch.prefill(request, tokens)
             budget -= tokens
 
     def _advance(self, batch: Batch, paused: list[Request]) -> None:
@@ -217,7 +222,7 @@ class Scheduler:
                 batch.last.remove(request)
         elif request in self._prefilling:
             del self._prefilling[request]
-            batch.chunks.pop(request, None)
+            batch.prefilled -= batch.chunks.pop(request, 0)
         if request.generated < request.output:  # else a step in flight generates its last token
             request.length, request.computed = request.prompt + request.generated, 0
             heapq.heappush(self.waiting, request)

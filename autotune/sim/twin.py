@@ -244,20 +244,23 @@ def unfitted(device: Device, shape: Shape, sigma: float, host_sigma: float) -> T
     return Twin(device, shape, np.ones(len(CONSTANTS)), np.diag(widths**2), (0.0, 0.0), Pace())
 
 
-def fit(recordings: Sequence[Steps], device: Device, shape: Shape, known: float = 1.0) -> Twin:
+def fit(
+    recordings: Sequence[Steps], device: Device, shape: Shape, known: float = 1.0, near: Floats | None = None
+) -> Twin:
     """Fit a twin to the steps of one or several servers of one model on one kind of GPU.
 
-    `device` is the prior, its widths times `known`. Raises InputError without steps.
+    `device` is the prior, its widths times `known`. The fit begins at the factors `near`, if they are told. Raises
+    InputError without steps.
     """
     if not recordings:
         raise InputError("no recorded steps to fit a twin to")
     data = [Recorded(steps, Cost(device, shape, resolve(steps.args, device, shape))) for steps in recordings]
     parts = []
     for recorded in data:
-        near, weights = recorded.chosen()
-        work = Work(*(column[near] for column in recorded.work))
-        t1, t2 = recorded.steps.column("t1")[near], recorded.steps.column("t2")[near]
-        parts.append((prior(recorded.cost), work, t1, t2, recorded.overlapped[near], weights[near]))
+        chosen, weights = recorded.chosen()
+        work = Work(*(column[chosen] for column in recorded.work))
+        t1, t2 = recorded.steps.column("t1")[chosen], recorded.steps.column("t2")[chosen]
+        parts.append((prior(recorded.cost), work, t1, t2, recorded.overlapped[chosen], weights[chosen]))
     widths = np.array(list(WIDTHS.values())) * known
     widths = np.where(prior(data[0].cost) > 0, widths, KNOWN_WIDTH)  # a dense model has no experts
 
@@ -274,8 +277,8 @@ def fit(recordings: Sequence[Steps], device: Device, shape: Shape, known: float 
         return np.concatenate(errors)
 
     solutions = [
-        least_squares(residuals, np.full(len(CONSTANTS), start), method="lm", diff_step=1e-3, xtol=1e-4, ftol=1e-4)
-        for start in STARTS
+        least_squares(residuals, start, method="lm", diff_step=1e-3, xtol=1e-4, ftol=1e-4)
+        for start in ([np.full(len(CONSTANTS), start) for start in STARTS] if near is None else [1 + np.log(near)])
     ]
     solution = min(solutions, key=lambda one: one.cost)
     covariance = np.linalg.inv(solution.jac.T @ solution.jac)

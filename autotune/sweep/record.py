@@ -86,12 +86,15 @@ class Record:
 
     def ask(self, known: Mapping[str, Any]) -> tuple[optuna.Trial, dict[str, Any]]:
         """The next trial and its parameters; `known` has the values of flags that are not swept."""
+        sampler = self._study.sampler
+        if prepare := getattr(sampler, "prepare", None):  # the twin's takes seconds, for which no storage is locked
+            prepare(self._study)
         with self._transaction():
             trial = self._study.ask()
             params = self.space.suggest(trial, known)
-            if foresees := getattr(self._study.sampler, "expected", None):  # sampler=twin, which is not imported for it
-                trial.set_user_attr(EXPECTED, foresees(params))
-            return trial, params
+        if (foresees := getattr(sampler, "expected", None)) and (expected := foresees(params)):
+            trial.set_user_attr(EXPECTED, expected)
+        return trial, params
 
     def enqueue(self, params: Mapping[str, Any], **attributes: Any) -> None:
         """Ask for `params` before the sampler is asked."""

@@ -121,7 +121,8 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
         with storage.opened(url, sweeper["study_name"]) as trials:
             record = Record(trials, sweeper["study_name"], space, config.objective)
             begun = len(record.trials) or len(results)
-            record.use(make_sampler(sweeper["sampler"], space, config, partial(ended_in, folder), begun), pruner)
+            ended = partial(ended_in, folder, results)
+            record.use(make_sampler(sweeper["sampler"], space, config, ended, begun), pruner)
             if results and not record.trials:
                 record.rebuild(results)
             check_trials(record.trials, folder, results)
@@ -142,11 +143,11 @@ def opened(folder: Path) -> Iterator[None]:
         yield
 
 
-def ended_in(folder: Path) -> Mapping[str, "Ended"]:
-    """The trials in a study's folder that have ended, with their steps."""
+def ended_in(folder: Path, results: Mapping[str, Result]) -> Mapping[str, "Ended"]:
+    """The trials of a study that have ended, with their steps; `results` grow as it goes on."""
     from autotune.search import twin  # SciPy takes a while to import, and only sampler=twin asks
 
-    return twin.ended_in(folder)
+    return twin.ended_in(folder, results)
 
 
 def check_gpus(config: Config) -> None:
