@@ -141,6 +141,9 @@ def _comparison(study: Study, served: str) -> str:
         return (
             f"{value}: vLLM's defaults{'; no trial beat them' if study.best else ', the only feasible configuration'}"
         )
+    if baseline and baseline.complete and not baseline.feasible:
+        words = f"{_figure(baseline.values[0])} with vLLM's defaults, which break them"
+        return f"{value} within the limits, against {words}: {', '.join(summary.broken(baseline))}"
     if not (baseline and baseline.feasible and baseline.values[0]):
         return f"{value}; no usable baseline to compare with"
     against = f"{_figure(baseline.values[0])}{interval(baseline, metric)}"

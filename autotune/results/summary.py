@@ -36,8 +36,7 @@ def outcome(result: Result, objectives: list[str]) -> str:
     if not result.complete:
         return f"failed: {result.reason}"
     values = ", ".join(f"{name} {value:.4g}" for name, value in zip(objectives, result.values, strict=True))
-    limits = {name: value for name, value in result.constraints.items() if name != "failed_requests"}
-    over = [f"{name} over by {value:.0%}" for name, value in limits.items() if value > 0]
+    over = broken(result)
     why = f"; infeasible: {', '.join(over)}" if over else ""
     verdict = result.verdict + (f" ({'; '.join(result.reasons)})" if result.reasons else "")
     return f"{values}; LoadGen: {verdict}{why}"
@@ -146,13 +145,31 @@ def _why_none(study: Study) -> list[str]:
 def _verdict(study: Study, best: str) -> list[str]:
     result, baseline = study.results[best], study.baseline
     changed, command = shorten(result.params), ["", f"  {result.shell_command}"]
-    if not (baseline and baseline.feasible):
+    if not (baseline and baseline.complete):
         return ["", f"Best: {changed} (no usable baseline to compare with)", *command]
+    if not baseline.feasible:
+        return ["", f"Best: {changed} ({against_infeasible(study, best)})", *command]
     gain = f"{change(study, best)} against vLLM's defaults, measured once each"
     if study.served == best:
         return ["", f"Best: {changed} ({gain})", *command]
     worse = f"No trial beat vLLM's defaults. The best was {changed} ({gain}). Serve the defaults:"
     return ["", worse, "", f"  {baseline.shell_command}"]
+
+
+def against_infeasible(study: Study, best: str) -> str:
+    """The best trial beside vLLM's defaults, which break a limit."""
+    metric, baseline = study.objective.metrics[0], study.baseline
+    assert baseline
+    values = f"{metric} {study.results[best].values[0]:.4g}, {baseline.values[0]:.4g} with vLLM's defaults"
+    return f"holds the limits; {values}, which break them: {', '.join(broken(baseline))}"
+
+
+def broken(result: Result) -> list[str]:
+    """The constraints that `result` breaks, and by how much."""
+    over = {name: value for name, value in result.constraints.items() if value > 0}
+    failed = over.pop("failed_requests", 0)
+    limits = [f"{name} over by {value:.0%}" for name, value in over.items()]
+    return [*limits, f"{failed:.0f} requests failed"] if failed else limits
 
 
 def change(study: Study, name: str) -> str:

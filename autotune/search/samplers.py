@@ -1,5 +1,6 @@
 """The sampler that `sampler=` names."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from autotune.text import one_line
 
 if TYPE_CHECKING:
     from autotune.search.twin import Ended
+
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # some samplers are
 
 MOST = 1e5  # trials, candidates, individuals: a sampler's memory
 LEAST = {"inc_popsize": -1}  # as Optuna writes that CMA-ES does not restart

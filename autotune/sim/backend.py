@@ -277,7 +277,8 @@ def judge(requests: list[RequestTiming], total: int, scenario: ScenarioConfig) -
     if scenario.kind not in LOADED or not limits_of(scenario):
         return requests, []
     ended = sorted(requests, key=lambda request: request.last_token)
-    watch = watched(ended, total, scenario, scenario.stop)
+    stop = Stop.never if scenario.kind is Kind.ClosedLoop else scenario.stop  # as live: how long it gets is not known
+    watch = watched(ended, total, scenario, stop)
     return ended[: watch.seen], watch.reasons()
 
 
