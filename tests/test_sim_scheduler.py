@@ -113,6 +113,18 @@ def test_cache_evicts_the_end_of_what_was_freed_first():
     assert [block.key for block in cache.find(old, 13)] == ["a", "b"]
 
 
+def test_blocks_in_a_row_are_found_and_evicted_together():
+    cache = KvCache(blocks=6, block_size=4, caching=True, span=2)
+    old, new = BlockTable(["a", "b"]), BlockTable(["x"])
+    assert cache.allocate(old, 20) and cache.free_blocks == 1
+    cache.free(old, 20)
+    assert cache.free_blocks == 6
+    assert cache.allocate(new, 12) and cache.free_blocks == 3
+    assert [block.key for block in cache.find(old, 20)] == ["a"]
+    cache.allocate_cached(old, cache.find(old, 20))
+    assert (old.count, cache.hits) == (2, 8)
+
+
 def test_step_in_flight_still_holds_its_blocks_and_seats():
     run = scheduler(Request(0, 4, 1), Request(1, 4, 1), seqs=1)
     in_flight = run.schedule()

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BETWEEN_S = 1.0  # simulated, between two runs in the recorded steps
+LONG = 32  # blocks of a prompt; longer ones are found in the prefix cache by several blocks at once
 PUBLISH_S = 2.0  # simulated; as often as a real run publishes
 
 
@@ -172,13 +173,14 @@ def simulate(
     flags, device = cost.flags, cost.device
     blocks = cost.kv_tokens() // flags.block_size - 1  # vLLM keeps one for itself
     caching, size = flags.enable_prefix_caching, flags.block_size
-    replicas = [Scheduler(flags, KvCache(blocks, size, caching)) for _ in range(flags.data_parallel_size)]
+    span = max(1, int(np.mean([len(prompt) for prompt in samples.prompts]) / size / LONG)) if caching else 1
+    replicas = [Scheduler(flags, KvCache(blocks, size, caching, span)) for _ in range(flags.data_parallel_size)]
     keys: dict[int, list[int]] = {}
 
     def request(number: int, sample: int, arrival: float) -> Request:
         prompt, output = samples.prompts[sample], int(samples.output_tokens[sample])
         if caching and sample not in keys:
-            keys[sample] = prefix_keys(prompt, size)
+            keys[sample] = prefix_keys(prompt, size * span)
         return Request(number, len(prompt), output, arrival, keys.get(sample, ()))
 
     def timing(sample: int, issued: float, done: Request) -> RequestTiming:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 class Block:
-    """A full block that is cached: it can be found by its key."""
+    """A full block that is cached, or several in a row: it can be found by its key."""
 
     __slots__ = ("key", "ref_count")
 
@@ -18,14 +18,14 @@ class Block:
 
 
 class BlockTable:
-    """A request's blocks. `prefix` has a key for each full block of its prompt; equal keys mean equal beginnings."""
+    """A request's blocks. `prefix` has a key for each cached block of its prompt; equal keys mean equal beginnings."""
 
     __slots__ = ("cached", "count", "prefix")
 
     def __init__(self, prefix: Sequence[Hashable] = ()) -> None:
         self.prefix = prefix
-        self.count = 0
-        self.cached: list[Block] = []  # the first blocks of them
+        self.count = 0  # of them
+        self.cached: list[Block] = []  # the first of them
 
     def key(self, index: int) -> Hashable:
         """The key of block `index`; generated tokens have a key of this request's own, for after a preemption."""
@@ -33,12 +33,17 @@ class BlockTable:
 
 
 class KvCache:
-    """`blocks` blocks of `block_size` tokens; with `caching`, full blocks stay cached until their memory is needed."""
+    """`blocks` blocks of `block_size` tokens; with `caching`, full blocks stay cached until their memory is needed.
 
-    def __init__(self, blocks: int, block_size: int, caching: bool = False) -> None:
+    They are found and evicted `span` at a time: vLLM's are single ones, which takes long to simulate for long prompts.
+    """
+
+    def __init__(self, blocks: int, block_size: int, caching: bool = False, span: int = 1) -> None:
         self.blocks = blocks
         self.block_size = block_size
         self.caching = caching
+        self.span = span
+        self.cached_size = span * block_size  # tokens of a cached block
         self.hits = 0  # tokens found so far
         self._blank = blocks  # free and not cached
         self._cached: dict[Hashable, list[Block]] = {}  # several of one key: computed at the same time
@@ -46,7 +51,7 @@ class KvCache:
 
     @property
     def free_blocks(self) -> int:
-        return self._blank + len(self._unused)
+        return self._blank + len(self._unused) * self.span
 
     def needs(self, tokens: int) -> int:
         """Blocks for `tokens` tokens."""
@@ -56,7 +61,7 @@ class KvCache:
         """The longest cached beginning of a request of `length` tokens, whose last token is always computed anew."""
         prefix: list[Block] = []
         if self.caching:
-            for index in range((length - 1) // self.block_size):
+            for index in range((length - 1) // self.cached_size):
                 blocks = self._cached.get(table.key(index))
                 if not blocks:
                     break
@@ -66,7 +71,7 @@ class KvCache:
     def fits(self, tokens: int, prefix: Sequence[Block] = (), watermark: int = 0) -> bool:
         """True if blocks for `tokens` tokens, of which `prefix` is cached, leave `watermark` blocks free."""
         unused = sum(not block.ref_count for block in prefix)
-        return self.needs(tokens) - len(prefix) + unused + watermark <= self.free_blocks
+        return self.needs(tokens) + (unused - len(prefix)) * self.span + watermark <= self.free_blocks
 
     def allocate_cached(self, table: BlockTable, prefix: Sequence[Block]) -> None:
         """Add the blocks that `find` found to `table`."""
@@ -74,8 +79,8 @@ class KvCache:
             block.ref_count += 1
             self._unused.pop(block, None)
         table.cached.extend(prefix)
-        table.count += len(prefix)
-        self.hits += len(prefix) * self.block_size
+        table.count += len(prefix) * self.span
+        self.hits += len(prefix) * self.cached_size
 
     def allocate(self, table: BlockTable, tokens: int) -> bool:
         """Let `table` have blocks for `tokens` tokens in all; False, and nothing changes, if too few are free."""
@@ -97,13 +102,13 @@ class KvCache:
             block.ref_count -= 1
             if not block.ref_count:
                 self._unused[block] = None
-        self._blank += table.count - len(table.cached)
+        self._blank += table.count - len(table.cached) * self.span
         table.count = 0
         table.cached = []
 
     def _cache_full_blocks(self, table: BlockTable, tokens: int) -> None:
         if self.caching:
-            for index in range(len(table.cached), tokens // self.block_size):
+            for index in range(len(table.cached), tokens // self.cached_size):
                 block = Block(table.key(index))
                 self._cached.setdefault(block.key, []).append(block)
                 table.cached.append(block)
@@ -114,7 +119,7 @@ class KvCache:
         blocks.remove(block)
         if not blocks:
             del self._cached[block.key]
-        self._blank += 1
+        self._blank += self.span
 
 
 def prefix_keys(prompt: NDArray[np.int32], block_size: int) -> list[int]:

@@ -148,7 +148,7 @@ class Scheduler:
         while self.waiting and budget > 0 and len(self.running) < most:
             request = self.waiting[0]
             prefix = self.cache.find(request.block_table, request.length)
-            start = len(prefix) * self.cache.block_size
+            start = len(prefix) * self.cache.cached_size
             tokens = min(request.length - start, longest)
             if tokens > budget and not self.flags.enable_chunked_prefill:
                 return
