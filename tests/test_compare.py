@@ -1,6 +1,7 @@
 """Studies beside each other, and one that starts with another's best."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,16 @@ def test_figures_are_those_of_the_results(first: Path):
     spent = sum(sum(result["phases"].values()) for result in results)
     assert 0 < one["engine_s_to_best"] <= spent + 1e-6
     assert one["trials"] == 3 and one["failed"] == 0
+
+
+def test_gain_over_the_recipe_stands_below_the_one_over_the_defaults(first: Path, tmp_path: Path):
+    recipe = ["baseline=[defaults,recipe]", "model.recipe.args.max_num_seqs=16"]
+    study(tmp_path, "n_trials=1", f"{SEQS}=choice(32)", *recipe)
+    done = compare(tmp_path, str(first / "multirun/s"), "s")
+    rows = {re.split("  +", line.strip())[0]: line.split()[-2:] for line in done.stdout.splitlines()}
+    assert rows["recipe"][0] == rows["gain over the recipe"][0] == "–"
+    assert float(rows["gain over the recipe"][1][:-1]) > float(rows["gain"][1][:-1]) > 0
+    assert "recipe" not in compare(first, "s", "s").stdout
 
 
 def test_other_objective_is_said(first: Path, tmp_path: Path):

@@ -123,6 +123,21 @@ def test_defaults_that_win_are_said_to_win(tmp_path: Path):
     assert "1,000 tokens/s: vLLM's defaults; no trial beat them" in page
 
 
+@pytest.mark.parametrize(
+    ("best", "words"),
+    [
+        (1200, "+20.0%: 1,200 tokens/s, against 1,000 with vLLM's defaults, +9.1% against 1,100 with the recipe"),
+        (1050, "1,100 tokens/s: the recipe; no trial beat it, +10.0% against 1,000 with vLLM's defaults"),
+    ],
+)
+def test_recipe_stands_beside_the_defaults(tmp_path: Path, best: float, words: str):
+    recipe = result(1100, values=[1100.0], params={"engine.args.speculative_config": {"method": "ngram"}})
+    made = study(tmp_path, [result(best)], result(1000))
+    made.results["recipe"] = recipe
+    page = text(report.page(made))
+    assert words in page and ("recipe 1,100" in page or best < 1100)
+
+
 def test_edge_that_the_best_stands_on_is_said_at_the_top(tmp_path: Path):
     best = result(1200)
     best.metrics["queued_tpot_p99_ms"] = 95.0  # of the 100 that are allowed

@@ -57,6 +57,45 @@ def test_defaults_that_win_are_said_to_win(tmp_path: Path):
     assert "No trial beat vLLM's defaults" in study(tmp_path, "n_trials=1", f"{SEQS}=choice(2)")
 
 
+RECIPE = ["model.recipe.args.max_num_seqs=64"]
+
+
+def test_recipe_is_a_second_baseline_also_of_a_study_that_goes_on(tmp_path: Path):
+    study(tmp_path, "n_trials=1", f"{SEQS}=range(16,33)")
+    study(tmp_path, "n_trials=2", f"{SEQS}=range(16,33)", "baseline=[defaults,recipe]", *RECIPE)
+    found = results_in(tmp_path / "multirun/s")
+    assert list(found)[:2] == ["baseline", "recipe"] and len(found) == 4
+    assert (found["recipe"].params, found["recipe"].args["max_num_seqs"]) == ({SEQS: 64}, 64)
+    assert [
+        trial.params for trial in asked(tmp_path) if "baseline" in trial.user_attrs
+    ] == []  # neither is in the space
+    assert sum(trial.state is TrialState.COMPLETE for trial in asked(tmp_path)) == 2
+    summary = (tmp_path / "multirun/s/summary.txt").read_text()
+    assert "against vLLM's defaults, " in summary and "% against the recipe, measured once each" in summary
+
+
+def test_recipe_within_the_space_is_a_trial_the_sampler_learns_from_and_is_not_run_again(tmp_path: Path):
+    said = study(tmp_path, "sampler=grid", f"{SEQS}=choice(64,128)", "baseline=[recipe]", *RECIPE)
+    assert " repeats recipe: max_num_seqs=64" in said and not (tmp_path / "multirun/s/baseline").exists()
+    assert [trial.params for trial in asked(tmp_path) if "baseline" in trial.user_attrs] == [{SEQS: 64}]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["baseline=recipe"], "baseline=recipe: llama8b has none; leave it out, or write model.recipe.args.<flag>="),
+        (["baseline=[defaults,best]", *RECIPE], "baseline=best: write false, defaults, recipe, or [defaults,recipe]"),
+        (
+            ["baseline=recipe", f"{TOKENS}=32", *RECIPE],
+            "baseline=recipe: vLLM refuses max_num_seqs=64: max_num_batched",
+        ),
+    ],
+)
+def test_recipe_that_can_not_be_run_is_refused(words: list[str], said: str, tmp_path: Path):
+    with pytest.raises(InputError, match=re.escape(said)):
+        study(tmp_path, "n_trials=1", f"{SEQS}=choice(2,4)", *words)
+
+
 def test_trial_over_a_limit_is_kept_but_not_best(tmp_path: Path):
     load = ["scenario=server", "scenario.qps=0.1", "scenario.tpot_ms=20"]
     said = study(tmp_path, *load, "sampler=grid", f"{SEQS}=choice(64,256)")

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from autotune.config.schema import Config, Kind, ModelConfig, ObjectiveConfig, ScenarioConfig, TrackingConfig
+from autotune.config.schema import (
+    Config,
+    Kind,
+    ModelConfig,
+    ObjectiveConfig,
+    Recipe,
+    ScenarioConfig,
+    TrackingConfig,
+)
 from autotune.measure.result import Result
 from autotune.results import summary
 from autotune.results.study import Study
@@ -80,6 +88,26 @@ def test_winner_is_shown_with_its_gain_and_its_command():
     assert "Study s: 2 trials, 0 failed" in shown
     assert "Best: max_num_seqs=1 (+20.0% against vLLM's defaults" in shown
     assert "\n  vllm serve winner\n" in shown and "serve default" not in shown
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "served"),
+    [
+        (11, "Best: max_num_seqs=0 (+20.0% against vLLM's defaults, +9.1% against the recipe, measured", "winner"),
+        (16, "No trial beat the recipe. The best was max_num_seqs=0 (+20.0% against vLLM's defaults, -25.0%", "recipe"),
+    ],
+)
+def test_gain_is_told_against_the_recipe_too(recipe: float, words: str, served: str):
+    made = study(result(10, command="default"), result(12, command="winner"))
+    made.results["recipe"] = replace(result(recipe, command="recipe"), params={"engine.args.stream_interval": 20})
+    made.config.model.recipe = Recipe({"stream_interval": 20}, "vendor", "2026-03-08")
+    shown = summary.render(made)
+    assert words in shown and f"\n  vllm serve {served}\n" in shown
+    assert "\n  recipe " in shown and "\nrecipe: stream_interval=20 (vendor, 2026-03-08)\n" in shown
+    figures = summary.headline(made)
+    assert figures["recipe_tokens_per_s"] == recipe and figures["trials"] == 1
+    assert figures["gain_over_recipe_percent"] == pytest.approx(100 * (12 / recipe - 1))
+    assert figures["gain_percent"] == pytest.approx(20)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from autotune.errors import InputError
 from autotune.measure.limits import limits_of
 from autotune.measure.objective import offered_load
 from autotune.measure.result import State
-from autotune.results.study import Study, load
+from autotune.results.study import BASELINE, RECIPE, Study, load
 from autotune.text import aligned
 
 ABSENT = "–"
@@ -54,9 +54,11 @@ class Column:
     trials: int  # completed, without the baseline
     failed: int
     baseline: float | None
+    recipe: float | None
     best: float | None
     best_trial: str | None
     gain: float | None  # of the best against the baseline, positive where it is better
+    gain_over_recipe: float | None
     engine_s_to_best: float | None  # start and run of all trials until the best had ended, s
     params: dict[str, Any]  # of the best
 
@@ -65,7 +67,8 @@ def column_of(study: Study) -> Column:
     config, best = study.config, study.best
     states = [result.state for result in study.swept.values()]
     facts = next((result.facts for result in study.complete.values()), {})
-    baseline = study.baseline if study.baseline and study.baseline.feasible else None
+    reference = {name: study.results[name].values[0] for name in study.references}
+    gains = {name: study.gain(best, over=name) if best else None for name in reference}
     pairs = zip(study.objective.metrics, study.objective.directions, strict=True)
     return Column(
         study=study.name,
@@ -78,10 +81,12 @@ def column_of(study: Study) -> Column:
         sampler=config.sampler,
         trials=states.count(State.complete),
         failed=states.count(State.failed),
-        baseline=baseline.values[0] if baseline else None,
+        baseline=reference.get(BASELINE),
+        recipe=reference.get(RECIPE),
         best=study.results[best].values[0] if best else None,
         best_trial=best,
-        gain=study.gain(best) if best and baseline else None,
+        gain=gains.get(BASELINE),
+        gain_over_recipe=gains.get(RECIPE),
         engine_s_to_best=_engine_s_until(study, best) if best else None,
         params=study.results[best].params if best else {},
     )
@@ -112,13 +117,15 @@ def render(columns: Sequence[Column]) -> str:
     figures = {
         "trials": [f"{column.trials}, {column.failed} failed" for column in columns],
         "baseline": [_shown(column.baseline, "{:,.4g}") for column in columns],
+        "recipe": [_shown(column.recipe, "{:,.4g}") for column in columns],
         "best": [_shown(column.best, "{:,.4g}") for column in columns],
         "gain": [_shown(column.gain, "{:+.1%}") for column in columns],
+        "gain over the recipe": [_shown(column.gain_over_recipe, "{:+.1%}") for column in columns],
         "engine time to best": [
             _shown(column.engine_s_to_best and column.engine_s_to_best / 60, "{:.1f} min") for column in columns
         ],
     }
-    lines += [["", name, *cells] for name, cells in figures.items()]
+    lines += [["", name, *cells] for name, cells in figures.items() if "recipe" not in name or {*cells} != {ABSENT}]
     lines.append([])
     lines.append(["", "best configuration", *(column.best_trial or ABSENT for column in columns)])
     for name in dict.fromkeys(name for column in columns for name in column.params):

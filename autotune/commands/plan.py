@@ -21,11 +21,12 @@ import optuna
 
 from autotune.config import vllm_flags
 from autotune.config.command_line import compose, errors_in_one_line, load_as_key
-from autotune.config.schema import Config
+from autotune.config.schema import Config, baselines
+from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
 from autotune.measure.result import Result
 from autotune.results import fleet
-from autotune.results.study import BASELINE, TRIAL, Study, load
+from autotune.results.study import BASELINE, RECIPE, REFERENCES, TRIAL, Study, load
 from autotune.results.summary import change
 from autotune.search.device import device_of
 from autotune.search.simulate import estimate, search, search_best, simulation
@@ -55,7 +56,9 @@ def make(config: Config, space: Space) -> Plan:
     drawn = list(search(simulated, space, optuna.samplers.RandomSampler(seed=config.seed), DRAWS))
     baseline = estimate(simulated, {})
     trials = search_best(simulated, space, SEARCHED)
-    results = {BASELINE: baseline} | {f"{TRIAL}{number}": result for number, result in enumerate(trials)}
+    recipe = {f"{FLAG}{flag}": value for flag, value in config.model.recipe.args.items()}
+    results = {BASELINE: baseline} | ({RECIPE: estimate(simulated, recipe)} if RECIPE in baselines(config) else {})
+    results |= {f"{TRIAL}{number}": result for number, result in enumerate(trials)}
     study = Study(Path(config.study), config, results)
     device, twin = config.prior.backend["device"]["name"], config.prior.backend.get("twin")
     return Plan(space, f"{device}, a twin of {', '.join(twin)}" if twin else device, baseline, drawn, study)
@@ -90,11 +93,13 @@ def render(plan: Plan) -> str:
         f"bound by  {_bottlenecks(runs)}",
         f"baseline  {plan.baseline.reason or _outcome(plan.baseline, study.config)}",
     ]
+    if recipe := study.results.get(RECIPE):
+        lines.append(f"recipe    {recipe.reason or _outcome(recipe, study.config)}")
     if study.best:
         best = study.results[study.best]
         lines += [f"best      {_outcome(best, study.config)}", f"            {shorten(best.params)}"]
-        if plan.baseline.feasible:
-            lines.append(f"gain      {change(study, study.best)} against vLLM's defaults")
+        gains = [f"{change(study, study.best, name)} against {REFERENCES[name]}" for name in study.references]
+        lines += [f"gain      {', '.join(gains)}"] if gains else []
     else:
         lines.append("best      nothing that holds the limits; loosen them, lower the load or widen the space")
     if load := study.config.target_load:
@@ -146,7 +151,7 @@ def _time(plan: Plan, runs: Sequence[Result]) -> str:
         return "nothing to run"
     trial_s = sum(result.engine_s for result in measured) / len(measured)
     gpu_s = sum(result.engine_s * vllm_flags.gpus(result.args) for result in measured) / len(measured)
-    trials = plan.study.config.n_trials + plan.study.config.baseline
+    trials = plan.study.config.n_trials + len(baselines(plan.study.config))
     hours, gpu_hours = trials * trial_s / 3600, trials * gpu_s / 3600
     return f"{trials} trials of {trial_s:.0f} s: {hours:.1f} h one after another, {gpu_hours:.1f} GPU hours"
 

@@ -20,6 +20,7 @@ from autotune.config.bounds import (
     positive,
     within,
 )
+from autotune.errors import InputError
 
 
 class Kind(Enum):
@@ -324,7 +325,8 @@ class TrackingConfig:
 class Config:
     study: str = bounded(MISSING, file_name)  # name of the study and of its folder in multirun/
     n_trials: int = within(20, 1, 1e7)  # trials of a study, beside the baseline
-    baseline: bool = True  # run vLLM's defaults first
+    # What runs first, to compare with: defaults (vLLM's), recipe (model.recipe), a list of both; true is defaults.
+    baseline: Any = True
     # 30m, 2h: after it no trial starts, and those that run may end; null is no limit.
     budget: str | None = bounded(None, duration)
     budget_of: BudgetOf = BudgetOf.engine
@@ -355,6 +357,23 @@ class Config:
     pruner: Any = None  # `_target_` is an Optuna pruner, which decides the trials that end early
     launcher: dict[str, Any] = field(default_factory=dict)  # likewise: InlineConfig, LocalConfig, ClusterConfig
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+DEFAULTS, RECIPE = "defaults", "recipe"  # what a study is compared with
+
+
+def baselines(config: Config) -> list[str]:
+    """The words of `config.baseline`. Raises InputError for another one, and for the recipe of a model without."""
+    written = config.baseline
+    words: list[Any] = written if isinstance(written, list) else [DEFAULTS] if written is True else [written]
+    words = [] if written is False else words
+    if wrong := [word for word in words if word not in (DEFAULTS, RECIPE)]:
+        raise InputError(f"baseline={wrong[0]}: write false, defaults, recipe, or [defaults,recipe]")
+    if RECIPE in words and not config.model.recipe.args:
+        raise InputError(
+            f"baseline={RECIPE}: {config.model.name} has none; leave it out, or write model.recipe.args.<flag>=<value>"
+        )
+    return list(dict.fromkeys(words))
 
 
 def register() -> None:

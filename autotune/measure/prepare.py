@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.utils import instantiate
 
-from autotune.config import overrides, vllm_flags
+from autotune.config import overrides, schema, vllm_flags
 from autotune.config.overrides import typed_target
 from autotune.config.schema import Config
 from autotune.data import models, samples
@@ -90,6 +90,7 @@ def check(config: Config) -> None:
 def check_together(config: Config) -> None:
     """Raise InputError for values of which each is allowed, but not beside the others."""
     objective.check(config.objective)
+    schema.baselines(config)
     runs.check(config)
     dataset = config.dataset
     if dataset.min_output_tokens > dataset.max_output_tokens:

@@ -30,7 +30,7 @@ from autotune.measure.limits import limits_of
 from autotune.measure.result import Result
 from autotune.results import summary
 from autotune.results.fleet import Fleet, cost
-from autotune.results.study import BASELINE, SPACE, TRIAL, Study
+from autotune.results.study import REFERENCES, SPACE, TRIAL, Study
 from autotune.system.files import left_in
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -104,7 +104,7 @@ def distributions(study: Study) -> dict[str, BaseDistribution]:
     """The space that `study` was drawn from, as its folder has it, widened to every value that a trial had."""
     written = left_in(study.folder / SPACE)  # version 0.1 left none
     seen: dict[str, list[Any]] = {}
-    for result in study.results.values():
+    for result in study.swept.values():
         for key, value in result.params.items():
             seen.setdefault(key, []).append(value)
     return {key: _widened(_distribution(written.get(key)), values) for key, values in seen.items()}
@@ -133,19 +133,23 @@ def _short(by_key: Mapping[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(FLAG): value for key, value in by_key.items()}
 
 
-def history(study: optuna.Study, metric: str, baseline: Result | None) -> go.Figure:
-    """Draw each trial's value and the best so far, with the baseline."""
+def history(study: optuna.Study, metric: str, references: Mapping[str, Result]) -> go.Figure:
+    """Draw each trial's value and the best so far, with what they are compared with."""
     _complete(study, 1)
     figure = visualization.plot_optimization_history(study, target_name=label(metric))
     figure.update_xaxes(title_text="trial")
     figure.update_traces(name="best so far", selector={"name": "Best Value"})
-    if baseline and metric in baseline.metrics:
-        text = f"baseline {baseline.metrics[metric]:,.4g}"
+    values = {name: one.metrics[metric] for name, one in references.items() if metric in one.metrics}
+    for side, (name, value) in zip(("left", "right"), values.items(), strict=False):
         figure.add_hline(
-            baseline.metrics[metric],
+            value,
             line={"dash": "dash", "color": VERMILLION},
-            annotation={"text": text, "font": {"color": VERMILLION}, "bgcolor": "rgba(255,255,255,.8)"},
-            annotation_position="bottom left",
+            annotation={
+                "text": f"{name} {value:,.4g}",
+                "font": {"color": VERMILLION},
+                "bgcolor": "rgba(255,255,255,.8)",
+            },
+            annotation_position=f"bottom {side}",
         )
     return finished(figure)
 
@@ -231,7 +235,7 @@ def load_curve(results: Mapping[str, Result], metric: str, limit: float | None, 
             name=name,
             mode="lines+markers",
             marker={"symbol": ["circle" if run.verdict == "VALID" else "circle-open" for run in runs], "size": 8},
-            line={"dash": "dash"} if name == BASELINE else {},
+            line={"dash": "dash"} if name in REFERENCES else {},
             hovertext=[f"{name}: {run.verdict} {'; '.join(run.reasons)}<br>{changes(result)}" for run in runs],
             hovertemplate=f"%{{x:.4g}} {unit}: %{{y:,.4g}} ms<br>%{{hovertext}}<extra></extra>",
         )

@@ -27,7 +27,7 @@ from autotune.measure.objective import offered_load, sign
 from autotune.measure.result import Result, State
 from autotune.results import figures, fleet, summary
 from autotune.results.figures import drawn, label
-from autotune.results.study import BASELINE, TWIN, Study
+from autotune.results.study import BASELINE, REFERENCES, TWIN, Study
 from autotune.results.summary import HEADINGS, outcome
 from autotune.system.files import left_in, write_whole
 from autotune.text import shorten
@@ -137,17 +137,29 @@ def _comparison(study: Study, served: str) -> str:
         spans = [f"{label(name)} {_figure(min(some))} to {_figure(max(some))}" for name, some in values]
         return f"{len(front)} trials on the Pareto front: {', '.join(spans)}"
     value = f"{_figure(result.values[0])} {label(metric)}{interval(result, metric)}"
-    if served == BASELINE:
-        return (
-            f"{value}: vLLM's defaults{'; no trial beat them' if study.best else ', the only feasible configuration'}"
-        )
+    if served in REFERENCES:
+        pronoun = "them" if served == BASELINE else "it"
+        unbeaten = f"; no trial beat {pronoun}" if study.best else ", the only feasible configuration"
+        return f"{value}: {REFERENCES[served]}{unbeaten}{_others(study, served)}"
     if baseline and baseline.complete and not baseline.feasible:
         words = f"{_figure(baseline.values[0])} with vLLM's defaults, which break them"
-        return f"{value} within the limits, against {words}: {', '.join(summary.broken(baseline))}"
+        broken = ", ".join(summary.broken(baseline))
+        return f"{value} within the limits{_others(study, served)}, against {words}: {broken}"
     if not (baseline and baseline.feasible and baseline.values[0]):
-        return f"{value}; no usable baseline to compare with"
+        return f"{value}; no usable baseline to compare with{_others(study, served)}"
     against = f"{_figure(baseline.values[0])}{interval(baseline, metric)}"
-    return f"{summary.change(study, served)}: {value}, against {against} with vLLM's defaults"
+    change = summary.change(study, served)
+    return f"{change}: {value}, against {against} with vLLM's defaults{_others(study, served, BASELINE)}"
+
+
+def _others(study: Study, served: str, *told: str) -> str:
+    """The change of `served` against each of REFERENCES that is not `told` of: `, +3.1% against the recipe's 81`."""
+    metric, found = study.objective.metrics[0], [name for name in study.references if name not in (served, *told)]
+    return "".join(
+        f", {summary.change(study, served, name)} against {_figure(study.results[name].values[0])}"
+        f"{interval(study.results[name], metric)} with {REFERENCES[name]}"
+        for name in found
+    )
 
 
 def by_flag(command: Sequence[str]) -> list[str]:
@@ -170,14 +182,15 @@ def interval(result: Result, metric: str) -> str:
 
 def cards(study: Study) -> list[tuple[str, str, str]]:
     """The figures at a glance: name, value, and what to compare it with."""
-    result, baseline, found = study.results.get(study.served or ""), study.baseline, []
+    result, found = study.results.get(study.served or ""), []
+    others = [name for name in REFERENCES if name in study.complete and name != study.served]
+    references = {name: study.results[name].metrics for name in others}
     wanted = list(dict.fromkeys([*study.config.objective.metrics, *HEADINGS]))
     for metric in wanted if result else []:
         assert result
         if metric in result.metrics:
-            beside = baseline.metrics.get(metric) if baseline and baseline is not result else None
             limit = figures.latency_limits(study.config.scenario).get(metric)
-            words = [f"baseline {_figure(beside)}"] if beside is not None else []
+            words = [f"{name} {_figure(known[metric])}" for name, known in references.items() if metric in known]
             words += [f"limit {limit:g}"] if limit is not None else []
             found.append((label(metric), _figure(result.metrics[metric]), ", ".join(words)))
     return found
@@ -189,7 +202,7 @@ def sections(study: Study) -> list[Section]:
     alone = {metric: figures.optuna_study(study, [metric], [direction]) for metric, direction in directions}
     importance, ranked = importances(alone)
     return [
-        history(alone, study.baseline),
+        history(alone, {name: study.results[name] for name in REFERENCES if name in study.results}),
         importance,
         slices(alone, ranked),
         front(study, limits),
@@ -202,11 +215,11 @@ def sections(study: Study) -> list[Section]:
     ]
 
 
-def history(alone: Mapping[str, optuna.Study], baseline: Result | None) -> Section:
+def history(alone: Mapping[str, optuna.Study], references: Mapping[str, Result]) -> Section:
     """`alone` has the study as it is in each of the objective's metrics, here and below."""
     section = Section("Optimisation history", "Grey trials broke a limit. The line is the best so far.")
     for metric, study in alone.items():
-        section.add(partial(figures.history, study, metric, baseline))
+        section.add(partial(figures.history, study, metric, references))
     return section
 
 
@@ -264,9 +277,9 @@ def load(study: Study, limits: Mapping[str, float]) -> Section:
     key = "scenario.users" if scenario.kind is Kind.ClosedLoop else "scenario.qps"
     swept = {name: result for name, result in trials if key in result.params}
     if several:
-        some = {name: result for name, result in several.items() if name != BASELINE}
+        some = {name: result for name, result in several.items() if name not in REFERENCES}
         some = dict(list(some.items())[: figures.CURVES])
-        shown = {BASELINE: several[BASELINE], **some} if BASELINE in several else some
+        shown = {name: several[name] for name in REFERENCES if name in several} | some
         for metric in list(limits) or ["ttft_p99_ms", "tpot_p99_ms"]:
             section.add(partial(figures.load_curve, shown, metric, limits.get(metric), scenario.load_unit))
     elif swept:
@@ -452,7 +465,7 @@ def failures(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
         if result.complete or result.state is State.interrupted:
             continue
         why = f"refused: {result.reason}" if result.state is State.refused else result.reason
-        params = "vLLM's defaults" if name == BASELINE else shorten(result.params)
+        params = REFERENCES.get(name) or shorten(result.params)
         kind = "".join(letter for letter in why if not letter.isdigit())
         kinds.setdefault(kind, (why, []))[1].append((name, params))
     return sorted(kinds.values(), key=lambda item: -len(item[1]))

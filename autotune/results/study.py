@@ -12,6 +12,7 @@ from statistics import mode
 import numpy as np
 
 from autotune.config.overrides import read
+from autotune.config.schema import RECIPE as RECIPE
 from autotune.config.schema import Config, ObjectiveConfig
 from autotune.errors import InputError
 from autotune.measure import objective
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 MULTIRUN = Path("multirun")
 BASELINE = "baseline"
+REFERENCES = {BASELINE: "vLLM's defaults", RECIPE: "the recipe"}  # what trials are compared with, in words
 TRIAL = "trial-"  # then its number, in Optuna's study too
 CANARY = "canary-"  # then the node's name
 SPACE = "space.json"  # in a study's folder: Optuna's distribution of each parameter, by configuration key
@@ -33,7 +35,7 @@ class Study:
 
     folder: Path
     config: Config  # what its trials share
-    results: dict[str, Result]  # by the trial's folder: the baseline, then trials by number
+    results: dict[str, Result]  # by the trial's folder: REFERENCES, then trials by number
     canaries: dict[str, Result] = field(default_factory=dict)  # short baselines, by node
 
     @property
@@ -49,13 +51,18 @@ class Study:
         """vLLM's defaults, whether they completed or not."""
         return self.results.get(BASELINE)
 
+    @property
+    def references(self) -> list[str]:
+        """Names of REFERENCES that are feasible."""
+        return [name for name in REFERENCES if name in self.results and self.results[name].feasible]
+
     @cached_property
     def swept(self) -> dict[str, Result]:
         """The trials whose parameters a sampler chose, without those that were interrupted."""
         return {
             name: result
             for name, result in self.results.items()
-            if name != BASELINE and result.state is not State.interrupted
+            if name not in REFERENCES and result.state is not State.interrupted
         }
 
     @cached_property
@@ -64,7 +71,7 @@ class Study:
 
     @cached_property
     def ranked(self) -> list[str]:
-        """The feasible trials but the baseline, the best in the first objective first; equal parameters once."""
+        """The feasible trials but REFERENCES, the best in the first objective first; equal parameters once."""
         return self.ranked_by(0)
 
     def ranked_by(self, metric: int) -> list[str]:
@@ -84,18 +91,15 @@ class Study:
 
     @property
     def served(self) -> str | None:
-        """The configuration to serve: the best trial, or the baseline if none beats it; None if none is feasible."""
-        baseline = self.baseline
-        if not (baseline and baseline.feasible):
-            return self.best
-        sign, best = objective.sign(self.objective), self.results.get(self.best or "")
-        return self.best if best and sign * (best.values[0] - baseline.values[0]) > 0 else BASELINE
+        """The configuration to serve: the best trial, or what none of them beats; None if none is feasible."""
+        sign, candidates = objective.sign(self.objective), [*self.references, *([self.best] if self.best else [])]
+        return max(candidates, key=lambda name: sign * self.results[name].values[0], default=None)
 
-    def gain(self, name: str, metric: int = 0) -> float | None:
-        """The share by which `name` is better than the baseline; None without one that completed, or if that is 0."""
-        if not (self.baseline and self.baseline.complete and self.results[name].complete):
+    def gain(self, name: str, metric: int = 0, over: str = BASELINE) -> float | None:
+        """The share by which `name` is better than `over`; None without one that completed, or if that is 0."""
+        if not (over in self.complete and self.results[name].complete):
             return None
-        values = self.results[name].values[metric], self.baseline.values[metric]
+        values = self.results[name].values[metric], self.results[over].values[metric]
         return objective.gain(self.objective, *values, metric)
 
     @cached_property
@@ -154,13 +158,14 @@ def config_in(folder: Path, results: Mapping[str, Result]) -> Config:
 
 
 def results_in(folder: Path) -> dict[str, Result]:
-    """The results of a study's trials, by folder: the baseline, then trials by number.
+    """The results of a study's trials, by folder: REFERENCES, then trials by number.
 
     One with more or fewer values than most is left out, and named in the log.
     """
     trials = [path.parent for path in folder.glob(f"{TRIAL}*/result.json")]
     numbered = [path for path in trials if path.name.removeprefix(TRIAL).isdecimal()]
-    paths = [folder / BASELINE, *sorted(numbered, key=lambda path: int(path.name.removeprefix(TRIAL)))]
+    numbered.sort(key=lambda path: int(path.name.removeprefix(TRIAL)))
+    paths = [*(folder / name for name in REFERENCES), *numbered]
     found = {path.name: result for path in paths if (result := result_in(path))}
     usual = mode([len(result.values) for result in found.values() if result.complete] or [0])
     for name in [name for name, result in found.items() if result.complete and len(result.values) != usual]:

@@ -11,7 +11,7 @@ from autotune.config.schema import Config
 from autotune.measure import objective
 from autotune.measure.result import Result, State
 from autotune.results import fleet
-from autotune.results.study import BASELINE, Study
+from autotune.results.study import BASELINE, RECIPE, REFERENCES, Study
 from autotune.system.files import left_in, write_whole
 from autotune.text import aligned, shorten
 
@@ -28,6 +28,7 @@ COLUMNS = [
     ("tpot_p99_ms", "TPOT p99 ms", 2),
     ("latency_p99_ms", "latency p99 ms", 0),
 ]
+SERVE = {BASELINE: "the defaults", RECIPE: "the recipe"}
 HEADINGS = {metric: heading for metric, heading, _ in COLUMNS}
 
 
@@ -58,13 +59,15 @@ def headline(study: Study) -> dict[str, float]:
         "trials": float(len(states) - states.count(State.refused)),
         "failed_trials": float(states.count(State.failed)),
     }
-    metric, baseline, best = study.objective.metrics[0], study.baseline, study.best
-    if baseline and baseline.complete:
-        figures[f"baseline_{metric}"] = baseline.values[0]
+    metric, best = study.objective.metrics[0], study.best
+    for name in REFERENCES:
+        if name in study.complete:
+            figures[f"{name}_{metric}"] = study.results[name].values[0]
     if best:
         figures[f"best_{metric}"] = study.results[best].values[0]
-        if (gain := study.gain(best)) is not None:
-            figures["gain_percent"] = gain * 100
+        for name, figure in ((BASELINE, "gain_percent"), (RECIPE, "gain_over_recipe_percent")):
+            if (gain := study.gain(best, over=name)) is not None:
+                figures[figure] = gain * 100
     if load := study.config.target_load:
         cheapest = next(iter(fleet.fleets(study.complete.items(), study.config, load)), None)
         if cheapest:
@@ -91,15 +94,11 @@ def write(study: Study) -> str:
 
 def render(study: Study) -> str:
     """Best against baseline (or the Pareto front), the command that serves it, where things lie."""
-    config, baseline, best = study.config, study.baseline, study.best
+    config, best = study.config, study.best
     several = len(study.objective.metrics) > 1
     names = study.front if several else [best] if best else []
-    rows = {name: study.results[name] for name in [BASELINE, *names] if name in study.complete}
-    parts = [_counts(study), *_table(rows, config)]
-    if baseline and not baseline.complete:
-        parts.append(f"{BASELINE} failed: {baseline.reason}")
-    elif baseline and not baseline.feasible:
-        parts.append(f"{BASELINE} is infeasible: {outcome(baseline, config.objective.metrics)}")
+    rows = {name: study.results[name] for name in [*REFERENCES, *names] if name in study.complete}
+    parts = [_counts(study), *_table(rows, config), *_references(study)]
     if best is None:
         parts += _why_none(study)
     elif several:
@@ -134,6 +133,19 @@ def _counts(study: Study) -> str:
     return f"Study {study.config.study}: {len(states) - refused} trials, {failed} failed{more}\n"
 
 
+def _references(study: Study) -> list[str]:
+    """Lines on the recipe, and on what failed or broke a limit of what trials are compared with."""
+    parts, recipe = [], study.config.model.recipe
+    if RECIPE in study.results:
+        parts += ["", f"recipe: {shorten(study.results[RECIPE].params)} ({', '.join([recipe.source, recipe.date])})"]
+    for name in REFERENCES:
+        if (result := study.results.get(name)) and not result.complete:
+            parts.append(f"{name} failed: {result.reason}")
+        elif result and not result.feasible:
+            parts.append(f"{name} is infeasible: {outcome(result, study.config.objective.metrics)}")
+    return parts
+
+
 def _why_none(study: Study) -> list[str]:
     reasons = sorted({f"  {result.reason}" for result in study.swept.values() if result.state is State.failed})
     parts = ["", *(["Why trials failed:", *reasons] if reasons else [])]
@@ -143,25 +155,27 @@ def _why_none(study: Study) -> list[str]:
 
 
 def _verdict(study: Study, best: str) -> list[str]:
-    result, baseline = study.results[best], study.baseline
-    changed, command = shorten(result.params), ["", f"  {result.shell_command}"]
-    if not (baseline and baseline.complete):
-        return ["", f"Best: {changed} (no usable baseline to compare with)", *command]
-    if not baseline.feasible:
-        return ["", f"Best: {changed} ({against_infeasible(study, best)})", *command]
-    gain = f"{change(study, best)} against vLLM's defaults, measured once each"
-    if study.served == best:
-        return ["", f"Best: {changed} ({gain})", *command]
-    worse = f"No trial beat vLLM's defaults. The best was {changed} ({gain}). Serve the defaults:"
-    return ["", worse, "", f"  {baseline.shell_command}"]
+    changed = shorten(study.results[best].params)
+    text = f"Best: {changed} ({'; '.join(_against(study, best)) or 'no usable baseline to compare with'})"
+    served = study.served or best
+    if served != best:
+        text = f"No trial beat {REFERENCES[served]}. The best was {text.removeprefix('Best: ')}. Serve {SERVE[served]}:"
+    return ["", text, "", f"  {study.results[served].shell_command}"]
 
 
-def against_infeasible(study: Study, best: str) -> str:
-    """The best trial beside vLLM's defaults, which break a limit."""
-    metric, baseline = study.objective.metrics[0], study.baseline
-    assert baseline
-    values = f"{metric} {study.results[best].values[0]:.4g}, {baseline.values[0]:.4g} with vLLM's defaults"
-    return f"holds the limits; {values}, which break them: {', '.join(broken(baseline))}"
+def _against(study: Study, best: str) -> list[str]:
+    """Phrases that set the best trial beside REFERENCES: what it gains, and which limits they break."""
+    gains = [f"{change(study, best, name)} against {REFERENCES[name]}" for name in study.references]
+    phrases = [f"{', '.join(gains)}, measured once each"] if gains else []
+    over = {name: study.results[name] for name in REFERENCES if name in study.complete and name not in study.references}
+    if over:
+        phrases.append("holds the limits")
+        value = f"{study.objective.metrics[0]} {study.results[best].values[0]:.4g}"
+        phrases += [
+            f"{value}, {one.values[0]:.4g} with {REFERENCES[name]}, which break them: {', '.join(broken(one))}"
+            for name, one in over.items()
+        ]
+    return phrases
 
 
 def broken(result: Result) -> list[str]:
@@ -172,9 +186,9 @@ def broken(result: Result) -> list[str]:
     return [*limits, f"{failed:.0f} requests failed"] if failed else limits
 
 
-def change(study: Study, name: str) -> str:
-    """The change of the first objective's metric from the baseline to `name`: `+7.8%`; its value if that is 0."""
-    gain = study.gain(name)
+def change(study: Study, name: str, over: str = BASELINE) -> str:
+    """The change of the first objective's metric from `over` to `name`: `+7.8%`; its value if that is 0."""
+    gain = study.gain(name, over=over)
     return f"{study.results[name].values[0]:g}" if gain is None else f"{objective.sign(study.objective) * gain:+.1%}"
 
 

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.config.schema import ObjectiveConfig
 from autotune.errors import InputError, StartError
 from autotune.measure.result import Result, State
-from autotune.results.study import BASELINE, TRIAL
+from autotune.results.study import BASELINE, REFERENCES, TRIAL
 from autotune.search.optuna_private import Grid, SingleWriterStorage
 from autotune.search.pruners import watched
 from autotune.search.space import Space, contains
@@ -67,9 +67,8 @@ class Record:
         """The published value of a running trial that the pruner judges by; None for no pruner."""
         return watched(self._study.pruner, self.objective)
 
-    @property
-    def has_baseline(self) -> bool:
-        return BASELINE in self._study.user_attrs
+    def has_reference(self, name: str) -> bool:
+        return name in self._study.user_attrs
 
     def _check_continues(self) -> None:
         """Raise InputError if trials exist that this space and objective can't go on from."""
@@ -122,7 +121,7 @@ class Record:
 
     def rebuild(self, results: Mapping[str, Result]) -> None:
         """Note the trials of `results`, whose storage is gone; none of them if this space could not have asked one."""
-        ended = {int(name.removeprefix(TRIAL)): result for name, result in results.items() if name != BASELINE}
+        ended = {int(name.removeprefix(TRIAL)): result for name, result in results.items() if name not in REFERENCES}
         known, sampler = self.space.parameters, self._study.sampler
         for result in ended.values():
             if not all(name in known and contains(known[name], value) for name, value in result.params.items()):
@@ -168,12 +167,14 @@ class Record:
                 else:
                     self._study.tell(trial, state=TrialState.FAIL)
 
-    def tell_baseline(self, result: Result) -> None:
-        """Note the baseline; where vLLM's defaults lie within the space, the sampler learns from it, too."""
-        defaults = {name: result.defaults.get(name) for name in self.space.parameters}
-        within = all(contains(distribution, defaults[name]) for name, distribution in self.space.parameters.items())
+    def tell_reference(self, name: str, result: Result) -> None:
+        """Note the baseline or the recipe; where it lies within the space, the sampler learns from it, too."""
+        known = self.space.parameters
+        defaults = {key: result.params.get(key, result.defaults.get(key)) for key in known}
+        within = all(contains(distribution, defaults[key]) for key, distribution in known.items())
+        within = within and result.params.keys() <= known.keys()
         with self._transaction():
-            self._study.set_user_attr(BASELINE, {"values": result.values, "reason": result.reason})
+            self._study.set_user_attr(name, {"values": result.values, "reason": result.reason})
             if result.complete and within:
                 self._study.add_trial(
                     optuna.trial.create_trial(

@@ -13,7 +13,7 @@ from autotune.config.redact import redact
 from autotune.config.schema import Config
 from autotune.errors import InputError
 from autotune.measure.result import Result
-from autotune.results.study import BASELINE, TRIAL, config_in
+from autotune.results.study import BASELINE, REFERENCES, TRIAL, config_in
 
 # Fields that decide what is asked, or how trials are run, but not what a trial measures.
 FREE = (
@@ -70,7 +70,8 @@ def check_trials(stored: Sequence[FrozenTrial], folder: Path, results: Mapping[s
                 f"study={folder.name} exists in that storage, and the results of its trials are not in {folder}; "
                 f"go on where it was started, or write another study=…"
             )
-    strange = [name for name, result in results.items() if name != BASELINE and not _is_known(trials.get(name), result)]
+    ours = {name: result for name, result in results.items() if name not in REFERENCES}
+    strange = [name for name, result in ours.items() if not _is_known(trials.get(name), result)]
     if strange:
         raise InputError(
             f"{folder} holds results that the study's storage does not know ({', '.join(strange[:3])}, …): write "

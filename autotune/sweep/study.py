@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.config.bounds import seconds
 from autotune.config.overrides import typed, with_values
 from autotune.config.redact import redact
-from autotune.config.schema import BudgetOf, Config, Duplicates
+from autotune.config.schema import DEFAULTS, RECIPE, BudgetOf, Config, Duplicates, baselines
 from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
 from autotune.measure import progress
@@ -104,6 +104,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     space = check_space(space, config, prepared.backend, defaults.resolved)
     check_values(space, prepared)
     check_gpus(config)
+    check_recipe(config, prepared)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     launcher, pruner = make_launcher(config), make_pruner(config)
     make_sampler(sweeper["sampler"], space, config)  # that it can be made, before there is a folder
@@ -148,6 +149,21 @@ def ended_in(folder: Path, results: Mapping[str, Result]) -> Mapping[str, "Ended
     from autotune.search import twin  # SciPy takes a while to import, and only sampler=twin asks
 
     return twin.ended_in(folder, results)
+
+
+def references(config: Config) -> dict[str, dict[str, Any]]:
+    """The parameters of what runs first, to compare with, by the trial's name."""
+    recipe = {f"{FLAG}{flag}": value for flag, value in config.model.recipe.args.items()}
+    made = {DEFAULTS: (BASELINE, {}), RECIPE: (RECIPE, recipe)}
+    return dict(made[word] for word in baselines(config))
+
+
+def check_recipe(config: Config, prepared: Prepared) -> None:
+    """Raise InputError for a recipe that is asked for, and that vLLM refuses."""
+    params = references(config).get(RECIPE, {})
+    refusal = prepared.dry_run(prepared.backend.read(swept_flags(params, prepared.args))).refusal if params else ""
+    if refusal:
+        raise InputError(f"baseline={RECIPE}: vLLM refuses {shorten(params)}: {refusal}; leave it out")
 
 
 def check_gpus(config: Config) -> None:
@@ -204,7 +220,8 @@ class Sweep:
             log.info("grid: %d points", self._n_trials)
         self._running: list[Running] = []
         self._results: dict[str, Result] = {}  # of what has ended, by folder
-        self._wants_baseline = False
+        self._references = references(config)
+        self._wanted: list[str] = []  # of these, still to be run
         self._count = 0  # of n_trials, in flight or ended
         self._engine_s = 0.0  # start and run of the trials that ended
         self._began = time.monotonic()
@@ -317,10 +334,9 @@ class Sweep:
 
     def _ask(self) -> PendingTrial | None:
         """The baseline, then what the sampler suggests and vLLM accepts; None if nothing more is to be run now."""
-        if self._wants_baseline:
-            self._wants_baseline = False
+        if self._wanted:
             self._prepared.backend.prepare_dry_runs()  # while the baseline starts, not once it has ended
-            return self._claimed(PendingTrial(BASELINE, {}, None))
+            return self._claimed(self._pending(self._wanted.pop(0)))
         refused = looked_up = 0  # in a row
         while not self._exhausted and self._count < self._n_trials and not self._spent():
             if len(self._repeats) >= DUPLICATES_IN_A_ROW:  # wait for what they repeat
@@ -410,7 +426,7 @@ class Sweep:
             if one.node:
                 changed = CANARY_RUN
             elif one.trial is None and self._config.baseline_gpu is not None:
-                changed = {"gpus": [self._config.baseline_gpu]}
+                changed["gpus"] = [self._config.baseline_gpu]
             folder = self._folder / one.name
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "result.json").unlink(missing_ok=True)
@@ -456,7 +472,7 @@ class Sweep:
                 self._launcher.set_aside(pending.node)
             return
         if pending.trial is None:
-            self._record.tell_baseline(result)
+            self._record.tell_reference(pending.name, result)
         else:
             self._record.tell(pending.trial, result)
         if not result.complete:
@@ -497,42 +513,42 @@ class Sweep:
                 self._count += self._record.counts(trial)
             elif trial.state is TrialState.RUNNING:
                 self._take_up(trial)
-        if self._config.baseline and not self._record.has_baseline:
-            self._wants_baseline = not self._take_up(None)
+        missing = [name for name in self._references if not self._record.has_reference(name)]
+        self._wanted = [name for name in missing if not self._take_up(name)]
         self._engine_s = known_s  # what was told just now is part of it
         if self._config.warm_start and fresh:
             self._enqueue_warm_start(self._config.warm_start)
         if self._config.prior.backend and self._config.prior.keep and fresh:
             self._enqueue_prior()
 
-    def _take_up(self, frozen: FrozenTrial | None) -> bool:
-        """Watch or finish a trial (None: the baseline) of an earlier process; False if it is lost."""
-        name = f"{TRIAL}{frozen.number}" if frozen else BASELINE
+    def _take_up(self, one: FrozenTrial | str) -> bool:
+        """Watch or finish a trial of an earlier process, or one of the references; False if it is lost."""
+        name = one if isinstance(one, str) else f"{TRIAL}{one.number}"
         job = self._launcher.attach(self._folder / name)
         if not job:
-            return self._settle(frozen)
+            return self._settle(one)
         log.info("%s still runs; watching it again", name)
-        pending = self._claimed(self._pending(frozen))
+        pending = self._claimed(self._pending(one))
         self._running.append(Running(pending, job, progress.Reader(self._folder / name)))
-        self._count += frozen is not None
+        self._count += pending.trial is not None
         return True
 
-    def _settle(self, frozen: FrozenTrial | None) -> bool:
+    def _settle(self, one: FrozenTrial | str) -> bool:
         """Finish a trial that nothing runs any more if it has completed, or queue it again; True if it has."""
-        pending = self._pending(frozen)
+        pending = self._pending(one)
         result = result_in(self._folder / pending.name)
         if result and result.complete:
-            self._count += frozen is not None
+            self._count += pending.trial is not None
             self._finish(pending, result)
             return True
-        if frozen:
-            self._interrupted(pending, frozen.number, result or Result(reason="the process that ran it ended"))
+        if not isinstance(one, str):
+            self._interrupted(pending, one.number, result or Result(reason="the process that ran it ended"))
         return False
 
-    def _pending(self, frozen: FrozenTrial | None) -> PendingTrial:
-        if frozen is None:
-            return PendingTrial(BASELINE, {}, None)
-        return PendingTrial(f"{TRIAL}{frozen.number}", dict(frozen.params), self._record.reopen(frozen.number))
+    def _pending(self, one: FrozenTrial | str) -> PendingTrial:
+        if isinstance(one, str):
+            return PendingTrial(one, self._references[one], None)
+        return PendingTrial(f"{TRIAL}{one.number}", dict(one.params), self._record.reopen(one.number))
 
     def _interrupted(self, pending: PendingTrial, number: int, result: Result) -> None:
         """Mark a trial as interrupted, and queue its parameters again, once; it counts for nothing."""
