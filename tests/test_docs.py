@@ -168,8 +168,7 @@ def test_link_leads_somewhere(page: Path):
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=page_id)
 def test_pages_commands_run_in_order(page: Path, main: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On a simulated vLLM, and shortened: what a page calls by a name, an earlier command of it has made."""
-    monkeypatch.setattr(plan, "DRAWS", 20)
-    monkeypatch.setattr(plan, "SEARCHED", 20)
+    monkeypatch.setattr(plan, "MOST", 20)
     write_files(page, tmp_path)
     for command in commands(page):
         line = " ".join(command.words)

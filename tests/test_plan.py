@@ -20,8 +20,7 @@ SEQS, MEMORY = "engine.args.max_num_seqs", "engine.args.gpu_memory_utilization"
 
 
 def planned(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
-    monkeypatch.setattr(plan, "DRAWS", 20)
-    monkeypatch.setattr(plan, "SEARCHED", 20)
+    monkeypatch.setattr(plan, "MOST", 20)
     common = ["model=llama8b", "prior=sim", "space=none", "scenario.min_queries=200"]
     config, params, sweeps = compose([*common, *arguments])
     return plan.render(plan.make(config, parse(params, sweeps, config.conditions, config.only_if)[0]))
@@ -30,7 +29,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
 def test_plan_says_what_runs_what_bounds_it_the_gain_and_the_hours(monkeypatch: pytest.MonkeyPatch):
     text = planned(monkeypatch, "scenario=offline", f"{SEQS}=choice(16,32,128)", f"{MEMORY}=choice(0.1,0.9)")
     assert "on H100: estimates of a simulation" in text
-    assert "no memory is left for the KV cache" in text and "of it can run" in text
+    assert "no memory is left for the KV cache" in text and "points can run" in text
     assert "sequences" in text.split("bound by")[1].splitlines()[0]
     assert "against vLLM's defaults" in text
     assert "21 trials of" in text and "GPU hours" in text
@@ -79,8 +78,7 @@ def test_plan_simulates_the_twin_of_a_study(monkeypatch: pytest.MonkeyPatch, tmp
     slow = [f"backend.device.{name}_efficiency=0.4" for name in ("math", "bandwidth")]
     study(tmp_path, "backend.steps=true", *slow, f"{SEQS}=choice(16)", "n_trials=1", simulated=True)
     measured = results_in(tmp_path / "multirun/s")["baseline"].values[0]
-    monkeypatch.setattr(plan, "DRAWS", 2)
-    monkeypatch.setattr(plan, "SEARCHED", 2)
+    monkeypatch.setattr(plan, "MOST", 2)
     monkeypatch.chdir(tmp_path)
     words = ["model=llama8b", "prior=sim", "space=none", "scenario=offline", "scenario.min_queries=64"]
     for keep_device in (False, True):

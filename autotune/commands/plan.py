@@ -12,6 +12,7 @@ otherwise.
 """
 
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -33,9 +34,9 @@ from autotune.search.simulate import estimate, search, search_best, simulation
 from autotune.search.space import Space, check_space, parse
 from autotune.text import shorten
 
-DRAWS = 200  # random points of the space
+MOST, LEAST = 200, 30  # random points of the space, and as many trials of the simulated study
+LONG_S = 100.0  # that either may take, as far as the baseline tells; then they are fewer
 TWIN = "twin="
-SEARCHED = 200  # trials of the simulated study
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,12 @@ def make(config: Config, space: Space) -> Plan:
         raise InputError("prior=none: a plan needs a device to simulate; leave it out, or write prior=sim")
     simulated = simulation(config, config.prior.backend)
     space = check_space(space, config, simulated.prepared.backend, simulated.known)
-    drawn = list(search(simulated, space, optuna.samplers.RandomSampler(seed=config.seed), DRAWS))
+    began = time.process_time()
     baseline = estimate(simulated, {})
-    trials = search_best(simulated, space, SEARCHED)
+    in_time = int(LONG_S / max(1e-3, time.process_time() - began))
+    count = min(MOST, max(LEAST, in_time))
+    drawn = list(search(simulated, space, optuna.samplers.RandomSampler(seed=config.seed), count))
+    trials = search_best(simulated, space, count)
     recipe = {f"{FLAG}{flag}": value for flag, value in config.model.recipe.args.items()}
     results = {BASELINE: baseline} | ({RECIPE: estimate(simulated, recipe)} if RECIPE in baselines(config) else {})
     results |= {f"{TRIAL}{number}": result for number, result in enumerate(trials)}
@@ -83,12 +87,12 @@ def render(plan: Plan) -> str:
     """The plan as text."""
     study = plan.study
     runs = [result for result in plan.drawn if result.complete]
-    feasible = [result for result in runs if result.feasible]
+    feasible, drawn = [result for result in runs if result.feasible], len(plan.drawn)
     lines = [
         f"Plan of {study.config.model.name}, {study.config.scenario.name}, on {plan.device}: estimates of a simulation",
         "",
-        f"space     {len(plan.space.parameters)} parameters; {_share(runs, plan.drawn)} of it can run",
-        *(f"            {count / len(plan.drawn):.0%}: {why}" for why, count in _reasons(plan.drawn)),
+        f"space     {len(plan.space.parameters)} parameters; {_share(runs, plan.drawn)} of {drawn} points can run",
+        *(f"            {count / drawn:.0%}: {why}" for why, count in _reasons(plan.drawn)),
         f"limits    {_share(feasible, runs)} of what runs holds them{_binding(runs)}",
         f"bound by  {_bottlenecks(runs)}",
         f"baseline  {plan.baseline.reason or _outcome(plan.baseline, study.config)}",

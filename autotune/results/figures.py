@@ -35,6 +35,7 @@ from autotune.system.files import left_in
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
+BURST = "burst"  # the role of a run that offers no rate: all requests come at once
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW = (
     *("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442"),
@@ -228,7 +229,9 @@ def load_curve(results: Mapping[str, Result], metric: str, limit: float | None, 
     """Draw a latency over the offered load, a line for each trial of several runs; hollow: LoadGen said INVALID."""
     figure = go.Figure()
     for name, result in results.items():
-        runs = sorted((run for run in result.runs if metric in run.metrics), key=lambda run: run.qps)
+        runs = sorted(
+            (run for run in result.runs if metric in run.metrics and run.role != BURST), key=lambda run: run.qps
+        )
         figure.add_scatter(
             x=[run.qps for run in runs],
             y=[run.metrics[metric] for run in runs],

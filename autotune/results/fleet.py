@@ -45,7 +45,7 @@ def cost(result: Result, per_gpu_hour: float) -> float | None:
 
 
 def fleets(results: Iterable[tuple[str, Result]], config: Config, load: float) -> list[Fleet]:
-    """What carries `load`: the feasible trial of each parallelism that takes the fewest GPUs, the cheapest first.
+    """Fleets that carry `load`: the feasible trial of each parallelism that takes the fewest GPUs, the cheapest first.
 
     Load is spread evenly, and a server's share is what it held in its trial.
     """

@@ -189,14 +189,10 @@ def simulate(
         return RequestTiming(sample, issued, *times, done.output, done.prompt)
 
     if scenario.kind in (Kind.SingleStream, Kind.ClosedLoop):
-        loops = []
-        for at in range(len(replicas)):
-            order = (sample for _, sample in itertools.islice(issues(scenario, len(samples)), at, None, len(replicas)))
-            loops.append(ClosedLoop(scenario, at, len(replicas), device, request, order))
-        observers = [
-            serve(loop.begin(), scheduler, cost, record, loop.following)
-            for loop, scheduler in zip(loops, replicas, strict=True)
-        ]
+        count = len(replicas)
+        loops = [ClosedLoop(scenario, at, count, device, request, len(samples)) for at in range(count)]
+        pairs = zip(loops, replicas, strict=True)
+        observers = [serve(loop.begin(), scheduler, cost, record, loop.following) for loop, scheduler in pairs]
         timings = [timing(*sent) for loop in loops for sent in loop.sent]
         return Simulated(timings, observers[0].states, observers[0].rows, len(timings))
     issued = list(issues(scenario, len(samples)))
@@ -249,12 +245,13 @@ class ClosedLoop:
         of: int,
         device: Device,
         request: Callable[[int, int, float], Request],
-        order: Iterator[int],
+        samples: int,
     ) -> None:
         self.sent: list[tuple[int, float, Request]] = []  # sample, time, request
         users = scenario.users if scenario.kind is Kind.ClosedLoop else 1
         self._begin = [scenario.ramp_s * user / users for user in range(at, users, of)]
-        self._scenario, self._device, self._request, self._order = scenario, device, request, order
+        self._scenario, self._device, self._request = scenario, device, request
+        self._order = (sample for _, sample in itertools.islice(issues(scenario, samples), at, None, of))
         self._least = scenario.min_queries / of
 
     def begin(self) -> list[Request]:
