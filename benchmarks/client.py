@@ -4,6 +4,7 @@
     python benchmarks/client.py latency    500 requests/s on one core: how late they are sent, what we add to TTFT
     python benchmarks/client.py flight     10,000 requests in flight: failures, memory
     python benchmarks/client.py            all three
+    python benchmarks/client.py run SAMPLES FOLDER     one run of ours, as FOLDER/run.json has it
 
 Each prints what it found and exits with 1 if a target is missed. Server and client have a core each.
 """
@@ -32,11 +33,12 @@ from autotune.data.models import build_shape
 from autotune.data.samples import Samples
 from autotune.live import loadgen_log
 from autotune.live.backend import read_requests
+from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import RunSpec
 
 ROOT = Path(__file__).parent.parent
 CACHE = Path(os.environ.get("AUTOTUNE_CACHE", Path.home() / ".cache" / "autotune")) / "benchmarks"
-SERVER_CORE, CLIENT_CORE = sorted(os.sched_getaffinity(0))[:2]
+SERVER_CORE, *_, CLIENT_CORE = 2 * sorted(os.sched_getaffinity(0))  # one core where this file is a client
 PROMPT = 64  # tokens
 # vllm bench serve without the console script, which needs a distribution called vllm.
 VLLM_BENCH = """
@@ -124,7 +126,14 @@ def ours(folder: Path, server: NullServer, requests: int, output_tokens: int, **
     common = {"name": "s", "kind": Kind.Offline, "min_duration_s": 0.0, "warmup_requests": 0, "stop": Stop.never}
     asked = ScenarioConfig(**{**common, "min_queries": requests, "max_queries": requests, **scenario})
     RunSpec(folder, server.url, MODEL, asked, 600.0, has_metrics=False).save(folder / "run.json")
-    return [sys.executable, "-m", "autotune.live.loadgen", str(samples.path), str(folder)]
+    return [sys.executable, __file__, "run", str(samples.path), str(folder)]
+
+
+def run(samples: Path, folder: Path) -> None:
+    with LoadGenerator(Samples.load(samples), folder / "clients.log") as load:
+        load.begin(RunSpec.load(folder / "run.json"))
+        if load.wait(600.0):
+            sys.exit(load.last_line())
 
 
 def vllm_bench(folder: Path, server: NullServer, requests: int, output_tokens: int, streams: int) -> list[str]:
@@ -280,6 +289,9 @@ def verdict(what: str, reached: bool, target: str) -> bool:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["run"]:
+        run(*map(Path, sys.argv[2:]))
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {"cost": cost, "latency": latency, "flight": flight}
     parser.add_argument("part", nargs="?", choices=parts)

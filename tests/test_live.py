@@ -177,7 +177,7 @@ def test_run_that_can_pass_no_more_is_stopped_and_the_next_one_finds_an_idle_ser
     (tmp_path / "next").mkdir()
     after = engine.run(scenario(Kind.Offline), tmp_path / "next")
     assert after.verdict == "VALID" and len(after.requests) >= 64
-    assert json.loads((tmp_path / "next" / "run.json").read_text())["warmup_rounds"] == 1  # it is warm
+    assert json.loads((tmp_path / "next" / "run.json").read_text())["warmup_rounds"] == 0  # all is warm
 
 
 @pytest.mark.parametrize(("killed", "victim"), [("vLLM", "silent"), ("guard", "engine")])

@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import fields
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,11 +19,21 @@ from autotune.config.schema import Kind, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.live import loadgen_log
 from autotune.live.backend import read_requests
+from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import RunSpec
 from autotune.measure import metrics
 
 TOKENS = 4
-OK, REFUSED, CUT, SLOW, SILENT, RESET, COLD = 5, 1, 2, 3, 4, 6, 8  # first token of a prompt, and what its request meets
+OK, REFUSED, CUT, SLOW, SILENT, RESET, COLD, KEPT = (
+    5,
+    1,
+    2,
+    3,
+    4,
+    6,
+    8,
+    9,
+)  # first token of a prompt, and what its request meets
 TTFT_S, TPOT_S = 0.2, 0.03  # of a slow one
 CLAIMED_TTFT_S = 0.05
 
@@ -33,11 +42,14 @@ class Streaming(BaseHTTPRequestHandler):
     """/v1/completions in server-sent events, with the faults that a prompt's first token asks for."""
 
     received: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+    asked_by: ClassVar[list[tuple[str, int]]] = []  # its path, and the client's port
+    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         """/metrics of two engines that say each request's first token took them CLAIMED_TTFT_S."""
         count = sum(path == "/v1/completions" for path, _ in self.received)
         self.send_response(200)
+        self.send_header("Connection", "close")
         self.end_headers()
         name = "vllm:time_to_first_token_seconds"
         for engine, share in enumerate((0.25, 0.75)):
@@ -49,8 +61,10 @@ class Streaming(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
         self.received.append((self.path, body))
+        self.asked_by.append((self.path, self.client_address[1]))
         if self.path == "/reset_prefix_cache":
             self.send_response(200)
+            self.send_header("Content-Length", "0")
             self.end_headers()
             return
         first = body["prompt"][0]
@@ -59,8 +73,15 @@ class Streaming(BaseHTTPRequestHandler):
         if first == COLD:  # the first three requests are slow, the next three less so
             time.sleep([0.6, 0.3, 0][min(2, (len(self.received) - 1) // 4)])
         self.send_response(500 if first == REFUSED else 200)
+        token, ending = b'data: {"choices": [{"text": "x"}]}\n\n', b"data: [DONE]\n\n"
+        usage = b'data: {"choices": [], "usage": {"completion_tokens": %d}}\n\n' % body["max_tokens"]
         if first == RESET:
+            self.close_connection = True
             self.send_header("Content-Length", "1000000")
+        elif first == KEPT:
+            self.send_header("Content-Length", str(body["max_tokens"] * len(token) + len(usage + ending)))
+        else:
+            self.send_header("Connection", "close")
         self.end_headers()
         if first == REFUSED:
             self.wfile.write(b'{"error": "out of blocks"}')
@@ -68,10 +89,9 @@ class Streaming(BaseHTTPRequestHandler):
         for number in range(body["max_tokens"]):
             if first == SLOW:
                 time.sleep(TPOT_S if number else TTFT_S)
-            self.wfile.write(b'data: {"choices": [{"text": "x"}]}\n\n')
+            self.wfile.write(token)
         if first not in (CUT, RESET):
-            self.wfile.write(b'data: {"choices": [], "usage": {"completion_tokens": %d}}\n\n' % body["max_tokens"])
-            self.wfile.write(b"data: [DONE]\n\n")
+            self.wfile.write(usage + ending)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -84,54 +104,99 @@ class Server(ThreadingHTTPServer):
         """A client that ends in mid-answer is what some tests are about."""
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+@contextmanager
+def serving() -> Iterator[str]:
+    """The URL of a server."""
     server = Server(("127.0.0.1", 0), Streaming)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
 
-def start(
-    folder: Path, url: str, kind: Kind, firsts: list[int], lengths: list[int] | None = None, **settings: Any
-) -> "subprocess.Popen[str]":
-    """LoadGen over a sample for each of `firsts`, its prompt's first token; `settings`: of a RunSpec or a scenario."""
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serving() as found:
+        yield found
+
+
+def sampled(folder: Path, firsts: list[int], lengths: list[int] | None = None, ignore_eos: bool = True) -> Samples:
+    """A sample for each of `firsts`, its prompt's first token."""
     prompts = [np.array([first, 7], dtype=np.int32) for first in firsts]
-    samples = folder / "samples.npz"
     output_tokens = np.array(lengths or [TOKENS] * len(firsts), dtype=np.int32)
-    Samples("s", "c", prompts, output_tokens, settings.pop("ignore_eos", True), samples).save()
+    samples = Samples("s", "c", prompts, output_tokens, ignore_eos, folder / "samples.npz")
+    samples.save()
+    return samples
+
+
+def asked(folder: Path, url: str, kind: Kind, **settings: Any) -> RunSpec:
+    """A run, with `settings` of a RunSpec or a scenario."""
+    folder.mkdir(exist_ok=True)
     names = {field.name for field in fields(RunSpec)}
     scenario = {name: value for name, value in settings.items() if name not in names}
     spec = {"request_timeout_s": 10.0} | {name: value for name, value in settings.items() if name in names}
     # Without a total no run is long enough for the test of its limits, and none is stopped.
     common = {"qps": 200.0, "ttft_ms": 2000.0, "tpot_ms": 100.0, "min_duration_s": 0.0, "min_queries": 20}
-    asked = ScenarioConfig(**{"name": "s", "kind": kind, **common, "warmup_requests": 0, **scenario})
-    RunSpec(folder, url, "m", asked, **spec).save(folder / "run.json")
-    command = [sys.executable, "-m", "autotune.live.loadgen", str(samples), str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return RunSpec(
+        folder,
+        url,
+        "m",
+        ScenarioConfig(**{"name": "s", "kind": kind, **common, "warmup_requests": 0, **scenario}),
+        **spec,
+    )
 
 
-def run(*arguments: Any, **settings: Any) -> "subprocess.CompletedProcess[str]":
-    """LoadGen, as `start` has it, to its end."""
-    with start(*arguments, **settings) as process:
-        output, errors = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+@contextmanager
+def start(
+    folder: Path, url: str, kind: Kind, firsts: list[int], lengths: list[int] | None = None, **settings: Any
+) -> Iterator[LoadGenerator]:
+    """A run over `firsts`, which has begun."""
+    samples = sampled(folder, firsts, lengths, settings.pop("ignore_eos", True))
+    with LoadGenerator(samples, folder / "clients.log") as load:
+        load.begin(asked(folder, url, kind, **settings))
+        yield load
 
 
-def clients_of(process: "subprocess.Popen[str]", folder: Path) -> list[psutil.Process]:
-    """Its client processes, once the run has begun."""
+@dataclass(frozen=True)
+class Ended:
+    code: int | None
+    log: str
+
+
+def ended(load: LoadGenerator, folder: Path) -> Ended:
+    """The run in `folder`, once it has ended."""
+    return Ended(load.wait(60), (folder / "loadgen.log").read_text())
+
+
+def run(folder: Path, *arguments: Any, **settings: Any) -> Ended:
+    with start(folder, *arguments, **settings) as load:
+        return ended(load, folder)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Those of a LoadGenerator in mid-run."""
+
+    serving: psutil.Process
+    clients: list[psutil.Process]
+    run: psutil.Process
+
+
+def processes_of(load: LoadGenerator, folder: Path) -> Processes:
+    """The processes that make the run in `folder`, once it has begun."""
     deadline = time.monotonic() + 30
     while not (folder / "mlperf_log_detail.txt").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    return psutil.Process(process.pid).children()
+        assert load.wait(0.02) is None and time.monotonic() < deadline
+    words = ["-m", "autotune.live.loadgen", str(folder / "samples.npz")]
+    started = (process for process in psutil.Process().children(recursive=True) if process.cmdline()[1:4] == words)
+    serving, *clients, of_run = sorted(started, key=lambda process: process.pid)
+    return Processes(serving, clients, of_run)
 
 
 @pytest.mark.parametrize("kind", list(Kind))
 def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: Kind):
     enough = 64  # SingleStream's early stopping at p90 needs as many
     done = run(tmp_path, url, kind, [OK] * 30, min_queries=enough)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.log
     requests = read_requests(tmp_path / "requests.csv")
     assert len(requests) >= enough
     assert all(r.output_tokens == TOKENS and r.issued <= r.first_token <= r.last_token for r in requests)
@@ -159,7 +224,7 @@ def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: Kind
 )
 def test_failed_requests_are_counted_and_the_run_ends(tmp_path: Path, url: str, first: int, words: str):
     done = run(tmp_path, url, Kind.Server, [OK, first], request_timeout_s=0.5)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.log
     report = json.loads((tmp_path / "client.json").read_text())
     assert report["failed"] > 0 and len(report["errors"]) <= 5
     assert report["failed"] + len(read_requests(tmp_path / "requests.csv")) >= 20
@@ -168,13 +233,13 @@ def test_failed_requests_are_counted_and_the_run_ends(tmp_path: Path, url: str, 
 
 def test_failing_warmup_ends_the_run_in_one_line(tmp_path: Path, url: str):
     done = run(tmp_path, url, Kind.Offline, [REFUSED], warmup_requests=2)
-    assert done.returncode == 1 and done.stderr.startswith("vLLM answered 500") and done.stderr.count("\n") == 1
+    assert done.code == 1 and done.log.startswith("vLLM answered 500") and done.log.count("\n") == 1
 
 
 @pytest.mark.slow
 def test_latencies_are_what_the_server_took(tmp_path: Path, url: str):
     done = run(tmp_path, url, Kind.SingleStream, [SLOW], lengths=[6], min_queries=3)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.log
     requests = read_requests(tmp_path / "requests.csv")
     for request in requests:
         assert TTFT_S <= request.ttft < TTFT_S + 0.1
@@ -190,7 +255,7 @@ def test_latencies_are_what_the_server_took(tmp_path: Path, url: str):
 def test_tokens_are_counted_for_each_sample_on_its_own(tmp_path: Path, url: str):
     lengths = [2, 3, 9]
     done = run(tmp_path, url, Kind.Offline, [OK] * 3, lengths)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.log
     requests = read_requests(tmp_path / "requests.csv")
     assert {request.sample for request in requests} == {0, 1, 2}
     assert all(request.output_tokens == lengths[request.sample] for request in requests)
@@ -263,7 +328,7 @@ def test_user_of_a_closed_loop_whose_request_failed_sends_no_more(tmp_path: Path
 @pytest.mark.slow
 def test_run_that_can_pass_no_more_is_stopped(tmp_path: Path, url: str):
     done = run(tmp_path, url, Kind.Server, [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=500, total=500)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.log
     report = json.loads((tmp_path / "client.json").read_text())
     assert report["stopped"]
     assert 0 < len(read_requests(tmp_path / "requests.csv")) < 500
@@ -273,12 +338,12 @@ def test_run_that_can_pass_no_more_is_stopped(tmp_path: Path, url: str):
 def test_error_of_our_own_ends_the_process_though_loadgens_thread_goes_on(tmp_path: Path, url: str):
     (tmp_path / "requests.csv").mkdir()
     done = run(tmp_path, url, Kind.Server, [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=10_000, total=500)
-    assert done.returncode == 1 and "IsADirectoryError" in done.stderr
+    assert done.code == 1 and "IsADirectoryError" in done.log
 
 
 def test_broken_limit_makes_the_run_invalid(tmp_path: Path, url: str):
     done = run(tmp_path, url, Kind.Server, [SLOW], ttft_ms=TTFT_S * 1e3 / 2)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.log
     log = loadgen_log.read(tmp_path / "mlperf_log_detail.txt")
     assert log.verdict == "INVALID" and "p99 of TTFT or TPOT is over its limit" in log.reasons
 
@@ -287,7 +352,7 @@ def test_broken_limit_makes_the_run_invalid(tmp_path: Path, url: str):
 @pytest.mark.parametrize("kind", [Kind.Offline, Kind.Server])
 def test_client_processes_share_the_requests(tmp_path: Path, url: str, kind: Kind):
     done = run(tmp_path, url, kind, [OK] * 30, min_queries=64, client_processes=3, warmup_requests=4)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.log
     assert len(read_requests(tmp_path / "requests.csv")) >= 64
     report = json.loads((tmp_path / "client.json").read_text())
     assert report["failed"] == 0 and len(report["processes"]) == 3
@@ -297,7 +362,7 @@ def test_client_processes_share_the_requests(tmp_path: Path, url: str, kind: Kin
 @pytest.mark.slow
 def test_run_audits_its_client(tmp_path: Path, url: str):
     done = run(tmp_path, url, Kind.Server, [SLOW], qps=50)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.log
     report = json.loads((tmp_path / "client.json").read_text())
     figures = report["figures"]
     assert 0 < figures["client_lateness_p99_ms"] < 1000 and 0 <= figures["client_lag_p99_ms"] < 1000
@@ -309,33 +374,54 @@ def test_run_audits_its_client(tmp_path: Path, url: str):
 
 @pytest.mark.slow
 def test_client_that_stands_still_is_the_reason(tmp_path: Path, url: str):
-    process = start(tmp_path, url, Kind.Server, [OK], qps=50, min_queries=100, ttft_ms=1000, client_ttft_share=0.1)
-    (client,) = clients_of(process, tmp_path)
-    client.suspend()
-    time.sleep(0.5)
-    client.resume()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    judged: dict[str, Any] = {"qps": 50, "min_queries": 100, "ttft_ms": 1000, "client_ttft_share": 0.1}
+    with start(tmp_path, url, Kind.Server, [OK], **judged) as load:
+        (client,) = processes_of(load, tmp_path).clients
+        client.suspend()
+        time.sleep(0.5)
+        client.resume()
+        done = ended(load, tmp_path)
+    assert done.code == 0, done.log
     report = json.loads((tmp_path / "client.json").read_text())
     late = next(reason for reason in report["reasons"] if "client_lateness_p99_ms" in reason)
     assert re.match(r"client: client_lateness_p99_ms=\d+ is over 100 \(backend.client_ttft_share=0.1", late)
 
 
-def test_client_process_that_dies_ends_the_run(tmp_path: Path, url: str):
-    process = start(tmp_path, url, Kind.Server, [OK], qps=50, min_queries=1000, client_processes=2)
-    clients_of(process, tmp_path)[0].kill()
-    _, errors = process.communicate(timeout=10)
-    assert process.returncode == 1 and errors == "a client process ended in mid-run\n"
+ENDLESS: dict[str, Any] = {"qps": 50, "min_queries": 100_000, "client_processes": 2}
 
 
 @pytest.mark.slow
-def test_client_processes_die_with_loadgen(tmp_path: Path, url: str):
-    process = start(tmp_path, url, Kind.Server, [SILENT], qps=50, min_queries=1000, client_processes=2)
-    clients = clients_of(process, tmp_path)
-    process.kill()
-    process.communicate(timeout=10)
-    _, alive = psutil.wait_procs(clients, timeout=5)
-    assert len(clients) == 2 and not alive
+@pytest.mark.parametrize(
+    ("killed", "code", "last_line"),
+    [("client", 1, "a client process ended in mid-run"), ("run", 137, "see"), ("serving", 137, "see")],
+)
+def test_death_of_a_process_ends_the_run_and_the_next_one_gets_new_ones(
+    tmp_path: Path, url: str, killed: str, code: int, last_line: str
+):
+    with start(tmp_path, url, Kind.Server, [OK], **ENDLESS) as load:
+        before = processes_of(load, tmp_path)
+        {"client": before.clients[0], "run": before.run, "serving": before.serving}[killed].kill()
+        assert load.wait(10) == code and load.last_line().startswith(last_line)
+        _, alive = psutil.wait_procs([before.run, *before.clients], timeout=5)
+        assert len(before.clients) == 2 and not alive
+        load.begin(asked(tmp_path / "next", url, Kind.Server))
+        assert ended(load, tmp_path / "next") == Ended(0, "")
+
+
+@pytest.mark.slow
+def test_cancelled_run_ends_at_once_and_the_next_one_is_none_the_wiser(tmp_path: Path, url: str):
+    with start(tmp_path, url, Kind.Server, [SILENT, OK], **ENDLESS) as load:
+        before = processes_of(load, tmp_path)
+        began = time.monotonic()
+        load.cancel()
+        assert time.monotonic() - began < 1
+        assert before.serving.is_running() and not any(one.is_running() for one in (before.run, *before.clients))
+        load.begin(asked(tmp_path / "next", url, Kind.Server))
+        assert ended(load, tmp_path / "next") == Ended(0, "")
+        assert len(read_requests(tmp_path / "next" / "requests.csv")) == 20
+        load.cancel()  # there is nothing to end
+        load.begin(asked(tmp_path / "last", url, Kind.Server))
+        assert ended(load, tmp_path / "last") == Ended(0, "")
 
 
 @pytest.mark.slow
@@ -345,5 +431,33 @@ def test_audit_config_in_the_working_folder_changes_nothing(tmp_path: Path, url:
     folder = tmp_path / "trial"
     folder.mkdir()
     done = run(folder, url, Kind.Server, [OK] * 30, min_queries=20)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.log
     assert len(read_requests(folder / "requests.csv")) == 20
+
+
+@pytest.mark.slow
+def test_next_run_has_the_clients_of_one_that_was_stopped(tmp_path: Path, url: str):
+    hopeless: dict[str, Any] = {"ttft_ms": TTFT_S * 1e3 / 2, "min_queries": 500, "total": 500, "client_processes": 2}
+    with start(tmp_path, url, Kind.Server, [SLOW, OK], **hopeless) as load:
+        clients = processes_of(load, tmp_path).clients
+        assert ended(load, tmp_path) == Ended(0, "")
+        assert json.loads((tmp_path / "client.json").read_text())["stopped"]
+        for kind in Kind:
+            load.begin(asked(tmp_path / kind.name, url, kind, client_processes=2))
+            assert ended(load, tmp_path / kind.name) == Ended(0, "")
+            requests = read_requests(tmp_path / kind.name / "requests.csv")
+            assert len(requests) == 20 and all(request.output_tokens == TOKENS for request in requests)
+        assert len(clients) == 2 and all(client.is_running() for client in clients)
+
+
+def test_next_run_has_the_connections_of_the_last_one_but_for_another_server(tmp_path: Path, url: str):
+    ports: list[set[int]] = []
+    Streaming.asked_by.clear()
+    with start(tmp_path, url, Kind.SingleStream, [KEPT]) as load, serving() as other:
+        for number, server in enumerate([url, url, other]):
+            if number:
+                load.begin(asked(tmp_path / str(number), server, Kind.SingleStream))
+            assert ended(load, tmp_path / str(number or ".")) == Ended(0, "")
+            ports.append({port for path, port in Streaming.asked_by if path == "/v1/completions"})
+            Streaming.asked_by.clear()
+    assert ports[0] == ports[1] != ports[2] and [len(of_run) for of_run in ports] == [1, 1, 1]

@@ -20,9 +20,10 @@ from autotune.config.schema import Kind, LiveConfig, ScenarioConfig, Stop
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
-from autotune.live import audit, gpu, key, loadgen_log, metrics_page, recording, vllm_log
+from autotune.live import audit, gpu, loadgen_log, metrics_page, recording, vllm_log
 from autotune.live.gpu import Gpus, GpuState
 from autotune.live.installed_vllm import find_vllm
+from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import WARMUP_ROUNDS, ClientReport, RunSpec
 from autotune.live.server import Server, inherited, serve
 from autotune.measure import progress
@@ -33,7 +34,6 @@ from autotune.measure.early_stopping import watched
 from autotune.measure.limits import known_to_loadgen, limits_of
 from autotune.system.host import hardware
 from autotune.system.leases import Lease
-from autotune.system.process import GuardedProcess
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ S = TypeVar("S", ServerState, GpuState)
 
 POLL_S = 0.1
 DYING_S = 10.0
+WARM_S = 5.0  # for which vLLM's API server keeps idle connections (VLLM_HTTP_TIMEOUT_KEEP_ALIVE)
 IDLE_S = 60.0  # for which requests of a stopped run may go on, at most
 
 
@@ -81,7 +82,7 @@ class LiveBackend:
     ) -> Iterator["LiveEngine"]:
         log.info("starting vLLM for %s; its log: %s", model.path, folder / "vllm.log")
         progress.phase(folder, "start")
-        with LoadGen(samples, folder) as loadgen:
+        with LoadGenerator(samples, folder / "clients.log") as load:
             gpus = gpus_of(lease, args)
             if others := gpus.others():
                 log.warning("other processes on %s: they change what is measured", others)
@@ -98,7 +99,7 @@ class LiveBackend:
                     facts=facts,
                     command=self.command(model, args),
                     start=server.start,
-                    loadgen=loadgen,
+                    load=load,
                     folder=folder,
                     has_metrics=has_metrics,
                 )
@@ -115,23 +116,6 @@ def gpus_of(lease: Lease | None, args: Mapping[str, Any]) -> Gpus:
     return Gpus(count, ",".join(map(str, lease.gpus))) if lease else Gpus(count)
 
 
-class LoadGen(GuardedProcess):
-    """LoadGen's process: it prepares the requests of `samples`, then waits for run.json in `folder`."""
-
-    def __init__(self, samples: Samples, folder: Path) -> None:
-        self.folder = folder
-        (folder / "run.json").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "autotune.live.loadgen", str(samples.path.resolve()), str(folder)]
-        super().__init__(command, folder / "loadgen.log", key.environment(), stop_timeout_s=1.0)
-
-    def begin(self, spec: RunSpec) -> None:
-        spec.save(self.folder / "run.json")
-
-    def last_line(self) -> str:
-        lines = (self.folder / "loadgen.log").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"see {self.folder / 'loadgen.log'}"
-
-
 @dataclass
 class LiveEngine:
     """A vLLM server that is healthy."""
@@ -143,18 +127,23 @@ class LiveEngine:
     facts: dict[str, str]
     command: list[str]
     start: dict[str, float]
-    loadgen: LoadGen | None  # that has prepared its requests, for the first run
+    load: LoadGenerator
     folder: Path  # the trial's
     has_metrics: bool  # vLLM's; false with its disable_log_stats
     estimated: bool = False
+    ended: float | None = None  # the last run, on time.monotonic's clock
 
     def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:
-        ready, self.loadgen = self.loadgen, None
-        with ready or LoadGen(self.samples, folder) as loadgen:
-            if not ready and self.has_metrics:
-                self._await_idle()
-            spec = self._spec(scenario, folder, first=ready is not None)
-            states, gpu_states = self._watch(loadgen, spec)
+        if self.ended is not None and self.has_metrics:
+            self._await_idle()
+        spec = self._spec(scenario, folder)
+        self.load.begin(spec)
+        try:
+            states, gpu_states = self._watch(spec)
+        except BaseException:
+            self.load.cancel()
+            raise
+        self.ended = time.monotonic()
         return self._measured(spec, states, gpu_states)
 
     def recorded(self) -> Recording | None:
@@ -162,7 +151,7 @@ class LiveEngine:
             return None
         return recording.read(self.server.scratch, vllm_log.kv_tokens(self.server.log))
 
-    def _spec(self, scenario: ScenarioConfig, folder: Path, first: bool) -> RunSpec:
+    def _spec(self, scenario: ScenarioConfig, folder: Path) -> RunSpec:
         total = 0
         if scenario.kind is Kind.Server:
             total = sum(1 for _ in issues(scenario, len(self.samples)))
@@ -180,10 +169,16 @@ class LiveEngine:
             client_processes=self.config.client_processes or max(1, min(8, len(os.sched_getaffinity(0)) // 16)),
             client_cpu_limit=self.config.client_cpu_limit,
             client_ttft_share=audit.ttft_share(self.config),
-            warmup_rounds=WARMUP_ROUNDS if first else 1,  # later only the connections are new
+            warmup_rounds=self._warmup_rounds(),
             total=total,
             has_metrics=self.has_metrics,
         )
+
+    def _warmup_rounds(self) -> int:
+        """Rounds of warm-up, at most; none where the last run has warmed all up, and an idle server was seen since."""
+        if self.ended is None:
+            return WARMUP_ROUNDS
+        return 0 if self.has_metrics and time.monotonic() - self.ended < WARM_S else 1
 
     def _await_idle(self) -> None:
         """Wait until vLLM has dropped the requests that a stopped run left behind. Raises MeasureError after IDLE_S."""
@@ -192,13 +187,12 @@ class LiveEngine:
             self._check(deadline, f"vLLM still had requests of the last run after {IDLE_S:.0f} s")
             time.sleep(POLL_S)
 
-    def _watch(self, loadgen: LoadGen, spec: RunSpec) -> tuple[list[ServerState], list[GpuState]]:
-        """Let LoadGen make the run, and observe the server and its GPUs meanwhile, on time.perf_counter's clock.
+    def _watch(self, spec: RunSpec) -> tuple[list[ServerState], list[GpuState]]:
+        """Wait for the run to end, and observe the server and its GPUs meanwhile, on time.perf_counter's clock.
 
         Raises MeasureError if the server ends, LoadGen fails, the run takes longer than run_timeout_s, or a metric of
         vLLM's is missing.
         """
-        loadgen.begin(spec)
         if spec.folder == self.folder:
             progress.phase(self.folder, "run")
         states: list[ServerState] = []
@@ -206,7 +200,7 @@ class LiveEngine:
         deadline = time.monotonic() + self.config.run_timeout_s
         code, next_s = None, 0.0
         while code is None:
-            code = loadgen.wait(POLL_S)
+            code = self.load.wait(POLL_S)
             self._check(
                 deadline, f"LoadGen had not finished after backend.run_timeout_s={self.config.run_timeout_s:.0f}"
             )
@@ -219,7 +213,7 @@ class LiveEngine:
         if code:
             self.server.process.wait(DYING_S)  # a vLLM that dies takes a while to end, and its reason is the better one
             self.server.check_alive()
-            raise MeasureError(f"LoadGen's process ended with exit code {code}: {loadgen.last_line()}")
+            raise MeasureError(f"LoadGen's process ended with exit code {code}: {self.load.last_line()}")
         return states, gpu_states
 
     def _check(self, deadline: float, too_late: str) -> None:

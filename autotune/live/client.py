@@ -1,7 +1,8 @@
 """Client processes, which send LoadGen's queries, and the records of fixed size between them and LoadGen's process.
 
 One process would do for the rates of most servers; with several, each event loop has less to do. They are forks of
-LoadGen's process, so that all share the requests' memory, and they end with it.
+one process, so that all share the requests' memory, and they end with it. They outlive a run: the next one finds them
+and their connections as the last one left them.
 """
 
 import asyncio
@@ -9,9 +10,11 @@ import itertools
 import json
 import os
 import selectors
+import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import traceback
 from array import array
@@ -31,7 +34,9 @@ from autotune.system.process import fork
 
 ISSUE = struct.Struct("<II")  # to a client process: a request's number, its sample
 MESSAGE = struct.Struct("<BIIddd")  # from one: the fields of a Message but its text
-BEGIN = 0xFFFFFFFF  # in place of a request's number: the run begins, forget the warm-up's figures
+# In place of a request's number: the run begins, forget the warm-up's figures (its sample: whether first tokens are to
+# be reported); the run has ended, drop what is still under way and report.
+BEGIN, END = 0xFFFFFFFF, 0xFFFFFFFE
 RECEIVE_BYTES = 1 << 20
 ISSUES_BYTES = 2048  # read at a time: among hundreds of requests that begin together, tokens are read in between
 TICK_S = 0.02  # between two measurements of a process's lag
@@ -89,58 +94,75 @@ def requests(url: str, model: str, bodies: Sequence[bytes]) -> list[bytes]:
 class Clients:
     """`count` client processes for the server at `url`, which send requests out of `requests`, one for each sample.
 
-    They report first tokens if `first_tokens`.
+    They serve run after run, each of which may be made by a fork of the process that started them.
     """
 
-    def __init__(self, count: int, url: str, requests: Sequence[bytes], timeout_s: float, first_tokens: bool) -> None:
-        self.reports: dict[int, ProcessReport] = {}  # by process, once it has ended
+    def __init__(self, count: int, url: str, requests: Sequence[bytes], timeout_s: float) -> None:
+        self.reports: dict[int, ProcessReport] = {}  # by process, once the run has ended
         self._generated = [0] * count
-        self._selector = selectors.DefaultSelector()
         self._socks: list[socket.socket] = []
-        for index in range(count):
-            work = partial(_work, url=url, requests=requests, timeout_s=timeout_s, first_tokens=first_tokens)
-            sock = fork(work, close=self._socks)
-            self._socks.append(sock)
-            self._selector.register(sock, selectors.EVENT_READ, index)
+        self._pids: list[int] = []
+        for _ in range(count):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                work = partial(_work, theirs, url=url, requests=requests, timeout_s=timeout_s)
+                self._pids.append(fork(work))
+            self._socks.append(ours)
         self._unread = [b""] * count
         self._next = 0
+        self._sending = threading.Lock()  # no message is cut in two, and none comes after END
+        self._ended = False
 
     @property
     def generated(self) -> int:
-        """Tokens so far, of all requests, warm-up included."""
+        """Tokens of the run so far, of all requests."""
         return sum(self._generated)
 
-    def begin(self) -> None:
-        """Begin the run: the processes' reports are about what follows."""
+    def begin(self, first_tokens: bool) -> None:
+        """Begin the run: the processes' reports are about what follows. They report `first_tokens`, or none."""
         for sock in self._socks:
-            sock.sendall(ISSUE.pack(BEGIN, 0))
+            sock.sendall(ISSUE.pack(BEGIN, first_tokens))
 
     def send(self, queries: Sequence[tuple[int, int]]) -> None:
-        """Send requests, each given as the number by which messages will name it, and its sample."""
-        for offset in range(min(len(queries), len(self._socks))):
-            part = queries[offset :: len(self._socks)]
-            self._socks[self._next].sendall(b"".join(itertools.starmap(ISSUE.pack, part)))
-            self._next = (self._next + 1) % len(self._socks)
+        """Send requests, each given as the number by which messages will name it, and its sample; none after `finish`.
+
+        Raises OSError if a process has ended.
+        """
+        with self._sending:
+            for offset in range(min(len(queries), len(self._socks)) if not self._ended else 0):
+                part = queries[offset :: len(self._socks)]
+                self._socks[self._next].sendall(b"".join(itertools.starmap(ISSUE.pack, part)))
+                self._next = (self._next + 1) % len(self._socks)
 
     def finish(self) -> None:
-        """Ask the processes for their reports, after which they end."""
-        for sock in self._socks:
-            sock.shutdown(socket.SHUT_WR)
+        """End the run: the processes drop what is under way, and report."""
+        with self._sending:
+            if not self._ended:
+                self._ended = True
+                for sock in self._socks:
+                    sock.sendall(ISSUE.pack(END, 0))
+
+    def close(self) -> None:
+        """End the processes."""
+        for sock, pid in zip(self._socks, self._pids, strict=True):
+            sock.close()
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
     def messages(self) -> Iterator[list[Message]]:
-        """Yield the processes' messages as they arrive, until all have ended. Raises MeasureError if one dies."""
-        while self._selector.get_map():
-            for key, _ in self._selector.select():
-                try:
-                    data = self._socks[key.data].recv(RECEIVE_BYTES)
-                except ConnectionResetError:  # it died with queries unread
-                    data = b""
-                if data:
+        """Yield the processes' messages as they arrive, until all have reported. Raises MeasureError if one dies."""
+        with selectors.DefaultSelector() as selector:
+            for index, sock in enumerate(self._socks):
+                selector.register(sock, selectors.EVENT_READ, index)
+            while len(self.reports) < len(self._socks):
+                for key, _ in selector.select():
+                    try:
+                        data = self._socks[key.data].recv(RECEIVE_BYTES)
+                    except ConnectionResetError:  # it died with queries unread
+                        data = b""
+                    if not data:
+                        raise MeasureError("a client process ended in mid-run")
                     yield self._read(key.data, data)
-                elif key.data in self.reports:
-                    self._selector.unregister(key.fileobj)
-                else:
-                    raise MeasureError("a client process ended in mid-run")
 
     def _read(self, index: int, data: bytes) -> list[Message]:
         data = self._unread[index] + data
@@ -166,9 +188,9 @@ class Clients:
         return messages
 
 
-def _work(sock: socket.socket, url: str, requests: Sequence[bytes], timeout_s: float, first_tokens: bool) -> None:
+def _work(sock: socket.socket, url: str, requests: Sequence[bytes], timeout_s: float) -> None:
     loop = uvloop.new_event_loop()
-    _Process(loop, sock, url, requests, timeout_s, first_tokens)
+    _Process(loop, sock, url, requests, timeout_s)
     loop.run_forever()
 
 
@@ -182,30 +204,32 @@ class _Process:
         url: str,
         requests: Sequence[bytes],
         timeout_s: float,
-        first_tokens: bool,
     ) -> None:
         self._loop = loop
         self._sock = sock
         self._requests = requests
-        self._first_tokens = first_tokens
+        self._in_run = self._first_tokens = False
         self._client = Client(loop, url, timeout_s, self._on_first_token, self._on_end)
         self._unread = b""
         self._out = bytearray()
-        self._ticks = 0
-        self._begin()
         loop.set_exception_handler(self._on_bug)
         loop.add_reader(sock.fileno(), self._on_issues)
         loop.call_soon(self._tick, time.perf_counter())
 
-    def _begin(self) -> None:
+    def _begin(self, first_tokens: bool) -> None:
+        self._in_run, self._first_tokens = True, first_tokens
         self._lags = array("d")
         self._began_cpu_s = time.process_time()
-        self._client.most_unsent = 0
+        self._client.events = self._client.most_unsent = 0
+
+    def _end(self) -> None:
+        self._in_run = False
+        self._client.drop()
+        self._report()
 
     def _on_issues(self) -> None:
         data = self._sock.recv(ISSUES_BYTES)
-        if not data:
-            self._report()
+        if not data:  # nobody is left to ask for a run
             self._loop.stop()
             return
         data = self._unread + data
@@ -213,7 +237,9 @@ class _Process:
         self._unread = data[whole:]
         for number, sample in ISSUE.iter_unpack(data[:whole]):
             if number == BEGIN:
-                self._begin()
+                self._begin(first_tokens=bool(sample))
+            elif number == END:
+                self._end()
             else:
                 self._client.start(number, self._requests[sample])
 
@@ -228,10 +254,10 @@ class _Process:
 
     def _tick(self, due: float) -> None:
         now = time.perf_counter()
-        self._lags.append(max(0.0, now - due))
         self._client.expire()
-        self._ticks += 1
-        if self._ticks % TICKS == 0:
+        if self._in_run:  # else nobody may read it
+            self._lags.append(max(0.0, now - due))
+        if self._in_run and len(self._lags) % TICKS == 0:
             self._send(MESSAGE.pack(MessageKind.GENERATED, 0, self._client.events, 0.0, 0.0, 0.0))
         self._loop.call_later(TICK_S, self._tick, now + TICK_S)
 

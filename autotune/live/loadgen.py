@@ -1,11 +1,12 @@
-"""One LoadGen run, in a process of its own: LoadGen reads its settings once in a process.
+"""LoadGen runs over one set of samples, each in a fork of this process: LoadGen reads its settings once in a process.
 
 Client processes (client.py) send the requests, so that reading answers never delays LoadGen's issue thread.
 
-    python -m autotune.live.loadgen SAMPLES FOLDER
+    python -m autotune.live.loadgen SAMPLES DESCRIPTOR
 
-prepares the requests while vLLM starts, waits for FOLDER/run.json, and writes LoadGen's logs, `requests.csv` and
-`client.json` to the folder that run.json names.
+does the imports, prepares the requests, and then serves load_generator.py through the socket DESCRIPTOR: each message
+is the folder of a run, whose run.json says what to do. LoadGen's logs, `requests.csv` and `client.json` go to that
+folder, and the exit code of the run's process is the answer. STOP ends the run that goes on.
 """
 
 import array
@@ -15,13 +16,16 @@ import json
 import math
 import os
 import resource
+import select
+import signal
+import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import mlperf_loadgen as lg
@@ -32,16 +36,16 @@ from autotune.data.samples import Samples
 from autotune.errors import MeasureError
 from autotune.live import audit, key, loadgen_log, metrics_page
 from autotune.live.client import Clients, Message, MessageKind, bodies, requests
-from autotune.live.messages import ClientReport, RunSpec
+from autotune.live.messages import PATH_BYTES, STOP, ClientReport, RunSpec
 from autotune.measure import progress
 from autotune.measure.arrivals import issues
 from autotune.measure.backend import RequestTiming
 from autotune.measure.early_stopping import Watch
 from autotune.measure.limits import limits_of, within
 from autotune.system.files import write_rows
+from autotune.system.process import fork
 
 NO_LIMIT_S = 3600.0
-POLL_S = 0.02
 PUBLISH_S = 2.0
 SETTLED = 0.9  # of the fastest round so far: warm-up ends with a round that took longer than this share of it
 SWITCH_S = 5e-4  # the longest that LoadGen's issue thread waits for the thread that reads the clients' messages
@@ -81,11 +85,7 @@ class Sut:
         self.issued += [issued] * len(samples)
         self.sent += [0.0] * len(samples)
         self._samples += samples
-        try:
-            self._clients.send([(number + offset, sample) for offset, sample in enumerate(samples)])
-        except OSError:
-            if not self.decided:  # else the clients have been told to finish
-                raise
+        self._clients.send([(number + offset, sample) for offset, sample in enumerate(samples)])
 
     def flush(self) -> None:
         """Do nothing: no query is held back."""
@@ -195,25 +195,22 @@ def settings(scenario: ScenarioConfig) -> lg.TestSettings:
     return settings
 
 
-def measure(spec: RunSpec, samples: Samples, bodies: Sequence[bytes]) -> None:
+def measure(spec: RunSpec, clients: Clients, samples: Samples) -> None:
     """Warm up, run LoadGen, and write requests.csv and client.json.
 
-    `bodies` are the requests of `samples`, JSON without the model's name. Ends the process after a run that was
-    stopped. Raises MeasureError if a request of the warm-up fails, a client process dies or vLLM has no metric of TTFT.
+    The process has to be ended after a run that was stopped: LoadGen's issue thread goes on. Raises MeasureError if a
+    request of the warm-up fails, a client process dies or vLLM has no metric of TTFT.
     """
-    ready, online = requests(spec.url, spec.model, bodies), spec.scenario.kind is not Kind.Offline
-    clients = Clients(spec.client_processes, spec.url, ready, spec.request_timeout_s, first_tokens=online)
-    del ready  # the client processes have it
     messages = clients.messages()
     started = time.perf_counter()
-    warm_up(clients, messages, spec, len(bodies))
+    warm_up(clients, messages, spec, len(samples))
     before = metrics_page.ttft(spec.url) if spec.has_metrics else None
     warm, warm_cpu = time.perf_counter(), time.process_time()
-    clients.begin()
+    clients.begin(first_tokens=spec.scenario.kind is not Kind.Offline)
     sut_class = Users if spec.scenario.kind is Kind.ClosedLoop else Sut
     sut = sut_class(clients, spec, [len(prompt) for prompt in samples.prompts])
     threading.Thread(target=publish, args=(sut, clients, spec.scenario, spec.folder), daemon=True).start()
-    stopped = run_test(sut, clients, messages, spec, len(bodies))
+    stopped = run_test(sut, clients, messages, spec, len(samples))
     run_s, own_cpu_s = time.perf_counter() - warm, time.process_time() - warm_cpu
     write_rows(spec.folder / "requests.csv", RequestTiming, sut.completed)
     reports = list(clients.reports.values())
@@ -233,8 +230,6 @@ def measure(spec: RunSpec, samples: Samples, bodies: Sequence[bytes]) -> None:
         reasons=audit.reasons(spec, figures),
     )
     (spec.folder / "client.json").write_text(json.dumps(asdict(report), indent=1))
-    if stopped:
-        os._exit(0)  # LoadGen's issue thread can't be ended
 
 
 def run_test(sut: Sut, clients: Clients, messages: Iterator[list[Message]], spec: RunSpec, samples: int) -> bool:
@@ -276,15 +271,16 @@ def ttft_added(spec: RunSpec, sut: Sut, before: tuple[float, float] | None) -> d
 
 
 def warm_up(clients: Clients, messages: Iterator[list[Message]], spec: RunSpec, samples: int) -> None:
-    """Send the same requests at once in rounds, until a round is no faster than those before; then caches are empty.
+    """Send the same requests at once in rounds, until a round is no faster than those before; empty vLLM's caches.
 
     Raises MeasureError for the first request that fails.
     """
     count = spec.scenario.warmup_requests
-    if not count:
+    rounds = spec.warmup_rounds if count else 0
+    if not rounds:
         reset_caches(spec.url)
     fastest = math.inf
-    for _ in range(spec.warmup_rounds if count else 0):
+    for _ in range(rounds):
         began, left = time.perf_counter(), count
         clients.send([(number, number % samples) for number in range(left)])
         while left:
@@ -309,7 +305,7 @@ def reset_caches(url: str) -> None:
 
 def publish(sut: Sut, clients: Clients, scenario: ScenarioConfig, folder: Path) -> None:
     """Publish the run's rates so far every PUBLISH_S, without end."""
-    began, before = time.perf_counter(), clients.generated
+    began = time.perf_counter()
     held = limits_of(scenario)
     counted = good = 0
     for step in itertools.count():
@@ -319,7 +315,7 @@ def publish(sut: Sut, clients: Clients, scenario: ScenarioConfig, folder: Path) 
             good += within(timing, held)
         counted = completed
         elapsed = time.perf_counter() - began
-        counts = {"tokens_per_s": clients.generated - before, "samples_per_s": counted, "goodput_per_s": good}
+        counts = {"tokens_per_s": clients.generated, "samples_per_s": counted, "goodput_per_s": good}
         rates = {name: count / elapsed for name, count in counts.items()}
         progress.publish(folder, step, {**rates, "completed": counted, "over_limit": counted - good})
 
@@ -338,27 +334,64 @@ def start_test(sut: Sut, test_settings: lg.TestSettings, samples: int, folder: P
     lg.DestroyQSL(library)
 
 
+def run(spec: RunSpec, clients: Clients, samples: Samples) -> None:
+    """Make one run, as the process that `fork` gives it; what it prints is in loadgen.log."""
+    with (spec.folder / "loadgen.log").open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        measure(spec, clients, samples)
+    except MeasureError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def serve(trial: socket.socket, samples: Samples, bodies: Sequence[bytes]) -> None:
+    """Make the runs that are asked for through `trial`, one at a time; `bodies` are the requests of `samples`.
+
+    The client processes stay for the next run, unless it is for another server, or this one failed.
+    """
+    asked, clients = None, None
+    while message := trial.recv(PATH_BYTES):
+        if message == STOP:  # the run had just ended
+            continue
+        spec = RunSpec.load(Path(os.fsdecode(message)) / "run.json")
+        asks = (spec.client_processes, spec.url, spec.model, spec.request_timeout_s)
+        if clients and asks != asked:
+            clients.close()
+            clients = None
+        if not clients:
+            ready = requests(spec.url, spec.model, bodies)
+            asked, clients = asks, Clients(spec.client_processes, spec.url, ready, spec.request_timeout_s)
+            del ready  # the client processes have it
+        code = ending(fork(partial(run, spec, clients, samples)), trial)
+        if code:
+            clients.close()
+            clients = None
+        trial.send(str(code).encode())
+
+
+def ending(pid: int, trial: socket.socket) -> int:
+    """The exit code of the run's process `pid`, or 128 + the signal that ended it; word from `trial` ends it."""
+    running = os.pidfd_open(pid)
+    if running not in select.select([running, trial.fileno()], [], [])[0]:
+        trial.recv(PATH_BYTES)
+        os.kill(pid, signal.SIGKILL)
+    os.close(running)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return 128 - code if code < 0 else code
+
+
 def main() -> None:
-    path, folder = map(Path, sys.argv[1:])
+    path, descriptor = sys.argv[1:]
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each request in flight has a connection
-    samples = Samples.load(path)
+    samples = Samples.load(Path(path))
     ready = bodies(samples)
-    while not (folder / "run.json").exists():
-        time.sleep(POLL_S)
-    spec = RunSpec.load(folder / "run.json")
     gc.freeze()
     gc.disable()  # there are no cycles here, and a collection would stop every thread while it visits all objects
     sys.setswitchinterval(SWITCH_S)
-    try:
-        measure(spec, samples, ready)
-    except MeasureError as error:
-        print(error, file=sys.stderr, flush=True)
-        os._exit(1)  # LoadGen's issue thread can't be ended, and Python would wait for it
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+    serve(socket.socket(fileno=int(descriptor)), samples, ready)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The JSON files that pass between a trial and its LoadGen process."""
+"""Messages and files between a trial and the processes that make its LoadGen runs."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -11,6 +11,8 @@ from omegaconf import OmegaConf
 from autotune.config.schema import LiveConfig, ScenarioConfig
 from autotune.system.files import write_whole
 
+PATH_BYTES = 4096  # of a run's folder, at most, in a message that asks for the run
+STOP = b"stop"  # a message: end the run
 WARMUP_ROUNDS = 10  # of a server that has just started, at most
 
 

@@ -104,6 +104,12 @@ class Client:
             connection.close()
             self._end(stream, f"request failed: TimeoutError after {self._timeout_s:g} s")
 
+    def drop(self) -> None:
+        """Forget the streams that still run: the server sees their connections close."""
+        for connection in self._running.values():
+            connection.close()
+        self._running.clear()
+
     def read(self, stream: Stream, body: bytes, now: float) -> None:
         """Take bytes of an answer's body, read at `now`."""
         events = stream.read(body, now)

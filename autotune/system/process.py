@@ -50,6 +50,10 @@ class GuardedProcess:
     ) -> None:
         self.stop()
 
+    def fileno(self) -> int:
+        """A descriptor to select on: it is readable once the command, and what it left, has ended."""
+        return self._alive.fileno()
+
     @property
     def session(self) -> int:
         """Id of the session that the command and its children share, unless they leave it."""
@@ -76,24 +80,20 @@ class GuardedProcess:
         self._alive.close()
 
 
-def fork(work: Callable[[socket.socket], None], close: Sequence[socket.socket] = ()) -> socket.socket:
-    """Start a copy of this process that runs `work` on one end of a socket and then ends; returns the other end.
+def fork(work: Callable[[], None]) -> int:
+    """Start a copy of this process that runs `work` and then ends, with 0 or, after an error, 1; returns its pid.
 
-    The copy dies with the thread that started it. It closes the sockets `close`, those of earlier copies.
+    The copy dies with the thread that started it.
     """
     parent = os.getpid()
-    ours, theirs = socket.socketpair()
-    if os.fork():
-        theirs.close()
-        return ours
+    if pid := os.fork():
+        return pid
     code = 1
     try:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for sock in (ours, *close):
-            sock.close()
         if os.getppid() == parent:
-            work(theirs)
+            work()
             code = 0
     except BaseException:
         traceback.print_exc()
