@@ -33,7 +33,7 @@ for file, samples in zip(sys.argv[1::2], sys.argv[2::2]):
     start_test(null, settings(run.scenario), int(samples), run.folder)
     print(json.dumps(null.seen))
 """
-CASES = list(product(Kind, [7, 64]))  # scenario and samples
+CASES = list(product([Kind.Offline, Kind.Server, Kind.SingleStream], [7, 64]))  # LoadGen's scenario, and samples
 Seen = dict[tuple[Kind, int], list[tuple[float, int]]]
 
 

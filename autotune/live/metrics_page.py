@@ -1,6 +1,7 @@
 """vLLM's /metrics page, read while a run goes on."""
 
 import re
+from http.client import HTTPException
 
 from autotune.errors import MeasureError
 from autotune.live import key
@@ -32,11 +33,11 @@ class Page(dict[str, list[float]]):
 
 
 def read(server: str) -> Page | None:
-    """The page of the server at this URL; None if it does not answer in time."""
+    """The page of the server at this URL; None if it does not answer in time, or dies meanwhile."""
     try:
         with key.opened(server, "/metrics", TIMEOUT_S) as answer:
             return Page(f"{server}/metrics", answer.read().decode())
-    except OSError:
+    except (OSError, HTTPException):
         return None
 
 
