@@ -5,19 +5,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 
+from autotune.config.schema import Config
 from autotune.data.models import Model
 from autotune.errors import InputError
 from autotune.measure.result import Result, State
 from autotune.results.study import results_in
-from autotune.search.space import parse
+from autotune.search.samplers import LIVE, chosen, make_sampler
+from autotune.search.space import Space, parse
 from autotune.search.twin import Ended, Params, TwinSampler, encoded, ended_in, key
 from autotune.sweep import storage
 from autotune.sweep.record import Record
-from tests.studies import SEQS, configured, study
+from tests.studies import SEQS, composed, configured, study
 
 TOKENS, BACKEND = "engine.args.max_num_batched_tokens", "engine.args.attention_backend"
 SPACE, _ = parse(
@@ -100,7 +103,39 @@ def test_model_that_can_not_be_simulated_is_refused_with_what_to_write(model: Mo
     (model.folder / "config.json").write_text(json.dumps(model.config | {"architectures": ["BertModel"]}))
     bert = configured("model=custom", f"model.path={model.folder}", "backend=sim", "scenario=offline", "prior=sim")
     with pytest.raises(InputError, match=r"sampler=twin simulates: .* none that it knows .*; or write another sampler"):
-        TwinSampler(bert, SPACE, dict, **QUICK)
+        make_sampler(composed(["sampler=twin"], simulated=True).hydra.sweeper.sampler, SPACE, bert)
+    assert "none that it knows" in named(replace(bert, backend=LIVE_BACKEND), SPACE)
+
+
+def named(config: Config, space: Space) -> str:
+    """The name of the sampler that sampler=auto stands for."""
+    return chosen(composed(["sampler=auto"], simulated=True).hydra.sweeper.sampler, config, space)[1]
+
+
+LIVE_BACKEND = {"_target_": LIVE, "steps": True}
+NOT_SIMULATED, _ = parse({}, [f"{BACKEND}=choice(default,FLASHINFER)"], {}, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "space", "name"),
+    [
+        ({}, SPACE, "twin (auto)"),
+        ({"prior": CONFIG.prior}, SPACE, "twin (auto)"),
+        ({"backend": {"_target_": "tests.standin.StandIn"}}, SPACE, "tpe (auto: the backend is not live vLLM)"),
+        ({"backend": {"_target_": LIVE, "steps": False}}, SPACE, "tpe (auto: backend.steps=false records no steps)"),
+        ({"objective": configured("objective=pareto").objective}, SPACE, "tpe (auto: it has several objectives)"),
+        ({}, NOT_SIMULATED, "tpe (auto: none of what it sweeps is simulated)"),
+        ({"sampler": "gp"}, SPACE, "gp"),
+    ],
+)
+def test_default_is_the_twin_where_a_live_study_sweeps_what_it_models(change: dict[str, Any], space: Space, name: str):
+    live = {"backend": LIVE_BACKEND, "prior": replace(CONFIG.prior, backend=None), **change}
+    assert named(replace(CONFIG, **live), space) == name
+
+
+def test_summary_says_why_it_was_tpe(tmp_path: Path):
+    said = study(tmp_path, f"{SEQS}=choice(4,16)", "n_trials=1")
+    assert "Sampler: tpe (auto: the backend is not live vLLM)" in said
 
 
 def test_parameters_are_numbers_from_0_to_1():

@@ -336,7 +336,7 @@ class Config:
     max_failures: int = within(10, 1, 1e7)  # trials that fail in a row end the study
     duplicates: Duplicates = Duplicates.lookup
     resume: bool = False  # refuse to begin a new study; one that exists is continued in any case
-    sampler: str = "tpe"  # its name; conf/sampler/ sets it
+    sampler: str = "auto"  # its name; conf/sampler/ sets it
     seed: int = 0  # of the sampler
     warm_start: str | None = None  # a study whose best `prior.keep` configurations are tried first
     gpus: Any = None  # that trials may lease: a list of indices, or `all`; null: no leases, vLLM takes what it sees

@@ -108,6 +108,7 @@ def render(study: Study) -> str:
         warning = edge(study.results[study.served or best], config)
         parts += ["", warning] if warning else []
     parts += _surprises(study) + _nodes(study)
+    parts += ["", f"Sampler: {config.sampler}"] if "(" in config.sampler else []
     if (load := config.target_load) and study.complete:
         parts += ["", *fleet.render(fleet.fleets(study.complete.items(), config, load), config, load)]
     if verdict := verified(study.folder):

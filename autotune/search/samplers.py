@@ -13,9 +13,11 @@ from optuna.samplers import GridSampler, TPESampler
 
 from autotune.config import bounds
 from autotune.config.schema import Config
+from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
 from autotune.search.optuna_private import Grid, use_compiled_log_ndtr
 from autotune.search.space import Space
+from autotune.sim.flags import MODELLED
 from autotune.text import one_line
 
 if TYPE_CHECKING:
@@ -23,10 +25,46 @@ if TYPE_CHECKING:
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # some samplers are
 
+AUTO = "auto"  # a name that stands for another sampler's
+LIVE = "autotune.live.backend.LiveBackend"
+TWIN = "autotune.search.twin.TwinSampler"
 MOST = 1e5  # trials, candidates, individuals: a sampler's memory
 LEAST = {"inc_popsize": -1}  # as Optuna writes that CMA-ES does not restart
 ABOVE_0 = ("n_ei_candidates", "sigma0", "proposal_s")
 WHITELIST = ("optuna.*", "optuna_integration.*", "hydra_plugins.*", "autotune.search.twin.*")
+
+
+def chosen(sampler: Any, config: Config, space: Space) -> tuple[Any, str]:
+    """The configuration of the sampler that a study uses, and its name; of sampler=auto also why it is TPE.
+
+    Raises InputError for what it can't be made with.
+    """
+    make_sampler(sampler, space, config)
+    if config.sampler != AUTO or not sampler._target_.endswith("TPESampler"):
+        return sampler, config.sampler
+    options = {name: value for name, value in sampler.items() if name not in ("_target_", "seed")}
+    twin = OmegaConf.create({"_target_": TWIN, "_partial_": True, "seed": sampler.seed, "tpe": options})
+    why = _unlike_twin(config, space)
+    if not why:
+        try:
+            instantiate(twin, _execution_whitelist_=WHITELIST)(config, space, dict)
+        except InputError as error:
+            why = one_line(error)
+    return (sampler, f"tpe ({AUTO}: {why})") if why else (twin, f"twin ({AUTO})")
+
+
+def _unlike_twin(config: Config, space: Space) -> str:
+    """The reason why a twin is of no use to a study; empty if it is."""
+    modelled = [
+        name for name in space.parameters if name.removeprefix(FLAG) in MODELLED or name.startswith("scenario.")
+    ]
+    if config.backend.get("_target_") != LIVE:
+        return "the backend is not live vLLM"
+    if not config.backend.get("steps"):
+        return "backend.steps=false records no steps"
+    if len(config.objective.metrics) > 1:
+        return "it has several objectives"
+    return "" if modelled else "none of what it sweeps is simulated"
 
 
 def make_sampler(
@@ -60,7 +98,12 @@ def make_sampler(
         import torch  # takes seconds
 
         torch.set_num_threads(1)  # small matrices; more threads only wait for cores that trials have
-    if isinstance(made, partial):
-        made = Grid(space.grid, **made.keywords) if made.func is GridSampler else made(config, space, ended)
+    if isinstance(made, partial) and made.func is GridSampler:
+        made = Grid(space.grid, **made.keywords)
+    elif isinstance(made, partial):
+        try:
+            made = made(config, space, ended)
+        except InputError as error:
+            raise InputError(f"sampler=twin simulates: {error}; or write another sampler") from None
     found: optuna.samplers.BaseSampler = made
     return found

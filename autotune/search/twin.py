@@ -182,10 +182,7 @@ class TwinSampler(BaseSampler):
 
     def _begin(self, backend: dict[str, Any]) -> None:
         """Simulate on this backend's device until a twin is fitted. Raises InputError."""
-        try:
-            self._simulation = simulation(self._config, backend)
-        except InputError as error:
-            raise InputError(f"sampler=twin simulates: {error}; or write another sampler") from None
+        self._simulation = simulation(self._config, backend)
         self._device, self._shape = Device(**backend["device"]), Shape.of(self._simulation.prepared.model.config)
 
     def _use(self, twin: Twin, good: Sequence[Result]) -> None:

@@ -207,8 +207,7 @@ def simulate(
         serve(requests[at :: len(replicas)], scheduler, cost, record, end.seen, end.passed)
         for at, scheduler in enumerate(replicas)
     ]
-    served = [(one, done) for one, done in zip(issued, requests, strict=True) if done.last_token]
-    timings = [timing(sample, at, done) for (at, sample), done in served]
+    timings = [timing(sample, at, done) for (at, sample), done in zip(issued, requests, strict=True) if done.last_token]
     return Simulated(timings, observers[0].states, observers[0].rows, len(issued))
 
 

@@ -36,7 +36,7 @@ from autotune.results.study import BASELINE, CANARY, SPACE, TRIAL, canaries_in, 
 from autotune.results.study import Study as FinishedStudy
 from autotune.search import prior, warm_start
 from autotune.search.pruners import make_pruner
-from autotune.search.samplers import make_sampler
+from autotune.search.samplers import chosen, make_sampler
 from autotune.search.space import Space, check_space, default_of, parse, swept_flags, value_of
 from autotune.sweep import storage
 from autotune.sweep.display import Display
@@ -107,7 +107,8 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     check_recipe(config, prepared)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     launcher, pruner = make_launcher(config), make_pruner(config)
-    make_sampler(sweeper["sampler"], space, config)  # that it can be made, before there is a folder
+    sampler, composed.sampler = chosen(sweeper["sampler"], config, space)  # it can be made, before there is a folder
+    config = replace(config, sampler=composed.sampler)
     tracking.check(config.tracking)
     folder = Path(job.hydra.sweep.dir)
     if config.resume and not folder.exists():
@@ -123,7 +124,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
             record = Record(trials, sweeper["study_name"], space, config.objective)
             begun = len(record.trials) or len(results)
             ended = partial(ended_in, folder, results)
-            record.use(make_sampler(sweeper["sampler"], space, config, ended, begun), pruner)
+            record.use(make_sampler(sampler, space, config, ended, begun), pruner)
             if results and not record.trials:
                 record.rebuild(results)
             check_trials(record.trials, folder, results)
