@@ -374,3 +374,16 @@ def healthy(port: int) -> bool:
         return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).status == 200)
     except OSError:
         return False
+
+
+def test_mixture_of_experts_is_served_in_a_study_of_spaces_that_name_what_a_cpu_lacks(tmp_path: Path):
+    space = ["space=[engine,scheduler,moe]", "sampler=random", "n_trials=1", "baseline=false"]
+    words = ["model=tiny_moe", "dataset=cnn_small", "engine.args.enforce_eager=true", "scenario.min_queries=64"]
+    done = autotune_in(tmp_path, "-m", *words, *space, "tracking=none", "study=moe")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = load(str(tmp_path / "multirun/moe"))
+    [trial] = found.complete
+    assert found.complete[trial].metrics["tokens_per_s"] > 0
+    assert "Qwen3MoeForCausalLM" in (found.folder / trial / "vllm.log").read_text()
+    refused = [one.reason for one in found.swept.values() if not one.complete]
+    assert refused and all("CPU" in why or "CUDA" in why or why.startswith("conditions.") for why in refused), refused
