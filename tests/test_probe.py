@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from autotune.config.vllm_flags import Flag, recorded
+from autotune.config.command_line import compose
+from autotune.config.vllm_flags import Flag, command_line, recorded
 from autotune.data.models import build_shape
 from autotune.live.installed_vllm import PROBE, Probe, open_probe
 
@@ -124,6 +125,18 @@ def test_what_is_compiled_anew_is_told_by_vllms_own_hash(probe: Probe, model: Pa
     dry_run(probe, model, "--enable-expert-parallel", "--enable-eplb")  # refused, and it changes vLLM's own defaults
     before, after = (dry_run(probe, model, *more)["compiled"] for more in ((), words))
     assert (before != after) == anew, f"probe.dry_run: compute_hash says {before} and {after} for {' '.join(words)}"
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt_oss_20b", "gpt_oss_120b", "gpt_oss_20b_dummy", "llama70b", "deepseek_r1", "tiny_moe"]
+)
+def test_shape_and_recipe_of_a_model_are_what_vllm_takes(probe: Probe, name: str, tmp_path: Path):
+    model = compose([f"model={name}"])[0].model
+    build_shape(tmp_path, **{key: value for key, value in (model.shape or model.build).items() if key != "_target_"})
+    for more in ({}, model.recipe.args):
+        args = {"load_format": "dummy", **model.args, "tensor_parallel_size": None, **more}
+        answer = dry_run(probe, tmp_path, *command_line(args, recorded()))
+        assert not answer["refusal"], f"conf/model/{name}.yaml: {answer['refusal']}"
 
 
 def test_variables_are_read_from_vllm(probe: Probe):

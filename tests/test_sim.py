@@ -14,7 +14,7 @@ from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result, State
 from autotune.search.simulate import estimate, simulation
 from autotune.sim import calibrate
-from autotune.sim.backend import SimBackend, judge, simulate
+from autotune.sim.backend import SimBackend, _tell_of_window, judge, simulate
 from autotune.sim.cost import Cost
 from autotune.sim.flags import resolve
 from autotune.sim.shape import Shape
@@ -240,3 +240,12 @@ def test_simulated_engine_leaves_the_steps_of_all_its_runs_if_it_is_asked_to(tmp
 def test_simulated_engine_leaves_no_steps_by_default(tmp_path: Path):
     config = configured("model=llama8b", "backend=sim", "scenario=offline", "scenario.min_queries=8", "tracking=none")
     assert "steps" not in trial.run(config, [], tmp_path).facts and not (tmp_path / steps.NAME).exists()
+
+
+def test_window_that_is_not_simulated_is_said_once(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    _tell_of_window.cache_clear()
+    prepared = prepare(configured("model=gpt_oss_20b", "backend=sim"))
+    assert not prepared.dry_run().refusal and not prepared.dry_run({"max_num_seqs": 8}).refusal
+    said = "simulation: layers that see 128 tokens are treated as if they saw all; long contexts are too slow"
+    assert caplog.messages.count(said) == 1

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +45,13 @@ LONG = 32  # blocks of a prompt; longer ones are found in the prefix cache by se
 PUBLISH_S = 2.0  # simulated; as often as a real run publishes
 
 
+@cache
+def _tell_of_window(tokens: int) -> None:
+    log.info(
+        "backend=sim: layers that see %d tokens are simulated as if they saw all; long contexts are too slow", tokens
+    )
+
+
 class SimBackend:
     Config = SimConfig
     needs_weights = False
@@ -70,6 +78,8 @@ class SimBackend:
 
     def dry_run(self, model: Model, args: Mapping[str, Any]) -> DryRunOutcome:
         shape = Shape.of(model.config)
+        if model.config.get("sliding_window") and model.config.get("use_sliding_window", True):
+            _tell_of_window(model.config["sliding_window"])
         flags = resolve(args, self.config.device, shape)
         return DryRunOutcome(refusal(flags, self.config.device, shape), asdict(flags))
 
