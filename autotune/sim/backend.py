@@ -47,9 +47,7 @@ PUBLISH_S = 2.0  # simulated; as often as a real run publishes
 
 @cache
 def _tell_of_window(tokens: int) -> None:
-    log.info(
-        "backend=sim: layers that see %d tokens are simulated as if they saw all; long contexts are too slow", tokens
-    )
+    log.info("simulation: layers that see %d tokens are treated as if they saw all; long contexts are too slow", tokens)
 
 
 class SimBackend:
