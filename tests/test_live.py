@@ -205,7 +205,8 @@ def test_trial_that_is_stopped_while_it_runs_is_gone_in_seconds(config: Config, 
     folder = tmp_path / "trial"
     folder.mkdir()
     long = replace(config, scenario=scenario(Kind.Server, min_duration_s=120.0))
-    (job,) = LocalProcesses(LocalConfig(n_jobs=1), None).submit([TrialSpec(long, [], folder)])
+    launcher = LocalProcesses(LocalConfig(n_jobs=1), None)  # its trials end with it
+    (job,) = launcher.submit([TrialSpec(long, [], folder)])
     reader = progress.Reader(folder)
     published: list[dict[str, Any]] = []
     deadline = time.monotonic() + 120
