@@ -132,15 +132,17 @@ def test_variables_of_the_user_s_that_decide_how_vllm_runs_are_written_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     theirs = {"VLLM_API_KEY": "sk-planted", "VLLM_USE_X": "1", "HF_TOKEN": "hf_planted", "VLLM_Y": "2", "EDITOR": "vi"}
+    theirs["VLLM_ENABLE_STARTUP_PLAN"] = "1"
     for name, value in theirs.items():
         monkeypatch.setenv(name, value)
-    show = "import os; print(*(os.environ[name] for name in ('VLLM_API_KEY', 'VLLM_USE_X', 'VLLM_Y')), sep=',')"
+    shown = ("VLLM_API_KEY", "VLLM_ENABLE_STARTUP_PLAN", "VLLM_USE_X", "VLLM_Y")
+    show = f"import os; print(*(os.environ[name] for name in {shown}), sep=',')"
     with pytest.raises(StartError), start(tmp_path, show, env={"VLLM_Y": "3"}):
         pass
-    assert (tmp_path / "vllm.log").read_text() == ",1,3\n"
+    assert (tmp_path / "vllm.log").read_text() == ",0,1,3\n"
     inherited = json.loads((tmp_path / "command.json").read_text())["inherited"]
     assert (inherited["VLLM_USE_X"], inherited["HF_TOKEN"]) == ("1", "***")
-    assert not {"VLLM_API_KEY", "VLLM_Y", "EDITOR"} & inherited.keys()
+    assert not {"VLLM_API_KEY", "VLLM_ENABLE_STARTUP_PLAN", "VLLM_Y", "EDITOR"} & inherited.keys()
 
 
 def test_exact_command_is_written_before_it_runs(tmp_path: Path):

@@ -32,6 +32,8 @@ ENV = {
     "VLLM_SERVER_DEV_MODE": "1",  # for POST /reset_prefix_cache
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_API_KEY": "",  # the user's own would lock our client out
+    # It would take over the KV cache of a start with another gpu_memory_utilization or cudagraph_mode (0.32).
+    "VLLM_ENABLE_STARTUP_PLAN": "0",
     "PYTHONUNBUFFERED": "1",  # so that the log is complete when vLLM dies
     "PYTHONDONTWRITEBYTECODE": "",  # else each of vLLM's three processes would compile all of it
 }
