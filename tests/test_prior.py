@@ -9,7 +9,9 @@ from autotune.config.command_line import compose
 from autotune.config.schema import FITTED, HOST
 from autotune.search import prior
 from autotune.search.prior import _complementary, perturbed
+from autotune.search.simulate import estimate, simulation
 from autotune.search.space import parse
+from tests.studies import configured
 
 
 def test_perturbed_device_differs_in_what_is_fitted_and_in_nothing_else():
@@ -35,6 +37,13 @@ def test_choice_is_the_best_on_average_then_what_it_lacks():
     scores = np.array([[1.0, 0.9, 0.5], [1.0, 0.9, 0.5], [0.0, 0.0, 1.0]])
     assert _complementary(scores, 2) == [0, 2]
     assert _complementary(scores, 5) == [0, 2, 1]
+
+
+def test_variable_that_is_swept_is_passed_over_by_the_simulation():
+    config = configured("model=llama8b", "prior=sim", "scenario=offline", "scenario.min_queries=8")
+    params = {"backend.env.X": "1", "engine.args.max_num_seqs": 8}
+    found = estimate(simulation(config, config.prior.backend), params)
+    assert found.complete and (found.params, found.args["max_num_seqs"]) == (params, 8)
 
 
 @pytest.mark.slow
