@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from autotune.config.schema import Kind, ScenarioConfig
 from autotune.errors import InputError
-from autotune.measure import trial
+from autotune.measure import runs, trial
 from autotune.measure.backend import DryRunOutcome, Measurement
 from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result, State
@@ -62,6 +63,15 @@ def test_most_users_are_certified_and_bracketed(tmp_path: Path):
     assert result.values == [users] and result.feasible and result.bound == "latency"
     assert users < failing <= max(users + 1, 1.05 * users) and users == int(users)
     assert result.metrics["latency_p99_ms"] <= 2000
+    assert users / 3 < result.runs[1].qps < users * 3  # the burst has told about how many
+
+
+def test_users_that_a_search_begins_with_are_those_that_the_limits_let_wait():
+    queueing = {"ttft_mean_ms": 9e3, "tpot_mean_ms": 40.0, "latency_p99_ms": 20e3, "output_tokens": 500, "requests": 10}
+    limited = ScenarioConfig(name="s", kind=Kind.ClosedLoop, ttft_ms=1000, tpot_ms=100)
+    assert runs.longest_s(limited, queueing) == pytest.approx(6.0)
+    assert runs.longest_s(replace(limited, ttft_ms=None, tpot_ms=None, latency_ms=3000), queueing) == 3.0
+    assert runs.longest_s(replace(limited, ttft_ms=None), queueing) == pytest.approx(14.0)
 
 
 def test_each_user_of_a_closed_loop_waits_for_the_answer(tmp_path: Path):

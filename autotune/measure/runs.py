@@ -1,5 +1,6 @@
 """The runs of LoadGen that a trial makes on its server: one, several repeats, or a search for the highest load."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -183,8 +184,8 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
     if settings.start_qps is None:
         queueing = run("burst", burst(scenario)).metrics
         most, queued = queueing["samples_per_s"], {"queued_tpot_p99_ms": queueing["tpot_p99_ms"]}
-        if closed:  # by Little's law, the requests that generated at a time
-            most *= (queueing["latency_mean_ms"] - queueing["ttft_mean_ms"]) / 1e3
+        if closed:  # Little's law
+            most *= longest_s(scenario, queueing)
     highest = max_qps.search(keeps_limits, most, scenario.min_duration_s, settings, whole=closed)
     best = done[min(done) if highest.certified is None else highest.certified]
     best.metrics.update({**queued, name: highest.certified or 0.0})
@@ -192,6 +193,14 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
         return best
     best.metrics[name.replace("max", "failing")] = highest.failing
     return replace(best, bound=broken_limit(done[highest.failing]))
+
+
+def longest_s(scenario: ScenarioConfig, queueing: Mapping[str, float]) -> float:
+    """About the longest latency that the limits allow; what they leave open is that of a burst with these figures."""
+    allowed = {limit.name: limit.loosest for limit in limits_of(scenario)}
+    ttft, tpot = (allowed.get(name, queueing[f"{name}_mean_ms"] / 1e3) for name in ("ttft", "tpot"))
+    tokens = queueing["output_tokens"] / queueing["requests"]
+    return min(allowed.get("latency", math.inf), ttft + tpot * tokens, queueing["latency_p99_ms"] / 1e3)
 
 
 def broken_limit(run: RunResult) -> str:
