@@ -9,12 +9,13 @@ from autotune.config import bounds
 from autotune.config.schema import Device
 from autotune.errors import InputError
 from autotune.measure import steps
+from autotune.search.simulate import estimate, on_twin, simulation
 from autotune.sim import from_steps
 from autotune.sim.cost import Cost
 from autotune.sim.flags import resolve
 from autotune.sim.scheduler import Batch, Request
 from autotune.sim.shape import Shape
-from autotune.sim.twin import Error, errors, fit
+from autotune.sim.twin import Error, Twin, errors, fit
 from tests.studies import configured
 
 RECORDED = Path(__file__).parent.parent / "datasets/steps"
@@ -91,6 +92,34 @@ def test_draws_differ_where_no_step_has_shown_a_constant():
     spread = dict(zip(["weights_s", "launch_s"], drawn.std(axis=0)[[1, -2]], strict=True))
     assert spread["launch_s"] > 0.4 > 0.25 > spread["weights_s"]
     assert "a step that no CUDA graph holds" in twin.unseen
+
+
+HELD = "scenario=interactive scenario.ttft_ms=500 scenario.tpot_ms=30 objective=max_qps scenario.min_duration_s=20"
+SEARCHED = "scenario.search.certify_queries=662 scenario.search.first_s=5 scenario.search.burst=100"
+NAMES = ("max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold", "max_cudagraph_capture_size")
+
+
+def loads(model: str, values: tuple[int, ...], twins: list[Twin]) -> list[float]:
+    """The highest load on each of `twins`, searched as the recorded servers were."""
+    config = configured(f"model={model}", "backend=sim", "backend/device=h200", *HELD.split(), *SEARCHED.split())
+    of_device = simulation(config, config.backend)
+    params = {f"engine.args.{name}": value for name, value in zip(NAMES, values, strict=False)}
+    return [estimate(on_twin(of_device, one), params).metrics["max_qps"] for one in twins]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("values", "held"),
+    [((), 6.83), ((22, 1024, 1024, 2048), 13.82), ((113, 4096, 1024, 2048), 19.34), ((137, 8192, 512, 2048), 24.94)],
+)
+def test_loads_of_a_host_that_is_interrupted_are_within_the_draws(values: tuple[int, ...], held: float):
+    """Fitted to the defaults' steps alone: pauses of up to 1.5 s decide what is certified."""
+    known = recorded("qwen3moe-host9-defaults")
+    assert known.model
+    twin = fit([known], h200(), Shape.of(known.model))
+    found = loads("qwen3_30b_a3b", values, [twin.draw(seed) for seed in range(1, 25)])
+    low, high = np.quantile(found, [0.05, 0.95])
+    assert low <= held <= high
 
 
 def test_mixture_of_experts_has_the_parameters_that_its_name_says():

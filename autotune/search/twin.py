@@ -377,7 +377,7 @@ class TwinSampler(BaseSampler):
         self._nothing_better += 1
         if not self._nothing_better % OTHERS_TURN:
             return self._to_tpe("expects nothing better; TPE is asked now and then")
-        return dict(points[int(scores[:, : len(points)].mean(axis=0).argmax())])
+        return dict(points[int(np.median(scores[:, : len(points)], axis=0).argmax())])
 
     def _scores(self, points: Sequence[Params], until_s: float) -> Floats:
         """Scores of `points`, a column each, on the twin and on its draws; those of the twin where time is short."""

@@ -19,6 +19,7 @@ from autotune.sim.scheduler import Batch
 from autotune.sim.shape import Shape
 
 GIB = 1 << 30
+PAUSES_BETWEEN = 1.0  # from one trial to the next, of how often they come: as a logarithm; others' programs come and go
 POWER = 3.0
 
 
@@ -87,6 +88,8 @@ class Pace:
     launches: tuple[float, ...] = ()  # factors on the time of steps without a graph …
     pieces: tuple[float, ...] = ()  # … and of those with prefill in one
     seed: int = 0
+    pauses: tuple[float, ...] = ()  # seconds for which something else had the host …
+    busy_s: float = 0.0  # … in so many seconds
 
     def factors(self) -> Callable[[bool, bool], float]:
         """The factor on the host's time of one step after the other, as it was recorded from a random moment on."""
@@ -102,6 +105,26 @@ class Pace:
 
         return factor
 
+    def interruptions(self, run: int) -> Callable[[float], float]:
+        """Seconds for which the host is interrupted before a step of a run that begins at some time."""
+        if not self.pauses:
+            return lambda _: 0.0
+        # Each was seen once, and how often it comes is known no better: the weights of the Bayesian bootstrap.
+        known = np.random.default_rng(self.seed)
+        weights = known.exponential(size=len(self.pauses)) * known.lognormal(0, PAUSES_BETWEEN)
+        every_s, shares = self.busy_s / weights.sum(), weights / weights.sum()
+        random = np.random.default_rng((self.seed, run))
+        next_s = random.exponential(every_s)
+
+        def pause(now: float) -> float:
+            nonlocal next_s
+            if now < next_s:
+                return 0.0
+            next_s = now + random.exponential(every_s)
+            return float(random.choice(self.pauses, p=shares))
+
+        return pause
+
 
 class Cost:
     """The cost on `device` of serving a model of `shape` with `flags`; bytes and FLOPs are one GPU's share."""
@@ -111,6 +134,7 @@ class Cost:
         self.pace, self.more_kv_bytes = Pace(), 0.0  # a twin knows them …
         self.by_size: tuple[float, ...] = (0.0,)  # … and this, for `size_factor`
         self._size_factors: dict[int, float] = {}
+        self.runs = itertools.count()  # that are simulated
         tp = flags.tensor_parallel_size
         products = device.tflops * 1e12 * device.math_efficiency
         quantised = (device.fp8_tflops or 0.0) * 1e12 * device.math_efficiency if flags.fp8_weights else products

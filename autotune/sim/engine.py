@@ -84,19 +84,19 @@ def serve(
 ) -> Observer:
     """Run `requests`, and those `following` one that has ended, and set their token times; returns what was observed.
 
-    With `record` that includes each step. Once it is `stopped`, requests are left as they are. With asynchronous
-    scheduling the host launches a step while the GPU runs the one before, whose end has not freed anything yet. Raises
-    ValueError if a request can never be scheduled.
+    With `record` that includes each step; once it is `stopped`, requests are left as they are. An asynchronous host
+    launches a step while the GPU runs the one before. Raises ValueError if a request can never be scheduled.
     """
     in_flight = 2 if cost.flags.async_scheduling else 1
     now = gpu_free = 0.0
-    pace_of = cost.pace.factors()
+    pace_of, pause = cost.pace.factors(), cost.pace.interruptions(next(cost.runs))
     running: deque[tuple[float, Batch, tuple[float, ...]]] = deque()
     arriving, observer = sorted((one.arrival, one.number, one) for one in requests), Observer(scheduler)  # a heap
     while not stopped(now):
         while arriving and arriving[0][0] <= now:
             scheduler.add(heapq.heappop(arriving)[2])
         if scheduler.running or scheduler.waiting:
+            now += pause(now)
             batch = scheduler.schedule()
             if batch.decodes or batch.chunks:
                 scheduled = (now, now, *contents(scheduler, batch)) if record else ()

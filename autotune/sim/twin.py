@@ -48,6 +48,7 @@ FORGET, DOUBT = 0.8, 0.1  # the host's pace: weight of a step against the next o
 USUAL = (0.05, 0.95)  # quantiles of the host's pace; beyond, another process had it
 PACES = (0.4, 2.5)  # beyond, a step was interrupted
 LONG_S = 10.0  # a step that takes longer was interrupted
+PAUSE_S = 0.02  # by which a result comes later than expected, if something else had the host
 IDLE_S = 0.5  # between two steps of different runs
 
 
@@ -70,15 +71,17 @@ class Twin:
     pace: Pace
     by_size: tuple[float, ...] = (0.0,)  # see size_factor: what the constants leave unexplained
     kv_bytes: float | None = None  # KV cache beyond what the device's YAML says, on one GPU; None: not known
+    pauses: tuple[float, ...] = ()  # seconds for which something else had the host …
+    busy_s: float = 0.0  # … in so many seconds of steps: they come at random, and only draws have them
     unseen: tuple[str, ...] = ()  # what no step has shown, in words
 
-    def cost(self, flags: Flags, seed: int = 0) -> Cost:
-        """The cost of serving with `flags`; `seed` is that of the host's pace."""
+    def cost(self, flags: Flags) -> Cost:
+        """The cost of serving with `flags`."""
         cost = Cost(self.device, self.shape, flags)
         constants = prior(cost) * self.factors
         constants[CONSTANTS.index("prepare_s")] += self.loop[0]
         constants[CONSTANTS.index("prepare_sequence_s")] += self.loop[1]
-        cost.constants, cost.pace = tuple(map(float, constants)), replace(self.pace, seed=seed)
+        cost.constants, cost.pace = tuple(map(float, constants)), self.pace
         cost.more_kv_bytes, cost.by_size = self.kv_bytes or 0.0, self.by_size
         return cost
 
@@ -88,7 +91,9 @@ class Twin:
         between = np.full(len(CONSTANTS), GPU_BETWEEN * random.standard_normal())
         between[ON_HOST] = HOST_BETWEEN * random.standard_normal()
         changes = random.multivariate_normal(np.zeros(len(CONSTANTS)), self.covariance) + between
-        return replace(self, factors=self.factors * np.exp(changes), covariance=np.zeros_like(self.covariance))
+        pace = replace(self.pace, seed=seed, pauses=self.pauses, busy_s=self.busy_s)
+        factors = self.factors * np.exp(changes)
+        return replace(self, factors=factors, covariance=np.zeros_like(self.covariance), pace=pace)
 
     def as_device(self, like: Flags) -> Device:
         """`device` with the constants of this server, as far as a device's bounds can hold them.
@@ -285,7 +290,9 @@ def fit(
     factors = np.exp(solution.x - 1)
     made = Twin(device, shape, factors, covariance, loop_of(data), Pace(), kv_bytes=kv_bytes_of(data))
     made = replace(made, by_size=by_size_of(made, data))
-    return replace(made, pace=pace_of(made, data), unseen=unseen(covariance, widths, data))
+    made = replace(made, pace=pace_of(made, data), unseen=unseen(covariance, widths, data))
+    pauses, busy_s = pauses_of(made, data)
+    return replace(made, pauses=pauses, busy_s=busy_s)
 
 
 def loop_of(data: Sequence[Recorded]) -> tuple[float, float]:
@@ -328,6 +335,17 @@ def pace_of(twin: Twin, data: Sequence[Recorded]) -> Pace:
             kept.extend(np.exp(times.host[launched & (times.host_seen > 0.95)]).tolist())
     usual = {eager: np.clip(kept, *np.quantile(kept, USUAL)) if kept else [] for eager, kept in found.items()}
     return Pace(tuple(map(float, usual[True])), tuple(map(float, usual[False])))
+
+
+def pauses_of(twin: Twin, data: Sequence[Recorded]) -> tuple[tuple[float, ...], float]:
+    """Seconds by which results came later than anything in the pipeline explains, and those of all steps."""
+    pauses, busy_s = list[float](), 0.0
+    for recorded in data:
+        t2 = recorded.steps.column("t2")
+        late, took = t2 - times_of(twin, recorded, paced(twin, recorded)).result, t2 - recorded.steps.column("t1")
+        pauses.extend(late[(late > PAUSE_S) & (took < LONG_S)].tolist())
+        busy_s += float(np.diff(t2)[np.diff(t2) < IDLE_S].sum())
+    return tuple(pauses), busy_s
 
 
 def longest_run(steps: Steps) -> slice:
