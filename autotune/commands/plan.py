@@ -34,7 +34,7 @@ from autotune.search.simulate import estimate, search, search_best, simulation
 from autotune.search.space import Space, check_space, parse
 from autotune.text import shorten
 
-MOST, LEAST = 200, 30  # random points of the space, and as many trials of the simulated study
+MOST, LEAST = 200, 15  # random points of the space, and as many trials of the simulated study
 LONG_S = 100.0  # that either may take, as far as the baseline tells; then they are fewer
 TWIN = "twin="
 
