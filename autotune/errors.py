@@ -27,3 +27,7 @@ class TrackingError(AutotuneError):
 
 class StoppedError(AutotuneError):
     """The study asked the trial to end before it was done."""
+
+
+class BehindError(AutotuneError):
+    """The trial can't be the study's best: it was ended for that."""

@@ -42,7 +42,7 @@ def start(prepared: Prepared, flags: dict[str, Any]) -> str:
     assert isinstance(backend, LiveBackend)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            with serve(backend.config, backend.vllm, prepared.model, prepared.args | flags, Path(folder)):
+            with serve(backend.config, backend.vllm, prepared.model, prepared.args | flags, Path(folder, "vllm.log")):
                 return ""
         except StartError as error:
             return str(error)

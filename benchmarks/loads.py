@@ -15,6 +15,7 @@ from autotune.config.redact import redact
 from autotune.measure import trial
 from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result
+from autotune.measure.slot import Slot
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     prepared = prepare(common)
     samples = prepare_samples(common, prepared)
     flags = prepared.args | prepared.backend.dry_run(prepared.model, prepared.args).resolved
-    with prepared.backend.start(prepared.model, prepared.args, samples, arguments.folder, None) as engine:
+    with prepared.backend.start(prepared.model, prepared.args, samples, arguments.folder, Slot()) as engine:
         for number, load in enumerate(arguments.load):
             folder = arguments.folder / str(number)
             folder.mkdir(exist_ok=True)

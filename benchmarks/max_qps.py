@@ -22,6 +22,7 @@ from autotune.measure import runs, trial
 from autotune.measure.backend import Engine
 from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result
+from autotune.measure.slot import Slot
 
 FROM = 0.9
 AGREE = 0.1  # how far two searches may lie apart, as a share of the lower one
@@ -39,7 +40,7 @@ def main() -> None:
     flags = prepared.args | prepared.backend.dry_run(prepared.model, prepared.args).resolved
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    with prepared.backend.start(prepared.model, prepared.args, samples, folder, None) as engine:
+    with prepared.backend.start(prepared.model, prepared.args, samples, folder, Slot()) as engine:
         found, seconds = [], []
         for seed in range(1, arguments.seeds + 1):
             below = folder / f"search-{seed}"

@@ -34,6 +34,7 @@ class StandInConfig:
 class StandIn:
     Config = StandInConfig
     needs_weights = False
+    shares = False
     facts: ClassVar[dict[str, str]] = {}
     flags: ClassVar[tuple[str, ...]] = tuple(recorded())
 

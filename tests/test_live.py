@@ -35,6 +35,7 @@ from autotune.live.server import serve
 from autotune.measure import progress, steps
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
 from autotune.measure.result import Result
+from autotune.measure.slot import Slot
 from autotune.results.study import load
 from autotune.sweep.launchers import LocalProcesses
 from autotune.sweep.worker import TrialSpec
@@ -69,7 +70,7 @@ def scenario(kind: Kind, **settings: float) -> ScenarioConfig:
 @pytest.fixture(scope="module")
 def engine(config: Config, prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveEngine]:
     samples, folder = prepare_samples(config, prepared), tmp_path_factory.mktemp("server")
-    with backend(prepared).start(prepared.model, prepared.args, samples, folder, None) as running:
+    with backend(prepared).start(prepared.model, prepared.args, samples, folder, Slot()) as running:
         yield running
     assert gone_within(5, lambda: not vllm_processes(running.server.model))
 
@@ -141,7 +142,7 @@ def silent(config: Config, prepared: Prepared, tmp_path_factory: pytest.TempPath
     broken.write_text(Path(recorder.__file__).read_text().replace("def counts(", "def no_counts("))
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setattr(recording, "RECORDER", broken)
-        running = stack.enter_context(backend(prepared).start(prepared.model, args, samples, folder, None))
+        running = stack.enter_context(backend(prepared).start(prepared.model, args, samples, folder, Slot()))
         patch.undo()
         yield running
 
@@ -245,7 +246,7 @@ def test_vllm_dying_at_start_gives_its_own_reason(prepared: Prepared, tmp_path: 
     too_much = prepared.args | {"max_num_seqs": 64, "max_num_batched_tokens": 32}
     with (
         pytest.raises(StartError, match=r"max_num_batched_tokens \(32\) must be greater"),
-        serve(live.config, live.vllm, prepared.model, too_much, tmp_path),
+        serve(live.config, live.vllm, prepared.model, too_much, tmp_path / "vllm.log"),
     ):
         pass
 

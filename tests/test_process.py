@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from autotune.system.process import ForkServer, GuardedProcess
+from autotune.system.process import Forked, ForkServer, GuardedProcess
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 # Starts a grandchild (in a session of its own, unless a third argument is given), writes both pids, then sleeps.
@@ -149,20 +149,27 @@ def test_killed_guard_is_an_end_once_nothing_is_left(tmp_path: Path):
 FORKS = """
 import sys
 from autotune.system.process import serve
-exec(serve(int(sys.argv[1]), float(sys.argv[2])))
+exec(serve(int(sys.argv[1]), float(sys.argv[2])).recv(10000))
 """
 PARENT_OF_FORKS = """
 import sys, time
 from pathlib import Path
 from autotune.system.process import ForkServer
 server = ForkServer([sys.executable, "-c", sys.argv[2]], Path(sys.argv[1]), 1.0)
-fork = server.fork(sys.argv[3].encode())
+fork = server.fork()
+fork.send(sys.argv[3].encode())
 time.sleep(60)
 """
 
 
 def forks(folder: Path) -> ForkServer:
     return ForkServer([sys.executable, "-c", FORKS], folder / "forks.log", stop_timeout_s=1.0)
+
+
+def forked(server: ForkServer, program: str) -> Forked:
+    fork = server.fork()
+    fork.send(program.encode())
+    return fork
 
 
 def family(file: Path) -> str:
@@ -172,7 +179,7 @@ def family(file: Path) -> str:
 def test_fork_ends_with_its_own_exit_code(tmp_path: Path):
     server = forks(tmp_path)
     codes = {"exit(7)": 7, "pass": 0, "import os; os.kill(os.getpid(), 9)": 137, "1 / 0": 1}
-    running = {code: server.fork(program.encode()) for program, code in codes.items()}
+    running = {code: forked(server, program) for program, code in codes.items()}
     assert {code: fork.wait(20) for code, fork in running.items()} == {code: code for code in running}
     assert not any(fork.lost for fork in running.values())
     assert server.runs()
@@ -184,13 +191,13 @@ def test_forks_share_nothing_and_have_sessions_of_their_own(tmp_path: Path):
         f"import os; open({str(tmp_path)!r} + f'/{{os.getsid(0)}}', 'w').write(str('mark' in globals())); mark = 1"
     )
     for _ in range(2):
-        assert server.fork(program.encode()).wait(20) == 0
+        assert forked(server, program).wait(20) == 0
     assert [path.read_text() for path in tmp_path.glob("[0-9]*")] == ["False", "False"]
 
 
 def test_stopped_fork_takes_all_that_it_started_with_it_and_leaves_the_others(tmp_path: Path):
     server = forks(tmp_path)
-    one, other = (server.fork(family(tmp_path / name).encode()) for name in ("one", "other"))
+    one, other = (forked(server, family(tmp_path / name)) for name in ("one", "other"))
     stopped, left = pids(tmp_path / "one"), pids(tmp_path / "other")
     one.stop()
     assert gone(stopped) and one.exit_code() is not None
@@ -211,7 +218,7 @@ def test_sigkill_of_the_parent_leaves_no_fork(tmp_path: Path):
 def test_fork_of_a_server_that_is_gone_has_ended(tmp_path: Path):
     server = ForkServer([sys.executable, "-c", "import nothing"], tmp_path / "forks.log", stop_timeout_s=1.0)
     for _ in range(2):
-        fork = server.fork(b"pass")
+        fork = forked(server, "pass")
         assert fork.wait(20) == 137 and fork.lost
         while server.runs():
             time.sleep(0.05)

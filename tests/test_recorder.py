@@ -147,10 +147,11 @@ def test_error_of_the_recorder_takes_it_out_and_leaves_the_reason(made: Any, tmp
 
 def test_recording_ends_at_its_limit(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys.modules[recording.PLUGIN], "MOST", 2)
+    made.running = []
     for _ in range(4):
         made.update_from_output(made.schedule(), "output")
     found = recording.read(tmp_path, None)
-    assert len(found.rows) == 2 and "2 steps are recorded of one start" in found.missing
+    assert len(found.rows) == 2 and "2 steps are recorded of one trial" in found.missing
 
 
 def test_vllm_without_the_scheduler_that_is_known_starts_as_ever(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

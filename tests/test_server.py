@@ -46,7 +46,7 @@ def nothing_left() -> Iterator[None]:
 def start(folder: Path, code: str, **settings: object):
     vllm = InstalledVllm(sys.executable, "1.0", "2.0", ["-c", code], {})
     config = LiveConfig(**{"start_timeout_s": 20.0, "stop_timeout_s": 1.0, **settings})
-    return serve(config, vllm, Model("the/model", "main", folder), {"max_num_seqs": 8}, folder)
+    return serve(config, vllm, Model("the/model", "main", folder), {"max_num_seqs": 8}, folder / "vllm.log")
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_secrets_stay_out_of_the_command_that_is_written_down(tmp_path: Path):
     vllm = InstalledVllm(sys.executable, "1.0", "2.0", ["-c", "pass"], {})
     config = LiveConfig(env={"HF_TOKEN": "hidden"}, stop_timeout_s=1.0)
     args = {"kv_transfer_config": {"api_key": "hidden"}, "max_num_seqs": 8}
-    with pytest.raises(StartError), serve(config, vllm, Model("m", None, tmp_path), args, tmp_path):
+    with pytest.raises(StartError), serve(config, vllm, Model("m", None, tmp_path), args, tmp_path / "vllm.log"):
         pass
     written = (tmp_path / "command.json").read_text()
     assert "hidden" not in written and "--max-num-seqs" in written

@@ -12,6 +12,7 @@ from autotune.errors import InputError, StartError
 from autotune.measure import steps, trial
 from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result, State
+from autotune.measure.slot import Slot
 from autotune.search.simulate import estimate, simulation
 from autotune.sim import calibrate
 from autotune.sim.backend import SimBackend, _tell_of_window, judge, simulate
@@ -227,7 +228,7 @@ def test_simulated_engine_leaves_the_steps_of_all_its_runs_if_it_is_asked_to(tmp
     prepared = prepare(config)
     samples = prepare_samples(config, prepared)
     assert found.model == prepared.model.config and found.args["max_num_batched_tokens"] == 512
-    with prepared.backend.start(prepared.model, prepared.args, samples, tmp_path, None) as engine:
+    with prepared.backend.start(prepared.model, prepared.args, samples, tmp_path, Slot()) as engine:
         runs = [engine.run(replace(config.scenario, seed=config.scenario.seed + add), tmp_path) for add in (0, 1)]
     sent = [request.sample for run in runs for request in run.requests]
     assert found.column("prefill_tokens").sum() == sum(len(samples.prompts[sample]) for sample in sent)

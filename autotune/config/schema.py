@@ -47,6 +47,13 @@ class Stop(Enum):
     decided = "decided"  # once it can no longer pass or can no longer fail; then LoadGen gives no verdict of its own
 
 
+class Hot(Enum):
+    """Servers of a study's trials."""
+
+    auto = "auto"  # trials that differ only in what can be changed of a running server share one
+    never = "never"  # each trial starts its own
+
+
 class Duplicates(Enum):
     """Choice of what happens when the sampler proposes a configuration that the study has measured already."""
 
@@ -119,6 +126,8 @@ class LoadSearch:
 
     # First load, also of users, if the result is roughly known; null: a burst and short runs find it.
     start_qps: float | None = positive(None, 1e6)
+    # The study sets it: the best trial's load so far. A trial is asked for it first, and left if it does not hold it.
+    best: float | None = positive(None, 1e6)
     precision: float = positive(0.04, 1)  # a load that is higher than the certified one by this share fails
     burst: int = within(200, 1, MOST_QUERIES)  # requests sent at once, to measure the most that the server can take
     # Length of the shortest runs, s; a certifying run lasts scenario.min_duration_s.
@@ -190,6 +199,9 @@ class LiveConfig:
     request_timeout_s: float = positive(600.0)  # one HTTP request, s
     run_timeout_s: float = positive(7200.0)  # one run of LoadGen with its warm-up, s
     steps: bool = True  # the engine's steps are recorded in steps.parquet: what was in each, and its times
+    hot: Hot = Hot.auto  # auto: trials share a server where it can be changed; never: each starts its own
+    # The study sets it: flags with which a shared server starts, the most of what is swept; null: trials share none.
+    bounds: dict[str, Any] | None = None
     observe_s: float = positive(1.0, 3600)  # between two observations of vLLM's /metrics and the GPU during a run, s
     # That send requests; null: one for each 16 cores, at least 1, at most 8.
     client_processes: int | None = within(None, 1, 1024)

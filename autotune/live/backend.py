@@ -1,4 +1,4 @@
-"""The live backend: a fresh vLLM server for each trial, and LoadGen runs against it."""
+"""The live backend: a vLLM server for each trial, fresh or shared with others, and LoadGen runs against it."""
 
 import csv
 import importlib.metadata
@@ -16,22 +16,23 @@ from typing import Any, TypeVar
 
 from autotune.config import vllm_flags
 from autotune.config.redact import redact
-from autotune.config.schema import Kind, LiveConfig, ScenarioConfig, Stop
+from autotune.config.schema import Hot, Kind, LiveConfig, ScenarioConfig, Stop
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
-from autotune.live import audit, gpu, loadgen_log, metrics_page, recording, vllm_log
+from autotune.live import audit, gpu, hot, loadgen_log, metrics_page, recording
 from autotune.live.gpu import Gpus, GpuState
 from autotune.live.installed_vllm import find_vllm
 from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import WARMUP_ROUNDS, ClientReport, RunSpec
-from autotune.live.server import Server, inherited, serve
+from autotune.live.server import Server, inherited
 from autotune.measure import progress
 from autotune.measure.arrivals import issues
 from autotune.measure.backend import DryRunOutcome, Measurement, Recording, RequestTiming
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
 from autotune.measure.limits import known_to_loadgen, limits_of
+from autotune.measure.slot import Slot
 from autotune.system.host import hardware
 from autotune.system.leases import Lease
 
@@ -57,6 +58,7 @@ class LiveBackend:
 
     def __init__(self, config: LiveConfig, cache_dir: Path) -> None:
         self.config = config
+        self.shares = config.hot is Hot.auto
         self.vllm = find_vllm(config.python or sys.executable, tuple(sorted(config.env.items())), cache_dir)
         for name in config.env:
             self.vllm.check_variable(name)
@@ -78,30 +80,31 @@ class LiveBackend:
 
     @contextmanager
     def start(
-        self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, lease: Lease | None
+        self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, slot: Slot
     ) -> Iterator["LiveEngine"]:
         log.info("starting vLLM for %s; its log: %s", model.path, folder / "vllm.log")
         progress.phase(folder, "start")
         with LoadGenerator(samples, folder / "clients.log") as load:
-            gpus = gpus_of(lease, args)
-            if others := gpus.others():
+            gpus = gpus_of(slot.lease, args)
+            if others := "" if slot.server else gpus.others():
                 log.warning("other processes on %s: they change what is measured", others)
-            with serve(self.config, self.vllm, model, args, folder, lease) as server:
+            with hot.serving(self.config, self.vllm, model, args, folder, slot) as served:
                 has_metrics = not args.get("disable_log_stats")
                 if has_metrics:
-                    metrics_page.check(server.url)
+                    metrics_page.check(served.server.url)
                 facts = self.facts | hardware() | ({"gpu_shared_with": others} if others else {})
                 yield LiveEngine(
-                    server=server,
+                    server=served.server,
                     samples=samples,
                     config=self.config,
                     gpus=gpus,
-                    facts=facts,
+                    facts=facts | {"server": served.told},
                     command=self.command(model, args),
-                    start=server.start,
+                    start=served.start,
                     load=load,
                     folder=folder,
                     has_metrics=has_metrics,
+                    kv_tokens=served.kv_tokens,
                 )
 
     def command(self, model: Model, args: Mapping[str, Any]) -> list[str]:
@@ -130,6 +133,7 @@ class LiveEngine:
     load: LoadGenerator
     folder: Path  # the trial's
     has_metrics: bool  # vLLM's; false with its disable_log_stats
+    kv_tokens: int | None  # that the KV cache holds
     estimated: bool = False
     ended: float | None = None  # the last run, on time.monotonic's clock
 
@@ -149,7 +153,7 @@ class LiveEngine:
     def recorded(self) -> Recording | None:
         if not self.config.steps:
             return None
-        return recording.read(self.server.scratch, vllm_log.kv_tokens(self.server.log))
+        return recording.read(self.server.scratch, self.kv_tokens)
 
     def _spec(self, scenario: ScenarioConfig, folder: Path) -> RunSpec:
         total = 0

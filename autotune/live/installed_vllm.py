@@ -7,7 +7,8 @@ import json
 import os
 import select
 import subprocess
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -68,16 +69,29 @@ class InstalledVllm:
 
     def dry_run(self, model: Path, args: Mapping[str, Any]) -> DryRunOutcome:
         """Build vLLM's configuration for the model in folder `model` with flags `args`; outcomes are cached on disk."""
-        words = ["--model", str(model), *self.command_line(args)]
+        words = self._words(model, args)
+        return DryRunOutcome(**self._asked("dry-run", model, words, words))
+
+    def change(self, model: Path, start: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Ask how a server that was started with the flags `start` becomes one with those `wanted`; see probe.plan."""
+        words = {"start": self._words(model, start), "wanted": self._words(model, wanted)}
+        return self._asked("change", model, words, [*words["start"], "", *words["wanted"]])
+
+    def _words(self, model: Path, args: Mapping[str, Any]) -> list[str]:
+        return ["--model", str(model), *self.command_line(args)]
+
+    def _asked(self, kind: str, model: Path, question: Any, words: Sequence[str]) -> dict[str, Any]:
+        """The probe's answer to a question about command lines for `model`, cached on disk."""
         shape = (model / "config.json").read_text()
         parts = [self.python, self.version, PROBE.read_text(), shape, *map(str, self.env), *words]
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-        cached = self.cache_dir / "vllm" / "dry-run" / f"{key}.json"
+        cached = self.cache_dir / "vllm" / kind / f"{key}.json"
         if cached.exists():
-            return DryRunOutcome(**json.loads(cached.read_text()))
-        answer = redact(self.probe().ask(words))
+            found: dict[str, Any] = json.loads(cached.read_text())
+            return found
+        answer: dict[str, Any] = redact(self.probe().ask(question))
         write_whole(cached, json.dumps(answer))
-        return DryRunOutcome(**answer)
+        return answer
 
 
 class Probe:
@@ -96,11 +110,12 @@ class Probe:
             start_new_session=True,
         )
         atexit.register(self._process.kill)
+        self._asked = threading.Lock()  # a dry run is asked for beside the change of a server
 
-    def ask(self, question: str | list[str]) -> dict[str, Any]:
-        """The answer to "flags", or to the words of a dry run. Raises InputError if there is none."""
+    def ask(self, question: Any) -> dict[str, Any]:
+        """The answer to a question that probe.py lists. Raises InputError if there is none."""
         assert self._process.stdin and self._process.stdout
-        with suppress(BrokenPipeError, ValueError):  # it has ended, or is no Python
+        with self._asked, suppress(BrokenPipeError, ValueError):  # it has ended, or is no Python
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
             if select.select([self._process.stdout], [], [], ANSWER_S)[0]:

@@ -31,10 +31,10 @@ def header(url: str) -> str:
     return f"Authorization: Bearer {_key(url)}"
 
 
-def opened(server: str, path: str, timeout_s: float, method: str = "GET") -> HTTPResponse:
+def opened(server: str, path: str, timeout_s: float, method: str = "GET", body: bytes | None = None) -> HTTPResponse:
     """The answer of the server at the URL `server`. Raises OSError, also for a status other than 2xx."""
     name, _, value = header(server).partition(": ")
-    request = urllib.request.Request(server + path, headers={name: value}, method=method)
+    request = urllib.request.Request(server + path, body, headers={name: value}, method=method)
     answer: HTTPResponse = urllib.request.urlopen(request, timeout=timeout_s)
     return answer
 

@@ -4,17 +4,22 @@
     probe.py answer      an answer to each question on standard input, which is a line of JSON:
         "flags"          the flags of `vllm serve`, and what values each takes; vLLM's environment variables
         ["--model", …]   a dry run of this command line: the resolved flags, or vLLM's refusal
+        {"start": ["--model", …], "wanted": ["--model", …]}
+                         how a server that was started with the first becomes one of the second, or why it can't
 
 It takes no GPU memory: vLLM's configuration is built, its engine is not. All that autotune uses of vLLM besides its
-command line, its log, its HTTP and the methods that recorder.py wraps is here, private names such as argparse's
+command line, its log, its HTTP and what recorder.py and hot_engine.py touch is here, private names such as argparse's
 `_actions` too; tests/test_probe.py says what broke when vLLM changes.
 """
 
+import dataclasses
+import functools
 import importlib
 import importlib.metadata as metadata
 import inspect
 import json
 import os
+import re
 import select
 import sys
 import threading
@@ -109,16 +114,21 @@ def bounds() -> dict[str, dict[str, float]]:
     return found
 
 
-def dry_run(parser: Any, words: list[str]) -> dict[str, Any]:
+def configuration(arguments: Any) -> Any:
+    """vLLM's configuration of a server that is given these arguments."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
+    # vLLM's defaults depend on the usage context: a server's batches are smaller than LLM()'s.
+    return AsyncEngineArgs.from_cli_args(arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
+
+
+def dry_run(parser: Any, words: list[str]) -> dict[str, Any]:
     readable = False
     try:
         arguments = deepcopy(parser.parse_args(words))  # vLLM changes the defaults in it
         readable = True
-        # vLLM's defaults depend on the usage context: a server's batches are smaller than LLM()'s.
-        config = AsyncEngineArgs.from_cli_args(arguments).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        config = configuration(arguments)
         check_start(config, vars(arguments))
         return {"refusal": "", "resolved": resolved(config, vars(arguments)), "compiled": config.compute_hash()}
     except (Exception, SystemExit) as error:
@@ -130,7 +140,12 @@ def answer() -> None:
     parser = make_parser()
     for line in sys.stdin:
         question = json.loads(line)
-        body = flags(parser) if question == "flags" else dry_run(parser, question)
+        if question == "flags":
+            body = flags(parser)
+        elif isinstance(question, dict):
+            body = plan(parser, question["start"], question["wanted"])
+        else:
+            body = dry_run(parser, question)
         print(json.dumps(body, default=str), file=answers, flush=True)
 
 
@@ -144,6 +159,109 @@ def resolved(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         if scalars:
             flags[name] = scalars[0]
     return flags
+
+
+# What hot_engine.py can change, by its name in vLLM's configuration; True: only to less than the server started with.
+CHANGEABLE = {
+    "scheduler_config.max_num_seqs": True,
+    "scheduler_config.max_num_batched_tokens": True,
+    "scheduler_config.max_num_active_seqs": False,
+    "scheduler_config.max_num_scheduled_tokens": False,
+    "scheduler_config.long_prefill_token_threshold": False,
+    "scheduler_config.long_prefill_token_threshold_adaptive": False,
+    "scheduler_config.enable_chunked_prefill": False,
+    "scheduler_config.policy": False,
+    "scheduler_config.watermark": False,
+    "scheduler_config.scheduler_reserve_full_isl": False,
+    "scheduler_config.max_num_encoder_input_tokens": True,  # it and the next follow max_num_batched_tokens
+    "scheduler_config.encoder_cache_size": True,
+    "cache_config.enable_prefix_caching": True,
+    "cache_config.gpu_memory_utilization": True,
+    "cache_config.kv_cache_memory_bytes": True,
+    "cache_config.num_gpu_blocks_override": True,
+    "compilation_config.cudagraph_capture_sizes": False,  # the engine says if one was not captured
+    "compilation_config.max_cudagraph_capture_size": True,
+}
+# What differs from start to start without a meaning; kernels stay those compiled for the start's largest step.
+MEANINGLESS = {"instance_id", "model_config.served_model_name", "compilation_config.compile_ranges_endpoints"}
+# Objects in vLLM's configuration without which a change has been tried.
+UNTRIED = ("speculative_config", "lora_config", "kv_transfer_config", "ec_transfer_config", "kv_events_config")
+
+
+def plan(parser: Any, start: list[str], wanted: list[str]) -> dict[str, Any]:
+    """List what to change of a server's configuration and what is then to be active, or why it needs a fresh start."""
+    try:
+        _, before = described(parser, tuple(start))
+        new, after = described(parser, tuple(wanted))
+        if untried := not_tried(new):
+            return {"refusal": untried}
+        changes = {}
+        for name in sorted(before.keys() | after.keys()):
+            was, now = before.get(name), after.get(name)
+            if was == now or name in MEANINGLESS:
+                continue
+            if name not in CHANGEABLE:
+                return {"refusal": f"{name} is {was}, and {now} needs a fresh server"}
+            if CHANGEABLE[name] and (was is None or now is None or now > was):
+                return {"refusal": f"{name} is {was}, and can't become {now}"}
+            changes[name] = now
+        return {"refusal": "", "changes": changes, "expected": expected(new)}
+    except (Exception, SystemExit) as error:
+        return {"refusal": one_line(error)}
+
+
+@functools.lru_cache(maxsize=16)
+def described(parser: Any, words: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
+    """vLLM's configuration for this command line, and all that decides a server's behavior by its dotted name."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    arguments = parser.parse_args(list(words))
+    config = configuration(arguments)
+    engine = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    front_end = {name: repr(value) for name, value in vars(arguments).items() if name not in engine}
+    return config, fields(config) | front_end
+
+
+def fields(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every field of a configuration by its dotted name, as plain values or text."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name, None), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            found |= fields(value, f"{name}.")
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            found[name] = value
+        elif isinstance(value, (list, tuple)) and all(isinstance(item, (bool, int, float, str)) for item in value):
+            found[name] = list(value)
+        elif hasattr(value, "to_dict"):
+            found[name] = json.dumps(value.to_dict(), sort_keys=True, default=str)
+        else:
+            found[name] = re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # without addresses
+    return found
+
+
+def not_tried(config: Any) -> str:
+    """Name what no change has been tried with of a configuration; empty if there is nothing."""
+    if found := [name for name in UNTRIED if getattr(config, name, None) is not None]:
+        return f"a server with {found[0]} can't be changed"
+    parallel = config.parallel_config
+    if parallel.data_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
+        return "a server with data or pipeline parallelism can't be changed"
+    kinds = ("is_multimodal_model", "is_hybrid", "is_encoder_decoder")
+    found = [kind for kind in kinds if getattr(config.model_config, kind, False)]
+    return f"a server of such a model ({found[0]}) can't be changed" if found else ""
+
+
+def expected(config: Any) -> dict[str, Any]:
+    """Values that hot_engine.active reads back from a scheduler with this configuration."""
+    scheduler, cache = config.scheduler_config, config.cache_config
+    names = ("max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold", "enable_chunked_prefill")
+    values = {f"scheduler_config.{name}": getattr(scheduler, name) for name in names}
+    values["scheduler_config.policy"] = str(scheduler.policy)
+    values["cache_config.enable_prefix_caching"] = bool(cache.enable_prefix_caching)
+    most = getattr(scheduler, "max_num_scheduled_tokens", None)
+    values["max_num_scheduled_tokens"] = scheduler.max_num_batched_tokens if most is None else most
+    return values
 
 
 def check_start(config: Any, arguments: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 FOLDER = "AUTOTUNE_STEPS"  # variable: the folder for PID.rows and PID.reason
 ROW = struct.Struct("<4d7q")  # the columns of steps.parquet
-MOST = 1_000_000  # rows: 88 MB; 1.5 h of steps of 5.5 ms
+MOST = 1_000_000  # rows, about: 88 MB; 1.5 h of steps of 5.5 ms
 FLUSH_S = 1.0
 IN_FLIGHT = 1000  # steps whose results never came: not a pipeline, but a vLLM that gives results to another method
 
@@ -62,7 +62,7 @@ class Recorder:
         self._file = os.open(Path(os.environ[FOLDER], f"{os.getpid()}.rows"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._in_flight: dict[int, tuple[float | int, ...]] = {}  # by the id of vLLM's SchedulerOutput
         self._buffer = bytearray()
-        self._rows, self._flushed = 0, clock()
+        self._flushed = clock()
 
         @wraps(schedule)
         def recorded_schedule(self_: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,13 +106,12 @@ class Recorder:
         if step is None:
             return
         self._buffer += ROW.pack(step[0], step[1], begun, ended, *step[2:])
-        self._rows += 1
-        if ended - self._flushed >= FLUSH_S or not scheduler.running or self._rows == MOST:
+        if ended - self._flushed >= FLUSH_S or not scheduler.running:
             os.write(self._file, self._buffer)
             self._buffer.clear()
             self._flushed = ended
-        if self._rows == MOST:
-            self._stop(f"{MOST:,} steps are recorded of one start, and no more")
+            if os.fstat(self._file).st_size >= MOST * ROW.size:
+                self._stop(f"{MOST:,} steps are recorded of one trial, and no more")
 
 
 def counts(scheduler: Any, output: Any) -> tuple[int, ...]:

@@ -1,42 +1,36 @@
-"""The way of recorder.py into vLLM, and of the steps back into the trial.
-
-vLLM loads plugins by entry point, in every process that it starts, however it starts it. A folder on PYTHONPATH with
-a `.dist-info` has entry points like an installed package.
-"""
+"""The steps that recorder.py writes in vLLM's processes, and their way back into the trial."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from autotune.live import plugins
 from autotune.live.recorder import FOLDER, ROW
 from autotune.measure.backend import Recording
 
 RECORDER = Path(__file__).with_name("recorder.py")
 PLUGIN = "autotune_steps"
-ALLOWED = "VLLM_PLUGINS"  # vLLM's: the names of the plugins that it may load; all, if it is not set
-ENTRY_POINT = f"[vllm.general_plugins]\n{PLUGIN} = {PLUGIN}:install\n"
 LAYOUT = np.dtype([("times", "<f8", 4), ("counts", "<i8", 7)])  # of ROW
 assert LAYOUT.itemsize == ROW.size
 
 
 def installed(scratch: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """Put the recorder into `scratch`, which is on PYTHONPATH; returns what the server's environment `env` lacks."""
-    shutil.copyfile(RECORDER, scratch / f"{PLUGIN}.py")
-    package = scratch / f"{PLUGIN}-0.dist-info"
-    package.mkdir()
-    (package / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PLUGIN}\nVersion: 0\n")
-    (package / "entry_points.txt").write_text(ENTRY_POINT)
+    """Have vLLM load the recorder from `scratch`; returns what the server's environment `env` lacks."""
     folder = steps_folder(scratch)
     folder.mkdir()
-    allowed = env.get(ALLOWED, os.environ.get(ALLOWED))
-    return {FOLDER: str(folder)} | ({} if allowed is None else {ALLOWED: f"{allowed},{PLUGIN}".strip(",")})
+    return {FOLDER: str(folder)} | plugins.installed(PLUGIN, RECORDER, scratch, env)
 
 
 def steps_folder(scratch: Path) -> Path:
     return scratch / "steps"
+
+
+def forget(scratch: Path) -> None:
+    """Drop the steps of an idle server that were recorded by now."""
+    for file in steps_folder(scratch).glob("*.rows"):
+        os.truncate(file, 0)
 
 
 def read(scratch: Path, kv_tokens: int | None) -> Recording:

@@ -18,7 +18,7 @@ from autotune.config.redact import redact
 from autotune.config.schema import LiveConfig
 from autotune.data.models import Model
 from autotune.errors import MeasureError, StartError
-from autotune.live import key, recording, vllm_log
+from autotune.live import key, plugins, recording, vllm_log
 from autotune.live.installed_vllm import InstalledVllm
 from autotune.measure import progress
 from autotune.system.files import write_whole
@@ -26,6 +26,7 @@ from autotune.system.leases import Lease
 from autotune.system.process import GuardedProcess
 
 HOST = "127.0.0.1"
+HOT = Path(__file__).with_name("hot_engine.py")
 POLL_S = 0.1
 
 ENV = {
@@ -59,6 +60,7 @@ class Server:
     url: str
     model: str  # the name that it serves, which no other server has
     process: GuardedProcess
+    command: list[str]
     log: Path
     scratch: Path  # folder of its own, which ends with it
     start: dict[str, float]  # seconds from launch to healthy, by part
@@ -76,12 +78,13 @@ def serve(
     vllm: InstalledVllm,
     model: Model,
     args: Mapping[str, Any],
-    folder: Path,
+    log: Path,
     lease: Lease | None = None,
+    changeable: bool = False,
 ) -> Iterator[Server]:
-    """Start vLLM with the flags `args`, and stop it after the block; its log and command are written to `folder`.
+    """Start vLLM with the flags `args`, and stop it after the block; its command is written beside its `log`.
 
-    Only who knows the trial's key is answered.
+    Only who knows the trial's key is answered. A `changeable` one has hot_engine.py in its processes.
 
     Raises StartError if it ends, is not healthy in time, or another server answers in its place.
     """
@@ -99,26 +102,34 @@ def serve(
         *vllm.command_line(args),
         *key.FLAGS,
     ]
-    (folder / "command.json").write_text(
+    (log.parent / "command.json").write_text(
         json.dumps(redact({"command": command, "env": config.env, "inherited": inherited(config)}), indent=1)
     )
-    log = folder / "vllm.log"
     log.touch(mode=0o600)  # vLLM writes its flags there
     started = time.monotonic()
-    devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, lease.gpus))} if lease else {}
     keep = lease.files if lease else ()
     with TemporaryDirectory(prefix="autotune-") as scratch:  # vLLM leaves sockets in it
-        env = {**ENV, "TMPDIR": scratch, **devices, **config.env}
-        env |= key.gated(url, Path(scratch), config.env.get("PYTHONPATH", os.environ.get("PYTHONPATH", "")))
-        if config.steps:
-            env |= recording.installed(Path(scratch), config.env)
+        env = _environment(config, url, Path(scratch), lease, changeable)
         try:
             with GuardedProcess(command, log, env, config.stop_timeout_s, keep) as process:
                 _await_healthy(url, name, process, log, config.start_timeout_s)
                 taken_s = time.monotonic() - started
-                yield Server(url, name, process, log, Path(scratch), vllm_log.parts(log, datetime.now(), taken_s))
+                parts = vllm_log.parts(log, datetime.now(), taken_s)
+                yield Server(url, name, process, command, log, Path(scratch), parts)
         finally:
             write_whole(log, redact(log.read_text(errors="replace")))
+
+
+def _environment(config: LiveConfig, url: str, scratch: Path, lease: Lease | None, changeable: bool) -> dict[str, str]:
+    """Variables of the server's environment beside ours; the modules that vLLM is to load are put into `scratch`."""
+    devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, lease.gpus))} if lease else {}
+    env = {**ENV, "TMPDIR": str(scratch), **devices, **config.env}
+    env |= key.gated(url, scratch, config.env.get("PYTHONPATH", os.environ.get("PYTHONPATH", "")))
+    if config.steps:
+        env |= recording.installed(scratch, config.env)
+    if changeable:
+        env |= plugins.installed("autotune_hot", HOT, scratch, env)
+    return env
 
 
 def _await_healthy(url: str, name: str, process: GuardedProcess, log: Path, timeout_s: float) -> None:

@@ -13,7 +13,7 @@ from autotune.config.schema import ScenarioConfig
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.measure.bottleneck import ServerState
-from autotune.system.leases import Lease
+from autotune.measure.slot import Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,7 @@ class Engine(Protocol):
 
 class Backend(Protocol):
     needs_weights: bool  # else the model's shape is enough
+    shares: bool  # trials may share a server
     facts: dict[str, str]  # versions of what measures, as in result.json
     flags: Collection[str]  # the names of those that it knows
 
@@ -109,9 +110,10 @@ class Backend(Protocol):
         """Ask vLLM's own configuration whether it accepts `args`, and which values they resolve to. Takes no GPU."""
 
     def start(
-        self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, lease: Lease | None
+        self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, slot: Slot
     ) -> AbstractContextManager[Engine]:
         """Serve `model` with vLLM's flags `args` until the block ends; logs go to the trial's `folder`.
 
-        Without a `lease` it takes the GPUs that it sees. Raises StartError.
+        It takes the GPUs of the lease in `slot`, or without one those that it sees, and may stay there for the next
+        trial. Raises StartError.
         """

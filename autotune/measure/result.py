@@ -86,6 +86,11 @@ class Result:
         return self.complete and all(value <= 0 for value in self.constraints.values())
 
     @property
+    def shared_server(self) -> bool:
+        """True if its server stayed from an earlier trial, or was started for several."""
+        return self.facts.get("server", "").startswith("shared")
+
+    @property
     def engine_s(self) -> float:
         """Seconds that the trial took an engine, all phases: the cost by which budgets and comparisons go."""
         return sum(self.phases.values())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autotune.config.schema import MOST_QUERIES, Config, Kind, ObjectiveConfig, ScenarioConfig, Stop
-from autotune.errors import InputError
+from autotune.errors import BehindError, InputError
 from autotune.measure import bottleneck, early_stopping, max_qps, metrics, objective, price, progress
 from autotune.measure.arrivals import OFFLINE_SLACK
 from autotune.measure.backend import Engine, Measurement, RequestTiming
@@ -21,6 +21,7 @@ OBSERVED = re.compile(
     r"(gpu|client)_|((running|waiting)_mean|kv_use_max|preemptions|prefix_hit_share|step_ms|tokens_per_step"
     r"|failing_(qps|concurrency)|queued_tpot_p99_ms|scheduled_samples_per_s)$"
 )
+AT_MOST = "load_at_most"  # metric of a trial that was left, as it does not hold the study's best load
 CLIENT = "client"  # first word of a reason that says that the load generator itself was too slow
 
 
@@ -153,7 +154,7 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
     Returns the run that certifies it, with `max_qps` and `failing_qps` among its metrics, or `max_concurrency` and
     `failing_concurrency`. If no load keeps them, it returns the run at the lowest load that was tried, with a highest
     load of 0. A search that begins with a burst adds the burst's p99 TPOT: that of a request which generates while
-    others queue.
+    others queue. Raises BehindError for a trial that does not hold the best load of its study.
     """
     scenario, settings = config.scenario, config.scenario.search
     name, closed = objective.LOADED[scenario.kind], scenario.kind is Kind.ClosedLoop
@@ -178,10 +179,14 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
         valid = ended.measured.verdict == "VALID"
         if not valid:
             progress.publish(folder, len(result.runs), {progress.FAILING: offered})
+            if settings.best and len(result.runs) == 1:
+                raise behind(ended, load, result)
         return valid
 
     most, queued = 0.0, {}
-    if settings.start_qps is None:
+    if settings.best:
+        most = settings.best / max_qps.START
+    elif settings.start_qps is None:
         queueing = run("burst", burst(scenario)).metrics
         most, queued = queueing["samples_per_s"], {"queued_tpot_p99_ms": queueing["tpot_p99_ms"]}
         if closed:  # Little's law
@@ -201,6 +206,14 @@ def longest_s(scenario: ScenarioConfig, queueing: Mapping[str, float]) -> float:
     ttft, tpot = (allowed.get(name, queueing[f"{name}_mean_ms"] / 1e3) for name in ("ttft", "tpot"))
     tokens = queueing["output_tokens"] / queueing["requests"]
     return min(allowed.get("latency", math.inf), ttft + tpot * tokens, queueing["latency_p99_ms"] / 1e3)
+
+
+def behind(run: RunResult, scenario: ScenarioConfig, result: Result) -> BehindError:
+    """Say that the study's best load is more than a trial holds, as its first `run` shows, and fill its `result`."""
+    over = max(run.constraints.values())
+    # An estimate, so that a sampler can tell the trials which do not hold it apart.
+    result.metrics = {progress.FAILING: scenario.load, AT_MOST: scenario.load / (1 + max(0.0, over))}
+    return BehindError(f"does not hold {scenario.load:.4g} {scenario.load_unit}, the best load so far")
 
 
 def broken_limit(run: RunResult) -> str:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -14,20 +15,21 @@ from omegaconf import OmegaConf
 from autotune.config import vllm_flags
 from autotune.config.redact import redact
 from autotune.config.schema import Config
-from autotune.errors import StoppedError
+from autotune.errors import BehindError, StoppedError
 from autotune.measure import objective, price, runs, series
 from autotune.measure.backend import DryRunOutcome, Engine, Recording
 from autotune.measure.prepare import Prepared, gpu_count, prepare, prepare_samples
 from autotune.measure.result import Result, State
 from autotune.measure.runs import RunResult
+from autotune.measure.slot import Slot
 from autotune.system.host import git_revision, recorded
-from autotune.system.leases import lease_for, leased
+from autotune.system.leases import leased
 
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, overrides: list[str], folder: Path) -> Result:
-    """Measure `config`; result.json and all logs go to `folder`.
+def run(config: Config, overrides: list[str], folder: Path, slot: Slot | None = None) -> Result:
+    """Measure `config`; result.json and all logs go to `folder`. A server may stay in `slot`, if there is one.
 
     Raises the AutotuneError that ended the trial, once result.json holds it.
     """
@@ -36,12 +38,15 @@ def run(config: Config, overrides: list[str], folder: Path) -> Result:
     result.config = names(config)
     (folder / "config.yaml").write_text(as_yaml(config))
     try:
-        _measure(config, result, folder)
+        with nullcontext(slot) if slot else closing(Slot()) as place:
+            _measure(config, result, folder, place)
         result.state = State.complete
     except BaseException as error:
+        result.reason = f"{type(error).__name__}: {redact(str(error))}".rstrip(": ")
         if isinstance(error, (StoppedError, KeyboardInterrupt, SystemExit)):
             result.state = State.interrupted
-        result.reason = f"{type(error).__name__}: {redact(str(error))}".rstrip(": ")
+        elif isinstance(error, BehindError):
+            result.state, result.reason = State.pruned, str(error)
         raise
     finally:
         result.ended_at = time.time()
@@ -72,7 +77,7 @@ def names(config: Config) -> dict[str, str]:
     }
 
 
-def _measure(config: Config, result: Result, folder: Path) -> None:
+def _measure(config: Config, result: Result, folder: Path, slot: Slot) -> None:
     prepared = prepare(config)
     result.args = redact(prepared.args)
     loaded = prepare_samples(config, prepared)
@@ -85,10 +90,10 @@ def _measure(config: Config, result: Result, folder: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         outcome = pool.submit(prepared.dry_run)
         with (
-            lease_for(config.gpus, gpu_count(config)) as lease,
-            prepared.backend.start(prepared.model, prepared.args, loaded, folder, lease) as engine,
+            slot.leased(config.gpus, gpu_count(config)),
+            prepared.backend.start(prepared.model, prepared.args, loaded, folder, slot) as engine,
         ):
-            result.facts |= leased(lease)
+            result.facts |= leased(slot.lease)
             every_s = config.tracking.system_metrics_s if config.tracking.enabled and not engine.estimated else 0.0
             try:
                 with recorded(folder / series.SYSTEM, every_s):

@@ -4,7 +4,7 @@ import difflib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mode
@@ -25,6 +25,7 @@ BASELINE = "baseline"
 REFERENCES = {BASELINE: "vLLM's defaults", RECIPE: "the recipe"}  # what trials are compared with, in words
 TRIAL = "trial-"  # then its number, in Optuna's study too
 CANARY = "canary-"  # then the node's name
+FRESH = "fresh-"  # then the name of a trial on a shared server, which this one measured again on a server of its own
 SPACE = "space.json"  # in a study's folder: Optuna's distribution of each parameter, by configuration key
 TWIN = "twin.json"  # there: what recorded steps say of the baseline and the best trial (search/account.py)
 
@@ -94,6 +95,11 @@ class Study:
         """The configuration to serve: the best trial, or what none of them beats; None if none is feasible."""
         sign, candidates = objective.sign(self.objective), [*self.references, *([self.best] if self.best else [])]
         return max(candidates, key=lambda name: sign * self.results[name].values[0], default=None)
+
+    def uncertified(self) -> str | None:
+        """The trial to be measured on a server of its own: the one to serve, if it shared one."""
+        best = self.best if len(self.objective.metrics) == 1 else None
+        return best if best and self.served == best and self.results[best].shared_server else None
 
     def gain(self, name: str, metric: int = 0, over: str = BASELINE) -> float | None:
         """The share by which `name` is better than `over`; None without one that completed, or if that is 0."""
@@ -167,10 +173,21 @@ def results_in(folder: Path) -> dict[str, Result]:
     numbered.sort(key=lambda path: int(path.name.removeprefix(TRIAL)))
     paths = [*(folder / name for name in REFERENCES), *numbered]
     found = {path.name: result for path in paths if (result := result_in(path))}
+    for name in found:
+        if (folder / f"{FRESH}{name}").exists() and (fresh := result_in(folder / f"{FRESH}{name}")):
+            found[name] = certified(found[name], fresh)
     usual = mode([len(result.values) for result in found.values() if result.complete] or [0])
     for name in [name for name, result in found.items() if result.complete and len(result.values) != usual]:
         log.warning("%s: %d values, others have %d; left out", folder / name, len(found.pop(name).values), usual)
     return found
+
+
+def certified(shared: Result, fresh: Result) -> Result:
+    """The result of a trial on a shared server that was measured again on a `fresh` one, whose result counts."""
+    if fresh.state is State.interrupted:
+        return shared
+    facts = fresh.facts | {"on_shared_server": json.dumps(shared.values)}
+    return replace(fresh, params=shared.params, expected=shared.expected, facts=facts)
 
 
 def result_in(folder: Path) -> Result | None:

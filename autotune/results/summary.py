@@ -129,7 +129,7 @@ def _counts(study: Study) -> str:
     refused, pruned = states.count(State.refused), states.count(State.pruned)
     more = f", {refused} combinations refused before they took a GPU" if refused else ""
     more += f", {looked_up} asked for again and looked up" if looked_up else ""
-    more += f", {pruned} ended early by the pruner" if pruned else ""
+    more += f", {pruned} ended early" if pruned else ""
     failed = states.count(State.failed)
     return f"Study {study.config.study}: {len(states) - refused} trials, {failed} failed{more}\n"
 

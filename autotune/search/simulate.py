@@ -18,6 +18,7 @@ from autotune.errors import StartError
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
 from autotune.measure.result import Result, State
 from autotune.measure.runs import RunResult
+from autotune.measure.slot import Slot
 from autotune.measure.trial import measure
 from autotune.search.space import Space, swept_flags, value_of
 from autotune.search.tell import tell_infeasible, tell_measured
@@ -83,7 +84,7 @@ def estimate(
     try:
         with (
             TemporaryDirectory(prefix="autotune-") as folder,
-            prepared.backend.start(prepared.model, args, simulation.samples, Path(folder), None) as engine,
+            prepared.backend.start(prepared.model, args, simulation.samples, Path(folder), Slot()) as engine,
         ):
             observe(measure(config, engine, outcome.resolved, Path(folder), result))
     except StartError as error:

@@ -34,6 +34,24 @@ MOST_POINTS = 1_000_000  # of a range
 VARIABLE = "backend.env."  # prefix of environment variables
 # A choice that leaves the flag to vLLM; Hydra's choice() takes no null.
 DEFAULT = "default"
+# Flags that can be changed of a running server, and the most that one which trials share starts with, unless a trial
+# asks for more: what is beyond takes memory and time from all of them. Null: it starts with any value.
+CHANGEABLE = {
+    "max_num_seqs": 1024,
+    "max_num_batched_tokens": 16384,
+    "max_cudagraph_capture_size": 2048,  # 240 graphs
+    "gpu_memory_utilization": 1.0,
+    "kv_cache_memory_bytes": math.inf,
+    "num_gpu_blocks_override": math.inf,
+    "max_num_active_seqs": None,
+    "max_num_scheduled_tokens": None,
+    "long_prefill_token_threshold": None,
+    "long_prefill_token_threshold_adaptive": None,
+    "enable_chunked_prefill": None,
+    "enable_prefix_caching": 1,
+    "scheduling_policy": None,
+    "watermark": None,
+}
 POINTS = 1000  # of the space, at which a condition is tried before the study starts
 
 
@@ -103,6 +121,27 @@ def parse(
             "nothing to tune: choose space=scheduler, or sweep a flag: 'engine.args.block_size=choice(16,32)'"
         )
     return Space(parameters, dict(conditions), dict(only_if)), list(fixed.values())
+
+
+def shared_start(space: Space, known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Flags with which a server that trials share starts: the most of what is swept; None if each needs its own.
+
+    `known` holds vLLM's values of flags that are not swept, by flag.
+    """
+    swept = {name.removeprefix(FLAG): one for name, one in space.parameters.items() if name.startswith(FLAG)}
+    if swept and not swept.keys() & CHANGEABLE.keys():
+        return None
+    most = {}
+    for flag, distribution in swept.items():
+        if (limit := CHANGEABLE.get(flag)) is not None:
+            values = [*getattr(distribution, "choices", ()), getattr(distribution, "high", None)]
+            if DEFAULT in values or f"{FLAG}{flag}" in space.only_if:
+                values.append(known.get(flag))
+            most[flag] = min(limit, max(value for value in values if isinstance(value, (int, float))))
+    tokens = most.get("max_num_batched_tokens", known.get("max_num_batched_tokens"))
+    if "max_num_seqs" in most and tokens:
+        most["max_num_seqs"] = min(most["max_num_seqs"], tokens)
+    return most
 
 
 def _field_name(key: str) -> str:

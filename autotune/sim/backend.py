@@ -26,13 +26,13 @@ from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import Watch, watched
 from autotune.measure.limits import limits_of, within
 from autotune.measure.objective import LOADED
+from autotune.measure.slot import Slot
 from autotune.sim.cost import GIB, Cost
 from autotune.sim.engine import serve
 from autotune.sim.flags import AUTO, HARMLESS, MODELLED, Flags, refusal, resolve
 from autotune.sim.kv_cache import KvCache, prefix_keys
 from autotune.sim.scheduler import Request, Scheduler
 from autotune.sim.shape import Shape
-from autotune.system.leases import Lease
 
 if TYPE_CHECKING:
     from autotune.measure.steps import Steps
@@ -53,6 +53,7 @@ def _tell_of_window(tokens: int) -> None:
 class SimBackend:
     Config = SimConfig
     needs_weights = False
+    shares = False
 
     def __init__(self, config: SimConfig, cache_dir: Path) -> None:
         self.config = config
@@ -99,7 +100,7 @@ class SimBackend:
 
     @contextmanager
     def start(
-        self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, lease: Lease | None
+        self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, slot: Slot
     ) -> Iterator["SimEngine"]:
         device, shape = self.config.device, Shape.of(model.config)
         flags = resolve(args, device, shape)

@@ -1,20 +1,22 @@
 """Launchers on this machine: each starts trials and returns their jobs at once."""
 
+import json
 import logging
 import pickle
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from autotune.config.overrides import typed_target
 from autotune.config.schema import Config, InlineConfig, LocalConfig
 from autotune.measure import progress
+from autotune.measure.slot import Slot
 from autotune.sweep import worker
 from autotune.sweep.worker import TrialSpec
 from autotune.system.leases import devices
-from autotune.system.process import ForkServer
+from autotune.system.process import Forked, ForkServer
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class Launcher:
     """Runs trials, whose folders exist; as it stands, on this machine and no longer than this process."""
 
     n_jobs: int  # trials at a time
+    shares = False  # True: a server may stay for the next trial
 
     def submit(self, trials: Sequence[TrialSpec]) -> list[Job]:
         raise NotImplementedError
@@ -59,6 +62,9 @@ class Launcher:
         """The job that still runs the trial in `folder` for an earlier sweeping process, if there is one."""
         return None
 
+    def close(self) -> None:
+        """End the servers that stay between trials, once no trial runs."""
+
 
 def make_launcher(config: Config) -> Launcher:
     """The launcher that `launcher=` names. Raises InputError."""
@@ -72,12 +78,17 @@ class Inline(Launcher):
 
     Config = InlineConfig
     n_jobs = 1
+    shares = True
 
     def __init__(self, config: InlineConfig, gpus: Any) -> None:
         """`gpus` are leased by the trials themselves."""
+        self._slot = Slot(shares=True)
 
     def submit(self, trials: Sequence[TrialSpec]) -> list[Job]:
-        return [Thread(trial) for trial in trials]
+        return [Thread(trial, self._slot) for trial in trials]
+
+    def close(self) -> None:
+        self._slot.close()
 
 
 class Thread:
@@ -85,14 +96,14 @@ class Thread:
 
     node, lost = "", False
 
-    def __init__(self, trial: TrialSpec) -> None:
+    def __init__(self, trial: TrialSpec, slot: Slot) -> None:
         self._folder = trial.folder
         self._why = ""
-        self._thread = threading.Thread(target=self._run, args=(trial,))
+        self._thread = threading.Thread(target=self._run, args=(trial, slot))
         self._thread.start()
 
-    def _run(self, trial: TrialSpec) -> None:
-        self._why = worker.run(trial)
+    def _run(self, trial: TrialSpec, slot: Slot) -> None:
+        self._why = worker.run(trial, slot)
 
     def done(self) -> bool:
         return not self._thread.is_alive()
@@ -109,16 +120,31 @@ class Thread:
 
 
 class LocalProcesses(Launcher):
-    """Trials side by side, each in a process of its own that ends with this one; the trial leases its GPUs."""
+    """Trials side by side on this machine, in processes that end with this one; the trials lease their GPUs."""
 
     Config = LocalConfig
+    shares = True
 
     def __init__(self, config: LocalConfig, gpus: Any) -> None:
         self.n_jobs = config.n_jobs or len(devices(gpus))
         self._server: ForkServer | None = None  # a process that has done the imports
+        self._idle: list[Forked] = []  # with a server for the next trial
 
     def submit(self, trials: Sequence[TrialSpec]) -> list[Job]:
-        return [LocalJob(trial, self._running_server(trial)) for trial in trials]
+        jobs: list[Job] = []
+        for trial in trials:
+            server = self._running_server(trial)
+            process = next((one for one in self._taken() if one.exit_code() is None), None) or server.fork()
+            jobs.append(LocalJob(trial, process, server.log, self._idle))
+        return jobs
+
+    def close(self) -> None:
+        for process in self._taken():
+            process.stop()
+
+    def _taken(self) -> Iterator[Forked]:
+        while self._idle:
+            yield self._idle.pop()
 
     def _running_server(self, trial: TrialSpec) -> ForkServer:
         if self._server is None or not self._server.runs():
@@ -129,26 +155,35 @@ class LocalProcesses(Launcher):
 
 
 class LocalJob:
+    """A trial in a process, which joins `idle` if the trial's server stays."""
+
     node = ""
 
-    def __init__(self, trial: TrialSpec, server: ForkServer) -> None:
-        self._process = server.fork(pickle.dumps(trial))
-        self._logs = (trial.folder / worker.LOG, server.log)
+    def __init__(self, trial: TrialSpec, process: Forked, server_log: Path, idle: list[Forked]) -> None:
+        self._process, self._idle = process, idle
+        self._logs = (trial.folder / worker.LOG, server_log)
+        self._answer: str | None = None
+        process.send(pickle.dumps(trial))
 
     @property
     def lost(self) -> bool:
         return self._process.lost
 
     def done(self) -> bool:
-        return self._process.exit_code() is not None
+        self.wait(0)
+        return self._answer is not None or self._process.exit_code() is not None
 
     def wait(self, timeout_s: float) -> None:
-        self._process.wait(timeout_s)
+        if self._answer is None and (answer := self._process.answer(timeout_s)):
+            self._answer = json.loads(answer)
+            self._idle.append(self._process)
 
     def cancel(self) -> None:
         self._process.stop()
 
     def reason(self) -> str:
+        if self._answer is not None:
+            return self._answer or "no result.json"
         texts = (log.read_text(errors="replace").strip() for log in self._logs if log.exists())
         last = next((text.splitlines()[-1] for text in texts if text), "no output")
         return f"the trial's process ended with {self._process.exit_code()}: {last}"

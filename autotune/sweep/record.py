@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.config.schema import ObjectiveConfig
 from autotune.errors import InputError, StartError
 from autotune.measure.result import Result, State
+from autotune.measure.runs import AT_MOST
 from autotune.results.study import BASELINE, REFERENCES, TRIAL
 from autotune.search.optuna_private import Grid, SingleWriterStorage
 from autotune.search.pruners import watched
@@ -159,6 +160,8 @@ class Record:
                 trial.set_user_attr("refused", result.reason)
                 tell_infeasible(self._study, trial, "refused")
             elif result.state is State.pruned:
+                if (bound := result.metrics.get(AT_MOST)) is not None:
+                    trial.report(bound, 0)
                 self._study.tell(trial, state=TrialState.PRUNED)
             else:
                 trial.set_user_attr("reason", result.reason)

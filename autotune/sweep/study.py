@@ -29,15 +29,27 @@ from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
 from autotune.measure import progress
 from autotune.measure.backend import DryRunOutcome
+from autotune.measure.objective import searches
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
 from autotune.measure.result import Result, State
 from autotune.results import beside, summary, tracking
-from autotune.results.study import BASELINE, CANARY, SPACE, TRIAL, canaries_in, load, result_in, results_in
+from autotune.results.study import (
+    BASELINE,
+    CANARY,
+    FRESH,
+    SPACE,
+    TRIAL,
+    canaries_in,
+    certified,
+    load,
+    result_in,
+    results_in,
+)
 from autotune.results.study import Study as FinishedStudy
 from autotune.search import prior, warm_start
 from autotune.search.pruners import make_pruner
 from autotune.search.samplers import chosen, make_sampler
-from autotune.search.space import Space, check_space, default_of, parse, swept_flags, value_of
+from autotune.search.space import Space, check_space, default_of, parse, shared_start, swept_flags, value_of
 from autotune.sweep import storage
 from autotune.sweep.display import Display
 from autotune.sweep.launchers import Job, Launcher, make_launcher
@@ -59,6 +71,7 @@ POLL_S = 0.05
 REFUSALS_IN_A_ROW = 100  # then the space is at fault
 DUPLICATES_IN_A_ROW = 50  # then the sampler has nothing new
 ENDING_S = 10.0  # for which a study that was stopped waits for the ends of its jobs; the next one settles the others
+FINALISTS = 3  # trials on a shared server that are measured again, at most
 NODE_FAILURES = 3  # in a row, then a node is set aside
 CANARY_RUN: dict[str, Any] = {"scenario.min_duration_s": 10.0, "scenario.min_queries": 32}  # enough to compare nodes by
 
@@ -213,6 +226,9 @@ class Sweep:
         if defaults.refusal:
             log.warning("vLLM refuses the configuration even without a sweep: %s", defaults.refusal)
         self._known = defaults.resolved
+        self._start_with = None
+        if prepared.backend.shares and launcher.shares:
+            self._start_with = shared_start(record.space, self._known)
         self._lookup = Lookup(prepared, record.space, self._known)
         self._defaults = {name: default_of(name, self._known) for name in record.space.parameters}
         self._n_trials = config.n_trials
@@ -243,6 +259,7 @@ class Sweep:
                 self._resume(results)
                 with Display(self._n_trials, config.objective) as self._display:
                     self._run_trials()
+                    self._certify()
             except (KeyboardInterrupt, SystemExit):
                 log.info("stopped; results are kept, and the same command continues the study")
                 raise
@@ -254,6 +271,7 @@ class Sweep:
         """Leave nothing running, and write what was measured; the storage or the disk may be what ended the study."""
         for one in self._running:
             one.job.cancel()
+        self._attempt("a server that trials shared may still run", self._launcher.close)
         self._attempt("the last trials were not recorded", self._abandon)
         study = FinishedStudy(self._folder, self._config, results_in(self._folder), canaries_in(self._folder))
         self._attempt("no summary", lambda: log.info("\n%s", summary.render(study)))
@@ -291,6 +309,17 @@ class Sweep:
             if not self._running:
                 return
             self._end_some()
+
+    def _certify(self) -> None:
+        """Measure the best trial on a server of its own if it shared one; where another is best then, that one, too."""
+        for _ in range(FINALISTS):
+            study = FinishedStudy(self._folder, self._config, results_in(self._folder))
+            if not (name := study.uncertified()):
+                return
+            log.info("%s is the best; it shared a server, and is measured again on one of its own", name)
+            self._start([PendingTrial(f"{FRESH}{name}", study.results[name].params, None)])
+            while self._running:
+                self._end_some()
 
     def _end_some(self) -> None:
         """Finish the trials that have ended; wait a moment if none has."""
@@ -426,8 +455,15 @@ class Sweep:
             changed |= {f"{FLAG}{flag}": value for flag, value in flags.items()}
             if one.node:
                 changed = CANARY_RUN
+            elif one.name.startswith(FRESH):
+                if searches(self._config.objective):
+                    changed["scenario.search.start_qps"] = self._best()
             elif one.trial is None and self._config.baseline_gpu is not None:
                 changed["gpus"] = [self._config.baseline_gpu]
+            elif one.trial and self._start_with is not None:
+                changed["backend.bounds"] = self._start_with
+                if searches(self._config.objective) and (best := self._best()):
+                    changed["scenario.search.best"] = best
             folder = self._folder / one.name
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "result.json").unlink(missing_ok=True)
@@ -438,6 +474,11 @@ class Sweep:
         if specs:
             for one, job in zip(pending, self._launcher.submit(specs), strict=True):
                 self._running.append(Running(one, job, progress.Reader(self._folder / one.name)))
+
+    def _best(self) -> float | None:
+        """The value of the best trial so far, the baseline among them; None if none is feasible."""
+        served = FinishedStudy(self._folder, self._config, self._results).served
+        return self._results[served].values[0] if served else None
 
     def _watch(self, one: Running) -> None:
         """Read a trial's progress; stop the trial if the pruner has seen enough."""
@@ -457,14 +498,20 @@ class Sweep:
         """Keep the result of a trial that has ended, and tell Optuna and MLflow."""
         folder = self._folder / pending.name
         result.params = pending.params
-        if pending.trial is None:
+        if pending.name == BASELINE:
             result.defaults = self._defaults
-        elif not result.duplicate_of:
+        elif pending.trial and not result.duplicate_of:
             result.expected = pending.trial.user_attrs.get(EXPECTED, {})
         result.save(folder)
-        self._results[pending.name] = result
+        if pending.name.startswith(FRESH):
+            trial = pending.name.removeprefix(FRESH)
+            self._results[trial] = certified(self._results[trial], result)
+        else:
+            self._results[pending.name] = result
         self._engine_s += result.engine_s
-        if result.state is not State.pruned:
+        if result.state is State.pruned:
+            log.info("%s: %s", pending.name, result.reason)
+        else:
             estimated = " (estimated)" if result.estimated else ""
             log.info("%s: %s%s", pending.name, summary.outcome(result, self._config.objective.metrics), estimated)
         if pending.node:
@@ -472,9 +519,9 @@ class Sweep:
                 log.warning("%s: its canary failed: %s", pending.node, result.reason)
                 self._launcher.set_aside(pending.node)
             return
-        if pending.trial is None:
+        if pending.trial is None and not pending.name.startswith(FRESH):
             self._record.tell_reference(pending.name, result)
-        else:
+        elif pending.trial:
             self._record.tell(pending.trial, result)
         if not result.complete:
             self._lookup.remove(pending.name)

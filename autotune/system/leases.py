@@ -86,6 +86,19 @@ def lease_for(gpus: Any, count: int) -> Iterator[Lease | None]:
         yield granted
 
 
+def are_awaited() -> bool:
+    """True if a trial of this user, or of one who shares the folder, waits for GPUs."""
+    folder = _folder()
+    try:
+        with _open(folder, "queue") as queue:
+            fcntl.flock(queue, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(folder)
+    return False
+
+
 def leased(lease: Lease | None) -> dict[str, str]:
     """The entry `leased_gpus` for a result's `facts`; none without a lease."""
     return {"leased_gpus": ",".join(map(str, lease.gpus))} if lease else {}

@@ -16,6 +16,7 @@ from typing import Self
 from autotune.system.guard import PR_SET_PDEATHSIG, guard, libc
 
 GUARD = Path(__file__).with_name("guard.py")
+MESSAGE = 1 << 20  # bytes of the largest request to a fork
 DRAIN_S = 86_400.0  # a fork server that is asked to end does so after the last of its forks
 
 
@@ -117,32 +118,44 @@ class ForkServer:
     def runs(self) -> bool:
         return self._process.exit_code() is None
 
-    def fork(self, request: bytes) -> "Forked":
-        """Start a process in which `serve` returns `request`."""
-        content = os.memfd_create("request")  # not a file: a request may hold secrets
-        os.write(content, request)
-        os.lseek(content, 0, os.SEEK_SET)
+    def fork(self) -> "Forked":
+        """Start a process in which `serve` returns the other end of this one's `requests`."""
+        ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)  # not a file: a request may hold secrets
         alive, keep = os.pipe()
         code, report = os.pipe()
         try:
-            socket.send_fds(self._requests, [b"1"], [content, alive, report])
+            socket.send_fds(self._requests, [b"1"], [theirs.fileno(), alive, report])
         except BrokenPipeError:
             pass  # the server has ended, and its forks with it; `code` will tell
         finally:
-            for descriptor in (content, alive, report):
+            theirs.close()
+            for descriptor in (alive, report):
                 os.close(descriptor)
-        return Forked(keep, code, self._stop_timeout_s)
+        return Forked(ours, keep, code, self._stop_timeout_s)
 
 
 class Forked:
     """A process that a ForkServer forked; it ends with this process."""
 
-    def __init__(self, keep: int, code: int, stop_timeout_s: float) -> None:
+    def __init__(self, requests: socket.socket, keep: int, code: int, stop_timeout_s: float) -> None:
+        self._requests = requests
         self._keep = os.fdopen(keep, "wb")  # while it is open, the process may run
         self._code = os.fdopen(code, "rb")  # the process's guard writes the exit code, then closes it
         self._stop_timeout_s = stop_timeout_s
         self._ended: int | None = None
         self.lost = False  # once it has ended: with its guard, so that nobody knows why
+
+    def send(self, request: bytes) -> None:
+        with suppress(BrokenPipeError):  # it has ended, and its exit code will tell
+            self._requests.send(request)
+
+    def answer(self, timeout_s: float) -> bytes:
+        """Its answer to a request; nothing if it has not after `timeout_s`, or has ended."""
+        if not select.select([self._requests], [], [], timeout_s)[0]:
+            return b""
+        with suppress(ConnectionResetError):
+            return self._requests.recv(MESSAGE)
+        return b""
 
     def exit_code(self) -> int | None:
         """None while it runs; 128 + n if signal n ended it."""
@@ -155,6 +168,7 @@ class Forked:
             self._ended, self.lost = int(code or 128 + signal.SIGKILL), not code
             self._code.close()
             self._keep.close()
+            self._requests.close()
         return self._ended
 
     def stop(self) -> None:
@@ -163,8 +177,8 @@ class Forked:
         self.wait(self._stop_timeout_s + 5)  # by then its guard has killed it, or is stuck itself
 
 
-def serve(descriptor: int, stop_timeout_s: float) -> bytes:
-    """Serve a ForkServer's requests: returns each of them in a fork, in its own session and under a guard.
+def serve(descriptor: int, stop_timeout_s: float) -> socket.socket:
+    """Serve a ForkServer: returns in each of its forks, in its own session and under a guard, with its `requests`.
 
     In the calling process it never returns. That process must have no threads (numpy stops its own at a fork).
     """
@@ -181,8 +195,9 @@ def serve(descriptor: int, stop_timeout_s: float) -> bytes:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
-            content, alive, report = descriptors
-            return _guarded(content, alive, report, stop_timeout_s)
+            own, alive, report = descriptors
+            _guarded(alive, report, stop_timeout_s)
+            return socket.socket(fileno=own)
         for received in descriptors:
             os.close(received)
     with suppress(ChildProcessError):
@@ -190,12 +205,10 @@ def serve(descriptor: int, stop_timeout_s: float) -> bytes:
     sys.exit()
 
 
-def _guarded(content: int, alive: int, report: int, stop_timeout_s: float) -> bytes:
+def _guarded(alive: int, report: int, stop_timeout_s: float) -> None:
     os.setsid()
     code = guard(stop_timeout_s, alive)
     if code is not None:
         os.write(report, str(code).encode())
         os._exit(code)
     os.close(report)
-    with os.fdopen(content, "rb") as file:
-        return file.read()
