@@ -36,6 +36,7 @@ from samplers import Workload, key, sampler_config, workload
 
 from autotune.config.command_line import errors_in_one_line
 from autotune.measure.result import Result, State
+from autotune.measure.slot import Slot
 from autotune.measure.steps import Steps
 from autotune.measure.trial import measure
 from autotune.search import prior
@@ -102,7 +103,7 @@ def steps_of(load: Workload, params: dict[str, Any]) -> Steps:
     resolved = prepared.dry_run(flags).resolved
     with (
         TemporaryDirectory() as folder,
-        backend.start(prepared.model, prepared.args | flags, load.simulated.samples, Path(folder), None) as engine,
+        backend.start(prepared.model, prepared.args | flags, load.simulated.samples, Path(folder), Slot()) as engine,
     ):
         measure(load.config, engine, resolved, Path(folder), Result())
         recording = engine.recorded()

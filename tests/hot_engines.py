@@ -2,8 +2,8 @@
 
     python tests/hot_engines.py MODEL ASYNC_SCHEDULING FOLDER NAME…
 
-prints, for each configuration of these names, what both made of the requests: the tokens of each and what was in each step. The engine
-runs in this process, so that all requests are there before its first step.
+prints, for each configuration of these names, what both made of the requests: the tokens of each and what was in each
+step. The engine runs in this process, so that all requests are there before its first step.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from autotune.config import vllm_flags
 from autotune.live import hot_engine, probe, recorder
 from autotune.live.recording import LAYOUT
 
@@ -26,14 +27,6 @@ WANTED: dict[str, dict[str, Any]] = {
     "caching": {"enable_prefix_caching": False},
 }
 PROMPTS = [[(7 * number + at) % 1000 + 10 for at in range(20 + 37 * number % 200)] for number in range(10)]
-
-
-def words(flags: dict[str, Any]) -> list[str]:
-    """The flags of a command line."""
-    named = ((name.replace("_", "-"), value) for name, value in flags.items())
-    return [
-        word for name, value in named for word in ([f"--no-{name}"] if value is False else [f"--{name}", str(value)])
-    ]
 
 
 def engine(model: str, flags: dict[str, Any]) -> Any:
@@ -84,11 +77,11 @@ def fresh(folder: Path, model: str, flags: dict[str, Any]) -> dict[str, Any]:
 def changed(folder: Path, model: str, start: dict[str, Any]) -> dict[str, Any]:
     llm, parser = engine(model, start), probe.make_parser()
     core = llm.llm_engine.engine_core.engine_core
-    fixed = ["--model", model, "--enforce-eager", "--dtype", "float32", *words(start)]
+    fixed = ["--model", model, "--enforce-eager", "--dtype", "float32", *vllm_flags.command_line(start, {})]
     found = {"start": answers(llm, folder)}
     for name in sys.argv[4:]:
         wanted = WANTED[name]
-        plan = probe.plan(parser, fixed, [*fixed, *words(wanted)])
+        plan = probe.plan(parser, fixed, [*fixed, *vllm_flags.command_line(wanted, {})])
         active = core.autotune_change(plan.get("changes", {}))
         read = {name: active.get(name) for name in plan.get("expected", {})}
         found[name] = answers(llm, folder) | {"plan": plan, "active": active, "read": read}

@@ -10,9 +10,14 @@ import pytest
 from autotune.config.schema import Kind, ScenarioConfig
 from autotune.errors import InputError
 from autotune.measure import runs, trial
+
+
+from autotune.errors import BehindError, InputError
+from autotune.measure import trial
 from autotune.measure.backend import DryRunOutcome, Measurement
 from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result, State
+from autotune.measure.slot import Slot
 from autotune.sim.backend import SimBackend, SimEngine
 from tests.studies import configured
 
@@ -81,7 +86,7 @@ def test_each_user_of_a_closed_loop_waits_for_the_answer(tmp_path: Path):
         config = configured(*SIMULATED, *closed, *more)
         prepared = prepare(config)
         samples = prepare_samples(config, prepared)
-        with prepared.backend.start(prepared.model, prepared.args, samples, tmp_path, None) as engine:
+        with prepared.backend.start(prepared.model, prepared.args, samples, tmp_path, Slot()) as engine:
             requests = engine.run(config.scenario, tmp_path).requests
         begins, ends = sorted(one.issued for one in requests), sorted(one.last_token for one in requests)
         assert len(requests) >= 100 and begins[-1] <= 10.0, name
@@ -205,3 +210,21 @@ def test_failed_start_costs_what_it_took():
 
     found = estimate(simulation(config, config.backend), {})
     assert found.state is State.failed and found.engine_s > 30
+
+
+def test_trial_that_does_not_hold_the_best_load_is_left_after_one_short_run(
+    tmp_path: Path, searched: tuple[Path, Result]
+):
+    best = 1.5 * searched[1].values[0]
+    with pytest.raises(BehindError, match=f"does not hold {best:.4g} queries/s"):
+        run(tmp_path, *SEARCH, f"scenario.search.best={best}")
+    left = Result.load(tmp_path)
+    assert left.state == "pruned" and len(left.runs) == 1 and left.phases["run"] < 20
+    assert left.metrics["failing_load"] == best and 0 < left.metrics["load_at_most"] < best
+
+
+def test_trial_that_holds_the_best_load_is_searched_from_there_upwards(tmp_path: Path, searched: tuple[Path, Result]):
+    found = run(tmp_path, *SEARCH, f"scenario.search.best={0.8 * searched[1].values[0]}")
+    assert found.values[0] == pytest.approx(searched[1].values[0], rel=0.05)
+    assert min(one.qps for one in found.runs) == pytest.approx(0.8 * searched[1].values[0])
+    assert not any(one.role == "burst" for one in found.runs)

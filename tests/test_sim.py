@@ -213,7 +213,7 @@ def test_start_error_is_raised_to_the_trial():
     samples = prepare_samples(config, prepared)
     with (
         pytest.raises(StartError) as raised,
-        prepared.backend.start(prepared.model, prepared.args, samples, Path(), None),
+        prepared.backend.start(prepared.model, prepared.args, samples, Path(), Slot()),
     ):
         pass
     assert raised.value.after_s > 30  # what the failed start takes of the budget

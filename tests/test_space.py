@@ -10,7 +10,7 @@ from autotune.config.schema import Config, SimConfig
 from autotune.config.vllm_flags import Flag, recorded
 from autotune.errors import InputError
 from autotune.measure.prepare import prepare
-from autotune.search.space import Space, check_space, describe, parse, swept_flags
+from autotune.search.space import Space, check_space, describe, parse, shared_start, swept_flags
 from autotune.sim.backend import SimBackend
 
 
@@ -283,3 +283,25 @@ def test_space_is_one_of_the_installed_vllm_and_its_refusals_are_named(name: str
             }
             assert {value for value, one in alone.items() if one.refusal} == values
             assert all(why in one.refusal for one in alone.values() if one.refusal)
+
+
+SEQS, TOKENS, GRAPHS = (f"max_{name}" for name in ("num_seqs", "num_batched_tokens", "cudagraph_capture_size"))
+
+
+@pytest.mark.parametrize(
+    ("swept", "start"),
+    [
+        ([f"{SEQS}=int(interval(8,256))"], {SEQS: 256}),
+        ([f"{SEQS}=int(interval(8,16384))"], {SEQS: 1024}),  # more would take memory from all
+        ([f"{SEQS}=int(interval(8,1024))", f"{TOKENS}=choice(256,512)"], {SEQS: 512, TOKENS: 512}),
+        ([f"{GRAPHS}=choice(default,256)"], {GRAPHS: 512}),
+        (["long_prefill_token_threshold=choice(0,256)", "block_size=choice(16,32)"], {}),
+        (["block_size=choice(16,32)"], None),
+    ],
+)
+def test_shared_server_starts_with_the_most_of_what_is_swept(swept: list[str], start: dict[str, Any] | None):
+    assert shared_start(space(*(f"engine.args.{one}" for one in swept)), {GRAPHS: 512}) == start
+
+
+def test_trials_that_differ_in_their_load_alone_share_a_server():
+    assert shared_start(space("scenario.qps=interval(1,64)"), {}) == {}

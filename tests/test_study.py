@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from autotune.errors import InputError
 from autotune.measure.result import Result
 from autotune.results.study import results_in
+from tests.standin import FLATTERED
 from tests.studies import SEQS, asked, autotune, study, trials
 
 MEMORY, TOKENS = "engine.args.gpu_memory_utilization", "engine.args.max_num_batched_tokens"
@@ -265,3 +266,35 @@ def test_objects_and_lists_are_swept_by_every_sampler_and_go_on(tmp_path: Path, 
         assert one.params[MODE] == "FULL" or one.params[SIZES] == "[1, 2, 4]"
         chosen = one.params[SPECULATIVE]
         assert one.args["speculative_config"] == (None if chosen == "default" else json.loads(chosen))
+
+
+SHARED = ["backend.shares=true", "sampler=grid"]
+
+
+def test_best_trial_on_a_shared_server_is_measured_on_one_of_its_own_before_it_wins(tmp_path: Path):
+    said = study(tmp_path, *SHARED, f"{SEQS}=choice(64,1100)", "scenario.min_queries=64")
+    assert "trial-1 is the best; it shared a server, and is measured again on one of its own" in said
+    assert "started by trial-0" in result(tmp_path, "trial-1").facts["server"]
+    fresh = result(tmp_path, "fresh-trial-1")
+    assert fresh.facts["server"] == result(tmp_path, "baseline").facts["server"] == "fresh"
+    counted = results_in(tmp_path / "multirun/s")["trial-1"]
+    assert counted.values == fresh.values and counted.params == {SEQS: 64}
+    assert json.loads(counted.facts["on_shared_server"]) == [pytest.approx(FLATTERED * fresh.values[0])]
+
+
+def test_shared_server_that_flatters_a_trial_does_not_make_it_win(tmp_path: Path):
+    said = study(tmp_path, *SHARED, f"{SEQS}=choice(1040)")  # a little slower than the defaults
+    assert "fresh-trial-0" in said and "No trial beat vLLM's defaults" in said
+
+
+def test_trials_share_no_server_where_what_is_swept_needs_a_start(tmp_path: Path):
+    study(tmp_path, *SHARED, "engine.args.block_size=choice(16,32)")
+    assert (
+        result(tmp_path, "trial-0").facts["server"] == "fresh" and not (tmp_path / "multirun/s/fresh-trial-0").exists()
+    )
+
+
+def test_processes_of_launcher_gpus_keep_their_server_for_the_next_trial(tmp_path: Path):
+    study(tmp_path, *SHARED, f"{SEQS}=range(10,18)", "launcher=gpus", "gpus=[0,1]", "baseline=false")
+    told = [result(tmp_path, f"trial-{number}").facts["server"] for number in range(8)]
+    assert len(set(told)) == 2 and all(one.startswith("shared: started by trial-") for one in told)

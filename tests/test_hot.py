@@ -1,0 +1,159 @@
+"""A server that trials share: what is changed of it, what it is asked, and what happens when it is not what it should be."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from autotune.config.command_line import compose
+from autotune.config.schema import LiveConfig
+from autotune.data.models import Model
+from autotune.errors import StartError, StoppedError
+from autotune.live import hot, recording
+from autotune.measure.prepare import prepare
+from autotune.measure.slot import Slot
+
+ACTIVE = {"scheduler_config.max_num_seqs": 8, "kv_tokens": 4096}
+PLAN = {
+    "refusal": "",
+    "changes": {"scheduler_config.max_num_seqs": 8},
+    "expected": {"scheduler_config.max_num_seqs": 8},
+}
+
+
+class Vllm:
+    """The installed vLLM, whose answers to a question for a change are set."""
+
+    plan: dict[str, Any] = PLAN
+
+    def probe(self) -> None:
+        """It is there."""
+
+    def change(self, model: Path, start: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+        return self.plan
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The flags of each server that was started, in this order; each says ACTIVE when it is changed."""
+    flags: list[dict[str, Any]] = []
+
+    @contextmanager
+    def serve(config: Any, vllm: Any, model: Any, args: Any, log: Path, *_: Any, **__: Any) -> Iterator[Any]:
+        flags.append(dict(args))
+        log.write_text(f"start {len(flags)}\n")
+        scratch = log.parent / f"scratch-{len(flags)}"
+        recording.steps_folder(scratch).mkdir(parents=True)
+        process = SimpleNamespace(exit_code=lambda: None)
+        yield SimpleNamespace(start={"import": 9.0}, log=log, process=process, scratch=scratch, command=[], url="")
+        flags.append({"ended": len(flags)})
+
+    @contextmanager
+    def opened(*_: Any) -> Iterator[Any]:
+        yield SimpleNamespace(read=lambda: json.dumps(ACTIVE))
+
+    monkeypatch.setattr(hot, "serve", serve)
+    monkeypatch.setattr(hot.key, "opened", opened)
+    return flags
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Callable[..., str]:
+    """A trial with flags, in a slot: what it is told of its server."""
+    count = iter(range(100))
+
+    def run(slot: Slot, vllm: Vllm, error: Exception | None = None, **args: Any) -> str:
+        folder = tmp_path / f"trial-{next(count)}"
+        folder.mkdir()
+        config = LiveConfig(_target_="", bounds={"max_num_seqs": 64})
+        with hot.serving(config, vllm, Model("m", None, tmp_path), args, folder, slot) as served:  # type: ignore[arg-type]
+            served.server.log.open("a").write(f"requests of {folder.name}\n")
+            if error:
+                raise error
+        return served.told
+
+    return run
+
+
+def test_trials_share_a_server_that_starts_with_the_most(trial: Callable[..., str], started: list[Any], tmp_path: Path):
+    slot = Slot(shares=True)
+    told = [trial(slot, Vllm(), max_num_seqs=seqs) for seqs in (8, 16)]
+    assert told == [f"shared: started by trial-0, changed {number} times" for number in (1, 2)]
+    assert started == [{"max_num_seqs": 64}]
+    logs = [(tmp_path / name / "vllm.log").read_text() for name in ("trial-0", "trial-1")]
+    assert logs == ["start 1\nrequests of trial-0\n", "requests of trial-1\n"]
+    slot.close()
+    assert started[-1] == {"ended": 1}
+
+
+def test_trial_that_asks_for_more_than_the_bounds_starts_a_server_with_that(
+    trial: Callable[..., str], started: list[Any]
+):
+    assert trial(Slot(shares=True), Vllm(), max_num_seqs=100).startswith("shared")
+    assert started == [{"max_num_seqs": 100}]
+
+
+def test_trial_that_a_change_can_not_serve_gets_another_server(trial: Callable[..., str], started: list[Any]):
+    slot, vllm = Slot(shares=True), Vllm()
+    trial(slot, vllm, max_num_seqs=8)
+    vllm.plan = {"refusal": "block_size is 16, and 32 needs a fresh server"}
+    assert trial(slot, vllm, max_num_seqs=8, block_size=32) == "fresh"
+    assert started[0] == {"max_num_seqs": 64} and {"max_num_seqs": 8, "block_size": 32} in started
+    assert not slot.shares  # not even a server with these bounds can become what it is asked for
+
+
+def test_server_that_reads_back_something_else_is_not_used(
+    trial: Callable[..., str], started: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setitem(ACTIVE, "scheduler_config.max_num_seqs", 64)
+    slot = Slot(shares=True)
+    assert trial(slot, Vllm(), max_num_seqs=8) == "fresh" and not slot.shares
+    assert "scheduler_config.max_num_seqs is 64, and not 8" in caplog.text
+    assert [one for one in started if "ended" not in one] == [{"max_num_seqs": 64}, {"max_num_seqs": 8}]
+
+
+def test_server_stays_after_a_trial_that_the_study_ended_and_not_after_one_that_failed(
+    trial: Callable[..., str], started: list[Any]
+):
+    slot = Slot(shares=True)
+    for error, starts in [(StoppedError("pruned"), 1), (StartError("it broke"), 1), (None, 2)]:
+        if error:
+            with pytest.raises(type(error)):
+                trial(slot, Vllm(), error, max_num_seqs=8)
+        else:
+            trial(slot, Vllm(), max_num_seqs=8)
+        assert len([one for one in started if "ended" not in one]) == starts
+
+
+def test_slot_that_shares_nothing_gets_fresh_servers(trial: Callable[..., str], started: list[Any]):
+    assert trial(Slot(), Vllm(), max_num_seqs=8) == "fresh" and started == [{"max_num_seqs": 8}, {"ended": 1}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("asynchronous", "names"),
+    [("false", ["sequences", "tokens", "blocks", "caching"]), ("true", ["tokens", "blocks"])],
+)
+def test_changed_engine_makes_the_tokens_and_the_steps_of_a_fresh_one(
+    tmp_path: Path, asynchronous: str, names: list[str]
+):
+    """On real vLLM: the same requests, step by step, for each parameter and with both schedulers."""
+    script = Path(__file__).with_name("hot_engines.py")
+    tiny = prepare(compose(["model=tiny", "scenario=offline"])[0]).model.folder
+    command = [sys.executable, str(script), str(tiny), asynchronous, str(tmp_path), *names]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = json.loads(done.stdout)
+    for name in names:
+        changed, fresh = made["changed"][name], made["fresh"][name]
+        assert not changed["plan"]["refusal"] and "error" not in changed["active"], name
+        assert changed["read"] == changed["plan"]["expected"], name
+        assert changed["tokens"] == fresh["tokens"] and changed["steps"] == fresh["steps"], name
+    kinds = {name: json.dumps(made["fresh"][name]["steps"]) for name in names}
+    assert len(set(kinds.values())) == len(names)  # each parameter changes what is in the steps
