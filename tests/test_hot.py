@@ -1,4 +1,4 @@
-"""A server that trials share: what is changed of it, what it is asked, and what happens when it is not what it should be."""
+"""A server that trials share: what it is asked, and what happens when it is not what it should be."""
 
 import json
 import subprocess
