@@ -8,12 +8,8 @@ from typing import Any
 import pytest
 
 from autotune.config.schema import Kind, ScenarioConfig
-from autotune.errors import InputError
-from autotune.measure import runs, trial
-
-
 from autotune.errors import BehindError, InputError
-from autotune.measure import trial
+from autotune.measure import runs, trial
 from autotune.measure.backend import DryRunOutcome, Measurement
 from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result, State

@@ -15,6 +15,7 @@ from autotune.system.leases import are_awaited
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "FOLDER", tmp_path / "leases")
+    monkeypatch.setattr(leases, "QUEUE_S", 0.0)
 
 
 def is_free(name: str) -> bool:

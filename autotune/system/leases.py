@@ -17,6 +17,7 @@ from autotune.errors import InputError
 OWN = Path(f"/tmp/autotune-leases-{os.getuid()}")
 FOLDER = Path(os.environ.get("AUTOTUNE_LEASES", OWN))
 POLL_S = 0.1
+QUEUE_S = 1.0  # a trial that finds its GPUs free is out of the queue by then
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,20 @@ def lease_for(gpus: Any, count: int) -> Iterator[Lease | None]:
 
 
 def are_awaited() -> bool:
-    """True if a trial of this user, or of one who shares the folder, waits for GPUs."""
-    folder = _folder()
+    """True if a trial of this user, or of one who shares the folder, has been waiting for GPUs for a moment."""
+    folder, deadline = _folder(), time.monotonic() + QUEUE_S
     try:
-        with _open(folder, "queue") as queue:
-            fcntl.flock(queue, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        while True:
+            with _open(folder, "queue") as queue:
+                try:
+                    fcntl.flock(queue, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return False
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        return True
+            time.sleep(POLL_S)
     finally:
         os.close(folder)
-    return False
 
 
 def leased(lease: Lease | None) -> dict[str, str]:
