@@ -1,5 +1,6 @@
 """The twin: constants of a real server, learned from the steps that it recorded (datasets/steps)."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,33 @@ def test_steps_of_a_server_that_nothing_is_known_of_are_fitted_and_predicted():
     said = from_steps.report([fitted], [other], h200(), None)
     assert "Which model was served is not recorded" in said and "a guess" in said
     assert "name: H200" in said
+
+
+@pytest.mark.slow
+def test_steps_of_which_no_model_is_told_are_taken_for_those_of_the_same_one():
+    known = recorded("llama8b-512")
+    said = from_steps.report([known], [steps.Steps("bare", known.table[:2000])], h200(), None)
+    assert "bare (graphs up to" in said and "Which model was served is not recorded" not in said
+
+
+def test_flags_that_are_none_are_named():
+    known = recorded("llama8b-512")
+    with pytest.raises(InputError, match=r"bad: .*; write its flags as vLLM takes them: max_num_seqs=256"):
+        from_steps.report([steps.Steps("bad", known.table, {"max_num_seqs": "x"}, known.model)], [], h200(), None)
+
+
+PAGE = Path(__file__).parent.parent / "docs/simulator.md"
+
+
+@pytest.mark.slow
+def test_errors_on_the_page_are_those_of_the_recorded_steps():
+    own = [predicted(name, name) for name in ("llama8b-defaults", "llama8b-512", "qwen3moe-defaults")]
+    others = [predicted("llama8b-defaults", "llama8b-512"), predicted("llama8b-512", "llama8b-defaults")]
+    worst = [max(one.error for found in own for one in found), *(max(one.error for one in found) for found in others)]
+    rows = re.search(r"\| median error of a step's time.*?\n\n", PAGE.read_text(), re.DOTALL)
+    assert rows
+    told = [float(value) / 100 for value in re.findall(r"([\d.]+) % \|", rows[0])]
+    assert told == pytest.approx(worst, abs=0.0006)
 
 
 @pytest.mark.parametrize(

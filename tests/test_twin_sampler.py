@@ -91,6 +91,11 @@ def test_flag_that_the_twin_does_not_model_is_learned_as_a_factor():
     assert told[1] / told[0] == pytest.approx(1.3, rel=0.1)
 
 
+def test_choice_of_a_flag_that_is_not_modelled_is_tried_before_one_that_the_baseline_has_shown():
+    baseline = Ended(Result(State.complete, values=[1.0], phases={"run": 1.0}))
+    assert asked(TwinSampler(CONFIG, SPACE, lambda: {"baseline": baseline}, **QUICK))[BACKEND] == "FLASHINFER"
+
+
 def test_broken_steps_cost_the_twin_their_trial_only(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "trial-0").mkdir()
     (tmp_path / "trial-0/steps.parquet").write_text("nothing")

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.config.schema import Config, Device
+from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
 from autotune.measure import objective
 from autotune.measure.result import Result, State
@@ -33,7 +35,8 @@ from autotune.results.study import CANARY
 from autotune.search.device import as_started, device_of, simulated
 from autotune.search.prior import distinct
 from autotune.search.simulate import Simulation, ask, checked, key, on_twin, simulation, twin_of
-from autotune.search.space import Space, scaled
+from autotune.search.space import DEFAULT, Space, scaled
+from autotune.sim.flags import MODELLED
 from autotune.sim.shape import Shape
 from autotune.sim.twin import Twin, errors, fit
 from autotune.system.host import hardware
@@ -373,11 +376,27 @@ class TwinSampler(BaseSampler):
                 log.info("twin: expects %+.1f%% over the best so far", 100 * math.expm1(gains[best]))
             else:
                 log.info("twin: nothing keeps the limits so far; asks for what comes closest")
-            return dict(points[best])
+            return self._informative(points[best], [*(one.params for one in results), *pending])
         self._nothing_better += 1
         if not self._nothing_better % OTHERS_TURN:
             return self._to_tpe("expects nothing better; TPE is asked now and then")
         return dict(points[int(np.median(scores[:, : len(points)], axis=0).argmax())])
+
+    def _informative(self, params: Params, tried: Sequence[Params]) -> dict[str, Any]:
+        """Return `params`, of flags that the twin does not model with the choices that were `tried` least.
+
+        As soon as factors are learned, their draws choose. The baseline, without the parameter, has the default.
+        """
+        if len(self._residuals) >= TO_CORRECT:
+            return dict(params)
+        random, changed = np.random.default_rng((self._seed, len(tried))), dict(params)
+        for name, distribution in self._space.parameters.items():
+            unknown = name.startswith(FLAG) and name.removeprefix(FLAG) not in MODELLED and name in params
+            if unknown and isinstance(distribution, CategoricalDistribution):
+                choices = [distribution.choices[at] for at in random.permutation(len(distribution.choices))]
+                used = Counter(key({name: one.get(name, DEFAULT)}) for one in tried)
+                changed[name] = min(choices, key=lambda choice: used[key({name: choice})])
+        return changed if self._simulated.result(changed).complete else dict(params)
 
     def _scores(self, points: Sequence[Params], until_s: float) -> Floats:
         """Scores of `points`, a column each, on the twin and on its draws; those of the twin where time is short."""

@@ -28,14 +28,21 @@ GRAPHS = (256, 512, 1024, 2048, 4096, 8192)  # largest CUDA graphs, of which one
 
 def report(fitted: Sequence[Steps], predicted: Sequence[Steps], device: Device, model: Mapping[str, Any] | None) -> str:
     """The text for recordings to fit to and others to predict. `model` is a config.json, for those that have none."""
-    configs = [steps.model or model for steps in [*fitted, *predicted]]
+    configs = [
+        config for steps in [*fitted, *predicted] if (config := steps.model or model)
+    ]  # lines of a CSV have none
     if any(config != configs[0] for config in configs):
         names = ", ".join(steps.name for steps in [*fitted, *predicted])
         raise InputError(f"the recorded steps are of different models ({names}); give those of one at a time")
-    shape = Shape.of(configs[0] or UNKNOWN)
-    twin = fit(fitted, device, shape, 1.0 if configs[0] else UNKNOWN_WIDTH)
+    shape = Shape.of(configs[0] if configs else UNKNOWN)
+    for steps in [*fitted, *predicted]:
+        try:
+            resolve(steps.args, device, shape)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{steps.name}: {error}; write its flags as vLLM takes them: max_num_seqs=256") from None
+    twin = fit(fitted, device, shape, 1.0 if configs else UNKNOWN_WIDTH)
     lines = [f"{device.name}, fitted to {sum(map(len, fitted)):,} steps of {', '.join(steps.name for steps in fitted)}"]
-    if not configs[0]:
+    if not configs:
         lines.append("Which model was served is not recorded; model=… says it, and makes what no step shows surer.")
     lines += ["", *table("fitted", twin, fitted)]
     lines += ["", *table("predicted", twin, [guessed(twin, steps) for steps in predicted])] if predicted else []
