@@ -1,6 +1,7 @@
 """The twin: constants of a real server, learned from the steps that it recorded (datasets/steps)."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from autotune.sim.shape import Shape
 from autotune.sim.twin import Error, Twin, errors, fit
 from tests.studies import configured
 
+PAGE = Path(__file__).parent.parent / "docs/simulator.md"
 RECORDED = Path(__file__).parent.parent / "datasets/steps"
 QWEN3_30B_A3B = configured("model=qwen3_30b_a3b", "scenario=offline").model.shape
 
@@ -100,12 +102,37 @@ SEARCHED = "scenario.search.certify_queries=662 scenario.search.first_s=5 scenar
 NAMES = ("max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold", "max_cudagraph_capture_size")
 
 
+OF_512 = (256, 512, 0, 512)
+
+
 def loads(model: str, values: tuple[int, ...], twins: list[Twin]) -> list[float]:
     """The highest load on each of `twins`, searched as the recorded servers were."""
     config = configured(f"model={model}", "backend=sim", "backend/device=h200", *HELD.split(), *SEARCHED.split())
     of_device = simulation(config, config.backend)
     params = {f"engine.args.{name}": value for name, value in zip(NAMES, values, strict=False)}
     return [estimate(on_twin(of_device, one), params).metrics["max_qps"] for one in twins]
+
+
+@pytest.mark.slow
+def test_loads_on_the_page_are_those_of_the_recorded_steps():
+    dense, experts = "llama8b", "qwen3_30b_a3b"
+    rows = [
+        (dense, "llama8b-defaults", (), 25.17),
+        (dense, "llama8b-512", OF_512, 29.40),
+        (dense, "llama8b-defaults", OF_512, 29.40),
+        (dense, "llama8b-512", (), 25.17),
+        (experts, "qwen3moe-defaults", (), 9.74),
+    ]
+    computed = []
+    for model, name, values, held in rows:
+        known = recorded(name)
+        assert known.model
+        twin = fit([known], h200(), Shape.of(known.model))
+        found = loads(model, values, [replace(twin, pace=replace(twin.pace, seed=seed)) for seed in range(4)])
+        computed.append((float(np.median(found)), min(found), max(found), 100 * (np.median(found) / held - 1)))
+    row = r"\| ([\d.]+) \(([\d.]+) to ([\d.]+)\) \| ([+-][\d.]+) % \|"
+    told = [tuple(map(float, found)) for found in re.findall(row, PAGE.read_text())]
+    assert np.array(told) == pytest.approx(np.array(computed), abs=0.06)
 
 
 @pytest.mark.slow
@@ -163,9 +190,6 @@ def test_flags_that_are_none_are_named():
     known = recorded("llama8b-512")
     with pytest.raises(InputError, match=r"bad: .*; write its flags as vLLM takes them: max_num_seqs=256"):
         from_steps.report([steps.Steps("bad", known.table, {"max_num_seqs": "x"}, known.model)], [], h200(), None)
-
-
-PAGE = Path(__file__).parent.parent / "docs/simulator.md"
 
 
 @pytest.mark.slow
