@@ -369,6 +369,7 @@ def serve(trial: socket.socket, samples: Samples, bodies: Sequence[bytes]) -> No
             clients.close()
             clients = None
         trial.send(str(code).encode())
+        gc.collect()  # what has been read of this run's run.json
 
 
 def ending(pid: int, trial: socket.socket) -> int:
