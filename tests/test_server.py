@@ -155,6 +155,15 @@ def test_exact_command_is_written_before_it_runs(tmp_path: Path):
     ]
 
 
+def test_compiled_code_outlives_the_scratch_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    keep = 'import getpass, os; open(os.environ["TMPDIR"] + "/torchinductor_" + getpass.getuser() + "/header", "w")'
+    for _ in range(2):
+        with pytest.raises(StartError), start(tmp_path, keep):
+            pass
+    assert [file.name for file in tmp_path.glob("torchinductor_*/*")] == ["header"]
+
+
 def test_scratch_folder_of_vllm_is_removed(tmp_path: Path):
     leave = "import os; print(os.environ['TMPDIR'], flush=True); open(os.environ['TMPDIR'] + '/socket', 'w');"
     with pytest.raises(StartError), start(tmp_path, leave + "exit(1)"):

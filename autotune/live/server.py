@@ -1,13 +1,15 @@
 """One `vllm serve` process: started, checked to be ours and healthy, and stopped with everything that it started."""
 
+import getpass
 import json
 import os
 import secrets
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -121,15 +123,29 @@ def serve(
 
 
 def _environment(config: LiveConfig, url: str, scratch: Path, lease: Lease | None, changeable: bool) -> dict[str, str]:
-    """Variables of the server's environment beside ours; the modules that vLLM is to load are put into `scratch`."""
+    """Variables of the server's environment beside ours; what vLLM is to find there is put into `scratch`."""
     devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, lease.gpus))} if lease else {}
     env = {**ENV, "TMPDIR": str(scratch), **devices, **config.env}
+    _share_inductor(scratch)
     env |= key.gated(url, scratch, config.env.get("PYTHONPATH", os.environ.get("PYTHONPATH", "")))
     if config.steps:
         env |= recording.installed(scratch, config.env)
     if changeable:
         env |= plugins.installed("autotune_hot", HOT, scratch, env)
     return env
+
+
+def _share_inductor(scratch: Path) -> None:
+    """Let vLLM's torch find in its `scratch` what it keeps in the user's temporary folder for all of its processes.
+
+    On a CPU that is a header of 150 MB, which takes a compiler; older versions of vLLM have their kernels there, too.
+    """
+    with suppress(KeyError, OSError):  # the user has no name, or another one owns the folder
+        name = f"torchinductor_{getpass.getuser()}"
+        shared = Path(tempfile.gettempdir(), name)
+        shared.mkdir(mode=0o700, exist_ok=True)
+        if shared.owner() == getpass.getuser():
+            (scratch / name).symlink_to(shared)
 
 
 def _await_healthy(url: str, name: str, process: GuardedProcess, log: Path, timeout_s: float) -> None:
