@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from autotune.errors import InputError
 from autotune.measure.result import Result
-from autotune.results.study import results_in
+from autotune.results.study import ON_SHARED, results_in
 from tests.standin import FLATTERED
 from tests.studies import SEQS, asked, autotune, study, trials
 
@@ -279,7 +279,8 @@ def test_best_trial_on_a_shared_server_is_measured_on_one_of_its_own_before_it_w
     assert fresh.facts["server"] == result(tmp_path, "baseline").facts["server"] == "fresh"
     counted = results_in(tmp_path / "multirun/s")["trial-1"]
     assert counted.values == fresh.values and counted.params == {SEQS: 64}
-    assert json.loads(counted.facts["on_shared_server"]) == [pytest.approx(FLATTERED * fresh.values[0])]
+    assert "1 trials shared 1 server" in said and f"trial-1 on a server of its own: {fresh.values[0]:.4g}" in said
+    assert json.loads(counted.facts[ON_SHARED]) == [pytest.approx(FLATTERED * fresh.values[0])]
 
 
 def test_shared_server_that_flatters_a_trial_does_not_make_it_win(tmp_path: Path):

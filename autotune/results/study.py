@@ -26,6 +26,7 @@ REFERENCES = {BASELINE: "vLLM's defaults", RECIPE: "the recipe"}  # what trials 
 TRIAL = "trial-"  # then its number, in Optuna's study too
 CANARY = "canary-"  # then the node's name
 FRESH = "fresh-"  # then the name of a trial on a shared server, which this one measured again on a server of its own
+ON_SHARED = "on_shared_server"  # fact of a trial that was measured again: its values on the shared server
 SPACE = "space.json"  # in a study's folder: Optuna's distribution of each parameter, by configuration key
 TWIN = "twin.json"  # there: what recorded steps say of the baseline and the best trial (search/account.py)
 
@@ -186,7 +187,7 @@ def certified(shared: Result, fresh: Result) -> Result:
     """The result of a trial on a shared server that was measured again on a `fresh` one, whose result counts."""
     if fresh.state is State.interrupted:
         return shared
-    facts = fresh.facts | {"on_shared_server": json.dumps(shared.values)}
+    facts = fresh.facts | {ON_SHARED: json.dumps(shared.values)}
     return replace(fresh, params=shared.params, expected=shared.expected, facts=facts)
 
 

@@ -11,7 +11,7 @@ from autotune.config.schema import Config
 from autotune.measure import objective
 from autotune.measure.result import Result, State
 from autotune.results import fleet
-from autotune.results.study import BASELINE, RECIPE, REFERENCES, Study
+from autotune.results.study import BASELINE, ON_SHARED, RECIPE, REFERENCES, Study
 from autotune.system.files import left_in, write_whole
 from autotune.text import aligned, shorten
 
@@ -107,7 +107,7 @@ def render(study: Study) -> str:
         parts += _verdict(study, best)
         warning = edge(study.results[study.served or best], config)
         parts += ["", warning] if warning else []
-    parts += _surprises(study) + _nodes(study)
+    parts += _surprises(study) + _shared(study) + _nodes(study)
     parts += ["", f"Sampler: {config.sampler}"] if "(" in config.sampler else []
     if (load := config.target_load) and study.complete:
         parts += ["", *fleet.render(fleet.fleets(study.complete.items(), config, load), config, load)]
@@ -162,6 +162,25 @@ def _verdict(study: Study, best: str) -> list[str]:
     if served != best:
         text = f"No trial beat {REFERENCES[served]}. The best was {text.removeprefix('Best: ')}. Serve {SERVE[served]}:"
     return ["", text, "", f"  {study.results[served].shell_command}"]
+
+
+def _shared(study: Study) -> list[str]:
+    """Sentences on the servers that trials shared, and on what a server of its own made of the best one."""
+    sharing = [result.facts["server"].partition(",")[0] for result in study.swept.values() if result.shared_server]
+    again = {
+        name: json.loads(result.facts[ON_SHARED]) for name, result in study.swept.items() if ON_SHARED in result.facts
+    }
+    if not sharing and not again:
+        return []
+    told = f"{len(sharing)} trials shared {len(set(sharing))} server{'s' if len(set(sharing)) > 1 else ''}"
+    parts = ["", f"{told}, whose scheduler was changed between them (backend.hot=never: each starts its own)."]
+    for name, (value, *_) in again.items():
+        result = study.results[name]
+        fresh = f"{result.values[0]:.4g}" if result.complete else f"failed ({result.reason})"
+        parts.append(f"  {name} on a server of its own: {fresh}; on the shared one it was {value:.4g}")
+    if study.uncertified():
+        parts.append(f"  {study.best} was not measured on one of its own: autotune verify study={study.name}")
+    return parts
 
 
 def _against(study: Study, best: str) -> list[str]:
