@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -17,6 +17,7 @@ from autotune.data.models import Model
 from autotune.errors import StartError, StoppedError
 from autotune.live import hot, recording
 from autotune.measure.prepare import prepare
+from autotune.measure.result import Result
 from autotune.measure.slot import Slot
 
 ACTIVE = {"scheduler_config.max_num_seqs": 8, "kv_tokens": 4096}
@@ -64,7 +65,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def trial(tmp_path: Path) -> Callable[..., str]:
+def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Requests/s of the next runs of the reference; 1 if there are none."""
+    monkeypatch.setattr(hot.Shared, "memory", lambda _: 2**30)
+    return []
+
+
+@pytest.fixture
+def trial(tmp_path: Path, rates: list[float]) -> Callable[..., str]:
     """A trial with flags, in a slot: what it is told of its server."""
     count = iter(range(100))
 
@@ -72,10 +80,13 @@ def trial(tmp_path: Path) -> Callable[..., str]:
         folder = tmp_path / f"trial-{next(count)}"
         folder.mkdir()
         config = LiveConfig(_target_="", bounds={"max_num_seqs": 64})
-        with hot.serving(config, vllm, Model("m", None, tmp_path), args, folder, slot) as served:  # type: ignore[arg-type]
+        rate = lambda _: rates.pop(0) if rates else 1.0  # noqa: E731
+        model: Any = Model("m", None, tmp_path)
+        with hot.serving(config, cast(Any, vllm), model, args, folder, slot, rate) as served:
             served.server.log.open("a").write(f"requests of {folder.name}\n")
             if error:
                 raise error
+        Result("complete", values=[1.0], facts={"server": served.told}).save(folder)  # type: ignore[arg-type]
         return served.told
 
     return run
@@ -129,6 +140,31 @@ def test_server_stays_after_a_trial_that_the_study_ended_and_not_after_one_that_
         else:
             trial(slot, Vllm(), max_num_seqs=8)
         assert len([one for one in started if "ended" not in one]) == starts
+
+
+def test_server_that_drifts_is_replaced_and_the_trials_since_its_last_check_are_marked(
+    trial: Callable[..., str], started: list[Any], rates: list[float], tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    slot = Slot(shares=True)
+    rates += [1.0, 1.05, 0.8]  # as it started, at the first check, at the second
+    told = [trial(slot, Vllm(), max_num_seqs=8) for _ in range(2 * hot.CHECKED_EVERY + 2)]
+    numbers = [one.partition(",")[0] for one in told]
+    replaced = numbers.index(numbers[-1])
+    assert replaced > hot.CHECKED_EVERY and numbers[-1] == f"shared: started by trial-{replaced}"
+    facts = [Result.load(tmp_path / f"trial-{number}").facts["server"] for number in range(replaced + 1)]
+    marked = [number for number, one in enumerate(facts) if one.endswith("afterwards it serves -20% requests/s")]
+    assert marked == list(range(hot.CHECKED_EVERY, replaced))
+    assert f"its last {len(marked)} trials are marked" in caplog.text
+
+
+def test_server_whose_memory_grows_is_replaced(
+    trial: Callable[..., str], started: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    held = iter([2**30, 2**31])
+    monkeypatch.setattr(hot.Shared, "memory", lambda _: next(held, 2**30))
+    slot = Slot(shares=True)
+    told = [trial(slot, Vllm(), max_num_seqs=8) for _ in range(hot.CHECKED_EVERY + 1)]
+    assert told[-1].startswith(f"shared: started by trial-{hot.CHECKED_EVERY},")
 
 
 def test_slot_that_shares_nothing_gets_fresh_servers(trial: Callable[..., str], started: list[Any]):

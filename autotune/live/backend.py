@@ -22,6 +22,7 @@ from autotune.data.samples import Samples
 from autotune.errors import MeasureError
 from autotune.live import audit, gpu, hot, loadgen_log, metrics_page, recording
 from autotune.live.gpu import Gpus, GpuState
+from autotune.live.hot import Served
 from autotune.live.installed_vllm import find_vllm
 from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import WARMUP_ROUNDS, ClientReport, RunSpec
@@ -88,12 +89,10 @@ class LiveBackend:
             gpus = gpus_of(slot.lease, args)
             if others := "" if slot.server else gpus.others():
                 log.warning("other processes on %s: they change what is measured", others)
-            with hot.serving(self.config, self.vllm, model, args, folder, slot) as served:
-                has_metrics = not args.get("disable_log_stats")
-                if has_metrics:
-                    metrics_page.check(served.server.url)
-                facts = self.facts | hardware() | ({"gpu_shared_with": others} if others else {})
-                yield LiveEngine(
+            facts = self.facts | hardware() | ({"gpu_shared_with": others} if others else {})
+
+            def engine(served: Served) -> LiveEngine:
+                return LiveEngine(
                     server=served.server,
                     samples=samples,
                     config=self.config,
@@ -103,9 +102,21 @@ class LiveBackend:
                     start=served.start,
                     load=load,
                     folder=folder,
-                    has_metrics=has_metrics,
+                    has_metrics=not args.get("disable_log_stats"),
                     kv_tokens=served.kv_tokens,
                 )
+
+            def rate(served: Served) -> float:
+                run_folder = folder / hot.REFERENCE.name
+                run_folder.mkdir(exist_ok=True)
+                run = engine(served).run(hot.REFERENCE, run_folder)
+                recording.forget(served.server.scratch)
+                return len(run.requests) / max(request.last_token for request in run.requests)
+
+            with hot.serving(self.config, self.vllm, model, args, folder, slot, rate) as served:
+                if not args.get("disable_log_stats"):
+                    metrics_page.check(served.server.url)
+                yield engine(served)
 
     def command(self, model: Model, args: Mapping[str, Any]) -> list[str]:
         """`vllm serve …` as a user types it for the same configuration."""

@@ -7,14 +7,16 @@ from that in nothing but what can be changed, and the engine says what is active
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from autotune.config.redact import redact
-from autotune.config.schema import Hot, LiveConfig
+from autotune.config.schema import Hot, Kind, LiveConfig, ScenarioConfig
 from autotune.data.models import Model
 from autotune.errors import BehindError, MeasureError, StartError, StoppedError
 from autotune.live import key, recording, vllm_log
@@ -22,11 +24,17 @@ from autotune.live.gate import CHANGE
 from autotune.live.installed_vllm import InstalledVllm
 from autotune.live.server import Server, serve
 from autotune.measure import progress
+from autotune.measure.result import Result
 from autotune.measure.slot import Slot
 from autotune.system.files import write_whole
 
 log = logging.getLogger(__name__)
 
+# A run that is made again, on the same flags, after every CHECKED_EVERY changes.
+REFERENCE = ScenarioConfig(name="reference", kind=Kind.Offline, min_queries=64, min_duration_s=0.0)
+CHECKED_EVERY = 10
+DRIFT = 0.1  # share by which the reference may become slower or faster
+GROWTH = 1.25  # factor by which the memory of its processes may grow
 CHANGE_S = 60.0  # for a change, and for the requests of a trial that was stopped to end before it
 POLL_S = 0.1
 
@@ -60,11 +68,19 @@ class Shared:
     kv_tokens: int = 0  # of the KV cache, since the last change
     log_at: int = 0  # bytes of its log that are earlier trials'
     start: dict[str, float] = field(default_factory=dict)  # seconds of what the last trial waited for, by part
+    reference: tuple[dict[str, Any], float, int] | None = None  # flags, requests/s of REFERENCE, bytes of memory
+    checked: int = 0  # changes at the last check
+    since: list[Path] = field(default_factory=list)  # folders of the trials since then
 
     @property
-    def told(self) -> str:
-        """Its description among a result's facts."""
-        return f"shared: started by {self.trial}, changed {self.changes} times"
+    def served(self) -> Served:
+        told = f"shared: started by {self.trial}, changed {self.changes} times"
+        return Served(self.server, self.start, self.kv_tokens, told)
+
+    def memory(self) -> int:
+        """Bytes that its processes hold."""
+        guard = psutil.Process(self.server.process.session)
+        return sum(process.memory_info().rss for process in guard.children(recursive=True))
 
 
 @contextmanager
@@ -75,14 +91,19 @@ def serving(
     args: Mapping[str, Any],
     folder: Path,
     slot: Slot,
+    rate: Callable[[Served], float],
 ) -> Iterator[Served]:
     """Serve `model` with the flags `args` until the block ends: by the slot's server, if it can be changed to that.
 
-    Raises StartError.
+    `rate` makes the run REFERENCE on a server: requests/s. Raises StartError.
     """
     shared = None
     if slot.shares and config.bounds is not None and config.hot is Hot.auto:
-        shared = _changed(config, vllm, model, args, folder, slot)
+        try:
+            shared = Sharing(config, vllm, model, folder, slot, rate).changed(args)
+        except BaseException:
+            slot.drop()
+            raise
     if shared is None:
         slot.drop()
         with serve(config, vllm, model, args, folder / "vllm.log", slot.lease) as server:
@@ -90,77 +111,102 @@ def serving(
         return
     stays = False
     try:
-        yield Served(shared.server, shared.start, shared.kv_tokens, shared.told)
+        yield shared.served
         stays = True
     except (StoppedError, BehindError):  # the next change waits for the requests that are left
         stays = True
         raise
     finally:
         _keep_log(shared, folder)
+        shared.since.append(folder)
         if not stays:
             slot.drop()
 
 
-def _changed(
-    config: LiveConfig,
-    vllm: InstalledVllm,
-    model: Model,
-    args: Mapping[str, Any],
-    folder: Path,
-    slot: Slot,
-) -> Shared | None:
-    """The slot's server, or a new one that stays there, changed to the flags `args`; None if it can't be."""
-    shared: Shared | None = slot.server
-    began = time.monotonic()
-    if shared and shared.server.process.exit_code() is None:
-        plan = vllm.change(model.folder, shared.flags, args)
-        if not plan["refusal"] and _try(shared, plan, folder, slot):
+@dataclass(frozen=True)
+class Sharing:
+    """Means of a trial to share the server in its slot."""
+
+    config: LiveConfig
+    vllm: InstalledVllm
+    model: Model
+    folder: Path  # the trial's
+    slot: Slot
+    rate: Callable[[Served], float]
+
+    def changed(self, args: Mapping[str, Any]) -> Shared | None:
+        """The slot's server, or a new one that stays there, changed to the flags `args`; None if it can't be."""
+        shared: Shared | None = self.slot.server
+        began = time.monotonic()
+        runs = shared is not None and shared.server.process.exit_code() is None
+        if shared and runs and self._is_as_it_was(shared) and self._try(shared, args):
             shared.start = {"change": time.monotonic() - began}
             return shared
+        self.slot.drop()
+        return self._started(args) if self.slot.shares else None
+
+    def _started(self, args: Mapping[str, Any]) -> Shared | None:
+        flags = {**args, **{name: most(args.get(name), bound) for name, bound in (self.config.bounds or {}).items()}}
+        self.vllm.probe()  # its import of vLLM goes on while the server starts
+        log_file, lease = self.folder / "server.log", self.slot.lease
+        try:
+            server = self.slot.keep(serve(self.config, self.vllm, self.model, flags, log_file, lease, changeable=True))
+        except StartError as error:
+            self.slot.shares = False
+            log.warning("trials share no server: with the most of what is swept, %s", error)
+            return None
+        self.slot.server = shared = Shared(server, flags, self.folder.name)
+        began = time.monotonic()
+        if not self._try(shared, args):
+            self.slot.shares = False  # not even the server that was started for this trial can serve it
+            return None
+        changed_s = time.monotonic() - began
+        shared.reference = dict(args), self.rate(shared.served), shared.memory()
+        shared.start = {**server.start, "change": changed_s, "reference": time.monotonic() - began - changed_s}
+        return shared
+
+    def _is_as_it_was(self, shared: Shared) -> bool:
+        """Make the reference run again if that is due; False, and the trials since are marked, if it has changed."""
+        if shared.reference is None or shared.changes < shared.checked + CHECKED_EVERY:
+            return True
+        flags, rate, memory = shared.reference
+        if not self._try(shared, flags):
+            return False
+        drift, growth = self.rate(shared.served) / rate - 1, shared.memory() / memory
+        if abs(drift) <= DRIFT and growth <= GROWTH:
+            shared.checked = shared.changes
+            shared.since.clear()
+            return True
+        what = f"serves {drift:+.0%} requests/s" if abs(drift) > DRIFT else f"holds {growth:.1f} times its memory"
+        log.warning("another server: the shared one %s; its last %d trials are marked", what, len(shared.since))
+        for folder in shared.since:
+            if result := Result.find(folder):
+                result.facts["server"] += f"; afterwards it {what}"
+                result.save(folder)
+        return False
+
+    def _try(self, shared: Shared, args: Mapping[str, Any]) -> bool:
+        """Change the server; False, and a line that says why, if it can't become what it should, or did not."""
+        plan = self.vllm.change(self.model.folder, shared.flags, args)
         if plan["refusal"]:
             log.info("another server: %s", plan["refusal"])
-    slot.drop()
-    flags = {**args, **{name: most(args.get(name), bound) for name, bound in (config.bounds or {}).items()}}
-    vllm.probe()  # its import of vLLM goes on while the server starts
-    try:
-        server = slot.keep(serve(config, vllm, model, flags, folder / "server.log", slot.lease, changeable=True))
-    except StartError as error:
-        slot.shares = False
-        log.warning("trials share no server: with the most of what is swept, %s", error)
-        return None
-    slot.server = shared = Shared(server, flags, folder.name)
-    began = time.monotonic()
-    plan = vllm.change(model.folder, flags, args)
-    if plan["refusal"]:
-        slot.shares = False
-        log.warning("trials share no server: %s", plan["refusal"])
-        return None
-    if not _try(shared, plan, folder, slot):
-        return None
-    shared.start = {**server.start, "change": time.monotonic() - began}
-    return shared
+            return False
+        try:
+            active = change(shared.server, plan, self.folder)
+        except (ChangeError, OSError) as error:
+            log.warning("a fresh server, as the shared one was not changed: %s", error)
+            self.slot.shares = not isinstance(error, UnprovenError)
+            return False
+        shared.changes += 1
+        shared.kv_tokens = active["kv_tokens"]
+        told = {"command": shared.server.command, "changes": plan["changes"], "active": active}
+        write_whole(self.folder / "command.json", json.dumps(redact(told), indent=1))
+        return True
 
 
 def most(value: Any, bound: Any) -> Any:
     """The larger of a flag's value and its bound; the bound where the value is vLLM's default."""
     return bound if value is None else max(value, bound)
-
-
-def _try(shared: Shared, plan: Mapping[str, Any], folder: Path, slot: Slot) -> bool:
-    """Change the server; False, and a line that says why, if it did not become what it should."""
-    try:
-        active = change(shared.server, plan, folder)
-    except (ChangeError, OSError) as error:
-        log.warning("a fresh server, as the shared one was not changed: %s", error)
-        slot.shares = not isinstance(error, UnprovenError)
-        return False
-    shared.changes += 1
-    shared.kv_tokens = active["kv_tokens"]
-    write_whole(
-        folder / "command.json",
-        json.dumps(redact({"command": shared.server.command, "changes": plan["changes"], "active": active}), indent=1),
-    )
-    return True
 
 
 def change(server: Server, plan: Mapping[str, Any], folder: Path) -> dict[str, Any]:
