@@ -10,10 +10,10 @@ import argparse
 import fcntl
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -25,6 +25,7 @@ from autotune.results.study import results_in
 ENDS_S = 15.0  # for all that a killed study started to end
 WORDS = ("model=tiny", "dataset=cnn_small", "engine.args.enforce_eager=true", "scenario=offline", "space=scheduler")
 SHORT = ("scenario.min_queries=64", "scenario.min_duration_s=1", "sampler=random", "baseline=false", "tracking=none")
+NAMED = {"trial": "autotune.sweep.worker", "server": "api_server"}  # what the processes have in their command
 MARK = "AUTOTUNE_HOT_KILLS"  # variable of all that the study starts
 
 
@@ -89,12 +90,12 @@ def main() -> None:
         while study.poll() is None and len(results_in(given.folder / "multirun/s")) < wanted:
             time.sleep(0.5)
         time.sleep(draw.uniform(0, 3))
-        which = draw.choice(["study", "trial", "server"])
+        which = draw.choice(["study", *NAMED])
         for process in marked(mark):
-            words_of = " ".join(process.cmdline())
-            named = {"trial": "autotune.sweep.worker", "server": "api_server"}.get(which)
-            if process.pid == study.pid if named is None else named in words_of:
-                process.send_signal(signal.SIGKILL)
+            with suppress(psutil.Error):
+                command = " ".join(process.cmdline())
+                if process.pid == study.pid if which == "study" else NAMED[which] in command:
+                    process.kill()
         time.sleep(draw.uniform(0, 3))
         study.kill()
         study.wait()

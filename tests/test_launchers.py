@@ -103,9 +103,21 @@ def test_job_that_no_study_has_noted_measures_nothing(tmp_path: Path, monkeypatc
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(clusters, "NOTED_S", 0.0)
-    monkeypatch.setattr(worker, "run_job", lambda one: "ran")
+    monkeypatch.setattr(worker, "run_job", lambda *_: "ran")
     spec = TrialSpec(Config(), [], tmp_path)
     (tmp_path / JOB).write_text('{"id": "6"}')
     assert "does not name job 7" in run_noted(spec)
     (tmp_path / JOB).write_text('{"id": "7"}')
     assert run_noted(spec) == "ran"
+
+
+@pytest.mark.parametrize(
+    ("left", "seconds"),
+    [("4:00", 240), ("1:00:01", 3601), ("2-03:00:00", 183600), ("UNLIMITED", float("inf")), ("", 0)],
+)
+def test_time_left_of_a_job_is_what_squeue_says(
+    left: str, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    program(tmp_path, "squeue", f"echo {left}")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert clusters.time_left_s("7") == seconds

@@ -33,7 +33,8 @@ def empty(slurm: Slurm) -> Iterator[None]:
 
 
 def start(slurm: Slurm, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
-    words = command(*LOAD, *LAUNCHER, *arguments)
+    load = LOAD if "~backend.pace" not in arguments else ["baseline=false", "scenario.min_queries=64"]
+    words = command(*load, *LAUNCHER, *arguments)
     env = {**os.environ, **slurm.environment}
     return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -125,6 +126,23 @@ def test_job_asks_for_the_gpus_of_its_trial_and_a_stopped_study_leaves_none(slur
     assert "gpu:2" in slurm.run("scontrol", "show", "job", job_of(tmp_path, 0))
     study.terminate()
     study.wait(30)
+    wait_until(lambda: not slurm.run("squeue", "--noheader", "--me"))
+
+
+STAND_IN = ["backend._target_=tests.standin.StandIn", "+backend.shares=true"]
+STAND_IN += ["~backend.device", "~backend.twin", "~backend.pace", "~backend.steps"]  # the simulator's
+
+
+def test_job_whose_server_stays_gets_the_next_trial_and_ends_with_the_study(
+    slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    grid = ["sampler=grid", f"{SEQS}=choice(1030,1031,1032,1033,1034,1035)", "launcher.n_jobs=2", *STAND_IN]
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # where the jobs find the stand-in
+    output = done(start(slurm, tmp_path, *grid))
+    assert "Study s: 6 trials, 0 failed" in output
+    jobs = {json.loads(path.read_text())["id"] for path in (tmp_path / "multirun/s").glob("trial-*/job.json")}
+    told = {Result.load(tmp_path / f"multirun/s/trial-{number}").facts["server"] for number in range(6)}
+    assert len(jobs) == 2 and len(told) == 2, output
     wait_until(lambda: not slurm.run("squeue", "--noheader", "--me"))
 
 

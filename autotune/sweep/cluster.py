@@ -4,12 +4,13 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,8 +21,8 @@ from autotune.config.schema import ClusterConfig
 from autotune.errors import InputError
 from autotune.measure import progress
 from autotune.measure.prepare import gpu_count
-from autotune.measure.result import is_complete
-from autotune.sweep import worker
+from autotune.measure.slot import Slot
+from autotune.sweep import handing, worker
 from autotune.sweep.launchers import Job, Launcher
 from autotune.sweep.worker import TrialSpec
 from autotune.system.files import left_in, write_whole
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 JOB = "job.json"  # in a trial's folder: the cluster's id of its job
 NOTED_S = 60.0  # within which a study has written that file, and a shared file system shows it
+SPARE = 2.0  # a job takes another trial if as much time is left as this multiple of its longest one
 LOGS = ".submitit"  # in a study's folder: what submitit writes
 # SLURM's states of a job that never runs again.
 ENDED = {
@@ -42,10 +44,12 @@ ENDED = {
 class Cluster(Launcher):
     """Trials as jobs of a cluster, through submitit: SLURM, or whatever it has an executor for.
 
-    A job outlives this process; a study that is run again finds it by the id in its folder's job.json.
+    A job outlives this process; a study that is run again finds it by the id in its folder's job.json. A job whose
+    server stays gets the next trial, too.
     """
 
     Config = ClusterConfig
+    shares = True
 
     def __init__(self, config: ClusterConfig, gpus: Any) -> None:
         if gpus is not None:
@@ -54,6 +58,7 @@ class Cluster(Launcher):
             raise InputError("launcher=slurm: no sbatch here; start the study on a node that can submit jobs")
         self.n_jobs = config.n_jobs
         self._cluster = config.cluster
+        self.shares = config.cluster == "slurm"
         self._run = run_noted if config.cluster == "slurm" else worker.run_job
         self._array = config.array
         self._canary = config.canary
@@ -63,15 +68,19 @@ class Cluster(Launcher):
                 self._parameters[name] = number(value)
         self._asks_for_gpus = config.parameters.get("gpus_per_node", 0) is not None  # null leaves them to other options
         self._excluded: list[str] = []
+        self._last: dict[str, tuple[int, Path]] = {}  # by job: its GPUs, and the last trial that it was given
         self._queue = Queue(config.poll_s)
         with TemporaryDirectory() as folder:  # so that a mistake is known before anything starts
             self._executor(Path(folder), 1, "")
 
     def submit(self, trials: Sequence[TrialSpec]) -> list[Job]:
         alike: dict[tuple[int, str], list[TrialSpec]] = {}
-        for trial in trials:
-            alike.setdefault((gpu_count(trial.config), trial.node), []).append(trial)
         jobs: dict[Path, Job] = {}
+        for trial in trials:
+            if job := self._handed_on(trial):
+                jobs[trial.folder] = job
+            else:
+                alike.setdefault((gpu_count(trial.config), trial.node), []).append(trial)
         for (gpus, node), group in alike.items():
             executor = self._executor(group[0].folder.parent, gpus, node)
             try:
@@ -86,7 +95,26 @@ class Cluster(Launcher):
                         file.chmod(0o600)
                 write_whole(trial.folder / JOB, json.dumps({"id": job_id}))
                 jobs[trial.folder] = self._job(trial.folder, job)
+                self._last[job_id] = gpus, trial.folder
         return [jobs[trial.folder] for trial in trials]
+
+    def _handed_on(self, trial: TrialSpec) -> Job | None:
+        """The job that runs `trial` on the server of an earlier one; None if no job waits for such a trial."""
+        for job_id, (gpus, last) in list(self._last.items()):
+            waits = handing.waits_after(last.parent / LOGS, job_id, last.name)
+            if not waits or gpus != gpu_count(trial.config) or trial.node or self._queue.node(job_id) in self._excluded:
+                continue
+            write_whole(trial.folder / JOB, json.dumps({"id": job_id}))
+            if handing.hand_on(last.parent / LOGS, job_id, pickle.dumps(trial)):
+                self._last[job_id] = gpus, trial.folder
+                return self._job(trial.folder, submitit.SlurmJob(last.parent / LOGS, job_id))
+            del self._last[job_id]  # it has given up
+        return None
+
+    def close(self) -> None:
+        for job_id, (_, last) in self._last.items():
+            if handing.waits_after(last.parent / LOGS, job_id, last.name):
+                subprocess.run(["scancel", job_id], capture_output=True)
 
     def nodes(self) -> list[str]:
         return self._usable() if self._canary else []
@@ -136,13 +164,38 @@ class Cluster(Launcher):
 
 
 def run_noted(one: TrialSpec) -> str:
-    """Run a trial if its study has noted this job: one that was killed before it could asks for the trial again."""
+    """Run a trial, and then those that its study hands on to this job while its server stays.
+
+    The first only if its study has noted this job: one that was killed before it could asks for the trial again.
+    """
     own, ends = submitit.JobEnvironment().job_id, time.monotonic() + NOTED_S
     while left_in(one.folder / JOB).get("id") != own:
         if time.monotonic() > ends:
             return f"{one.folder / JOB} does not name job {own}: the study that submitted it was killed"
         time.sleep(0.2)
-    return worker.run_job(one)
+    logs, longest_s = one.folder.parent / LOGS, 0.0
+    if handed := handing.running(logs, own):
+        one = pickle.loads(handed)
+    with closing(Slot(shares=True)) as slot:
+        while True:
+            began = time.monotonic()
+            reason = worker.run_job(one, slot)
+            longest_s = max(longest_s, time.monotonic() - began)
+            waits = slot.server is not None and time_left_s(own) > SPARE * longest_s
+            handing.say_ended(logs, own, one.folder.name, waits)
+            if not waits or not (handed := handing.next_for(logs, own)):
+                return reason
+            one = pickle.loads(handed)
+
+
+def time_left_s(job: str) -> float:
+    """Seconds until SLURM ends `job`; 0 if it does not say."""
+    left = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True).stdout.strip()
+    if left == "UNLIMITED":
+        return math.inf
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", left)
+    days, hours, mins, secs = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
+    return ((24 * days + hours) * 60 + mins) * 60 + secs
 
 
 def minutes(limit: str) -> int:
@@ -211,8 +264,10 @@ class SlurmJob(ClusterJob):
         queue.submitted(job.job_id)
 
     def done(self) -> bool:
-        # A failed result may be that of a preempted run, and the job is about to start again.
-        return is_complete(self.folder) or not self._queue.has(self.job.job_id)
+        # Not by its result: the job says a moment later that it has ended, and whether it waits for another trial; and
+        # a failed result may be that of a preempted run, whose job is about to start again.
+        logs, job_id = self.folder.parent / LOGS, self.job.job_id
+        return handing.has_ended(logs, job_id, self.folder.name) or not self._queue.has(job_id)
 
     @property
     def node(self) -> str:
