@@ -116,6 +116,21 @@ def interactive(hosts: str = H100) -> str:
     return markdown(head, rows)
 
 
+def long_prompts() -> str:
+    """Trials of a study of long prompts, whose trials shared a server."""
+    head = ("trial", "server", "what differs from the defaults", "expected", "goodput, queries/s", "p99 TTFT, ms",
+            "p99 TPOT, ms", "mean step, ms", "start, s", "engine time, s")  # fmt: skip
+    rows = []
+    for name, result in study(ONE / "host-10/long-twin").items():
+        figures = [result.metrics[metric] for metric in ("goodput_per_s", "ttft_p99_ms", "tpot_p99_ms", "step_ms")]
+        shown = [number(value, digits) for value, digits in zip(figures, (2, 0, 1, 1), strict=True)]
+        expected = number(result.expected["values"][0], 2) if result.expected else ""
+        server = "shared" if result.shared_server else "fresh"
+        took = [number(seconds, 0) for seconds in (result.phases["start"], result.engine_s)]
+        rows.append((name, server, changed(result), expected, *shown, *took))
+    return markdown(head, rows)
+
+
 def interactive_h200() -> str:
     return interactive(H200)
 
@@ -439,6 +454,7 @@ TABLES: dict[str, Callable[[], str]] = {
             forked_starts,
             arms,
             foretold,
+            long_prompts,
         ),
         *(side_by_side, side_by_side_starts, beside_a_failure, tensor_parallel, killed),
     )
