@@ -90,7 +90,7 @@ def changed(folder: Path, model: str, start: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     model, asynchronous, _, *names = sys.argv[1:]
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
     answer, sys.stdout = sys.stdout, sys.stderr
     hot_engine.install()
     recorder.install()

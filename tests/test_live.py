@@ -36,7 +36,7 @@ from autotune.measure import progress, steps
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
 from autotune.measure.result import Result
 from autotune.measure.slot import Slot
-from autotune.results.study import load
+from autotune.results.study import FRESH, load
 from autotune.sweep.launchers import LocalProcesses
 from autotune.sweep.worker import TrialSpec
 from autotune.system.process import GuardedProcess
@@ -285,7 +285,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return Study(workplace, autotune_in(
         workplace,
         "-m", *TINY, "study=s", "space=none", "sampler=grid", "scenario.min_queries=64", "scenario.warmup_requests=4",
-        "engine.args.max_num_seqs=choice(8)", "engine.args.block_size=choice(16,32)", "engine.args.seed=range(1,2)",
+        "engine.args.max_num_seqs=choice(8,16)", "engine.args.block_size=choice(16,32)", "engine.args.seed=range(1,2)",
     ))  # fmt: skip
 
 
@@ -295,9 +295,15 @@ def test_study_of_real_vllm_is_complete_in_optuna_mlflow_and_files(study: Study)
     assert "block_size 16: CPU_ATTN takes" in done.stdout and "  vllm serve " in done.stdout
     trials = optuna.load_study(study_name="s", storage=f"sqlite:///{study.folder}/study.db").trials
     states = [trial.state for trial in trials if "baseline" not in trial.user_attrs]
-    assert sorted(states) == [TrialState.COMPLETE, TrialState.PRUNED]
+    assert sorted(states) == [TrialState.COMPLETE] * 2 + [TrialState.PRUNED] * 2
     results = {path.parent: json.loads(path.read_text()) for path in study.folder.glob("*/result.json")}
-    assert sorted(result["state"] for result in results.values()) == ["complete", "complete", "refused"]
+    fresh = [
+        folder for folder in results if folder.name.startswith(FRESH)
+    ]  # of the trial that beat the baseline, if any
+    assert sorted(result["state"] for result in results.values()) == ["complete"] * (3 + len(fresh)) + ["refused"] * 2
+    servers = sorted(result["facts"]["server"] for result in results.values() if result["state"] == "complete")
+    assert servers[:-2] == ["fresh"] * (1 + len(fresh))
+    assert [server.partition("changed")[2] for server in servers[-2:]] == [" 1 times", " 2 times"]
     for folder, result in results.items():
         if result["state"] == "refused":
             continue
@@ -313,7 +319,9 @@ def test_study_of_real_vllm_is_complete_in_optuna_mlflow_and_files(study: Study)
     client = MlflowClient(f"sqlite:///{study.workplace}/multirun/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("autotune").experiment_id])
     parents = [run.info.run_id for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    assert [run.data.tags.get("mlflow.parentRunId") for run in runs if run.info.run_id not in parents] == parents * 2
+    assert [run.data.tags.get("mlflow.parentRunId") for run in runs if run.info.run_id not in parents] == parents * (
+        3 + len(fresh)
+    )
     assert len(parents) == 1
     assert not processes_in(study.workplace)
 
