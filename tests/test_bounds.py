@@ -29,6 +29,7 @@ def config() -> Config:
     [
         ("scenario.qps", [0, -5, math.nan, math.inf]),
         ("scenario.ttft_ms", [0, -1]),
+        ("scenario.ttft_by_prompt", [5, [1024, 500], [["a", 1]], [[1024]], [[-1, 500]], [[1024, 500], [1024, 600]]]),
         ("scenario.seed", [-1, 2**40]),
         ("scenario.min_queries", [0, 10**18]),
         ("scenario.min_duration_s", [-1, 1e12]),

@@ -35,6 +35,11 @@ def test_plan_says_what_runs_what_bounds_it_the_gain_and_the_hours(monkeypatch: 
     assert "21 trials of" in text and "GPU hours" in text
 
 
+def test_plan_of_slow_simulations_ends_with_those_that_it_has(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plan, "LONG_S", 0.0)
+    assert "of 1 points can run" in planned(monkeypatch, "scenario=offline", f"{SEQS}=choice(16,32,128)")
+
+
 @pytest.mark.slow
 def test_plan_names_the_limit_that_binds(monkeypatch: pytest.MonkeyPatch):
     text = planned(monkeypatch, "scenario=interactive", "scenario.qps=45", f"{SEQS}=choice(64,256)")

@@ -106,6 +106,7 @@ def test_what_does_not_fit_fails_as_vllm_would(arguments: list[str], message: st
         (["engine.args.tensor_parallel_size=16"], "H100 has 8"),
         (["engine.args.tensor_parallel_size=3"], "can't be split"),
         (["engine.args.block_size=24"], "multiples of 16"),
+        (["engine.args.max_model_len=131073"], "max_model_len=131073: the model takes at most 131072 tokens"),
         (["backend/device=a100", "engine.args.quantization=fp8"], "A100 has no fp8"),
     ],
 )

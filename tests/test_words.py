@@ -34,6 +34,10 @@ from tests.conftest import Main
         ("n_trials=[", "n_trials=[: no viable alternative"),
         ("backend.env.HF_TOKEN=hf_planted[", "backend.env.HF_TOKEN=***: "),
         ("=3", "=3: write key=value"),
+        ("workload=[chat,rag]", "workload=[chat,rag]: write the name of a file in conf/workload"),
+        ("load=50", "load=50: write the name of a file in conf/load"),
+        ("workload=", "workload=: write the name of a file in conf/workload"),
+        ("--load 50", "--load: autotune does not take --load; write target_load="),
         ("scenario=null", "scenario=null: write the name of a file in conf/scenario"),
         ("--package x model=tiny", "--package: it picks what --cfg shows"),
         (

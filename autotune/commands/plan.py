@@ -14,7 +14,7 @@ otherwise.
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from autotune.search.space import Space, check_space, parse
 from autotune.text import shorten
 
 MOST, LEAST = 200, 15  # random points of the space, and as many trials of the simulated study
-LONG_S = 100.0  # that either may take, as far as the baseline tells; then they are fewer
+LONG_S = 50.0  # of CPU that either may take; then they are fewer
 TWIN = "twin="
 
 
@@ -56,16 +56,25 @@ def make(config: Config, space: Space) -> Plan:
     space = check_space(space, config, simulated.prepared.backend, simulated.known)
     began = time.process_time()
     baseline = estimate(simulated, {})
-    in_time = int(LONG_S / max(1e-3, time.process_time() - began))
-    count = min(MOST, max(LEAST, in_time))
-    drawn = list(search(simulated, space, optuna.samplers.RandomSampler(seed=config.seed), count))
-    trials = search_best(simulated, space, count)
+    count = min(MOST, max(LEAST, int(LONG_S / max(1e-3, time.process_time() - began))))
+    drawn = in_time(search(simulated, space, optuna.samplers.RandomSampler(seed=config.seed), count))
+    trials = in_time(search_best(simulated, space, count))
     recipe = {f"{FLAG}{flag}": value for flag, value in config.model.recipe.args.items()}
     results = {BASELINE: baseline} | ({RECIPE: estimate(simulated, recipe)} if RECIPE in baselines(config) else {})
     results |= {f"{TRIAL}{number}": result for number, result in enumerate(trials)}
     study = Study(Path(config.study), config, results)
     device, twin = config.prior.backend["device"]["name"], config.prior.backend.get("twin")
     return Plan(space, f"{device}, a twin of {', '.join(twin)}" if twin else device, baseline, drawn, study)
+
+
+def in_time(results: Iterator[Result]) -> list[Result]:
+    """The `results` that are there within LONG_S, and the one that is simulated then."""
+    end, found = time.process_time() + LONG_S, []
+    for result in results:
+        found.append(result)
+        if time.process_time() > end:
+            break
+    return found
 
 
 def on_twin_of(name: str, config: Config, keep_device: bool) -> None:

@@ -43,9 +43,15 @@ def file_name(value: Any) -> str:
 
 
 def pairs(value: Any) -> str:
-    """The rule of lists of two numbers each, all above 0."""
-    right = all(len(pair) == 2 and all(0 < one <= MOST for one in pair) for pair in value)
-    return "" if right else f"write pairs of numbers above 0, at most {MOST:.10g}: [[1024,500],[8192,2000]]"
+    """The rule of lists of two numbers each, all above 0, and each first one once."""
+
+    def right(one: Any) -> bool:
+        return isinstance(one, (int, float)) and not isinstance(one, bool) and 0 < one <= MOST
+
+    lists = isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value)
+    if lists and all(right(one) for pair in value for one in pair) and len({pair[0] for pair in value}) == len(value):
+        return ""
+    return f"write pairs of numbers above 0, at most {MOST:.10g}, each first one once: [[1024,500],[8192,2000]]"
 
 
 def duration(value: Any) -> str:
@@ -87,13 +93,12 @@ def check(value: Any, key: str = "", rule: Rule = ANY_NUMBER) -> None:
         for one in fields(value):
             own = one.metadata.get("rule", rule)
             check(getattr(value, one.name), f"{key}.{one.name}".removeprefix("."), own)
-    elif isinstance(value, dict):
+        return
+    if value is not None and (wrong := rule(value)):
+        raise InputError(f"{key}={str(value)[:NAME_BYTES]}: {wrong}")
+    if isinstance(value, dict):
         for part, item in value.items():
             check(item, f"{key}.{part}", finite)
     elif isinstance(value, (list, tuple)):
-        if wrong := rule(value):
-            raise InputError(f"{key}={value}: {wrong}")
         for item in value:
             check(item, key, finite)
-    elif value is not None and (wrong := rule(value)):
-        raise InputError(f"{key}={str(value)[:NAME_BYTES]}: {wrong}")

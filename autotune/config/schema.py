@@ -151,7 +151,7 @@ class ScenarioConfig:
     tpot_ms: float | None = positive(None)  # limit on p99 TPOT, ms; null is no limit
     latency_ms: float | None = positive(None)  # limit on p99 of the latency to the last token, ms; null is no limit
     # Limits on p99 TTFT by the prompt's length, each [most tokens, ms]; prompts that are longer than all have ttft_ms.
-    ttft_by_prompt: list[list[float]] = field(default_factory=list, metadata={"rule": pairs})
+    ttft_by_prompt: Any = field(default_factory=list, metadata={"rule": pairs})
     min_duration_s: float = within(60.0, 0, 7 * DAY_S)  # LoadGen's min_duration, s
     max_duration_s: float = within(0.0, 0, 7 * DAY_S)  # LoadGen's max_duration, s; 0 is no limit
     min_queries: int = within(100, 1, MOST_QUERIES)  # LoadGen's min_query_count

@@ -39,6 +39,7 @@ INSTEAD = {
 FLAGS = {
     "--config-name": "write --config-dir FOLDER and an option of it: space=mine, experiment=mine",
     "--config-path": "write --config-dir FOLDER and an option of it: space=mine, experiment=mine",
+    "--load": "write target_load=<queries/s>, or load=rate, load=concurrency",
     "--experimental-rerun": "the same command with study=<name> goes on with a study",
 }
 SHORT = {"-cn": "--config-name", "-cp": "--config-path"}
@@ -67,7 +68,7 @@ def check(words: Sequence[str]) -> None:
             key = override.key_or_group
             if not key:
                 raise InputError(f"{word}: write key=value")
-            if key in GROUPS and not override.is_sweep_override() and override.value() is None:
+            if key in GROUPS and not override.is_sweep_override() and not _is_option(key, override.value()):
                 raise InputError(f"{word}: write the name of a file in conf/{key}")
             if key == "hydra.searchpath":
                 _check_folders(override)
@@ -78,6 +79,11 @@ def check(words: Sequence[str]) -> None:
                 if where in seen:
                     raise InputError(f"{key} is set twice; write it once")
                 seen.add(where)
+
+
+def _is_option(group: str, value: object) -> bool:
+    """Tell whether `value` names an option of `group`; of a list, Hydra would let the last one win, save for spaces."""
+    return (isinstance(value, str) and value != "") or (group == "space" and isinstance(value, list))
 
 
 def _override(word: str) -> Override:

@@ -40,7 +40,7 @@ class LatencyLimit:
 
 def limits_of(scenario: ScenarioConfig) -> list[LatencyLimit]:
     """The limits of `scenario`, in the order in which a request meets them."""
-    by_prompt = [(tokens, ms / 1e3) for tokens, ms in sorted(scenario.ttft_by_prompt)]
+    by_prompt = [(tokens, ms / 1e3) for tokens, ms in sorted(scenario.ttft_by_prompt or [])]
     found = []
     for name in ("ttft", "tpot", "latency"):
         limit_ms, own = getattr(scenario, f"{name}_ms"), by_prompt if name == "ttft" else []

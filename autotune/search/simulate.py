@@ -139,7 +139,7 @@ def search(simulation: Simulation, space: Space, sampler: optuna.samplers.BaseSa
         yield ask(study, simulation, space, simulated)
 
 
-def search_best(simulation: Simulation, space: Space, count: int) -> list[Result]:
+def search_best(simulation: Simulation, space: Space, count: int) -> Iterator[Result]:
     """Simulate a study of `count` trials: a quarter at random, then TPE's."""
     sampler = optuna.samplers.TPESampler(seed=simulation.config.seed, n_startup_trials=count // 4)
-    return list(search(simulation, space, sampler, count))
+    return search(simulation, space, sampler, count)

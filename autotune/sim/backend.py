@@ -69,7 +69,7 @@ class SimBackend:
     def read(self, args: Mapping[str, Any]) -> dict[str, Any]:
         made = vllm_flags.read(args, vllm_flags.recorded(), "vLLM")
         if unknown := [name for name in made if name not in self.flags]:
-            log.warning("backend=sim leaves out what it does not model: engine.args.%s", ", ".join(unknown))
+            log.warning("simulation: without engine.args.%s, which only real vLLM knows", ", ".join(unknown))
         return made
 
     def prepare_dry_runs(self) -> None:

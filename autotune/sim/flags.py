@@ -103,6 +103,8 @@ def refusal(flags: Flags, device: Device, shape: Shape) -> str:
         return f"the simulator has no kv_cache_dtype={flags.kv_cache_dtype}"
     if longest < 1:
         return f"max_model_len={longest} leaves no token"
+    if longest > shape.max_len:
+        return f"max_model_len={longest}: the model takes at most {shape.max_len} tokens"
     if flags.block_size % device.block_size:
         return f"block_size {flags.block_size}: {device.name} takes multiples of {device.block_size}"
     if device.fp8_tflops is None and flags.fp8_weights:

@@ -73,7 +73,7 @@ class Shape:
             head_size=head_size,
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings")),
-            max_len=config.get("max_position_embeddings") or 4096,
+            max_len=_longest(config),
             linear=linear + layers * attention,
             width=width,
             kv_values=kv_values,
@@ -149,6 +149,13 @@ def _unlike(config: Mapping[str, Any]) -> str:
     if "ForCausalLM" not in architecture or config.get("is_encoder_decoder"):
         return f"config.json has architectures={architecture}, where …ForCausalLM is one"
     return f"{kind} has layers without a gate" if kind in NOT_GATED else ""
+
+
+def _longest(config: Mapping[str, Any]) -> int:
+    """The most tokens of prompt and output: what config.json has, times the factor of a RoPE that vLLM scales by it."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    scaled = rope.get("rope_type", rope.get("type")) in ("linear", "dynamic")
+    return int((config.get("max_position_embeddings") or 4096) * (rope.get("factor") or 1 if scaled else 1))
 
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int:
