@@ -104,6 +104,8 @@ def test_gain_is_told_against_the_recipe_too(recipe: float, words: str, served: 
     shown = summary.render(made)
     assert words in shown and f"\n  vllm serve {served}\n" in shown
     assert "\n  recipe " in shown and "\nrecipe: stream_interval=20 (vendor, 2026-03-08)\n" in shown
+    made.config.model.recipe = Recipe({"stream_interval": 20})
+    assert "\nrecipe: stream_interval=20 (model.recipe)\n" in summary.render(made)
     figures = summary.headline(made)
     assert figures["recipe_tokens_per_s"] == recipe and figures["trials"] == 1
     assert figures["gain_over_recipe_percent"] == pytest.approx(100 * (12 / recipe - 1))

@@ -287,6 +287,14 @@ def test_launcher_is_given_all_gpus_of_the_command(simulated: Path, monkeypatch:
         verify.verify(load(str(simulated / "multirun/s")), Verify("s", n=2, seed=5), ["gpus=[0,1]"])
 
 
+def test_study_without_vllms_defaults_is_told_so(simulated: Path):
+    made = load(str(simulated / "multirun/s"))
+    made.results.pop("baseline")
+    made.config.baseline = "recipe"
+    with pytest.raises(InputError, match=r"vLLM's defaults are not there to compare with \(baseline=recipe\)"):
+        verify.compared(made, Verify("s"))
+
+
 @pytest.mark.slow
 def test_blocks_run_on_all_gpus_that_the_command_gives_although_the_study_had_one(tmp_path: Path):
     autotune(tmp_path, "launcher=gpus", "gpus=[0]", "n_trials=1", f"{SEQS}=choice(4)")

@@ -118,8 +118,10 @@ def configurations(study: Study, settings: Verify, overrides: Sequence[str]) -> 
 def compared(study: Study, settings: Verify) -> list[str]:
     """The trials to compare with the baseline. Raises InputError."""
     if not (study.baseline and study.baseline.complete):
-        why = study.baseline.reason if study.baseline else "baseline=false"
-        raise InputError(f"study={study.name}: there is no baseline to compare with ({why}); run the study with one")
+        why = study.baseline.reason if study.baseline else f"baseline={study.config.baseline}".lower()
+        raise InputError(
+            f"study={study.name}: vLLM's defaults are not there to compare with ({why}); run it with baseline=defaults"
+        )
     if settings.k < 1:
         raise InputError(f"k={settings.k}: write 1 or more")
     if settings.n < 2:

@@ -138,7 +138,8 @@ def _references(study: Study) -> list[str]:
     """Lines on the recipe, and on what failed or broke a limit of what trials are compared with."""
     parts, recipe = [], study.config.model.recipe
     if RECIPE in study.results:
-        parts += ["", f"recipe: {shorten(study.results[RECIPE].params)} ({', '.join([recipe.source, recipe.date])})"]
+        source = ", ".join(filter(None, [recipe.source, recipe.date])) or "model.recipe"
+        parts += ["", f"recipe: {shorten(study.results[RECIPE].params)} ({source})"]
     for name in REFERENCES:
         if (result := study.results.get(name)) and not result.complete:
             parts.append(f"{name} failed: {result.reason}")
