@@ -35,7 +35,7 @@ from autotune.search.space import Space, check_space, parse
 from autotune.text import shorten
 
 MOST, LEAST = 200, 15  # random points of the space, and as many trials of the simulated study
-LONG_S = 50.0  # of CPU that either may take; then they are fewer
+LONG_S = 35.0  # of CPU that either may take; then they are fewer
 TWIN = "twin="
 
 
