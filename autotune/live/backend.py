@@ -83,7 +83,6 @@ class LiveBackend:
     def start(
         self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, slot: Slot
     ) -> Iterator["LiveEngine"]:
-        log.info("starting vLLM for %s; its log: %s", model.path, folder / "vllm.log")
         progress.phase(folder, "start")
         with LoadGenerator(samples, folder / "clients.log") as load:
             gpus = gpus_of(slot.lease, args)

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,11 @@ class Shared:
 
     def memory(self) -> int:
         """Bytes that its processes hold."""
-        guard = psutil.Process(self.server.process.session)
-        return sum(process.memory_info().rss for process in guard.children(recursive=True))
+        held = 0
+        for process in psutil.Process(self.server.process.session).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                held += process.memory_info().rss
+        return held
 
 
 @contextmanager
@@ -141,6 +144,7 @@ class Sharing:
         runs = shared is not None and shared.server.process.exit_code() is None
         if shared and runs and self._is_as_it_was(shared) and self._try(shared, args):
             shared.start = {"change": time.monotonic() - began}
+            log.info("changed the vLLM that %s started; its log: %s", shared.trial, shared.server.log)
             return shared
         self.slot.drop()
         return self._started(args) if self.slot.shares else None

@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import logging
 import os
 import secrets
 import socket
@@ -26,6 +27,8 @@ from autotune.measure import progress
 from autotune.system.files import write_whole
 from autotune.system.leases import Lease
 from autotune.system.process import GuardedProcess
+
+logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 HOT = Path(__file__).with_name("hot_engine.py")
@@ -107,6 +110,7 @@ def serve(
     (log.parent / "command.json").write_text(
         json.dumps(redact({"command": command, "env": config.env, "inherited": inherited(config)}), indent=1)
     )
+    logger.info("starting vLLM for %s; its log: %s", model.path, log)
     log.touch(mode=0o600)  # vLLM writes its flags there
     started = time.monotonic()
     keep = lease.files if lease else ()
