@@ -149,7 +149,8 @@ def test_killed_guard_is_an_end_once_nothing_is_left(tmp_path: Path):
 FORKS = """
 import sys
 from autotune.system.process import serve
-exec(serve(int(sys.argv[1]), float(sys.argv[2])).recv(10000))
+requests = serve(int(sys.argv[1]), float(sys.argv[2]))
+exec(requests.recv(10000))
 """
 PARENT_OF_FORKS = """
 import sys, time
@@ -204,6 +205,14 @@ def test_stopped_fork_takes_all_that_it_started_with_it_and_leaves_the_others(tm
     assert other.exit_code() is None and all(psutil.pid_exists(pid) for pid in left)
     other.stop()
     assert gone(left)
+
+
+def test_fork_answers_while_it_runs_and_never_after_it_was_stopped(tmp_path: Path):
+    server = forks(tmp_path)
+    fork = forked(server, "import time; requests.send(b'done'); time.sleep(60)")
+    assert fork.answer(20) == b"done" and fork.exit_code() is None
+    fork.stop()
+    assert fork.answer(0) == b"" and fork.exit_code() is not None
 
 
 def test_sigkill_of_the_parent_leaves_no_fork(tmp_path: Path):

@@ -151,7 +151,7 @@ class Forked:
 
     def answer(self, timeout_s: float) -> bytes:
         """Its answer to a request; nothing if it has not after `timeout_s`, or has ended."""
-        if not select.select([self._requests], [], [], timeout_s)[0]:
+        if self._ended is not None or not select.select([self._requests], [], [], timeout_s)[0]:
             return b""
         with suppress(ConnectionResetError):
             return self._requests.recv(MESSAGE)
