@@ -4,7 +4,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,20 +14,29 @@ from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.measure import progress
 from autotune.measure.backend import DryRunOutcome, Measurement, RequestTiming
-from autotune.system.leases import Lease
+from autotune.measure.slot import Slot
 
 SIGMA = 0.8
 
 
-class Sleeper:
-    """A backend whose trials take a log-normal time of median `pace` seconds, the same for the same parameters."""
+@dataclass
+class SleeperConfig(SimConfig):
+    bounds: dict[str, Any] | None = None  # as a live backend's
 
-    Config = SimConfig
+
+class Sleeper:
+    """A backend whose trials take a log-normal time of median `pace` seconds, the same for the same parameters.
+
+    They share servers as those on real vLLM do.
+    """
+
+    Config = SleeperConfig
     needs_weights = False
+    shares = True
     facts: ClassVar[dict[str, str]] = {}
     flags: ClassVar[tuple[str, ...]] = ("max_num_seqs",)
 
-    def __init__(self, config: SimConfig, cache_dir: Path) -> None:
+    def __init__(self, config: SleeperConfig, cache_dir: Path) -> None:
         self.config = config
 
     def read(self, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,11 +51,14 @@ class Sleeper:
 
     @contextmanager
     def start(
-        self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, lease: Lease | None
+        self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, slot: Slot
     ) -> Iterator["Asleep"]:
         seqs = int(args.get("max_num_seqs") or 1)
         sleep_s = self.config.pace * math.exp(random.Random(seqs).gauss(0, SIGMA))
-        yield Asleep(sleep_s, 1000 - abs(seqs - 700), folder)
+        if slot.shares and self.config.bounds is not None and slot.server is None:
+            slot.server = slot.keep(nullcontext(folder.name))
+        told = f"shared: started by {slot.server}" if slot.server else "fresh"
+        yield Asleep(sleep_s, 1000 - abs(seqs - 700), folder, told)
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Asleep:
     sleep_s: float
     tokens: int
     folder: Path
+    told: str  # of its server
     start: dict[str, float] = field(default_factory=dict)
     command: list[str] = field(default_factory=lambda: ["sleep"])
     estimated: bool = False
@@ -67,7 +80,7 @@ class Asleep:
             time.sleep(min(0.05, left_s))
         facts = {"slept": f"{began} {time.time()}"}
         request = RequestTiming(0, 0.0, 0.5, 1.0, self.tokens)
-        return Measurement([request], 0, 1, "VALID", [], {}, {"run": self.sleep_s}, facts=facts)
+        return Measurement([request], 0, 1, "VALID", [], {}, {"run": self.sleep_s}, facts=facts | {"server": self.told})
 
     def recorded(self) -> None:
         """It has no steps."""
