@@ -224,3 +224,8 @@ def test_trial_that_holds_the_best_load_is_searched_from_there_upwards(tmp_path:
     assert found.values[0] == pytest.approx(searched[1].values[0], rel=0.05)
     assert min(one.qps for one in found.runs) == pytest.approx(0.8 * searched[1].values[0])
     assert not any(one.role == "burst" for one in found.runs)
+
+
+def test_users_without_a_closed_loop_are_refused():
+    with pytest.raises(InputError, match="scenario.users=8: only a closed loop has users; write load=concurrency"):
+        runs.check(configured(*SIMULATED, "scenario=interactive", "scenario.users=8"))

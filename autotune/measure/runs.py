@@ -91,6 +91,8 @@ def check(config: Config) -> None:
     searches = objective.searches(config.objective)
     if searches:
         _check_search(config.objective, scenario)
+    if scenario.kind is not Kind.ClosedLoop and scenario.users != ScenarioConfig.users:
+        raise InputError(f"scenario.users={scenario.users}: only a closed loop has users; write load=concurrency")
     for unit in ("duration_s", "queries"):
         least, most = (getattr(scenario, f"{end}_{unit}") for end in ("min", "max"))
         if 0 < most < least:
