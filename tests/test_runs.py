@@ -227,5 +227,5 @@ def test_trial_that_holds_the_best_load_is_searched_from_there_upwards(tmp_path:
 
 
 def test_users_without_a_closed_loop_are_refused():
-    with pytest.raises(InputError, match="scenario.users=8: only a closed loop has users; write load=concurrency"):
+    with pytest.raises(InputError, match="only a closed loop has users; write load=concurrency"):
         runs.check(configured(*SIMULATED, "scenario=interactive", "scenario.users=8"))
