@@ -102,7 +102,6 @@ def order(config: Any) -> dict[str, Any]:
     """Return what a worker has to know of vLLM's configuration `config`."""
     return {
         "max_num_seqs": config.scheduler_config.max_num_seqs,
-        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
         "capture_sizes": list(config.compilation_config.cudagraph_capture_sizes or []),
         "max_capture_size": config.compilation_config.max_cudagraph_capture_size,
         "gpu_memory_utilization": config.cache_config.gpu_memory_utilization,
@@ -113,12 +112,12 @@ def order(config: Any) -> dict[str, Any]:
 def active(core: Any) -> dict[str, Any]:
     """Read back what decides how the engine schedules, from the scheduler that it has."""
     scheduler = core.scheduler
-    config = scheduler.vllm_config.scheduler_config
+    config = scheduler.scheduler_config
     return {
         "scheduler_config.max_num_seqs": scheduler.max_num_running_reqs,
         "scheduler_config.max_num_batched_tokens": config.max_num_batched_tokens,
-        "scheduler_config.long_prefill_token_threshold": scheduler.scheduler_config.long_prefill_token_threshold,
-        "scheduler_config.enable_chunked_prefill": scheduler.scheduler_config.enable_chunked_prefill,
+        "scheduler_config.long_prefill_token_threshold": config.long_prefill_token_threshold,
+        "scheduler_config.enable_chunked_prefill": config.enable_chunked_prefill,
         "scheduler_config.policy": scheduler.policy.value,
         "cache_config.enable_prefix_caching": scheduler.kv_cache_manager.enable_caching,
         "max_num_scheduled_tokens": scheduler.max_num_scheduled_tokens,

@@ -6,16 +6,14 @@ import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from autotune.data.samples import Samples
 from autotune.live import key
 from autotune.live.messages import PATH_BYTES, STOP, RunSpec
-from autotune.system.process import GuardedProcess
+from autotune.system.process import GuardedProcess, Stoppable
 
 
-class LoadGenerator:
+class LoadGenerator(Stoppable):
     """Makes LoadGen runs over `samples`, one at a time; see loadgen.py. It may outlive a trial and its server.
 
     It prepares the samples' requests at once, and again if its process has died. Leaving the `with` block ends all of
@@ -36,14 +34,6 @@ class LoadGenerator:
             command = [sys.executable, "-m", "autotune.live.loadgen", samples, str(theirs.fileno())]
             keep = [theirs.fileno()]
             self._process = GuardedProcess(command, self._log, key.environment(), stop_timeout_s=1.0, keep=keep)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def begin(self, spec: RunSpec) -> None:
         """Begin the run; `wait` for it, or `cancel` it, before the next one."""

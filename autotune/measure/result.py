@@ -158,11 +158,3 @@ def _fits(value: Any, kind: Any) -> bool:
     if outer is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return outer is Any or isinstance(value, str if outer is State else outer)
-
-
-def is_complete(folder: Path) -> bool:
-    """True if the trial in `folder` has completed."""
-    try:
-        return Result.load(folder).complete
-    except (FileNotFoundError, InputError):
-        return False

@@ -325,23 +325,36 @@ def fleets(found: Sequence[Fleet], unit: str) -> go.Figure:
     return finished(figure, height=150 + 35 * len(found))
 
 
-def costs(results: Mapping[str, Result], per_gpu_hour: float) -> go.Figure:
-    """Draw the cost of a million output tokens over the throughput of a GPU, a dot for each trial."""
-    figure = go.Figure()
-    for feasible, name, colour, symbol in ((True, "holds the limits", BLUE, "circle"), (False, "broke one", GREY, "x")):
-        some = {key: one for key, one in results.items() if one.feasible == feasible}
+def add_dots(
+    figure: go.Figure, results: Mapping[str, Result], points: Mapping[str, tuple[float, float | None]], hover: str
+) -> None:
+    """Add a dot for each trial, those that hold the limits apart from those that broke one."""
+    for feasible, label, colour, symbol in (
+        (True, "holds the limits", BLUE, "circle"),
+        (False, "broke one", GREY, "x"),
+    ):
+        some = {name: result for name, result in results.items() if result.feasible == feasible}
         figure.add_scatter(
-            x=[result.metrics["tokens_per_s_per_gpu"] for result in some.values()],
-            y=[cost(result, per_gpu_hour) for result in some.values()],
-            name=name,
+            x=[points[name][0] for name in some],
+            y=[points[name][1] for name in some],
+            name=label,
             mode="markers",
             marker={"color": colour, "symbol": symbol, "size": 8},
-            hovertext=[f"{key}<br>{changes(result)}" for key, result in some.items()],
-            hovertemplate="%{y:,.4g} for a million tokens<br>%{hovertext}<extra></extra>",
+            hovertext=[f"{name}<br>{changes(result)}" for name, result in some.items()],
+            hovertemplate=f"{hover}<br>%{{hovertext}}<extra></extra>",
             showlegend=bool(some),
         )
-    if not any(trace.x for trace in figure.data):
+
+
+def costs(results: Mapping[str, Result], per_gpu_hour: float) -> go.Figure:
+    """Draw the cost of a million output tokens over the throughput of a GPU, a dot for each trial."""
+    if not results:
         raise NotDrawnError("no trial completed")
+    figure = go.Figure()
+    points = {
+        name: (result.metrics["tokens_per_s_per_gpu"], cost(result, per_gpu_hour)) for name, result in results.items()
+    }
+    add_dots(figure, results, points, "%{y:,.4g} for a million tokens")
     figure.update_xaxes(title_text="tokens/s of a GPU")
     figure.update_yaxes(title_text="cost per million output tokens", rangemode="tozero")
     return finished(figure)
@@ -365,21 +378,10 @@ def phases(results: Mapping[str, Result]) -> go.Figure:
 
 def expectations(results: Mapping[str, Result], metric: str, at: int) -> go.Figure:
     """Draw what each trial measured over what was expected of it; `at` is the metric's place in the objective."""
-    figure, seen = go.Figure(), []
-    for feasible, name, colour, symbol in ((True, "holds the limits", BLUE, "circle"), (False, "broke one", GREY, "x")):
-        some = {name: result for name, result in results.items() if result.feasible == feasible}
-        pairs = [(result.expected["values"][at], result.values[at]) for result in some.values()]
-        seen += [value for pair in pairs for value in pair]
-        figure.add_scatter(
-            x=[expected for expected, _ in pairs],
-            y=[measured for _, measured in pairs],
-            name=name,
-            mode="markers",
-            marker={"color": colour, "symbol": symbol, "size": 8},
-            hovertext=[f"{name}<br>{changes(result)}" for name, result in some.items()],
-            hovertemplate="expected %{x:,.4g}, measured %{y:,.4g}<br>%{hovertext}<extra></extra>",
-            showlegend=bool(pairs),
-        )
+    figure = go.Figure()
+    points = {name: (result.expected["values"][at], result.values[at]) for name, result in results.items()}
+    add_dots(figure, results, points, "expected %{x:,.4g}, measured %{y:,.4g}")
+    seen = [value for result in results.values() for value in (result.expected["values"][at], result.values[at])]
     ends = [min(seen), max(seen)]
     figure.add_scatter(
         x=ends, y=ends, name="as expected", mode="lines", line={"dash": "dot", "color": GREY}, hoverinfo="skip"

@@ -313,7 +313,7 @@ class Sweep:
     def _certify(self) -> None:
         """Measure the best trial on a server of its own if it shared one; where another is best then, that one, too."""
         for _ in range(FINALISTS):
-            study = FinishedStudy(self._folder, self._config, results_in(self._folder))
+            study = self._so_far()
             if not (name := study.uncertified()):
                 return
             log.info("%s is the best; it shared a server, and is measured again on one of its own", name)
@@ -331,7 +331,7 @@ class Sweep:
                 self._finish(one.pending, self._result_of(one), one.job.node)
         for one in self._running:
             self._watch(one)
-        self._display.show(self._running, FinishedStudy(self._folder, self._config, self._results), self._count)
+        self._display.show(self._running, self._so_far(), self._count)
         if not ended:
             self._running[0].job.wait(POLL_S)
 
@@ -477,8 +477,11 @@ class Sweep:
 
     def _best(self) -> float | None:
         """The value of the best trial so far, the baseline among them; None if none is feasible."""
-        served = FinishedStudy(self._folder, self._config, self._results).served
+        served = self._so_far().served
         return self._results[served].values[0] if served else None
+
+    def _so_far(self) -> FinishedStudy:
+        return FinishedStudy(self._folder, self._config, self._results)
 
     def _watch(self, one: Running) -> None:
         """Read a trial's progress; stop the trial if the pruner has seen enough."""

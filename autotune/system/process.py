@@ -20,7 +20,22 @@ MESSAGE = 1 << 20  # bytes of the largest request to a fork
 DRAIN_S = 86_400.0  # a fork server that is asked to end does so after the last of its forks
 
 
-class GuardedProcess:
+class Stoppable:
+    """Something that leaving its `with` block stops."""
+
+    def stop(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class GuardedProcess(Stoppable):
     """A command in its own session, under guard.py, with its output in `log`.
 
     The descriptors `keep` (a lease's locks) stay open until the command and everything it started have ended. Leaving
@@ -42,14 +57,6 @@ class GuardedProcess:
                 start_new_session=True,
                 pass_fds=keep,
             )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     def fileno(self) -> int:
         """A descriptor to select on: it is readable once the command, and what it left, has ended."""
