@@ -31,6 +31,11 @@ class Kind(Enum):
     SingleStream = "SingleStream"
     ClosedLoop = "ClosedLoop"  # users, each of whom sends a request when the last one has been answered
 
+    @property
+    def by_loadgen(self) -> bool:
+        """True if LoadGen sends the requests and gives the verdict, else autotune."""
+        return self is not Kind.ClosedLoop
+
 
 class Output(Enum):
     """Choice of what sets the number of tokens that a request generates."""

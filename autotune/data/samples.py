@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @cached_property
+    def prompt_tokens(self) -> NDArray[np.int64]:
+        """The length of each prompt."""
+        return np.array([len(prompt) for prompt in self.prompts])
 
     def check_fits(self, max_model_len: int) -> None:
         """Raise InputError for the first sample longer than `max_model_len` tokens."""

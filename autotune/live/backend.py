@@ -27,8 +27,7 @@ from autotune.live.installed_vllm import find_vllm
 from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import WARMUP_ROUNDS, ClientReport, RunSpec
 from autotune.live.server import Server, inherited
-from autotune.measure import progress
-from autotune.measure.arrivals import issues
+from autotune.measure import progress, traffic
 from autotune.measure.backend import DryRunOutcome, Measurement, Recording, RequestTiming
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
@@ -168,7 +167,7 @@ class LiveEngine:
     def _spec(self, scenario: ScenarioConfig, folder: Path) -> RunSpec:
         total = 0
         if scenario.kind is Kind.Server:
-            total = sum(1 for _ in issues(scenario, len(self.samples)))
+            total = traffic.source(scenario, self.samples).total or 0
             total = min(total, scenario.max_queries or total)
         # max_duration_s may end the run with fewer queries than `total`, of which fewer may be over a limit: that it
         # passes is never certain before its end. How many a closed loop makes is not known.
@@ -247,7 +246,7 @@ class LiveEngine:
         reasons = watched(requests, total, scenario).reasons()
         verdict = "INVALID" if reasons else "VALID"
         loadgen_figures: dict[str, float] = {}
-        if not client.stopped and scenario.kind is not Kind.ClosedLoop:
+        if not client.stopped and scenario.kind.by_loadgen:
             loadgen = loadgen_log.read(folder / "mlperf_log_detail.txt")
             loadgen_figures = loadgen.figures
             if scenario.over_share is None and all(map(known_to_loadgen, limits_of(scenario))):

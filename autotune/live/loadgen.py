@@ -36,12 +36,12 @@ from autotune.data.samples import Samples
 from autotune.errors import MeasureError
 from autotune.live import audit, key, loadgen_log, metrics_page
 from autotune.live.client import Clients, Message, MessageKind, bodies, requests
+from autotune.live.issuing import Issuer, Requests
 from autotune.live.messages import PATH_BYTES, STOP, ClientReport, RunSpec
-from autotune.measure import progress
-from autotune.measure.arrivals import issues
+from autotune.measure import progress, traffic
 from autotune.measure.backend import RequestTiming
-from autotune.measure.early_stopping import Watch
 from autotune.measure.limits import limits_of, within
+from autotune.measure.traffic import Traffic
 from autotune.system.files import write_rows
 from autotune.system.process import fork
 
@@ -51,67 +51,48 @@ SETTLED = 0.9  # of the fastest round so far: warm-up ends with a round that too
 SWITCH_S = 5e-4  # the longest that LoadGen's issue thread waits for the thread that reads the clients' messages
 
 
-class Sut:
+class Sut(Requests):
     """LoadGen's system under test: hands each query to a client process, and each answer back to LoadGen."""
 
-    def __init__(self, clients: Clients, spec: RunSpec, prompt_tokens: Sequence[int]) -> None:
-        self.decided = False  # scenario.stop ends the run
-        scenario = spec.scenario
-        self._watch = Watch(spec.total, limits_of(scenario), scenario.over_share)
-        self._stop = scenario.stop
-        self._prompt_tokens = prompt_tokens  # by sample
-        self.completed: list[RequestTiming] = []
-        self.failures: list[str] = []
-        self.issued: list[float] = []  # by request number, as `sent`
-        self.sent: list[float] = []  # 0 until its answer has ended
+    def __init__(self, clients: Clients, spec: RunSpec, samples: Samples) -> None:
+        super().__init__(clients, spec, samples.prompt_tokens)
+        self._spec, self._library = spec, len(samples)
         self._ids: list[int] = []  # LoadGen's
-        self._samples: list[int] = []
-        self._clients = clients
-        self._first_token = scenario.kind is not Kind.Offline
+        self._first_token = spec.scenario.kind is not Kind.Offline
         self._buffer = array.array("B", bytes(8))  # LoadGen copies it; performance runs never look inside
         self._address, self._size = self._buffer.buffer_info()
+
+    def run(self) -> None:
+        """Run LoadGen to its end; its logs go to the run's folder."""
+        folder, log = self._spec.folder, lg.LogSettings()
+        log.log_output.outdir = str(folder)
+        log.log_output.copy_summary_to_stdout = False
+        log.enable_trace = False
+        library = lg.ConstructQSL(self._library, self._library, lambda _: None, lambda _: None)
+        system = lg.ConstructSUT(self.issue, self.flush)
+        # A path of its own, where none lies: LoadGen would obey an audit.config in the working folder.
+        audit_config = str(folder / "audit.config")
+        lg.StartTestWithLogSettings(system, library, settings(self._spec.scenario), log, audit_config)
+        lg.DestroySUT(system)
+        lg.DestroyQSL(library)
 
     def issue(self, queries: list[lg.QuerySample]) -> None:
         """Send `queries`. LoadGen calls it on its issue thread; an error there ends the process."""
         self._ids += [query.id for query in queries]
-        self.send([query.index for query in queries])
-
-    def send(self, samples: Sequence[int]) -> None:
-        """Send a request for each of `samples`."""
-        if self.decided:
-            return
-        issued = time.perf_counter()
-        number = len(self.issued)
-        self.issued += [issued] * len(samples)
-        self.sent += [0.0] * len(samples)
-        self._samples += samples
-        self._clients.send([(number + offset, sample) for offset, sample in enumerate(samples)])
+        self.send([query.index for query in queries], [time.perf_counter()] * len(queries))
 
     def flush(self) -> None:
         """Do nothing: no query is held back."""
 
     def on_messages(self, messages: Sequence[Message]) -> None:
         """Pass the clients' messages on to LoadGen, which times them as they come, then record them for ourselves."""
-        ended = [message for message in messages if message.kind != MessageKind.FIRST_TOKEN]
-        self._tell_loadgen(messages, ended)
-        for message in ended:
-            issued, sample = self.issued[message.number], self._samples[message.number]
-            self.sent[message.number] = message.sent
-            if message.kind == MessageKind.DONE:
-                prompt = self._prompt_tokens[sample]
-                timing = RequestTiming(sample, issued, message.first, message.last, message.amount, prompt)
-                self.completed.append(timing)
-                self._watch.add(timing)
-            else:
-                self.failures.append(message.text)
-        self.decided = self._watch.ends_run(self._stop)
-
-    def _tell_loadgen(self, messages: Sequence[Message], ended: Sequence[Message]) -> None:
         begun = [message for message in messages if message.kind == MessageKind.FIRST_TOKEN or not message.first]
         if self._first_token and begun:
             lg.FirstTokenComplete([self._response(message, 0) for message in begun])
+        ended = [message for message in messages if message.kind != MessageKind.FIRST_TOKEN]
         if ended:
             lg.QuerySamplesComplete([self._response(message, self._tokens(message)) for message in ended])
+        super().on_messages(messages)
 
     @staticmethod
     def _tokens(message: Message) -> int:
@@ -120,59 +101,6 @@ class Sut:
 
     def _response(self, message: Message, tokens: int) -> lg.QuerySampleResponse:
         return lg.QuerySampleResponse(self._ids[message.number], self._address, self._size, tokens)
-
-
-class Users(Sut):
-    """Users of a closed loop, which LoadGen lacks: each sends a request when the last one has been answered.
-
-    One whose request failed sends no more. They begin on a thread of their own.
-    """
-
-    def __init__(self, clients: Clients, spec: RunSpec, prompt_tokens: Sequence[int]) -> None:
-        super().__init__(clients, spec, prompt_tokens)
-        self._scenario = spec.scenario
-        self._order = issues(spec.scenario, len(prompt_tokens))
-        self._lock = threading.Lock()
-        self._began = time.perf_counter()
-        self._all_began = self._finished = False
-
-    def begin(self) -> None:
-        """Let the users send their first requests over scenario.ramp_s."""
-        for user in range(self._scenario.users):
-            due_s = self._scenario.ramp_s * user / self._scenario.users
-            time.sleep(max(0.0, self._began + due_s - time.perf_counter()))
-            with self._lock:
-                self._ask(1)
-            if self._is_long_enough():
-                break
-        with self._lock:
-            self._all_began = True
-            self._finish_if_idle()
-
-    def on_messages(self, messages: Sequence[Message]) -> None:
-        """Record the clients' messages, and send the next request for each that has been answered."""
-        super().on_messages(messages)
-        with self._lock:
-            self._ask(sum(message.kind == MessageKind.DONE for message in messages))
-            self._finish_if_idle()
-
-    def _tell_loadgen(self, messages: Sequence[Message], ended: Sequence[Message]) -> None:
-        """LoadGen takes no part."""
-
-    def _ask(self, count: int) -> None:
-        """Send `count` requests, unless the run is long enough."""
-        for _ in range(count):
-            if not self._is_long_enough():
-                self.send([next(self._order)[1]])
-
-    def _is_long_enough(self) -> bool:
-        elapsed = time.perf_counter() - self._began
-        return elapsed >= self._scenario.min_duration_s and len(self.issued) >= self._scenario.min_queries
-
-    def _finish_if_idle(self) -> None:
-        if self._all_began and not self._finished and len(self.completed) + len(self.failures) == len(self.issued):
-            self._finished = True
-            self._clients.finish()
 
 
 def settings(scenario: ScenarioConfig) -> lg.TestSettings:
@@ -207,10 +135,12 @@ def measure(spec: RunSpec, clients: Clients, samples: Samples) -> None:
     before = metrics_page.ttft(spec.url) if spec.has_metrics else None
     warm, warm_cpu = time.perf_counter(), time.process_time()
     clients.begin(first_tokens=spec.scenario.kind is not Kind.Offline)
-    sut_class = Users if spec.scenario.kind is Kind.ClosedLoop else Sut
-    sut = sut_class(clients, spec, [len(prompt) for prompt in samples.prompts])
+    if spec.scenario.kind.by_loadgen:
+        sut: Sut | Issuer = Sut(clients, spec, samples)
+    else:
+        sut = Issuer(clients, spec, samples.prompt_tokens, Traffic(traffic.source(spec.scenario, samples)))
     threading.Thread(target=publish, args=(sut, clients, spec.scenario, spec.folder), daemon=True).start()
-    stopped = run_test(sut, clients, messages, spec, len(samples))
+    stopped = run_test(sut, clients, messages)
     run_s, own_cpu_s = time.perf_counter() - warm, time.process_time() - warm_cpu
     write_rows(spec.folder / "requests.csv", RequestTiming, sut.completed)
     reports = list(clients.reports.values())
@@ -232,14 +162,9 @@ def measure(spec: RunSpec, clients: Clients, samples: Samples) -> None:
     (spec.folder / "client.json").write_text(json.dumps(asdict(report), indent=1))
 
 
-def run_test(sut: Sut, clients: Clients, messages: Iterator[list[Message]], spec: RunSpec, samples: int) -> bool:
-    """Run LoadGen to its end, or until scenario.stop ends the run; returns whether that stopped it."""
-    if isinstance(sut, Users):
-        threading.Thread(target=sut.begin, daemon=True).start()
-        for batch in messages:
-            sut.on_messages(batch)
-        return False
-    test = ThreadPoolExecutor(1).submit(start_test, sut, settings(spec.scenario), samples, spec.folder)
+def run_test(sut: Sut | Issuer, clients: Clients, messages: Iterator[list[Message]]) -> bool:
+    """Send the requests of `sut` to the end, or until scenario.stop ends the run; returns whether that stopped it."""
+    test = ThreadPoolExecutor(1).submit(sut.run)
     test.add_done_callback(lambda _: clients.finish())
     for batch in messages:
         sut.on_messages(batch)
@@ -255,7 +180,7 @@ def run_test(sut: Sut, clients: Clients, messages: Iterator[list[Message]], spec
     return stopped
 
 
-def ttft_added(spec: RunSpec, sut: Sut, before: tuple[float, float] | None) -> dict[str, float]:
+def ttft_added(spec: RunSpec, sut: Requests, before: tuple[float, float] | None) -> dict[str, float]:
     """The figure of how far the mean TTFT at LoadGen is above vLLM's own, ms; none without requests or vLLM's metric.
 
     `before` is metrics_page.ttft at the beginning of the run.
@@ -263,7 +188,7 @@ def ttft_added(spec: RunSpec, sut: Sut, before: tuple[float, float] | None) -> d
     if before is None or not sut.completed or (after := metrics_page.ttft(spec.url)) is None:
         return {}
     server_s, count = np.subtract(after, before)
-    # LoadGen has no TTFT in Offline, and no part in a closed loop: there it is ours.
+    # LoadGen has no TTFT in Offline, and no part in our own traffic: there it is ours.
     log = spec.folder / "mlperf_log_detail.txt"
     loadgens = loadgen_log.read(log).figures.get("ttft_mean_ms") if log.exists() else None
     mean_ms = loadgens or 1e3 * sum(timing.ttft for timing in sut.completed) / len(sut.completed)
@@ -303,7 +228,7 @@ def reset_caches(url: str) -> None:
         raise MeasureError(f"vLLM's answer to /reset_prefix_cache: {error}") from None
 
 
-def publish(sut: Sut, clients: Clients, scenario: ScenarioConfig, folder: Path) -> None:
+def publish(sut: Requests, clients: Clients, scenario: ScenarioConfig, folder: Path) -> None:
     """Publish the run's rates so far every PUBLISH_S, without end."""
     began = time.perf_counter()
     held = limits_of(scenario)
@@ -318,20 +243,6 @@ def publish(sut: Sut, clients: Clients, scenario: ScenarioConfig, folder: Path) 
         counts = {"tokens_per_s": clients.generated, "samples_per_s": counted, "goodput_per_s": good}
         rates = {name: count / elapsed for name, count in counts.items()}
         progress.publish(folder, step, {**rates, "completed": counted, "over_limit": counted - good})
-
-
-def start_test(sut: Sut, test_settings: lg.TestSettings, samples: int, folder: Path) -> None:
-    """Run LoadGen to its end; its logs go to `folder`."""
-    log = lg.LogSettings()
-    log.log_output.outdir = str(folder)
-    log.log_output.copy_summary_to_stdout = False
-    log.enable_trace = False
-    library = lg.ConstructQSL(samples, samples, lambda _: None, lambda _: None)
-    system = lg.ConstructSUT(sut.issue, sut.flush)
-    # A path of its own, where none lies: LoadGen would obey an audit.config in the working folder.
-    lg.StartTestWithLogSettings(system, library, test_settings, log, str(folder / "audit.config"))
-    lg.DestroySUT(system)
-    lg.DestroyQSL(library)
 
 
 def run(spec: RunSpec, clients: Clients, samples: Samples) -> None:

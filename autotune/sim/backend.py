@@ -1,10 +1,8 @@
 """The simulated backend: the same interface as live vLLM, with estimates for measurements."""
 
-import itertools
 import logging
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -15,18 +13,19 @@ import numpy as np
 
 from autotune.config import vllm_flags
 from autotune.config.redact import redact
-from autotune.config.schema import Device, Kind, ScenarioConfig, SimConfig, Stop
+from autotune.config.schema import Kind, ScenarioConfig, SimConfig, Stop
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import InputError, StartError
-from autotune.measure import progress
-from autotune.measure.arrivals import issues
+from autotune.measure import progress, traffic
 from autotune.measure.backend import DryRunOutcome, Measurement, Recording, RequestTiming
 from autotune.measure.bottleneck import ServerState
-from autotune.measure.early_stopping import Watch, watched
+from autotune.measure.early_stopping import watched
 from autotune.measure.limits import limits_of, within
 from autotune.measure.objective import LOADED
 from autotune.measure.slot import Slot
+from autotune.measure.traffic import Ask
+from autotune.sim.client import SimClient
 from autotune.sim.cost import GIB, Cost
 from autotune.sim.engine import serve
 from autotune.sim.flags import AUTO, HARMLESS, MODELLED, Flags, refusal, resolve
@@ -175,108 +174,31 @@ class Simulated(NamedTuple):
 def simulate(
     cost: Cost, scenario: ScenarioConfig, samples: Samples, record: bool = False, stop: Stop = Stop.never
 ) -> Simulated:
-    """Send LoadGen's `scenario` to the server that `cost` describes; `record` its steps.
+    """Send the requests of `scenario` to the server that `cost` describes; `record` its steps.
 
-    Where there is one replica, what would come after `stop` has ended the run of a Server may be left out.
+    Where there is one replica, what would come after `stop` has ended the run may be left out.
     """
     flags, device = cost.flags, cost.device
     blocks = cost.kv_tokens() // flags.block_size - 1  # vLLM keeps one for itself
     caching, size = flags.enable_prefix_caching, flags.block_size
-    span = max(1, int(np.mean([len(prompt) for prompt in samples.prompts]) / size / LONG)) if caching else 1
-    replicas = [Scheduler(flags, KvCache(blocks, size, caching, span)) for _ in range(flags.data_parallel_size)]
+    span = max(1, int(samples.prompt_tokens.mean() / size / LONG)) if caching else 1
     keys: dict[int, list[int]] = {}
 
-    def request(number: int, sample: int, arrival: float) -> Request:
-        prompt, output = samples.prompts[sample], int(samples.output_tokens[sample])
-        if caching and sample not in keys:
-            keys[sample] = prefix_keys(prompt, size * span)
-        return Request(number, len(prompt), output, arrival, keys.get(sample, ()))
+    def request(number: int, ask: Ask, arrival: float) -> Request:
+        prompt, output = samples.prompts[ask.sample], int(samples.output_tokens[ask.sample])
+        if caching and ask.sample not in keys:
+            keys[ask.sample] = prefix_keys(prompt, size * span)
+        return Request(number, len(prompt), output, arrival, keys.get(ask.sample, ()))
 
-    def timing(sample: int, issued: float, done: Request) -> RequestTiming:
-        late = device.answer_s
-        times = done.first_token + late, done.last_token + late
-        return RequestTiming(sample, issued, *times, done.output, done.prompt)
-
-    if scenario.kind in (Kind.SingleStream, Kind.ClosedLoop):
-        count = len(replicas)
-        loops = [ClosedLoop(scenario, at, count, device, request, len(samples)) for at in range(count)]
-        pairs = zip(loops, replicas, strict=True)
-        observers = [serve(loop.begin(), scheduler, cost, record, loop.following) for loop, scheduler in pairs]
-        timings = [timing(*sent) for loop in loops for sent in loop.sent]
-        return Simulated(timings, observers[0].states, observers[0].rows, len(timings))
-    issued = list(issues(scenario, len(samples)))
-    requests, accepted = [], 0.0
-    for number, (time_s, sample) in enumerate(issued):
-        accepted = max(accepted, time_s) + device.accept_s  # the API server takes them one by one
-        requests.append(request(number, sample, accepted))
-    end = End(
-        len(issued), scenario, stop if len(replicas) == 1 else Stop.never, lambda r: timing(*issued[r.number][::-1], r)
-    )
-    observers = [
-        serve(requests[at :: len(replicas)], scheduler, cost, record, end.seen, end.passed)
-        for at, scheduler in enumerate(replicas)
-    ]
-    timings = [timing(sample, at, done) for (at, sample), done in zip(issued, requests, strict=True) if done.last_token]
-    return Simulated(timings, observers[0].states, observers[0].rows, len(issued))
-
-
-class End:
-    """The end of a run that is stopped as soon as its requests have decided it."""
-
-    def __init__(
-        self, total: int, scenario: ScenarioConfig, stop: Stop, timing: Callable[[Request], RequestTiming]
-    ) -> None:
-        self._watch = Watch(total, limits_of(scenario), scenario.over_share)
-        self._stop = stop if limits_of(scenario) and scenario.kind in LOADED else Stop.never
-        self._timing, self._at_s = timing, math.inf
-
-    def seen(self, done: Request) -> Iterable[Request]:
-        """Count a request that has ended; none follows it."""
-        if self._stop is not Stop.never:
-            request = self._timing(done)
-            self._watch.add(request)
-            if self._watch.ends_run(self._stop):
-                self._at_s = min(self._at_s, request.last_token)
-        return ()
-
-    def passed(self, now: float) -> bool:
-        return now > self._at_s
-
-
-class ClosedLoop:
-    """The requests of every `of`-th user of a closed loop to one replica; SingleStream has one user."""
-
-    def __init__(
-        self,
-        scenario: ScenarioConfig,
-        at: int,
-        of: int,
-        device: Device,
-        request: Callable[[int, int, float], Request],
-        samples: int,
-    ) -> None:
-        self.sent: list[tuple[int, float, Request]] = []  # sample, time, request
-        users = scenario.users if scenario.kind is Kind.ClosedLoop else 1
-        self._begin = [scenario.ramp_s * user / users for user in range(at, users, of)]
-        self._scenario, self._device, self._request = scenario, device, request
-        self._order = (sample for _, sample in itertools.islice(issues(scenario, samples), at, None, of))
-        self._least = scenario.min_queries / of
-
-    def begin(self) -> list[Request]:
-        """The first request of each user."""
-        return [self._send(at_s) for at_s in self._begin]
-
-    def following(self, done: Request) -> Iterator[Request]:
-        """Yield the next request of the user whose last one is `done`, unless the run is long enough."""
-        now = done.last_token + self._device.answer_s
-        if len(self.sent) < self._least or now < self._scenario.min_duration_s:
-            yield self._send(now)
-
-    def _send(self, at_s: float) -> Request:
-        sample, arrival = next(self._order), at_s + self._device.accept_s
-        request = self._request(round(arrival * 1e9), sample, arrival)
-        self.sent.append((sample, at_s, request))
-        return request
+    count = flags.data_parallel_size
+    sources = [traffic.source(scenario, samples, at, count) for at in range(count)]
+    clients = [SimClient(scenario, one, device, request, stop if count == 1 else Stop.never) for one in sources]
+    replicas = [Scheduler(flags, KvCache(blocks, size, caching, span)) for _ in range(count)]
+    observers = [serve(client, one, cost, record) for client, one in zip(clients, replicas, strict=True)]
+    timings = [timing for client in clients for timing in client.timings]
+    totals = [one.total for one in sources]
+    total = len(timings) if None in totals else sum(filter(None, totals))
+    return Simulated(timings, observers[0].states, observers[0].rows, total)
 
 
 def judge(requests: list[RequestTiming], total: int, scenario: ScenarioConfig) -> tuple[list[RequestTiming], list[str]]:

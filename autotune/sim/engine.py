@@ -1,15 +1,13 @@
 """The loop of vLLM's engine core on a virtual clock: requests arrive, steps are scheduled, tokens are generated."""
 
-import heapq
+import math
 from collections import deque
-from collections.abc import Callable, Iterable
-from itertools import chain
+from typing import Protocol
 
 from autotune.measure.bottleneck import ServerState
 from autotune.sim.cost import Cost
 from autotune.sim.scheduler import Batch, Request, Scheduler
 
-Following = Callable[[Request], Iterable[Request]]  # the requests that one which has ended brings about
 OBSERVE_S = 1.0  # simulated, between two states
 
 
@@ -57,44 +55,45 @@ def contents(scheduler: Scheduler, batch: Batch) -> tuple[float, ...]:
     return batch.decodes, batch.context, len(batch.chunks), batch.prefilled, attended, *queued
 
 
-def nothing(_: Request) -> Iterable[Request]:
-    return ()
+class Client(Protocol):
+    """Sends requests to the server, and hears of their ends."""
+
+    next_s: float  # when the next request arrives; infinite while none is under way
+
+    def take(self) -> Request:
+        """The request that arrives at next_s."""
+
+    def answered(self, request: Request) -> None:
+        """Take note that `request` has ended, which has its times now; others may follow it."""
+
+    def stopped(self, now: float) -> bool:
+        """True once the requests that go on are to be left as they are."""
 
 
-def answered(batch: Batch, ended: float, following: Following) -> Iterable[Request]:
-    """Note when the step `batch` has `ended`; returns the requests that follow."""
+def end(batch: Batch, ended: float, client: Client) -> None:
+    """Note when the step `batch` has `ended`, and tell the `client` of the requests that it completed."""
     for request in batch.first:
         request.first_token = ended
     for request in batch.last:
         request.last_token = ended
-    return chain.from_iterable(map(following, sorted(batch.last)))
+    for request in sorted(batch.last):
+        client.answered(request)
 
 
-def never(_: float) -> bool:
-    return False
+def serve(client: Client, scheduler: Scheduler, cost: Cost, record: bool = False) -> Observer:
+    """Run the requests of `client`, and set their token times; returns what was observed, with `record` each step, too.
 
-
-def serve(
-    requests: Iterable[Request],
-    scheduler: Scheduler,
-    cost: Cost,
-    record: bool = False,
-    following: Following = nothing,
-    stopped: Callable[[float], bool] = never,
-) -> Observer:
-    """Run `requests`, and those `following` one that has ended, and set their token times; returns what was observed.
-
-    With `record` that includes each step; once it is `stopped`, requests are left as they are. An asynchronous host
-    launches a step while the GPU runs the one before. Raises ValueError if a request can never be scheduled.
+    An asynchronous host launches a step while the GPU runs the one before. Raises ValueError if a request can never be
+    scheduled.
     """
     in_flight = 2 if cost.flags.async_scheduling else 1
     now = gpu_free = 0.0
     pace_of, pause = cost.pace.factors(), cost.pace.interruptions(next(cost.runs))
     running: deque[tuple[float, Batch, tuple[float, ...]]] = deque()
-    arriving, observer = sorted((one.arrival, one.number, one) for one in requests), Observer(scheduler)  # a heap
-    while not stopped(now):
-        while arriving and arriving[0][0] <= now:
-            scheduler.add(heapq.heappop(arriving)[2])
+    observer = Observer(scheduler)
+    while not client.stopped(now):
+        while client.next_s <= now:
+            scheduler.add(client.take())
         if scheduler.running or scheduler.waiting:
             now += pause(now)
             batch = scheduler.schedule()
@@ -115,10 +114,9 @@ def serve(
             if record:
                 observer.rows.append((*scheduled[:2], now, now, *scheduled[2:]))
             scheduler.finish(batch)
-            for one in answered(batch, ended, following):
-                heapq.heappush(arriving, (one.arrival, one.number, one))
-        elif arriving:
-            now = max(now, arriving[0][0])
+            end(batch, ended, client)
+        elif client.next_s < math.inf:
+            now = max(now, client.next_s)
         elif scheduler.waiting or scheduler.running:
             raise ValueError("a request fits no step")
         else:

@@ -1,0 +1,133 @@
+"""Traffic: who sends which sample when. One picture of it drives autotune's own client and the simulated one.
+
+A source knows the requests that wait for no answer, and those that an answer brings about. `Traffic` has both in order.
+"""
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from autotune.config.schema import Kind, ScenarioConfig
+from autotune.data.samples import Samples
+from autotune.measure.arrivals import issues
+
+
+class Ask(NamedTuple):
+    """A request to be sent."""
+
+    at_s: float  # since the run began
+    sample: int
+    follows: int = -1  # the number of the request whose answer its prompt continues; -1: none
+
+
+class Source(Protocol):
+    """The requests of a run; `total` says how many, None if that depends on the answers."""
+
+    total: int | None
+
+    def first(self) -> Iterator[Ask]:
+        """Yield the asks that wait for no answer, in order of time."""
+
+    def after(self, ask: Ask, number: int, now: float) -> Ask | None:
+        """The ask that the answer to `ask` brings about, which came `now`; `number` is the request's. None: none."""
+
+
+class Schedule:
+    """Requests whose times are known in advance."""
+
+    def __init__(self, issues: Sequence[tuple[float, int]]) -> None:
+        self.total: int | None = len(issues)
+        self._issues = issues
+
+    def first(self) -> Iterator[Ask]:
+        """Yield all of them."""
+        return itertools.starmap(Ask, self._issues)
+
+    def after(self, ask: Ask, number: int, now: float) -> Ask | None:
+        """None: an answer brings nothing about."""
+        return None
+
+
+class Users:
+    """Every `of`-th user of a closed loop: each begins on the ramp, and goes on when its last request is answered.
+
+    One whose request fails sends no more. Nobody sends another request once the run is long enough.
+    """
+
+    total: int | None = None
+
+    def __init__(self, scenario: ScenarioConfig, samples: int, at: int, of: int) -> None:
+        users = scenario.users if scenario.kind is Kind.ClosedLoop else 1  # SingleStream has one
+        self._begin = [scenario.ramp_s * user / users for user in range(at, users, of)]
+        self._order = (sample for _, sample in itertools.islice(issues(scenario, samples), at, None, of))
+        self._least, self._least_s = scenario.min_queries / of, scenario.min_duration_s
+        self._asked = 0
+
+    def first(self) -> Iterator[Ask]:
+        """Yield the first request of each user."""
+        for begin_s in self._begin:
+            if ask := self._next(begin_s):
+                yield ask
+
+    def after(self, ask: Ask, number: int, now: float) -> Ask | None:
+        """The next request of the user whose last one was `ask`."""
+        return self._next(now)
+
+    def _next(self, at_s: float) -> Ask | None:
+        if self._asked >= self._least and at_s >= self._least_s:
+            return None
+        self._asked += 1
+        return Ask(at_s, next(self._order))
+
+
+def source(scenario: ScenarioConfig, samples: Samples, at: int = 0, of: int = 1) -> Source:
+    """The requests of `scenario` over `samples`; of several servers that share them, those of server `at` of `of`."""
+    if scenario.kind in (Kind.SingleStream, Kind.ClosedLoop):
+        return Users(scenario, len(samples), at, of)
+    return Schedule(list(itertools.islice(issues(scenario, len(samples)), at, None, of)))
+
+
+class Traffic:
+    """The requests of a source in the order in which they are due, numbered from 0."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._first = source.first()
+        self._coming: list[tuple[Ask, bool]] = []  # a heap; of `first` it holds one at a time, marked True
+        self._unanswered: dict[int, Ask] = {}
+        self._count = itertools.count()
+        self._look_ahead()
+
+    @property
+    def next_s(self) -> float:
+        """The time at which the next request is due, since the run began; infinite while none is."""
+        return self._coming[0][0].at_s if self._coming else math.inf
+
+    @property
+    def ended(self) -> bool:
+        return not self._coming and not self._unanswered
+
+    def take(self) -> tuple[int, Ask]:
+        """The number of the next request, and what to ask."""
+        ask, known = heapq.heappop(self._coming)
+        if known:
+            self._look_ahead()
+        number = next(self._count)
+        self._unanswered[number] = ask
+        return number, ask
+
+    def answered(self, number: int, now: float) -> None:
+        """Let what follows the answer to a request, which came `now`, be due."""
+        ask = self._unanswered.pop(number)
+        if following := self._source.after(ask, number, now):
+            heapq.heappush(self._coming, (following, False))
+
+    def lost(self, number: int) -> None:
+        """Give up a request that has failed: nothing follows it."""
+        del self._unanswered[number]
+
+    def _look_ahead(self) -> None:
+        if ask := next(self._first, None):
+            heapq.heappush(self._coming, (ask, True))

@@ -1,0 +1,64 @@
+"""The simulated client: traffic on its way to a simulated server, and what comes of it."""
+
+import math
+from collections.abc import Callable
+
+from autotune.config.schema import Device, ScenarioConfig, Stop
+from autotune.measure.backend import RequestTiming
+from autotune.measure.early_stopping import Watch
+from autotune.measure.limits import limits_of
+from autotune.measure.objective import LOADED
+from autotune.measure.traffic import Ask, Source, Traffic
+from autotune.sim.scheduler import Request
+
+
+class SimClient:
+    """Sends the requests of `source`; `request(number, ask, arrival)` is one as the server has it.
+
+    What would come after `stop` has ended the run may be left out.
+    """
+
+    def __init__(
+        self,
+        scenario: ScenarioConfig,
+        source: Source,
+        device: Device,
+        request: Callable[[int, Ask, float], Request],
+        stop: Stop = Stop.never,
+    ) -> None:
+        self.timings: list[RequestTiming] = []  # of the requests that have ended, in this order
+        self._traffic, self._device, self._request = Traffic(source), device, request
+        self._asked: dict[int, Ask] = {}  # by number of the request
+        self._accepted = 0.0  # when the API server, which takes requests one by one, had the last one
+        self._watch = Watch(source.total or 0, limits_of(scenario), scenario.over_share)
+        self._stop = stop if source.total and scenario.kind in LOADED and limits_of(scenario) else Stop.never
+        self._end_s = math.inf
+        self._look()
+
+    def take(self) -> Request:
+        """The request that arrives at next_s."""
+        number, ask = self._traffic.take()
+        self._asked[number] = ask
+        self._accepted = self.next_s
+        self._look()
+        return self._request(number, ask, self._accepted)
+
+    def answered(self, request: Request) -> None:
+        """Count a request that has ended."""
+        ask, late = self._asked.pop(request.number), self._device.answer_s
+        times = request.first_token + late, request.last_token + late
+        timing = RequestTiming(ask.sample, ask.at_s, *times, request.output, request.prompt)
+        self.timings.append(timing)
+        self._traffic.answered(request.number, timing.last_token)
+        self._look()
+        if self._stop is not Stop.never:
+            self._watch.add(timing)
+            if self._watch.ends_run(self._stop):
+                self._end_s = min(self._end_s, timing.last_token)
+
+    def stopped(self, now: float) -> bool:
+        """True once the run has ended."""
+        return now > self._end_s
+
+    def _look(self) -> None:
+        self.next_s = max(self._accepted, self._traffic.next_s) + self._device.accept_s
