@@ -3,7 +3,9 @@
     python benchmarks/client.py cost       tokens/s for each core that the client has: ours, vllm bench serve, guidellm
     python benchmarks/client.py latency    500 requests/s on one core: how late they are sent, what we add to TTFT
     python benchmarks/client.py flight     10,000 requests in flight: failures, memory
-    python benchmarks/client.py            all three
+    python benchmarks/client.py queue      13,368 requests at once: connections, failures
+    python benchmarks/client.py answers    tokens/s for each core with the answers' token ids kept, and without, in turn
+    python benchmarks/client.py            all of them
     python benchmarks/client.py run SAMPLES FOLDER     one run of ours, as FOLDER/run.json has it
 
 Each prints what it found and exits with 1 if a target is missed. Server and client have a core each.
@@ -117,7 +119,15 @@ def cpu_s(process: psutil.Process) -> float:
     return total
 
 
-def ours(folder: Path, server: NullServer, requests: int, output_tokens: int, **scenario: Any) -> list[str]:
+def ours(
+    folder: Path,
+    server: NullServer,
+    requests: int,
+    output_tokens: int,
+    connections: int = RunSpec.connections,
+    keep_answers: bool = False,
+    **scenario: Any,
+) -> list[str]:
     """The command that sends `requests` by LoadGen, one for each sample."""
     # Each prompt begins with its own number, by which the server's times are found.
     prompts = [np.arange(number, number + PROMPT, dtype=np.int32) for number in range(requests)]
@@ -125,7 +135,10 @@ def ours(folder: Path, server: NullServer, requests: int, output_tokens: int, **
     samples.save()
     common = {"name": "s", "kind": Kind.Offline, "min_duration_s": 0.0, "warmup_requests": 0, "stop": Stop.never}
     asked = ScenarioConfig(**{**common, "min_queries": requests, "max_queries": requests, **scenario})
-    RunSpec(folder, server.url, MODEL, asked, 600.0, has_metrics=False).save(folder / "run.json")
+    spec = RunSpec(
+        folder, server.url, MODEL, asked, 600.0, connections=connections, keep_answers=keep_answers, has_metrics=False
+    )
+    spec.save(folder / "run.json")
     return [sys.executable, __file__, "run", str(samples.path), str(folder)]
 
 
@@ -172,41 +185,88 @@ def shape(folder: Path) -> Path:
 
 
 def cost(requests: int = 2000, output_tokens: int = 128, streams: int = 256, step_ms: float = 10.0) -> bool:
+    offer(requests, output_tokens, streams, step_ms)
+    rates = {}
+    for name in ("ours", "vllm bench serve", "guidellm"):
+
+        def command(folder: Path, server: NullServer, name: str = name) -> list[str]:
+            if name == "ours":
+                return ours(folder, server, requests, output_tokens)
+            make = vllm_bench if name.startswith("vllm") else guidellm
+            return make(folder, server, requests, output_tokens, streams)
+
+        rates[name] = rate(name, command, requests, output_tokens, streams, step_ms)
+    ratio = rates["ours"] / max(rates["vllm bench serve"], rates["guidellm"])
+    return verdict(f"ours is {ratio:.1f} times the better of the two", ratio >= 3, "at least 3 times")
+
+
+def answers_kept(requests: int = 2000, output_tokens: int = 128, streams: int = 256, step_ms: float = 10.0) -> bool:
+    offer(requests, output_tokens, streams, step_ms)
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    for keep in 3 * (False, True):
+
+        def command(folder: Path, server: NullServer, keep: bool = keep) -> list[str]:
+            return ours(folder, server, requests, output_tokens, keep_answers=keep)
+
+        name = "ids kept" if keep else "ids not kept"
+        rates[keep].append(rate(name, command, requests, output_tokens, streams, step_ms))
+    ratio = float(np.median(rates[False]) / np.median(rates[True]))
+    return verdict(f"a token costs {ratio:.2f} times as much with its id kept", ratio <= 2, "at most twice")
+
+
+def offer(requests: int, output_tokens: int, streams: int, step_ms: float) -> None:
     print(
         f"{requests} requests of {PROMPT} + {output_tokens} tokens, {streams} streams at a time, one token each in "
         f"{step_ms:g} ms: {streams / step_ms * 1e3:,.0f} tokens/s offered\n"
         f"{'':18}tokens/s for a core   tokens/s   client's CPU   null server's CPU"
     )
-    rates = {}
+
+
+def rate(
+    name: str,
+    command: Callable[[Path, NullServer], list[str]],
+    requests: int,
+    output_tokens: int,
+    streams: int,
+    step_ms: float,
+) -> float:
+    """Tokens/s that a client takes for each core that it has."""
+    seen: list[tuple[dict[str, float], float]] = []
     total = requests * output_tokens
-    for name in ("ours", "vllm bench serve", "guidellm"):
-        seen: list[tuple[dict[str, float], float]] = []
-        with tempfile.TemporaryDirectory() as scratch, null_server(slots=streams, step_ms=step_ms) as server:
-            folder = Path(scratch)
+    with tempfile.TemporaryDirectory() as scratch, null_server(slots=streams, step_ms=step_ms) as server:
 
-            def look(process: psutil.Process, server: NullServer = server, seen: list[Any] = seen) -> None:
-                stats = server.get("stats")
-                if 0.1 * total < stats["tokens"] < 0.9 * total:  # without its start and its report
-                    seen.append((stats, cpu_s(process)))
+        def look(process: psutil.Process) -> None:
+            stats = server.get("stats")
+            if 0.1 * total < stats["tokens"] < 0.9 * total:  # without its start and its report
+                seen.append((stats, cpu_s(process)))
 
-            if name == "ours":
-                command = ours(folder, server, requests, output_tokens)
-            else:
-                make = vllm_bench if name.startswith("vllm") else guidellm
-                command = make(folder, server, requests, output_tokens, streams)
-            client(command, folder, look)
-            finished = server.get("stats")["finished"]
-            assert requests <= finished <= requests + 2, f"{name}: {finished} of {requests} requests"
-        (first, used), (last, used_then) = seen[0], seen[-1]
-        tokens, seconds = last["tokens"] - first["tokens"], last["at"] - first["at"]
-        rates[name] = tokens / (used_then - used)
-        print(
-            f"{name:18}{rates[name]:19,.0f}{tokens / seconds:11,.0f}{(used_then - used) / seconds:14.0%}"
-            f"{(last['cpu_s'] - first['cpu_s']) / seconds:19.0%}",
-            flush=True,
-        )
-    ratio = rates["ours"] / max(rates["vllm bench serve"], rates["guidellm"])
-    return verdict(f"ours is {ratio:.1f} times the better of the two", ratio >= 3, "at least 3 times")
+        client(command(Path(scratch), server), Path(scratch), look)
+        finished = server.get("stats")["finished"]
+        assert requests <= finished <= requests + 2, f"{name}: {finished} of {requests} requests"
+    (first, used), (last, used_then) = seen[0], seen[-1]
+    tokens, seconds = last["tokens"] - first["tokens"], last["at"] - first["at"]
+    for_a_core = tokens / (used_then - used)
+    print(
+        f"{name:18}{for_a_core:19,.0f}{tokens / seconds:11,.0f}{(used_then - used) / seconds:14.0%}"
+        f"{(last['cpu_s'] - first['cpu_s']) / seconds:19.0%}",
+        flush=True,
+    )
+    return float(for_a_core)
+
+
+def queue(requests: int = 13_368) -> bool:
+    with tempfile.TemporaryDirectory() as scratch, null_server(slots=512, step_ms=5) as server:
+        folder = Path(scratch)
+        client(ours(folder, server, requests, 4), folder, lambda _: None)
+        report = json.loads((folder / "client.json").read_text())
+        completed = len(read_requests(folder / "requests.csv"))
+        most = server.get("stats")["most_connections"]
+    print(
+        f"{requests:,} requests at once: {completed:,} completed, {report['failed']} failed; {most:,} connections at "
+        f"most, {report['figures']['client_waiting']:,.0f} requests waited for one"
+    )
+    reached = completed == requests and not report["failed"] and most <= RunSpec.connections
+    return verdict("all at once", reached, f"none lost, at most {RunSpec.connections:,} connections")
 
 
 def latency(qps: float = 500.0, seconds: float = 20.0) -> bool:
@@ -261,7 +321,7 @@ def flight(requests: int = 10_000) -> bool:
                 peak = max(peak, memory(process))
 
             # As many prompts in both, so that the difference is the requests'.
-            command = ours(folder, server, requests, 4, min_queries=count, max_queries=count)
+            command = ours(folder, server, requests, 4, connections=requests, min_queries=count, max_queries=count)
             client(command, folder, look)
             failed += json.loads((folder / "client.json").read_text())["failed"]
             assert server.get("stats")["finished"] == count
@@ -293,7 +353,7 @@ def main() -> None:
         run(*map(Path, sys.argv[2:]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"cost": cost, "latency": latency, "flight": flight}
+    parts = {"cost": cost, "latency": latency, "flight": flight, "queue": queue, "answers": answers_kept}
     parser.add_argument("part", nargs="?", choices=parts)
     given = parser.parse_args()
     chosen = [parts[given.part]] if given.part else list(parts.values())

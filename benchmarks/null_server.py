@@ -3,7 +3,8 @@
 python benchmarks/null_server.py --port 8000 [--slots 64] [--step-ms 10] [--hold 1000]
 
 At most `slots` requests run at a time, the others wait; a request's first token goes out as soon as it runs, then one
-in each step. With `hold`, nothing runs before so many requests are there. GET /stats says what was done so far.
+in each step. With `hold`, nothing runs before so many requests are there. Asked for them, it sends token ids as vLLM
+does. GET /stats says what was done so far.
 """
 
 import argparse
@@ -19,7 +20,8 @@ import uvloop
 
 LENGTH = re.compile(rb"content-length:\s*(\d+)", re.IGNORECASE)
 MAX_TOKENS = re.compile(rb'"max_(?:completion_)?tokens":\s*(\d+)')
-FIRST_ID = re.compile(rb'"prompt":\s*\[(\d+)')
+PROMPT = re.compile(rb'"prompt":\s*(\[(\d+)[^\]]*\])')
+IDS_ASKED = re.compile(rb'"return_token_ids":\s*true')
 MODEL = "canned"
 
 
@@ -33,7 +35,8 @@ def event(**fields: object) -> bytes:
 
 
 CHOICE = {"index": 0, "text": " token", "logprobs": None, "finish_reason": None, "stop_reason": None}
-TOKEN = chunk(event(choices=[CHOICE], usage=None))
+TOKEN = event(choices=[CHOICE], usage=None)
+TOKEN_AND_ID = event(choices=[{**CHOICE, "token_ids": [1234]}], usage=None)
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -51,6 +54,8 @@ class Request:
     transport: asyncio.Transport
     tokens: int
     first_id: int  # of its prompt
+    ids_asked: bool
+    prompt: bytes  # JSON
     received: float  # time.perf_counter(), as all times
     first_sent: float = 0.0
     sent: int = 0
@@ -64,6 +69,8 @@ class Engine:
     received: int = 0
     finished: int = 0
     tokens: int = 0
+    connections: int = 0
+    most_connections: int = 0
     waiting: deque[Request] = field(default_factory=deque)
     running: list[Request] = field(default_factory=list)
     ended: list[Request] = field(default_factory=list)
@@ -85,7 +92,10 @@ class Engine:
         request.sent += 1
         self.tokens += 1
         last = request.sent == request.tokens
-        request.transport.write(TOKEN + ending(request.tokens) if last else TOKEN)
+        token = TOKEN_AND_ID if request.ids_asked else TOKEN
+        if request.ids_asked and request.sent == 1:
+            token = token.replace(b'"token_ids"', b'"prompt_token_ids":%b,"token_ids"' % request.prompt)
+        request.transport.write(chunk(token) + ending(request.tokens) if last else chunk(token))
         if last:
             self.running.remove(request)
             self.ended.append(request)
@@ -101,7 +111,7 @@ class Engine:
             self.admit()
 
     def stats(self) -> bytes:
-        counts = {"received": self.received, "finished": self.finished, "tokens": self.tokens}
+        counts = {name: getattr(self, name) for name in ("received", "finished", "tokens", "most_connections")}
         return json.dumps({**counts, "cpu_s": time.process_time(), "at": time.perf_counter()}).encode()
 
 
@@ -112,6 +122,11 @@ class Protocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self.transport = transport
+        self.engine.connections += 1
+        self.engine.most_connections = max(self.engine.most_connections, self.engine.connections)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.engine.connections -= 1
 
     def data_received(self, data: bytes) -> None:
         self.data += data
@@ -124,11 +139,10 @@ class Protocol(asyncio.Protocol):
             return
         path, body, self.data = self.data.split(b" ", 2)[1], self.data[end:whole], self.data[whole:]
         if path == b"/v1/completions":
-            tokens, first_id = MAX_TOKENS.search(body), FIRST_ID.search(body)
+            tokens, prompt, asked = MAX_TOKENS.search(body), PROMPT.search(body), bool(IDS_ASKED.search(body))
             assert tokens, body
-            self.engine.add(
-                Request(self.transport, int(tokens[1]), int(first_id[1]) if first_id else 0, time.perf_counter())
-            )
+            text, first_id = (prompt[1], int(prompt[2])) if prompt else (b"[]", 0)
+            self.engine.add(Request(self.transport, int(tokens[1]), first_id, asked, text, time.perf_counter()))
         elif path == b"/v1/models":
             self.transport.write(answer(json.dumps({"object": "list", "data": [{"id": MODEL}]}).encode()))
         elif path == b"/stats":

@@ -133,6 +133,25 @@ def test_recorded_steps_are_those_that_vllm_counts(engine: LiveEngine, tmp_path:
     assert ours.tolist() == vllms.tolist() and ours[0] > 64
 
 
+def test_answers_that_are_kept_are_those_that_vllm_generated(engine: LiveEngine, tmp_path: Path):
+    (tmp_path / "audit.config").write_text("*.*.accuracy_log_sampling_target = 64\n")
+    spec = replace(engine._spec(scenario(Kind.SingleStream), tmp_path), keep_answers=True)
+    engine.load.begin(spec)
+    assert engine.load.wait(60) == 0
+    answers = json.loads((tmp_path / "mlperf_log_accuracy.json").read_text())
+    assert len(answers) > 30
+    sample = answers[0]["qsl_idx"]
+    body = {"model": engine.server.model, "prompt": engine.samples.prompts[sample].tolist(), "temperature": 0}
+    body |= {"max_tokens": int(engine.samples.output_tokens[sample]), "ignore_eos": True, "return_token_ids": True}
+    name, _, value = key.header(engine.server.url).partition(": ")
+    headers = {name: value, "Content-Type": "application/json"}
+    url = f"{engine.server.url}/v1/completions"
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=60) as answer:
+        ids = json.load(answer)["choices"][0]["token_ids"]
+    assert np.frombuffer(bytes.fromhex(answers[0]["data"]), np.int32).tolist() == ids
+    assert np.frombuffer(bytes.fromhex(answers[0]["token_data"]), np.int32).tolist() == ids[:1]
+
+
 @pytest.fixture(scope="module")
 def silent(config: Config, prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveEngine]:
     """A server without statistics, and with a recorder that can't record its steps."""

@@ -2,8 +2,11 @@
 
 import json
 import re
+import socket
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -19,9 +22,11 @@ from autotune.config.schema import Kind, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.live import loadgen_log
 from autotune.live.backend import read_requests
+from autotune.live.client import Clients, MessageKind, bodies, requests
 from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import RunSpec
 from autotune.measure import metrics
+from autotune.system.process import GuardedProcess
 
 TOKENS = 4
 OK, REFUSED, CUT, SLOW, SILENT, RESET, COLD, KEPT = (
@@ -74,6 +79,8 @@ class Streaming(BaseHTTPRequestHandler):
             time.sleep([0.6, 0.3, 0][min(2, (len(self.received) - 1) // 4)])
         self.send_response(500 if first == REFUSED else 200)
         token, ending = b'data: {"choices": [{"text": "x"}]}\n\n', b"data: [DONE]\n\n"
+        if body.get("return_token_ids"):
+            token = token.replace(b"}]", b', "prompt_token_ids": [%d, 7], "token_ids": [%%d]}]' % first)
         usage = b'data: {"choices": [], "usage": {"completion_tokens": %d}}\n\n' % body["max_tokens"]
         if first == RESET:
             self.close_connection = True
@@ -89,7 +96,7 @@ class Streaming(BaseHTTPRequestHandler):
         for number in range(body["max_tokens"]):
             if first == SLOW:
                 time.sleep(TPOT_S if number else TTFT_S)
-            self.wfile.write(token)
+            self.wfile.write(token % (100 * first + number) if b"%" in token else token)
         if first not in (CUT, RESET):
             self.wfile.write(usage + ending)
 
@@ -461,3 +468,65 @@ def test_next_run_has_the_connections_of_the_last_one_but_for_another_server(tmp
             ports.append({port for path, port in Streaming.asked_by if path == "/v1/completions"})
             Streaming.asked_by.clear()
     assert ports[0] == ports[1] != ports[2] and [len(of_run) for of_run in ports] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(Kind.Server, 1), (Kind.Offline, 1), (Kind.Server, 2)])
+def test_answers_reach_loadgen_as_token_ids(tmp_path: Path, url: str, kind: Kind, mode: int):
+    """LoadGen's log of answers has them all in accuracy mode (1), and a share in performance mode (2) for a test."""
+    (tmp_path / "audit.config").write_text(f"*.*.mode = {mode}\n*.*.accuracy_log_sampling_target = 20\n")
+    firsts = list(range(10, 40))
+    done = run(tmp_path, url, kind, firsts, keep_answers=True, client_processes=2, ttft_ms=None, min_queries=64)
+    assert done.code == 0, done.log
+    answers = json.loads((tmp_path / "mlperf_log_accuracy.json").read_text())
+    assert {answer["qsl_idx"] for answer in answers} == set(range(30)) if mode == 1 else answers
+    for answer in answers:
+        ids = [100 * firsts[answer["qsl_idx"]] + number for number in range(TOKENS)]
+        assert np.frombuffer(bytes.fromhex(answer["data"]), np.int32).tolist() == ids
+        assert answer["token_count"] == TOKENS
+        if kind is Kind.Server:
+            assert np.frombuffer(bytes.fromhex(answer["token_data"]), np.int32).tolist() == ids[:1]
+
+
+def test_answers_wait_in_the_client_while_nobody_reads_them(tmp_path: Path, url: str):
+    count, tokens = 40, 3000
+    samples = sampled(tmp_path, [OK], [tokens])
+    spec = asked(tmp_path, url, Kind.Offline, keep_answers=True, connections=2)
+    clients = Clients(spec, requests(url, "m", bodies(samples), keep_answers=True))
+    clients.begin(first_tokens=True)
+    clients.send([(number, 0) for number in range(count)])
+    time.sleep(0.5)
+    clients.send([(count, 0)])  # the client still takes it
+    ended = 0
+    for batch in clients.messages():
+        for message in batch:
+            if message.kind == MessageKind.DONE:
+                ended += 1
+                ids = np.frombuffer(message.data, np.int32)
+                assert ids.tolist() == list(range(100 * OK, 100 * OK + tokens))
+        if ended == count + 1:
+            clients.finish()
+    clients.close()
+
+
+@pytest.mark.slow
+def test_more_requests_at_once_than_connections_are_all_answered(tmp_path: Path):
+    """MLPerf's Offline: connections for all would pass a server's queue of them, or the limit of open files."""
+    count = 13_368
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    script = Path(__file__).parent.parent / "benchmarks/null_server.py"
+    with GuardedProcess(
+        [sys.executable, str(script), "--port", str(port), "--slots", "512"], tmp_path / "log", {}, 1.0
+    ):
+        deadline = time.monotonic() + 30
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        at_once = {"min_queries": count, "has_metrics": False, "client_processes": 2, "request_timeout_s": 60.0}
+        done = run(tmp_path, f"http://127.0.0.1:{port}", Kind.Offline, [OK] * 8, **at_once)
+        assert done.code == 0, done.log
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/stats") as answer:
+            stats = json.load(answer)
+    report = json.loads((tmp_path / "client.json").read_text())
+    assert report["failed"] == 0 and len(read_requests(tmp_path / "requests.csv")) == count
+    assert stats["most_connections"] <= RunSpec.connections and report["figures"]["client_waiting"] > 0

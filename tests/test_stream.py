@@ -36,9 +36,15 @@ Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], "asyncio.Future[
 
 
 def ask(
-    answer: Answer, requests: int = 1, timeout_s: float = 5.0, body: bytes = b"{}"
+    answer: Answer,
+    requests: int = 1,
+    timeout_s: float = 5.0,
+    body: bytes = b"{}",
+    connections: int = 1024,
+    keep: bool = False,
+    at_once: bool = False,
 ) -> tuple[list[Stream], list[str], Client]:
-    """Send requests one after another to a server that answers each connection by `answer`."""
+    """Send requests, one after another or `at_once`, to a server that answers each connection by `answer`."""
 
     async def run() -> tuple[list[Stream], list[str], Client]:
         ended: asyncio.Queue[tuple[Stream, str]] = asyncio.Queue()
@@ -46,10 +52,14 @@ def ask(
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         loop = asyncio.get_running_loop()
-        client = Client(loop, url, timeout_s, lambda s: begun.append(s.number), lambda *end: ended.put_nowait(end))
+        client = Client(
+            *(loop, url, timeout_s, lambda s: begun.append(s.number), lambda *end: ended.put_nowait(end)),
+            *(connections, keep),
+        )
         streams, errors = [], []
         for number in range(requests):
-            client.start(number, completion(url, body))
+            for now in range(requests if at_once and not number else 1 - at_once):
+                client.start(number + now, completion(url, body))
             while ended.empty():
                 await asyncio.sleep(0.01)
                 client.expire()
@@ -205,3 +215,89 @@ def test_large_request_goes_out_as_the_server_takes_it():
     _, errors, client = ask(slow, body=body)
     assert errors == [""] and received == len(body)
     assert 0 < client.most_unsent <= len(completion("http://127.0.0.1:12345", body))
+
+
+WITH_IDS = "".join(
+    [
+        'data: {"choices": [{"text": "\\"token_ids\\":[6]", "token_ids": [5], "prompt_token_ids": [9, 9, 9]}]}\n\n',
+        'data: {"choices":[{"text":"","prompt_token_ids":null,"token_ids":[]}]}\n\n',
+        'data: {"choices":[{"text":"b","token_ids":[70000,7]}]}\n\n',
+        'data: {"choices":[],"usage":{"completion_tokens":3}}\n\ndata: [DONE]\n\n',
+    ]
+).encode()
+
+
+@pytest.mark.parametrize("size", [1, 7, 60, 4096])
+def test_token_ids_are_found_in_whatever_pieces_they_come(size: int):
+    (stream,), errors, _ = ask(writes(cut(chunked([WITH_IDS]), size)), keep=True)
+    assert errors == [""] and stream.ids is not None and list(stream.ids) == [5, 70000, 7]
+
+
+def test_first_token_has_its_id_though_the_prompts_ids_come_with_it_in_pieces():
+    begun: list[list[int]] = []
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        client = Client(loop, "http://127.0.0.1", 5.0, lambda s: begun.append(list(s.ids or ())), print, keep=True)
+        stream = Stream(0, b"", keep=True)
+        stream.status = 200
+        prompt = ",".join(map(str, range(3000)))
+        event = f'data: {{"choices":[{{"prompt_token_ids":[{prompt}],"token_ids":[8]}}]}}\n\n'.encode()
+        for at, piece in enumerate(cut(event, 4096)):
+            assert not begun and not stream.first
+            client.read(stream, piece, float(at + 1))
+        assert stream.first == at + 1
+
+    asyncio.run(run())
+    assert begun == [[8]]
+
+
+def test_long_answer_is_not_kept_as_text():
+    stream = Stream(0, b"", keep=True)
+    stream.status, stream.first = 200, 1.0
+    for number in range(3000):
+        stream.read(b'\ndata: {"choices":[{"text":"%b","token_ids":[%d]}]}\n' % (200 * b"x", number), 2.0)
+    assert stream.ids is not None and len(stream.ids) > 2500
+    stream.parse()
+    assert list(stream.ids) == list(range(3000))
+
+
+def test_ids_that_are_missing_are_an_error():
+    _, errors, _ = ask(writes([chunked([BODY])]), keep=True)
+    assert errors == ["vLLM counted 3 tokens and sent the ids of 0"]
+
+
+def test_requests_wait_for_a_connection_in_order_and_their_time_begins_when_they_are_sent():
+    connections = 0
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        for _ in range(3):
+            await read_request(reader)
+            await asyncio.sleep(0.1)
+            writer.write(chunked([BODY]))
+        writer.close()
+
+    streams, errors, client = ask(slow, requests=6, timeout_s=0.25, connections=2, at_once=True)
+    assert errors == [""] * 6 and connections == 2 and client.most_waiting == 4
+    assert [stream.number for stream in streams] == sorted(stream.number for stream in streams)
+
+
+def test_many_that_wait_for_a_server_that_is_gone_end_one_after_another():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    async def run() -> list[str]:
+        errors: list[str] = []
+        client = Client(
+            *(asyncio.get_running_loop(), f"http://127.0.0.1:{port}", 1.0, lambda _: None),
+            *(lambda _, error: errors.append(error), 1),
+        )
+        for number in range(3000):
+            client.start(number, b"GET / HTTP/1.1\r\n\r\n")
+        while len(errors) < 3000:
+            await asyncio.sleep(0.01)
+        return errors
+
+    assert all("Connection refused" in error for error in asyncio.run(asyncio.wait_for(run(), 10)))

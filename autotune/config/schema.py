@@ -201,7 +201,7 @@ class LiveConfig:
     env: dict[str, str] = field(default_factory=dict)  # added to vLLM's environment
     start_timeout_s: float = positive(900.0)  # from launch to healthy, s
     stop_timeout_s: float = 10.0  # from SIGTERM to SIGKILL, s
-    request_timeout_s: float = positive(600.0)  # one HTTP request, s
+    request_timeout_s: float = positive(600.0)  # one HTTP request, s; what waits for a connection has not begun
     run_timeout_s: float = positive(7200.0)  # one run of LoadGen with its warm-up, s
     steps: bool = True  # the engine's steps are recorded in steps.parquet: what was in each, and its times
     hot: Hot = Hot.auto  # auto: trials share a server where it can be changed; never: each starts its own

@@ -41,6 +41,7 @@ def figures(
         "client_cpu": max(own_cpu_s, *(report.cpu_s for report in reports)) / run_s,  # of a core, busiest process
         "client_lag_p99_ms": max(report.lag_p99_ms for report in reports),
         "client_unsent_bytes": float(sum(report.unsent_bytes for report in reports)),
+        "client_waiting": float(sum(report.waiting for report in reports)),
     }
     if late:
         values["client_lateness_p99_ms"] = float(np.percentile(late, 99, method="higher")) * 1e3
@@ -57,9 +58,11 @@ def ttft_share(config: LiveConfig) -> float | None:
 def reasons(spec: RunSpec, figures: dict[str, float]) -> list[str]:
     """Reasons why the client may have decided the verdict: one for each figure that is over its limit."""
     most = {"client_cpu": ("the busiest client process's share of a core", spec.client_cpu_limit, "client_cpu_limit")}
-    # Offline sends all requests at once and has no limit on TTFT: lateness says nothing there.
+    # Offline sends all requests at once and has no limit on TTFT: lateness says nothing there. Nor does it where
+    # requests waited for a connection: then more were under way than a server runs and queues.
     ttft = next((limit for limit in limits_of(spec.scenario) if limit.name == "ttft"), None)
-    if ttft and spec.client_ttft_share and spec.scenario.kind is not Kind.Offline:
+    judged = spec.scenario.kind is not Kind.Offline and not figures.get("client_waiting")
+    if ttft and spec.client_ttft_share and judged:
         limit = ttft.tightest * 1e3 * spec.client_ttft_share
         where = f"client_ttft_share={spec.client_ttft_share:g} of the TTFT limit"
         most |= {

@@ -102,6 +102,7 @@ class LiveBackend:
                     folder=folder,
                     has_metrics=not args.get("disable_log_stats"),
                     kv_tokens=served.kv_tokens,
+                    connections=connections(self.dry_run(model, args).resolved),
                 )
 
             def rate(served: Served) -> float:
@@ -120,6 +121,12 @@ class LiveBackend:
         """`vllm serve …` as a user types it for the same configuration."""
         revision = ["--revision", model.revision] if model.revision else []
         return ["vllm", "serve", model.path, *revision, *self.vllm.command_line(redact(args))]
+
+
+def connections(flags: Mapping[str, Any]) -> int:
+    """The most connections to a server with vLLM's resolved `flags`: enough that as many requests wait there as run."""
+    running = (flags.get("max_num_seqs") or 0) * (flags.get("data_parallel_size") or 1)
+    return max(RunSpec.connections, 2 * running)
 
 
 def gpus_of(lease: Lease | None, args: Mapping[str, Any]) -> Gpus:
@@ -143,6 +150,7 @@ class LiveEngine:
     folder: Path  # the trial's
     has_metrics: bool  # vLLM's; false with its disable_log_stats
     kv_tokens: int | None  # that the KV cache holds
+    connections: int
     estimated: bool = False
     ended: float | None = None  # the last run, on time.monotonic's clock
 
@@ -180,6 +188,7 @@ class LiveEngine:
             scenario=replace(scenario, stop=stop, args={}),  # flags may hold secrets
             request_timeout_s=self.config.request_timeout_s,
             client_processes=self.config.client_processes or max(1, min(8, len(os.sched_getaffinity(0)) // 16)),
+            connections=self.connections,
             client_cpu_limit=self.config.client_cpu_limit,
             client_ttft_share=audit.ttft_share(self.config),
             warmup_rounds=self._warmup_rounds(),

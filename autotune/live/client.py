@@ -19,6 +19,7 @@ import time
 import traceback
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from functools import partial
@@ -29,11 +30,12 @@ import uvloop
 
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
+from autotune.live.messages import RunSpec
 from autotune.live.stream import Client, Stream, completion
 from autotune.system.process import fork
 
 ISSUE = struct.Struct("<II")  # to a client process: a request's number, its sample
-MESSAGE = struct.Struct("<BIIddd")  # from one: the fields of a Message but its text
+MESSAGE = struct.Struct("<BIIIddd")  # from one: the fields of a Message, with its data's length in bytes, then the data
 # In place of a request's number: the run begins, forget the warm-up's figures (its sample: whether first tokens are to
 # be reported); the run has ended, drop what is still under way and report.
 BEGIN, END = 0xFFFFFFFF, 0xFFFFFFFE
@@ -44,11 +46,11 @@ TICKS = 25  # after which it reports its tokens
 
 
 class MessageKind(IntEnum):
-    FIRST_TOKEN = 0
-    DONE = 1  # amount: the request's tokens
-    FAILED = 2  # amount: bytes of text that follow, the reason
+    FIRST_TOKEN = 0  # data: its id, if answers are kept
+    DONE = 1  # amount: the request's tokens; data: their ids, if answers are kept
+    FAILED = 2  # data: text, the reason
     GENERATED = 3  # amount: tokens so far, of all requests
-    REPORT = 4  # amount: bytes of JSON that follow, a ProcessReport
+    REPORT = 4  # data: JSON, a ProcessReport
 
 
 class Message(NamedTuple):
@@ -60,7 +62,7 @@ class Message(NamedTuple):
     sent: float  # its last byte
     first: float  # first token read; 0 before
     last: float  # last bytes read
-    text: str
+    data: bytes  # ids are int32
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class ProcessReport:
     lag_p99_ms: float  # by which its event loop ran timers late
     lag_max_ms: float
     unsent_bytes: int  # of requests that the kernel had not taken yet, at most
+    waiting: int  # requests that waited for a connection, at most
 
 
 def bodies(samples: Samples) -> list[bytes]:
@@ -85,19 +88,20 @@ def bodies(samples: Samples) -> list[bytes]:
     return bodies
 
 
-def requests(url: str, model: str, bodies: Sequence[bytes]) -> list[bytes]:
+def requests(url: str, model: str, bodies: Sequence[bytes], keep_answers: bool) -> list[bytes]:
     """HTTP requests to the server at `url`, one for each of `bodies`, with the model's name in it."""
-    head = json.dumps({"model": model}).encode()[:-1] + b", "
+    head = json.dumps({"model": model, **({"return_token_ids": True} if keep_answers else {})}).encode()[:-1] + b", "
     return [completion(url, head + body[1:]) for body in bodies]
 
 
 class Clients:
-    """`count` client processes for the server at `url`, which send requests out of `requests`, one for each sample.
+    """Client processes for a run's server, which send requests out of `requests`, one for each sample.
 
     They serve run after run, each of which may be made by a fork of the process that started them.
     """
 
-    def __init__(self, count: int, url: str, requests: Sequence[bytes], timeout_s: float) -> None:
+    def __init__(self, spec: RunSpec, requests: Sequence[bytes]) -> None:
+        count = spec.client_processes
         self.reports: dict[int, ProcessReport] = {}  # by process, once the run has ended
         self._generated = [0] * count
         self._socks: list[socket.socket] = []
@@ -105,8 +109,7 @@ class Clients:
         for _ in range(count):
             ours, theirs = socket.socketpair()
             with theirs:
-                work = partial(_work, theirs, url=url, requests=requests, timeout_s=timeout_s)
-                self._pids.append(fork(work))
+                self._pids.append(fork(partial(_work, theirs, spec, requests)))
             self._socks.append(ours)
         self._unread = [b""] * count
         self._next = 0
@@ -169,28 +172,24 @@ class Clients:
         messages = []
         at = 0
         while at + MESSAGE.size <= len(data):
-            kind, number, amount, sent, first, last = MESSAGE.unpack_from(data, at)
-            end = at + MESSAGE.size
-            text = ""
-            if kind in (MessageKind.FAILED, MessageKind.REPORT):
-                if end + amount > len(data):
-                    break
-                text = data[end : end + amount].decode()
-                end += amount
-            at = end
+            kind, number, amount, size, sent, first, last = MESSAGE.unpack_from(data, at)
+            begin = at + MESSAGE.size
+            if begin + size > len(data):
+                break
+            at = begin + size
             if kind == MessageKind.GENERATED:
                 self._generated[index] = amount
             elif kind == MessageKind.REPORT:
-                self.reports[index] = ProcessReport(**json.loads(text))
+                self.reports[index] = ProcessReport(**json.loads(data[begin:at]))
             else:
-                messages.append(Message(kind, number, amount, sent, first, last, text))
+                messages.append(Message(kind, number, amount, sent, first, last, data[begin:at]))
         self._unread[index] = data[at:]
         return messages
 
 
-def _work(sock: socket.socket, url: str, requests: Sequence[bytes], timeout_s: float) -> None:
+def _work(sock: socket.socket, spec: RunSpec, requests: Sequence[bytes]) -> None:
     loop = uvloop.new_event_loop()
-    _Process(loop, sock, url, requests, timeout_s)
+    _Process(loop, sock, spec, requests)
     loop.run_forever()
 
 
@@ -198,18 +197,21 @@ class _Process:
     """A client process: reads issues from its socket and writes messages, once in each turn of its event loop."""
 
     def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        sock: socket.socket,
-        url: str,
-        requests: Sequence[bytes],
-        timeout_s: float,
+        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, spec: RunSpec, requests: Sequence[bytes]
     ) -> None:
         self._loop = loop
         self._sock = sock
         self._requests = requests
         self._in_run = self._first_tokens = False
-        self._client = Client(loop, url, timeout_s, self._on_first_token, self._on_end)
+        self._client = Client(
+            loop,
+            spec.url,
+            spec.request_timeout_s,
+            self._on_first_token,
+            self._on_end,
+            max(1, spec.connections // spec.client_processes),
+            spec.keep_answers,
+        )
         self._unread = b""
         self._out = bytearray()
         loop.set_exception_handler(self._on_bug)
@@ -220,7 +222,7 @@ class _Process:
         self._in_run, self._first_tokens = True, first_tokens
         self._lags = array("d")
         self._began_cpu_s = time.process_time()
-        self._client.events = self._client.most_unsent = 0
+        self._client.events = self._client.most_unsent = self._client.most_waiting = 0
 
     def _end(self) -> None:
         self._in_run = False
@@ -245,12 +247,17 @@ class _Process:
 
     def _on_first_token(self, stream: Stream) -> None:
         if self._first_tokens:
-            self._send(MESSAGE.pack(MessageKind.FIRST_TOKEN, stream.number, 0, stream.sent, stream.first, stream.last))
+            self._tell(MessageKind.FIRST_TOKEN, stream, 0, stream.ids[:1].tobytes() if stream.ids else b"")
 
     def _on_end(self, stream: Stream, error: str) -> None:
-        text = error.encode()
-        kind, amount = (MessageKind.FAILED, len(text)) if error else (MessageKind.DONE, stream.tokens)
-        self._send(MESSAGE.pack(kind, stream.number, amount, stream.sent, stream.first, stream.last) + text)
+        if error:
+            self._tell(MessageKind.FAILED, stream, 0, error.encode())
+        else:
+            self._tell(MessageKind.DONE, stream, stream.tokens, stream.ids.tobytes() if stream.ids else b"")
+
+    def _tell(self, kind: MessageKind, stream: Stream, amount: int, data: bytes) -> None:
+        times = stream.sent, stream.first, stream.last
+        self._send(MESSAGE.pack(kind, stream.number, amount, len(data), *times) + data)
 
     def _tick(self, due: float) -> None:
         now = time.perf_counter()
@@ -258,16 +265,16 @@ class _Process:
         if self._in_run:  # else nobody may read it
             self._lags.append(max(0.0, now - due))
         if self._in_run and len(self._lags) % TICKS == 0:
-            self._send(MESSAGE.pack(MessageKind.GENERATED, 0, self._client.events, 0.0, 0.0, 0.0))
+            self._send(MESSAGE.pack(MessageKind.GENERATED, 0, self._client.events, 0, 0.0, 0.0, 0.0))
         self._loop.call_later(TICK_S, self._tick, now + TICK_S)
 
     def _report(self) -> None:
         lags = np.array(self._lags or [0.0]) * 1e3
         cpu_s = time.process_time() - self._began_cpu_s
-        report = ProcessReport(cpu_s, float(np.percentile(lags, 99)), float(lags.max()), self._client.most_unsent)
-        text = json.dumps(asdict(report)).encode()
-        self._send(MESSAGE.pack(MessageKind.REPORT, 0, len(text), 0.0, 0.0, 0.0) + text)
-        self._flush()
+        most = self._client.most_unsent, self._client.most_waiting
+        report = ProcessReport(cpu_s, float(np.percentile(lags, 99)), float(lags.max()), *most)
+        data = json.dumps(asdict(report)).encode()
+        self._send(MESSAGE.pack(MessageKind.REPORT, 0, 0, len(data), 0.0, 0.0, 0.0) + data)
 
     def _send(self, message: bytes) -> None:
         if not self._out:
@@ -275,9 +282,15 @@ class _Process:
         self._out += message
 
     def _flush(self) -> None:
+        """Write what the socket takes now; uvloop has made it non-blocking."""
+        with suppress(BlockingIOError):
+            del self._out[: self._sock.send(self._out)]
         if self._out:
-            self._sock.sendall(self._out)
-            self._out.clear()
+            self._loop.add_writer(self._sock.fileno(), self._on_writable)
+
+    def _on_writable(self) -> None:
+        self._loop.remove_writer(self._sock.fileno())
+        self._flush()
 
     def _on_bug(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """End at once: LoadGen's process notices it, and the run fails."""

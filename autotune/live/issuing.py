@@ -54,7 +54,7 @@ class Requests:
                 self.completed.append(timing)
                 self._watch.add(timing)
             else:
-                self.failures.append(message.text)
+                self.failures.append(message.data.decode())
         self.decided = self._watch.ends_run(self._stop)
 
 

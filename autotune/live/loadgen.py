@@ -22,7 +22,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -48,6 +48,8 @@ from autotune.system.process import fork
 NO_LIMIT_S = 3600.0
 PUBLISH_S = 2.0
 SETTLED = 0.9  # of the fastest round so far: warm-up ends with a round that took longer than this share of it
+NO_ANSWER = bytes(8)  # for LoadGen, where none is kept or a request has failed
+ID_BYTES = 4
 SWITCH_S = 5e-4  # the longest that LoadGen's issue thread waits for the thread that reads the clients' messages
 
 
@@ -59,8 +61,6 @@ class Sut(Requests):
         self._spec, self._library = spec, len(samples)
         self._ids: list[int] = []  # LoadGen's
         self._first_token = spec.scenario.kind is not Kind.Offline
-        self._buffer = array.array("B", bytes(8))  # LoadGen copies it; performance runs never look inside
-        self._address, self._size = self._buffer.buffer_info()
 
     def run(self) -> None:
         """Run LoadGen to its end; its logs go to the run's folder."""
@@ -70,7 +70,7 @@ class Sut(Requests):
         log.enable_trace = False
         library = lg.ConstructQSL(self._library, self._library, lambda _: None, lambda _: None)
         system = lg.ConstructSUT(self.issue, self.flush)
-        # A path of its own, where none lies: LoadGen would obey an audit.config in the working folder.
+        # A path of its own, where only a compliance test puts one: LoadGen would obey one in the working folder.
         audit_config = str(folder / "audit.config")
         lg.StartTestWithLogSettings(system, library, settings(self._spec.scenario), log, audit_config)
         lg.DestroySUT(system)
@@ -88,19 +88,26 @@ class Sut(Requests):
         """Pass the clients' messages on to LoadGen, which times them as they come, then record them for ourselves."""
         begun = [message for message in messages if message.kind == MessageKind.FIRST_TOKEN or not message.first]
         if self._first_token and begun:
-            lg.FirstTokenComplete([self._response(message, 0) for message in begun])
+            self._complete(lg.FirstTokenComplete, [(m.number, answer(m)[:ID_BYTES], 0) for m in begun])
         ended = [message for message in messages if message.kind != MessageKind.FIRST_TOKEN]
-        if ended:
-            lg.QuerySamplesComplete([self._response(message, self._tokens(message)) for message in ended])
+        if ended:  # LoadGen waits for every query, so a failed one is completed, too; the run is INVALID anyway
+            self._complete(lg.QuerySamplesComplete, [(m.number, answer(m), m.amount or 2) for m in ended])
         super().on_messages(messages)
 
-    @staticmethod
-    def _tokens(message: Message) -> int:
-        # LoadGen waits for every query, so a failed one is completed, too; the run is INVALID anyway.
-        return message.amount if message.kind == MessageKind.DONE else 2
+    def _complete(self, tell: Callable[..., None], answers: Sequence[tuple[int, bytes, int]]) -> None:
+        """Call LoadGen's `tell` with requests' numbers, their answers and the numbers of tokens."""
+        buffer = array.array("B", b"".join(data for _, data, _ in answers))  # LoadGen copies from it while it is called
+        address, _ = buffer.buffer_info()
+        responses = []
+        for number, data, tokens in answers:
+            responses.append(lg.QuerySampleResponse(self._ids[number], address, len(data), tokens))
+            address += len(data)
+        tell(responses)
 
-    def _response(self, message: Message, tokens: int) -> lg.QuerySampleResponse:
-        return lg.QuerySampleResponse(self._ids[message.number], self._address, self._size, tokens)
+
+def answer(message: Message) -> bytes:
+    """The answer to a request, for LoadGen."""
+    return NO_ANSWER if message.kind == MessageKind.FAILED else message.data or NO_ANSWER
 
 
 def settings(scenario: ScenarioConfig) -> lg.TestSettings:
@@ -211,7 +218,7 @@ def warm_up(clients: Clients, messages: Iterator[list[Message]], spec: RunSpec, 
         while left:
             for message in next(messages):
                 if message.kind == MessageKind.FAILED:
-                    raise MeasureError(message.text)
+                    raise MeasureError(message.data.decode())
                 left -= message.kind == MessageKind.DONE
         took = time.perf_counter() - began
         reset_caches(spec.url)
@@ -267,13 +274,14 @@ def serve(trial: socket.socket, samples: Samples, bodies: Sequence[bytes]) -> No
         if message == STOP:  # the run had just ended
             continue
         spec = RunSpec.load(Path(os.fsdecode(message)) / "run.json")
-        asks = (spec.client_processes, spec.url, spec.model, spec.request_timeout_s)
+        server = (spec.url, spec.model, spec.request_timeout_s)
+        asks = (*server, spec.client_processes, spec.connections, spec.keep_answers)
         if clients and asks != asked:
             clients.close()
             clients = None
         if not clients:
-            ready = requests(spec.url, spec.model, bodies)
-            asked, clients = asks, Clients(spec.client_processes, spec.url, ready, spec.request_timeout_s)
+            ready = requests(spec.url, spec.model, bodies, spec.keep_answers)
+            asked, clients = asks, Clients(spec, ready)
             del ready  # the client processes have it
         code = ending(fork(partial(run, spec, clients, samples)), trial)
         if code:
@@ -297,7 +305,7 @@ def ending(pid: int, trial: socket.socket) -> int:
 def main() -> None:
     path, descriptor = sys.argv[1:]
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each request in flight has a connection
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each request that was sent has a connection
     samples = Samples.load(Path(path))
     ready = bodies(samples)
     gc.freeze()

@@ -1,4 +1,7 @@
-"""A client for streamed completions, HTTP/1.1 on one event loop. It counts events and parses none but the last."""
+"""A client for streamed completions, HTTP/1.1 on one event loop.
+
+It counts events, and parses none but the last; where answers are kept, their token ids are parsed once they have ended.
+"""
 
 import asyncio
 import errno
@@ -6,6 +9,8 @@ import os
 import re
 import socket
 import time
+from array import array
+from collections import deque
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
@@ -15,8 +20,11 @@ from autotune.live import key
 
 EVENT = b"\ndata: {"  # JSON has no raw newline, so generated text can't look like this
 TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
+# Of one event, with return_token_ids; the first has `prompt_token_ids`, too. In a text their quotes are escaped.
+IDS = re.compile(rb'"token_ids":\s*\[\s*(\d[^\]]*)\]')
 TAIL_BYTES = 512  # enough for the last event, which holds the usage
 RECEIVE_BYTES = 4096  # some twenty events; Python allocates as much for each read
+KEPT_BYTES = 1 << 16  # of an answer whose events are kept, before they are parsed in mid-stream to save memory
 ERROR_BYTES = 300  # that are kept of an answer that is an error
 
 
@@ -29,11 +37,13 @@ def completion(url: str, body: bytes) -> bytes:
 class Stream:
     """A request and the progress of its answer. Times are seconds of time.perf_counter(), 0 before."""
 
-    __slots__ = ("deadline", "first", "last", "number", "request", "sent", "status", "tail")
+    __slots__ = ("_kept", "deadline", "first", "ids", "last", "number", "request", "sent", "status", "tail")
 
-    def __init__(self, number: int, request: bytes) -> None:
+    def __init__(self, number: int, request: bytes, keep: bool = False) -> None:
         self.number = number
         self.request = request
+        self.ids: array[int] | None = array("i") if keep else None  # generated tokens, once `parse` has found them
+        self._kept = bytearray()  # of them, what is not parsed yet
         self.deadline = 0.0
         self.sent = self.first = self.last = 0.0  # last byte written; first event, last bytes read
         self.status = 0
@@ -56,11 +66,25 @@ class Stream:
         events = text.count(EVENT, max(0, len(self.tail) - len(EVENT) + 1))
         self.tail = text[-TAIL_BYTES:]
         self.last = now
+        if self.ids is not None:
+            self._kept += body
+            if not self.first or len(self._kept) > KEPT_BYTES:
+                self.parse()
         return events
+
+    def parse(self) -> None:
+        """Find the token ids of the events that are whole."""
+        assert self.ids is not None
+        whole, _, self._kept = self._kept.rpartition(b"\n")
+        for ids in IDS.findall(whole):
+            self.ids.extend(map(int, ids.split(b",")))
 
 
 class Client:
     """Sends requests to one server, each on a connection that it has to itself until its answer has ended.
+
+    There are at most `connections`; requests beyond wait here, in order, and their time-out does not begin before they
+    are sent. With `keep`, streams have the token ids of their answers, which the requests must have asked for.
 
     Calls `on_first_token(stream)` at a stream's first event, if it gets one, and `on_end(stream, error)` at its end;
     `error` quotes the server, and is empty for a stream that ended with a count of generated tokens.
@@ -73,13 +97,18 @@ class Client:
         timeout_s: float,
         on_first_token: Callable[[Stream], None],
         on_end: Callable[[Stream, str], None],
+        connections: int = 1024,
+        keep: bool = False,
     ) -> None:
         parts = urlsplit(url)
         self.loop = loop
         self.address = (parts.hostname, parts.port or 80)
         self.events = 0  # so far, of all requests; vLLM puts a token in each
         self.unsent = 0  # bytes of requests that the kernel has not taken yet
-        self.most_unsent = 0
+        self.most_unsent = self.most_waiting = 0
+        self._keep = keep
+        self._connections = connections
+        self._waiting: deque[Stream] = deque()
         self._timeout_s = timeout_s
         self._on_first_token = on_first_token
         self._on_end = on_end
@@ -88,11 +117,9 @@ class Client:
 
     def start(self, number: int, request: bytes) -> None:
         """Send `request`; its stream has this `number`."""
-        stream = Stream(number, request)
-        if self._idle:
-            self._run(stream, self._idle.pop())
-        else:
-            self._run_anew(stream)
+        self._waiting.append(Stream(number, request, self._keep))
+        self._send_waiting()
+        self.most_waiting = max(self.most_waiting, len(self._waiting))
 
     def expire(self) -> None:
         """End the streams that are past their time-out; to be called regularly."""
@@ -109,13 +136,14 @@ class Client:
         for connection in self._running.values():
             connection.close()
         self._running.clear()
+        self._waiting.clear()
 
     def read(self, stream: Stream, body: bytes, now: float) -> None:
         """Take bytes of an answer's body, read at `now`."""
         events = stream.read(body, now)
-        if events and stream.status == 200:
+        if stream.status == 200:
             self.events += events
-            if not stream.first:
+            if not stream.first and (events if stream.ids is None else stream.ids):
                 stream.first = now
                 self._on_first_token(stream)
 
@@ -125,7 +153,12 @@ class Client:
             self._idle.append(connection)
         else:
             connection.close()
-        self._end(stream, "" if stream.tokens else f"vLLM answered {stream.status}: {stream.text}")
+        error = "" if stream.tokens else f"vLLM answered {stream.status}: {stream.text}"
+        if stream.ids is not None:
+            stream.parse()
+            if not error and len(stream.ids) != stream.tokens:
+                error = f"vLLM counted {stream.tokens} tokens and sent the ids of {len(stream.ids)}"
+        self._end(stream, error)
 
     def lose(self, stream: Stream | None, connection: "Connection", error: str) -> None:
         """Give up `connection`, which has failed in mid-stream, or was closed while it was idle."""
@@ -137,6 +170,14 @@ class Client:
             self._run_anew(stream)
         else:
             self._end(stream, f"request failed: {error}")
+
+    def _send_waiting(self) -> None:
+        while self._waiting and len(self._running) < self._connections:
+            stream = self._waiting.popleft()
+            if self._idle:
+                self._run(stream, self._idle.pop())
+            else:
+                self._run_anew(stream)
 
     def _run_anew(self, stream: Stream) -> None:
         try:
@@ -153,6 +194,8 @@ class Client:
 
     def _end(self, stream: Stream, error: str) -> None:
         del self._running[stream]
+        if self._waiting:  # later, as sending may fail at once, and so end the next stream
+            self.loop.call_soon(self._send_waiting)
         self._on_end(stream, error)
 
 
