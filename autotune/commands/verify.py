@@ -34,6 +34,7 @@ from autotune.config.redact import HIDDEN
 from autotune.config.schema import Config
 from autotune.errors import InputError, MeasureError
 from autotune.measure import objective, progress, trial
+from autotune.measure.accuracy import CONSTRAINT
 from autotune.measure.paired import Difference, paired_difference
 from autotune.measure.prepare import gpu_count
 from autotune.measure.result import Result
@@ -249,7 +250,10 @@ def start(batch: Sequence[Repeat], launcher: Launcher) -> list[tuple[Repeat, Job
 def record(study: Study, tracker: beside.TrackingProcess, repeat: Repeat, result: Result) -> None:
     """Save, print and track the result of a repeat."""
     folder = repeat.trial.folder
-    result.params = study.results[repeat.name].params
+    known = study.results[repeat.name]
+    result.params, result.accuracy = known.params, known.accuracy
+    if CONSTRAINT in known.constraints:  # the study's gate has judged these numerics
+        result.constraints[CONSTRAINT] = known.constraints[CONSTRAINT]
     result.save(folder)
     outcome = summary.outcome(result, repeat.trial.config.objective.metrics)
     log.info("block %d: %s: %s", repeat.block, repeat.name, outcome)

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,7 +20,7 @@ from autotune.config.schema import Hot, Kind, LiveConfig, ScenarioConfig, Stop
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
-from autotune.live import audit, gpu, hot, loadgen_log, metrics_page, recording
+from autotune.live import audit, gpu, hot, loadgen_log, metrics_page, recording, scoring
 from autotune.live.gpu import Gpus, GpuState
 from autotune.live.hot import Served
 from autotune.live.installed_vllm import find_vllm
@@ -166,6 +166,15 @@ class LiveEngine:
             raise
         self.ended = time.monotonic()
         return self._measured(spec, states, gpu_states)
+
+    def prefilled(self, texts: Sequence[list[int]]) -> list[scoring.Floats]:
+        return scoring.prefilled(self.server, texts, self.config.request_timeout_s, self._stopped)
+
+    def decoded(self, prompts: Sequence[tuple[list[int], int]]) -> list[tuple[list[int], scoring.Floats]]:
+        return scoring.decoded(self.server, prompts, self.config.request_timeout_s, self._stopped)
+
+    def _stopped(self) -> None:
+        progress.check(self.folder)
 
     def recorded(self) -> Recording | None:
         if not self.config.steps:

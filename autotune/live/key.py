@@ -34,7 +34,8 @@ def header(url: str) -> str:
 def opened(server: str, path: str, timeout_s: float, method: str = "GET", body: bytes | None = None) -> HTTPResponse:
     """The answer of the server at the URL `server`. Raises OSError, also for a status other than 2xx."""
     name, _, value = header(server).partition(": ")
-    request = urllib.request.Request(server + path, body, headers={name: value}, method=method)
+    headers = {name: value, "Content-Type": "application/json"}
+    request = urllib.request.Request(server + path, body, headers, method=method)
     answer: HTTPResponse = urllib.request.urlopen(request, timeout=timeout_s)
     return answer
 

@@ -1,10 +1,10 @@
 """The interface of backends: a backend starts a server, and each run on the server returns timings."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +92,17 @@ class Engine(Protocol):
 
     def recorded(self) -> Recording | None:
         """Its steps by now; None if it is not to record them."""
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """An engine whose answers can be judged; a simulation has none."""
+
+    def prefilled(self, texts: Sequence[list[int]]) -> list[NDArray[np.float64]]:
+        """The log-probability of each token after a text's first one, in prefill. Raises MeasureError."""
+
+    def decoded(self, prompts: Sequence[tuple[list[int], int]]) -> list[tuple[list[int], NDArray[np.float64]]]:
+        """A greedy answer to each prompt, of so many tokens at most, and its log-probabilities. Raises MeasureError."""
 
 
 class Backend(Protocol):

@@ -50,10 +50,12 @@ class Result:
     verdict: str = ""  # LoadGen's: VALID or INVALID
     reasons: list[str] = field(default_factory=list)  # why it is not VALID
     metrics: dict[str, float] = field(default_factory=dict)
-    intervals: dict[str, list[float]] = field(default_factory=dict)  # 95 % confidence: metric → [low, high]
+    # 95 % confidence, of accuracy 90 %: metric → [low, high]
+    intervals: dict[str, list[float]] = field(default_factory=dict)
     bound: str = ""  # bottleneck: kv, sequences, tokens, queue, arrival or client; of a search also ttft or tpot
+    accuracy: str = ""  # verdict of the study's gate: same numerics, passed, refused or unknown, and why
     runs: list[RunRecord] = field(default_factory=list)  # where there were several
-    phases: dict[str, float] = field(default_factory=dict)  # seconds: start, warmup, run, stop, other
+    phases: dict[str, float] = field(default_factory=dict)  # seconds: start, warmup, run, accuracy, stop, other
     start: dict[str, float] = field(default_factory=dict)  # seconds of the start by part: import, weights, compile, …
     args: dict[str, Any] = field(default_factory=dict)  # vLLM's flags, as configured
     command: list[str] = field(default_factory=list)  # `vllm serve …`

@@ -14,10 +14,11 @@ from omegaconf import OmegaConf
 
 from autotune.config import vllm_flags
 from autotune.config.redact import redact
-from autotune.config.schema import Config
-from autotune.errors import BehindError, StoppedError
-from autotune.measure import objective, price, runs, series
-from autotune.measure.backend import DryRunOutcome, Engine, Recording
+from autotune.config.schema import Check, Config
+from autotune.data.samples import Samples
+from autotune.errors import BehindError, MeasureError, StoppedError
+from autotune.measure import accuracy, objective, price, progress, runs, series
+from autotune.measure.backend import DryRunOutcome, Engine, Recording, Scorer
 from autotune.measure.prepare import Prepared, gpu_count, prepare, prepare_samples
 from autotune.measure.result import Result, State
 from autotune.measure.runs import RunResult
@@ -101,6 +102,8 @@ def _measure(config: Config, result: Result, folder: Path, slot: Slot) -> None:
             finally:  # steps of a trial that failed or was pruned teach, too; they are kept while the engine stops
                 if recording := engine.recorded():
                     pool.submit(_keep_steps, recording, prepared, outcome, folder, result)
+            if config.accuracy.check is Check.nll and isinstance(engine, Scorer):
+                score(config, engine, outcome.result().resolved, loaded, folder, result)
             stopping = time.monotonic()
     if not result.estimated:
         result.phases["stop"] = time.monotonic() - stopping
@@ -113,6 +116,22 @@ def _keep_steps(
 
     flags = prepared.args if outcome.exception() else outcome.result().resolved
     result.facts["steps"] = steps.keep(recording, flags, prepared.model.config, folder)
+
+
+def score(
+    config: Config, engine: Scorer, flags: Mapping[str, Any], samples: Samples, folder: Path, result: Result
+) -> None:
+    """Note in `result` how well the server predicts texts; a failure is noted, too, as the runs are good without."""
+    progress.phase(folder, "accuracy")
+    began = time.monotonic()
+    texts = accuracy.texts(samples, config.accuracy)
+    numerics = accuracy.numerics(flags, config.backend.get("env") or {})
+    result.facts[accuracy.NUMERICS] = numerics
+    try:
+        result.metrics |= accuracy.scored(config.accuracy, engine, texts, numerics).metrics()
+    except MeasureError as error:
+        result.accuracy = f"{accuracy.UNKNOWN}: {error}"
+    result.phases["accuracy"] = time.monotonic() - began
 
 
 def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> RunResult:

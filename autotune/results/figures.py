@@ -61,7 +61,7 @@ PARTS = {
     "attention": ("attention", GREEN),
     "sequences": ("sequences", PURPLE),
 }
-PHASES = {"start": SKY, "warmup": YELLOW, "run": BLUE, "stop": PURPLE, "other": GREY}
+PHASES = {"start": SKY, "warmup": YELLOW, "run": BLUE, "accuracy": GREEN, "stop": PURPLE, "other": GREY}
 LEAST = 4  # trials that importance is computed of
 FOREST = 200  # trials that fANOVA's forest is grown of: its time goes with them
 GPU = {"gpu_utilization": "GPU busy", "gpu_j_per_token": "J/token"}  # of a trial, by metric

@@ -22,6 +22,7 @@ from plotly.offline import get_plotlyjs
 
 from autotune.config.schema import Config, Kind
 from autotune.config.vllm_flags import FLAG
+from autotune.measure.accuracy import NLL, OVER
 from autotune.measure.limits import limits_of
 from autotune.measure.objective import offered_load, sign
 from autotune.measure.result import Result, State
@@ -476,7 +477,8 @@ def table(study: Study) -> dict[str, Any]:
     objective = study.config.objective
     params = list(dict.fromkeys(key for result in study.complete.values() for key in result.params))
     measured = {metric for result in study.complete.values() for metric in result.metrics}
-    metrics = list(dict.fromkeys([*objective.metrics, *HEADINGS, *(name for name in figures.GPU if name in measured)]))
+    others = [name for name in (*figures.GPU, f"{NLL}{OVER}") if name in measured]
+    metrics = list(dict.fromkeys([*objective.metrics, *HEADINGS, *others]))
     rows = [
         {
             "name": name,

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from autotune.config.redact import redact
 from autotune.config.schema import Config
+from autotune.config.vllm_flags import FLAG
 from autotune.measure import objective
+from autotune.measure.accuracy import CONSTRAINT, PASSED, UNKNOWN, impossible, is_numeric
 from autotune.measure.result import Result, State
 from autotune.results import fleet
 from autotune.results.study import BASELINE, ON_SHARED, RECIPE, REFERENCES, Study
@@ -107,7 +109,7 @@ def render(study: Study) -> str:
         parts += _verdict(study, best)
         warning = edge(study.results[study.served or best], config)
         parts += ["", warning] if warning else []
-    parts += _surprises(study) + _shared(study) + _nodes(study)
+    parts += _accuracy(study) + _surprises(study) + _shared(study) + _nodes(study)
     parts += ["", f"Sampler: {config.sampler}"] if "(" in config.sampler else []
     if (load := config.target_load) and study.complete:
         parts += ["", *fleet.render(fleet.fleets(study.complete.items(), config, load), config, load)]
@@ -165,6 +167,31 @@ def _verdict(study: Study, best: str) -> list[str]:
     return ["", text, "", f"  {study.results[served].shell_command}"]
 
 
+def _accuracy(study: Study) -> list[str]:
+    """Lines on the answers of what is served, and on the trials that can't be: theirs were refused, or are unknown."""
+    served = study.results.get(study.served or "")
+    left_out: dict[str, list[str]] = {}
+    for name, result in study.complete.items():
+        if result.constraints.get(CONSTRAINT, 0) > 0:
+            left_out.setdefault(result.accuracy or UNKNOWN, []).append(name)
+    lines = []
+    if served and served.accuracy.startswith(PASSED):
+        lines.append(f"Its answers against the baseline's: {served.accuracy}.{_made_up(study.config)}")
+    elif served and not served.accuracy and any(is_numeric(name.removeprefix(FLAG)) for name in served.params):
+        why = impossible(served.args, served.estimated) or "accuracy=nll checks them"
+        lines.append(f"Its answers were not checked, and its flags may change them: {why}.")
+    if left_out:
+        lines.append("Left out for their answers (accuracy=none leaves out the check):")
+        lines += [f"  {', '.join(names)}: {verdict}" for verdict, names in left_out.items()]
+    return ["", *lines] if lines else []
+
+
+def _made_up(config: Config) -> str:
+    """A warning where the texts that were scored are nobody's."""
+    made_up = "synthetic" in str(config.dataset.records) and not config.dataset.path
+    return " On made-up texts: check it with yours (dataset.path=…)." if made_up else ""
+
+
 def _shared(study: Study) -> list[str]:
     """Sentences on the servers that trials shared, and on what a server of its own made of the best one."""
     sharing = [result.facts["server"].partition(",")[0] for result in study.swept.values() if result.shared_server]
@@ -202,8 +229,9 @@ def _against(study: Study, best: str) -> list[str]:
 def broken(result: Result) -> list[str]:
     """The constraints that `result` breaks, and by how much."""
     over = {name: value for name, value in result.constraints.items() if value > 0}
-    failed = over.pop("failed_requests", 0)
+    failed, accuracy = over.pop("failed_requests", 0), over.pop(CONSTRAINT, 0)
     limits = [f"{name} over by {value:.0%}" for name, value in over.items()]
+    limits += [f"accuracy {result.accuracy or UNKNOWN}"] if accuracy else []
     return [*limits, f"{failed:.0f} requests failed"] if failed else limits
 
 

@@ -175,6 +175,7 @@ class Tracker:
                 "bound": result.bound,
                 "reason": result.reason or "; ".join(result.reasons),
                 "estimated": str(result.estimated).lower(),
+                "accuracy": result.accuracy,
                 **result.config,
                 **result.facts,
             }

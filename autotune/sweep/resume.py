@@ -21,7 +21,7 @@ FREE = (
     *("sampler", "seed", "pruner", "prior", "conditions", "only_if", "launcher", "gpus", "baseline_gpu"),
     *("tracking", "secrets", "cache_dir", "backend.python", "backend.port", "backend.pace", "backend.observe_s"),
     *("target_load", "backend.steps", "model.limits", "model.recipe"),  # scenario has the limits that hold
-    *("backend.bounds", "scenario.search.best"),
+    *("backend.bounds", "scenario.search.best", "accuracy.check", "accuracy.margin", "accuracy.kept_in"),
     *("backend.start_timeout_s", "backend.stop_timeout_s", "backend.run_timeout_s"),
 )
 FACTS = (

@@ -37,6 +37,7 @@ from autotune.results.study import (
     BASELINE,
     CANARY,
     FRESH,
+    ON_SHARED,
     SPACE,
     TRIAL,
     canaries_in,
@@ -52,6 +53,7 @@ from autotune.search.samplers import chosen, make_sampler
 from autotune.search.space import Space, check_space, default_of, parse, shared_start, swept_flags, value_of
 from autotune.sweep import storage
 from autotune.sweep.display import Display
+from autotune.sweep.gate import Gate, decided
 from autotune.sweep.launchers import Job, Launcher, make_launcher
 from autotune.sweep.lookup import Lookup
 from autotune.sweep.record import AGAIN, EXPECTED, Record
@@ -73,7 +75,8 @@ DUPLICATES_IN_A_ROW = 50  # then the sampler has nothing new
 ENDING_S = 10.0  # for which a study that was stopped waits for the ends of its jobs; the next one settles the others
 FINALISTS = 3  # trials on a shared server that are measured again, at most
 NODE_FAILURES = 3  # in a row, then a node is set aside
-CANARY_RUN: dict[str, Any] = {"scenario.min_duration_s": 10.0, "scenario.min_queries": 32}  # enough to compare nodes by
+# Enough to compare nodes by.
+CANARY_RUN: dict[str, Any] = {"scenario.min_duration_s": 10.0, "scenario.min_queries": 32, "accuracy.check": "none"}
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     space, fixed = parse(sweeper["params"] or {}, arguments, job.conditions, job.only_if)
     composed = config_loader.load_sweep_config(job, fixed)
     config = typed(composed)
-    for name, one in space.parameters.items():
-        if isinstance(one, CategoricalDistribution) and any(redact(item, name) != item for item in one.choices):
-            raise InputError(f"{name}: a secret can't be swept, as every trial tells its parameters; set it once")
+    check_secrets(space)
     prepared = prepare(config)
     samples = prepare_samples(config, prepared)
     defaults = prepared.dry_run()
@@ -121,9 +122,10 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     launcher, pruner = make_launcher(config), make_pruner(config)
     sampler, composed.sampler = chosen(sweeper["sampler"], config, space)  # it can be made, before there is a folder
-    config = replace(config, sampler=composed.sampler)
     tracking.check(config.tracking)
     folder = Path(job.hydra.sweep.dir)
+    config = replace(config, sampler=composed.sampler, accuracy=decided(config, space, prepared, folder))
+    composed.accuracy = config.accuracy
     if config.resume and not folder.exists():
         raise InputError(f"resume=true: there is no study in {folder}; write study=<its name>")
     if config.warm_start and not folder.exists():
@@ -145,7 +147,8 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
             write_whole(folder / SPACE, json.dumps(written, indent=1))
             # Each trial is composed from this study, and must not make up a name of its own.
             overrides = [*fixed, f"study={config.study}"]
-            study = Sweep(record, config, composed, overrides, prepared, defaults, launcher, folder).run(results)
+            judge = Gate(config, prepared, samples, folder)
+            study = Sweep(record, config, composed, overrides, prepared, defaults, launcher, folder, judge).run(results)
     if not study.complete:
         sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
 
@@ -178,6 +181,13 @@ def check_recipe(config: Config, prepared: Prepared) -> None:
     refusal = prepared.dry_run(prepared.backend.read(swept_flags(params, prepared.args))).refusal if params else ""
     if refusal:
         raise InputError(f"baseline={RECIPE}: vLLM refuses {shorten(params)}: {refusal}; leave it out")
+
+
+def check_secrets(space: Space) -> None:
+    """Raise InputError for a parameter whose values are secrets."""
+    for name, one in space.parameters.items():
+        if isinstance(one, CategoricalDistribution) and any(redact(item, name) != item for item in one.choices):
+            raise InputError(f"{name}: a secret can't be swept, as every trial tells its parameters; set it once")
 
 
 def check_gpus(config: Config) -> None:
@@ -213,6 +223,7 @@ class Sweep:
         defaults: DryRunOutcome,
         launcher: Launcher,
         folder: Path,
+        judge: Gate,
     ) -> None:
         """`defaults` are vLLM's flags without a sweep, resolved."""
         self._record = record
@@ -222,6 +233,7 @@ class Sweep:
         self._prepared = prepared
         self._launcher = launcher
         self._folder = folder
+        self._gate = judge
         self._budget_s = seconds(config.budget) if config.budget else None
         if defaults.refusal:
             log.warning("vLLM refuses the configuration even without a sweep: %s", defaults.refusal)
@@ -375,18 +387,18 @@ class Sweep:
             pending = PendingTrial(f"{TRIAL}{trial.number}", params, trial)
             refusal, point = self._lookup.check(params)
             interrupt.check()
-            if refusal:
+            if (earlier := None if refusal else self._lookup.trial_at(point)) and self._repeat(pending, earlier):
+                looked_up += 1
+                self._exhausted = looked_up == DUPLICATES_IN_A_ROW and not self._record.is_grid
+                if self._exhausted:
+                    log.info("stopping: %d proposals in a row were already measured", looked_up)
+            elif refusal := refusal or self._gate.refusal(params):
                 self._refuse(pending, refusal)
                 refused += 1
                 if refused == REFUSALS_IN_A_ROW:
                     raise InputError(
                         f"{refused} combinations in a row can't be run; the last: {refusal}; narrow the space"
                     )
-            elif (earlier := self._lookup.trial_at(point)) and self._repeat(pending, earlier):
-                looked_up += 1
-                self._exhausted = looked_up == DUPLICATES_IN_A_ROW and not self._record.is_grid
-                if self._exhausted:
-                    log.info("stopping: %d proposals in a row were already measured", looked_up)
             else:
                 self._count += 1
                 log.info("%s (%d of %d): %s", pending.name, self._count, self._n_trials, shorten(params))
@@ -505,12 +517,13 @@ class Sweep:
             result.defaults = self._defaults
         elif pending.trial and not result.duplicate_of:
             result.expected = pending.trial.user_attrs.get(EXPECTED, {})
-        result.save(folder)
         if pending.name.startswith(FRESH):
             trial = pending.name.removeprefix(FRESH)
             self._results[trial] = certified(self._results[trial], result)
         else:
             self._results[pending.name] = result
+        result.save(folder)
+        self._judge()
         self._engine_s += result.engine_s
         if result.state is State.pruned:
             log.info("%s: %s", pending.name, result.reason)
@@ -532,7 +545,15 @@ class Sweep:
             self._answer(repeat, pending.name, result)
         if not result.duplicate_of:
             self._count_failures(result, result.facts.get("node", node))
-        self._tracker.log_trial(folder)
+        if not self._gate.waits(result):  # else MLflow gets it at the study's end
+            self._tracker.log_trial(folder)
+
+    def _judge(self, anew: bool = False) -> None:
+        """Have the gate judge what has ended: the baseline's end may decide on what has ended before."""
+        for name in self._gate.judge(self._results, anew):
+            result = self._results[name]
+            log.info("%s: accuracy: %s", name, result.accuracy or "not checked")
+            result.save(self._folder / (f"{FRESH}{name}" if ON_SHARED in result.facts else name))
 
     def _count_failures(self, result: Result, node: str) -> None:
         """Count failures in a row; sets aside a node on which nothing works. Raises InputError after max_failures."""
@@ -554,6 +575,7 @@ class Sweep:
     def _resume(self, results: dict[str, Result]) -> None:
         """Finish what ended meanwhile, watch what still runs, queue again what was interrupted."""
         self._results = results
+        self._judge(anew=True)
         known_s = sum(result.engine_s for result in [*self._results.values(), *canaries_in(self._folder).values()])
         fresh = not self._record.trials and not self._record.is_grid
         for name, result in self._results.items():

@@ -1,0 +1,178 @@
+"""Accuracy: whether a server with other numerics than the baseline's predicts texts as well as the baseline does.
+
+Two checks, both on a server that is up anyway. Prefill: the negative log-likelihood (NLL) of the user's own texts.
+Decode: the NLL of the server's own greedy answers, by its prefill, beyond what it was while they were generated. A
+prefill may not read the KV cache as a decode step does, so that a coarse cache shows in the second alone.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autotune.config.redact import redact
+from autotune.config.schema import AccuracyConfig
+from autotune.data.samples import Samples
+from autotune.errors import MeasureError
+from autotune.measure.backend import Scorer
+from autotune.system.files import left_in, write_whole
+
+if TYPE_CHECKING:
+    from autotune.measure.paired import Difference
+
+FOLDER = "accuracy"  # in a study's folder: the scores of each numerics
+CONSTRAINT = "accuracy"  # of a result: how far the bound is above the margin, as a share of it; 1 if nobody knows
+NLL, GAP = "nll", "decode_nll_gap"  # metrics, nats a token; beside each: how much more it is than the baseline's
+OVER = "_over_baseline"
+NUMERICS = "numerics"  # fact of a result
+# First words of a result's `accuracy`.
+SAME, PASSED, REFUSED, UNKNOWN = "same numerics", "passed", "refused", "unknown"
+ANSWERED = 4  # of so many texts one is answered, with at most
+ANSWER_TOKENS = 64  # tokens: a coarse KV cache shows from the first one on
+ONE_SIDED = 0.90  # two-sided confidence whose upper end is a one-sided bound of 95 %
+# Flags that decide what a server computes. What changes the order of sums only (batches, block sizes, CUDA graphs,
+# tensor parallelism) is none: it moves the NLL by 0.0002 nats. deepep_low_latency sends activations in fp8.
+NUMERIC = re.compile(
+    r".*(dtype|quantization|kv_scales|stochastic_rounding).*|hf_overrides|hf_config_path|model_impl|load_format"
+    r"|model_loader_extra_config|model_class_overrides|disable_sliding_window|kv_sharing_fast_prefill|use_replayssm"
+    r"|(attention|moe|linear|mamba|gdn_prefill|kda_prefill|kda_decode|sparse_indexer_topk|all2all)_backend"
+    r"|(attention|kernel|additional)_config|ir_op_priority"
+)
+SPECULATION = "speculative_config"  # its tokens are checked by the model, but for these ways to accept them
+LOSSY = ("synthetic", "typical_acceptance_sampler")
+PLAIN = (None, "", "auto", False)
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text to be scored."""
+
+    tokens: list[int]
+    answer_tokens: int  # that an answer to it may have
+
+
+@dataclass(frozen=True)
+class Scores:
+    """NLLs of one numerics, nats a token, by text."""
+
+    numerics: str
+    nll: list[float]
+    gap: list[float]  # of the answers, prefill's beyond decode's
+
+    def metrics(self) -> dict[str, float]:
+        return {NLL: float(np.mean(self.nll)), GAP: float(np.mean(self.gap))}
+
+    @classmethod
+    def load(cls, path: Path) -> "Scores | None":
+        """The scores at `path`; None if there are none that can be used."""
+        match left_in(path):
+            case {"numerics": str(numerics), "nll": [*nll], "gap": [*gap]}:
+                if all(isinstance(value, float) for value in [*nll, *gap]) and nll and gap:
+                    return cls(numerics, nll, gap)
+        return None
+
+
+def is_numeric(name: str) -> bool:
+    """Tell whether a flag decides what a server computes."""
+    return bool(NUMERIC.fullmatch(name.replace("-", "_").partition(".")[0]))
+
+
+def numerics(flags: Mapping[str, Any], env: Mapping[str, str]) -> str:
+    """The numerics of vLLM's resolved `flags` and of the variables `env` that it is given: any may decide them."""
+    deciding = {name: value for name, value in flags.items() if is_numeric(name) and value not in PLAIN}
+    speculation = flags.get(SPECULATION)
+    if isinstance(speculation, dict) and (way := speculation.get("rejection_sample_method")) in LOSSY:
+        deciding[SPECULATION] = way
+    deciding |= {f"env.{name}": value for name, value in redact(dict(env)).items()}
+    return " ".join(f"{name}={json.dumps(value, default=str)}" for name, value in sorted(deciding.items()))
+
+
+def impossible(flags: Mapping[str, Any], simulated: bool) -> str:
+    """The reason why there are no answers to check; empty if there are some."""
+    if simulated:
+        return "a simulation gives none"
+    return "those of random weights (load_format=dummy) say nothing" if flags.get("load_format") == "dummy" else ""
+
+
+def texts(samples: Samples, config: AccuracyConfig) -> list[Text]:
+    """Distinct texts out of all `samples`: the first token and the last ones of each, as many as may be."""
+    cut: dict[bytes, Text] = {}
+    for prompt, output in zip(samples.prompts, samples.output_tokens, strict=True):
+        kept = np.concatenate([prompt[:1], prompt[1:][-(config.tokens - 1) :]])
+        if len(kept) > 1:
+            cut.setdefault(kept.tobytes(), Text(kept.tolist(), min(ANSWER_TOKENS, int(output))))
+    found = list(cut.values())
+    chosen = np.unique(np.linspace(0, len(found) - 1, min(config.texts, len(found))).round().astype(int))
+    return [found[at] for at in chosen]
+
+
+def key(numeric: str, chosen: Iterable[Text]) -> str:
+    """A name for the scores of `chosen` texts with these numerics."""
+    told = json.dumps([numeric, [[text.tokens, text.answer_tokens] for text in chosen]])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def measured(engine: Scorer, chosen: Sequence[Text], numeric: str) -> Scores:
+    """Score the `chosen` texts on `engine`. Raises MeasureError."""
+    if len(chosen) < 2:
+        raise MeasureError("the data set has fewer than two texts of two tokens")
+    nll = [-_mean(found) for found in engine.prefilled([text.tokens for text in chosen])]
+    asked = chosen[::ANSWERED] if len(chosen) >= 2 * ANSWERED else chosen
+    answers = engine.decoded([(text.tokens, text.answer_tokens) for text in asked])
+    whole = [[*text.tokens, *answer] for text, (answer, _) in zip(asked, answers, strict=True)]
+    again = engine.prefilled(whole)
+    gap = [_mean(then) - _mean(now[-len(then) :]) for now, (_, then) in zip(again, answers, strict=True)]
+    return Scores(numeric, nll, gap)
+
+
+def scored(config: AccuracyConfig, engine: Scorer, chosen: Sequence[Text], numeric: str) -> Scores:
+    """The scores of a study's earlier server with these numerics, or of this one. Raises MeasureError."""
+    kept = Path(config.kept_in, f"{key(numeric, chosen)}.json") if config.kept_in else None
+    if kept and (known := Scores.load(kept)):
+        return known
+    scores = measured(engine, chosen, numeric)
+    if kept and kept.parent.is_dir():
+        write_whole(kept, json.dumps(asdict(scores)))
+    return scores
+
+
+def _mean(found: NDArray[np.float64]) -> float:
+    """The mean of log-probabilities. Raises MeasureError if they are none."""
+    mean = float(np.mean(found)) if len(found) else math.nan
+    if not (math.isfinite(mean) and np.all(found <= 1e-3)):  # logits, with vLLM's logprobs_mode
+        raise MeasureError("vLLM returns no log-probabilities; leave out engine.args.logprobs_mode")
+    return mean
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The test that a server is not worse than the baseline's by more than a margin."""
+
+    nll: "Difference"
+    gap: "Difference"
+    margin: float
+
+    @property
+    def over(self) -> float:
+        """The constraint: the higher of the upper bounds, as a share beyond the margin."""
+        return max(self.nll.high, self.gap.high) / self.margin - 1
+
+    @property
+    def words(self) -> str:
+        worse, what = (self.nll, "NLL") if self.nll.high >= self.gap.high else (self.gap, "NLL of its decoded answers")
+        return f"{what} {worse.mean:+.4f} nats a token, at most {worse.high:+.4f}; {self.margin:g} allowed"
+
+
+def judged(scores: Scores, baseline: Scores, margin: float) -> Judgement:
+    """Compare `scores`, text by text, with those of the baseline's numerics. Raises ValueError for other texts."""
+    from autotune.measure.paired import paired_difference  # SciPy takes a while to import
+
+    gap = paired_difference(scores.gap, baseline.gap, ONE_SIDED, 1)
+    return Judgement(paired_difference(scores.nll, baseline.nll, ONE_SIDED, 1), gap, margin)

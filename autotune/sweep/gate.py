@@ -1,0 +1,130 @@
+"""The gate: a trial whose numerics differ from the baseline's can be the best only if its answers got no worse."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from autotune.config.schema import DEFAULTS, RECIPE, AccuracyConfig, Check, Config, baselines
+from autotune.config.vllm_flags import FLAG
+from autotune.data.samples import Samples
+from autotune.errors import InputError
+from autotune.measure import accuracy
+from autotune.measure.accuracy import (
+    CONSTRAINT,
+    FOLDER,
+    GAP,
+    NLL,
+    NUMERICS,
+    OVER,
+    PASSED,
+    REFUSED,
+    SAME,
+    UNKNOWN,
+    Judgement,
+    Scores,
+)
+from autotune.measure.prepare import Prepared
+from autotune.measure.result import Result
+from autotune.results.study import BASELINE
+from autotune.search.space import VARIABLE, Space, swept_flags, value_of
+
+log = logging.getLogger(__name__)
+
+
+def decided(config: Config, space: Space, prepared: Prepared, folder: Path) -> AccuracyConfig:
+    """The check that the trials of the study in `folder` make. Raises InputError for one that can't be made."""
+    recipe = config.model.recipe.args if RECIPE in baselines(config) else {}
+    names = [name.removeprefix(FLAG) for name in space.parameters if name.startswith((FLAG, VARIABLE))]
+    deciding = [name for name in [*names, *recipe] if name.startswith(VARIABLE) or accuracy.is_numeric(name)]
+    none = replace(config.accuracy, check=Check.none)
+    if config.accuracy.check is Check.none or (config.accuracy.check is Check.auto and not deciding):
+        return none
+    simulated = "simulated" in prepared.backend.facts
+    why_not = accuracy.impossible(prepared.args, simulated)
+    if why_not and config.accuracy.check is Check.nll and not simulated:
+        raise InputError(f"accuracy=nll: there are no answers to check, as {why_not}; write accuracy=none")
+    if why_not:
+        log.warning("answers are not checked: %s", why_not)
+        return none
+    return replace(config.accuracy, check=Check.nll, kept_in=str(folder / FOLDER))
+
+
+class Gate:
+    """Judges the trials of one study."""
+
+    def __init__(self, config: Config, prepared: Prepared, samples: Samples, folder: Path) -> None:
+        self._config = config
+        self._prepared = prepared
+        self._folder = folder / FOLDER
+        self._on = config.accuracy.check is Check.nll
+        if self._on:
+            self._folder.mkdir(exist_ok=True)
+            self._texts = accuracy.texts(samples, config.accuracy)
+        self._refused: dict[str, str] = {}  # trial whose answers were refused, by numerics
+
+    def refusal(self, params: Mapping[str, Any]) -> str:
+        """The reason why a trial with these parameters can't be the best, whatever it measures; empty if it may be."""
+        trial = self._refused.get(self._numerics(params)) if self._on and self._refused else None
+        return f"accuracy: its numerics are those of {trial}, whose answers were refused" if trial else ""
+
+    def judge(self, results: Mapping[str, Result], anew: bool = False) -> list[str]:
+        """Judge those of `results` that have no verdict yet, or all of them `anew`; returns whose verdict changed."""
+        changed = []
+        for name, result in results.items():
+            before = result.accuracy, result.constraints.get(CONSTRAINT)
+            if result.complete and (anew or not result.accuracy or self.waits(result)):
+                self._judge(name, result, results)
+                changed += [name] if (result.accuracy, result.constraints.get(CONSTRAINT)) != before else []
+        return changed
+
+    def waits(self, result: Result) -> bool:
+        """True if the verdict on `result` may still change, as that on the baseline does."""
+        return result.accuracy.startswith(UNKNOWN)
+
+    def _judge(self, name: str, result: Result, results: Mapping[str, Result]) -> None:
+        result.constraints.pop(CONSTRAINT, None)
+        if not self._on:
+            result.accuracy = ""
+            return
+        numerics = result.facts.get(NUMERICS) or self._numerics(result.params)
+        reference = self._reference(results)
+        if numerics == reference:
+            result.accuracy = SAME
+            return
+        scores, baseline = self._scores(numerics), self._scores(reference)
+        if scores and baseline:
+            self._note(name, numerics, result, accuracy.judged(scores, baseline, self._config.accuracy.margin))
+            return
+        why = "nothing with the baseline's numerics was scored" if scores else "measured before answers were checked"
+        if not self.waits(result) or scores:
+            result.accuracy = f"{UNKNOWN}: {why}"
+        result.constraints[CONSTRAINT] = 1.0
+
+    def _note(self, name: str, numerics: str, result: Result, found: Judgement) -> None:
+        for metric, difference in ((NLL, found.nll), (GAP, found.gap)):
+            result.metrics[f"{metric}{OVER}"] = difference.mean
+            result.intervals[f"{metric}{OVER}"] = [difference.low, difference.high]
+        result.constraints[CONSTRAINT] = found.over
+        result.accuracy = f"{REFUSED if found.over > 0 else PASSED}: {found.words}"
+        if found.over > 0:
+            self._refused.setdefault(numerics, name)
+
+    def _reference(self, results: Mapping[str, Result]) -> str:
+        """The numerics of the baseline: vLLM's defaults, unless the recipe alone stands for them."""
+        name = BASELINE if DEFAULTS in baselines(self._config) or not baselines(self._config) else RECIPE
+        measured = results[name].facts.get(NUMERICS) if name in results else None
+        if measured is not None:
+            return measured
+        recipe = self._config.model.recipe.args if name == RECIPE else {}
+        return self._numerics({f"{FLAG}{flag}": value for flag, value in recipe.items()})
+
+    def _scores(self, numerics: str) -> Scores | None:
+        return Scores.load(self._folder / f"{accuracy.key(numerics, self._texts)}.json")
+
+    def _numerics(self, params: Mapping[str, Any]) -> str:
+        """The numerics of a trial with these parameters, as vLLM resolves its flags here."""
+        flags = self._prepared.dry_run(swept_flags(params, self._prepared.args)).resolved
+        variables = {name.removeprefix(VARIABLE): value_of(one) for name, one in params.items() if VARIABLE in name}
+        return accuracy.numerics(flags, {**(self._config.backend.get("env") or {}), **variables})

@@ -1,0 +1,207 @@
+"""The gate: other numerics win only if a text is predicted as well as with the baseline's, in prefill and in decode."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from autotune.config.schema import AccuracyConfig
+from autotune.data.models import Model
+from autotune.data.samples import Samples
+from autotune.errors import InputError, MeasureError
+from autotune.measure import accuracy
+from autotune.measure.accuracy import Scores, Text
+from autotune.measure.result import Result
+from autotune.measure.slot import Slot
+from autotune.sweep.launchers import Inline
+from tests import standin
+from tests.studies import SEQS, asked, study
+
+KV = "engine.args.kv_cache_dtype"
+WORSE = {"fp8": 0.2, "fp8_e5m2": 0.001, "int8_per_token_head": 0.0}  # nats a token that its prefill predicts worse
+FASTER = {"fp8": 1.2, "fp8_e5m2": 1.3, "int8_per_token_head": 1.1}
+DECODES_WORSE = {"int8_per_token_head": 0.1}
+Floats = NDArray[np.float64]
+
+
+class Answering:
+    """An engine: each token has a log-probability of its own, less what the numerics take."""
+
+    calls = 0
+
+    def __init__(self, worse: float, decodes_worse: float) -> None:
+        self.worse, self.decodes_worse = worse, decodes_worse
+
+    def prefilled(self, texts: Sequence[list[int]]) -> list[Floats]:
+        Answering.calls += 1
+        return [np.array([-1 - token % 7 - self.worse for token in text[1:]]) for text in texts]
+
+    def decoded(self, prompts: Sequence[tuple[list[int], int]]) -> list[tuple[list[int], Floats]]:
+        answers = [[prompt[-1], *range(most - 1)] for prompt, most in prompts]
+        sure = self.decodes_worse - self.worse  # of what it says, though its own prefill is not
+        return [(answer, np.array([-1 - token % 7 + sure for token in answer])) for answer in answers]
+
+
+class Scored(standin.StandIn):
+    """A stand-in that answers; the coarser its KV cache, the faster it is."""
+
+    @contextmanager
+    def start(
+        self, model: Model, args: Mapping[str, Any], samples: Samples, folder: Path, slot: Slot
+    ) -> Iterator[standin.StandInEngine]:
+        dtype = args.get("kv_cache_dtype") or "auto"
+        with super().start(model, args, samples, folder, slot) as engine:
+            made = ScoredEngine(**(vars(engine) | {"speed": FASTER.get(dtype, 1.0), "estimated": False}))
+            vars(made).update(vars(Answering(WORSE.get(dtype, 0.0), DECODES_WORSE.get(dtype, 0.0))))
+            yield made
+
+
+class ScoredEngine(standin.StandInEngine, Answering):
+    pass
+
+
+class Mute(Scored):
+    """It can't say what it thinks of a text."""
+
+    @contextmanager
+    def start(self, *arguments: Any) -> Iterator[standin.StandInEngine]:
+        with super().start(*arguments) as engine, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ScoredEngine, "prefilled", refused)
+            yield engine
+
+
+def refused(*_: Any) -> None:
+    raise MeasureError("vLLM refuses to score texts: max_logprobs is 0")
+
+
+SCORED = [f"backend._target_={__name__}.Scored", "accuracy.texts=16", "dataset.count=20", "sampler=grid"]
+
+
+def result(folder: Path, name: str) -> Result:
+    return Result.load(folder / "multirun/s" / name)
+
+
+def samples(*prompts: Sequence[int]) -> Samples:
+    tokens = [np.array(prompt, dtype=np.int32) for prompt in prompts]
+    return Samples("made", "", tokens, np.full(len(tokens), 100, dtype=np.int32), True, Path())
+
+
+@pytest.mark.parametrize(
+    ("flags", "same"),
+    [
+        ({"kv_cache_dtype": "fp8"}, False),
+        ({"quantization": "fp8_per_block"}, False),
+        ({"dtype": "float16"}, False),
+        ({"attention_backend": "TRITON_ATTN"}, False),
+        ({"moe_backend": "marlin"}, False),
+        ({"speculative_config": {"method": "ngram", "rejection_sample_method": "synthetic"}}, False),
+        ({"speculative_config": {"method": "ngram"}}, True),
+        ({"kv_cache_dtype": "auto", "quantization": None}, True),
+        ({"max_num_seqs": 4, "tensor_parallel_size": 2, "kv_offloading_backend": "lmcache", "block_size": 64}, True),
+    ],
+)
+def test_flags_that_decide_numerics(flags: dict[str, Any], same: bool):
+    assert (accuracy.numerics(flags, {}) == accuracy.numerics({}, {})) is same
+    assert accuracy.numerics(flags, {"VLLM_USE_DEEP_GEMM": "1"}) != accuracy.numerics(flags, {})
+
+
+def test_texts_are_distinct_and_keep_their_first_and_last_tokens():
+    config = AccuracyConfig(texts=2, tokens=3)
+    found = accuracy.texts(samples([1, 2, 3, 4], [1, 9, 3, 4], [7], [5, 6], [8, 9]), config)
+    assert found == [Text([1, 3, 4], 64), Text([8, 9], 64)]
+
+
+def test_bound_of_a_small_difference_passes_and_that_of_a_large_one_does_not():
+    draw = np.random.default_rng(1)
+    base, noise = draw.normal(3, 0.5, 256), draw.normal(0, 0.02, 256)
+    baseline = Scores("", list(base), [0.0] * 64)
+
+    def over(shift: float) -> float:
+        return accuracy.judged(Scores("", list(base + noise + shift), [0.0] * 64), baseline, 0.03).over
+
+    assert over(0.0) < 0 and over(0.02) < 0 < over(0.03) and over(0.36) == pytest.approx(11, abs=0.2)
+
+
+def test_coarse_cache_that_prefill_does_not_read_shows_in_the_answers():
+    texts = [Text([1, 2, number], 8) for number in range(8)]
+    baseline, coarse = (accuracy.measured(Answering(0.0, worse), texts, "") for worse in (0.0, 0.1))
+    assert baseline.nll == coarse.nll
+    found = accuracy.judged(coarse, baseline, 0.03)
+    assert found.over > 0 and found.words.startswith("NLL of its decoded answers +0.1000 nats a token")
+
+
+def test_logits_are_no_log_probabilities():
+    with pytest.raises(MeasureError, match=r"leave out engine.args.logprobs_mode"):
+        accuracy.measured(Answering(-20.0, 0.0), [Text([1, 2], 4)] * 2, "")
+
+
+def test_fast_and_wrong_trial_is_left_out_and_the_next_of_its_numerics_takes_no_gpu(tmp_path: Path):
+    Answering.calls = 0
+    said = study(tmp_path, *SCORED, f"{KV}=choice(auto,fp8,fp8_e5m2)", f"{SEQS}=choice(64,32)")
+    found = {name: result(tmp_path, name) for name in ("baseline", *(f"trial-{number}" for number in range(6)))}
+    assert Answering.calls == 3 * 2  # texts, then answers, for each numerics once
+    by_dtype: dict[str, list[Result]] = {}
+    for one in found.values():
+        by_dtype.setdefault(one.params.get(KV, "auto"), []).append(one)
+    assert all(one.feasible and one.accuracy == "same numerics" for one in by_dtype["auto"])
+    wrong, spared = sorted(by_dtype["fp8"], key=lambda one: one.state)
+    assert not wrong.feasible and wrong.constraints["accuracy"] == pytest.approx(0.2 / 0.03 - 1)
+    assert wrong.accuracy == "refused: NLL +0.2000 nats a token, at most +0.2000; 0.03 allowed"
+    assert spared.state == "refused" and "whose answers were refused" in spared.reason
+    assert all(one.feasible and one.accuracy.startswith("passed: NLL +0.0010") for one in by_dtype["fp8_e5m2"])
+    assert by_dtype["fp8_e5m2"][0].intervals["nll_over_baseline"] == pytest.approx([0.001, 0.001])
+    assert found["baseline"].phases["accuracy"] > 0
+    assert "Best: kv_cache_dtype=fp8_e5m2" in said and "Its answers against the baseline's: passed: NLL" in said
+    assert "Left out for their answers" in said and ": refused: NLL +0.2000" in said
+    told = {trial.params[KV]: trial.constraints for trial in asked(tmp_path) if "accuracy" in (trial.constraints or {})}
+    assert told["fp8"]["accuracy"] > 0 > told["fp8_e5m2"]["accuracy"]
+
+
+def test_unknown_is_infeasible_until_the_check_is_left_out(tmp_path: Path):
+    mute, space = [*SCORED, f"backend._target_={__name__}.Mute"], f"{KV}=choice(auto,fp8)"
+    said = study(tmp_path, *mute, space)
+    unknown = next(one for number in range(2) if (one := result(tmp_path, f"trial-{number}")).params[KV] == "fp8")
+    assert unknown.complete and not unknown.feasible
+    assert unknown.accuracy == "unknown: vLLM refuses to score texts: max_logprobs is 0"
+    assert "Best: kv_cache_dtype=fp8" not in said
+    assert "Best: kv_cache_dtype=fp8" in study(tmp_path, *mute, space, "accuracy=none")
+
+
+def test_trial_that_ends_before_the_baseline_is_judged_once_that_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Inline, "n_jobs", 2)
+    said = study(tmp_path, *SCORED, f"{KV}=choice(fp8_e5m2)", f"{SEQS}=choice(2)", "backend.steps=3")
+    assert "trial-0: accuracy: passed" in said and result(tmp_path, "trial-0").feasible
+
+
+def test_margin_can_be_changed_afterwards(tmp_path: Path):
+    space = f"{KV}=choice(fp8)"
+    assert "trial-0: accuracy: refused" in study(tmp_path, *SCORED, space)
+    said = study(tmp_path, *SCORED, space, "accuracy.margin=0.3")
+    assert "trial-0: accuracy: passed" in said and "Best: kv_cache_dtype=fp8" in said
+
+
+def test_study_of_a_scheduler_scores_nothing(tmp_path: Path):
+    Answering.calls = 0
+    study(tmp_path, *SCORED, f"{SEQS}=choice(16,32)")
+    assert not Answering.calls and not result(tmp_path, "trial-0").accuracy
+
+
+def test_random_weights_have_no_answers(tmp_path: Path):
+    dummy = [*SCORED, "engine.args.load_format=dummy", f"{KV}=choice(auto,fp8)"]
+    with pytest.raises(InputError, match=r"accuracy=nll: there are no answers to check, .* write accuracy=none"):
+        study(tmp_path, *dummy, "accuracy=nll")
+    said = study(tmp_path, *dummy)
+    assert "Best: kv_cache_dtype=fp8" in said
+    assert "may change them: those of random weights (load_format=dummy) say nothing." in said
+
+
+def test_simulation_has_no_answers(tmp_path: Path):
+    said = study(tmp_path, f"{KV}=choice(auto,fp8)", "sampler=grid", "accuracy=nll", simulated=True)
+    assert "may change them: a simulation gives none." in said
+    assert not list((tmp_path / "multirun/s").glob("accuracy")) and not result(tmp_path, "baseline").accuracy
