@@ -177,7 +177,7 @@ def test_server_without_statistics_is_measured_but_for_its_state(silent: LiveEng
     assert found and not len(found.rows) and found.missing == "NameError: name 'counts' is not defined"
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.Trace])
 def test_loadgen_measures_each_scenario_on_real_vllm(kind: Kind, engine: LiveEngine, tmp_path: Path):
     queries = 256 if kind is Kind.Offline else 64  # for a run that takes several times observe_s, however fast it is
     found = engine.run(scenario(kind, min_queries=queries), tmp_path)

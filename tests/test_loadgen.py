@@ -9,7 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -199,7 +199,7 @@ def processes_of(load: LoadGenerator, folder: Path) -> Processes:
     return Processes(serving, clients, of_run)
 
 
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.Trace])
 def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: Kind):
     enough = 64  # SingleStream's early stopping at p90 needs as many
     done = run(tmp_path, url, kind, [OK] * 30, min_queries=enough)
@@ -332,6 +332,20 @@ def test_user_of_a_closed_loop_whose_request_failed_sends_no_more(tmp_path: Path
     assert json.loads((tmp_path / "client.json").read_text())["failed"] == 2
 
 
+def test_trace_is_sent_at_its_times(tmp_path: Path, url: str):
+    samples = replace(sampled(tmp_path, [OK] * 6), arrivals=np.array([0.9, 0.0, 0.3, 0.6, 0.3, 5.0]))
+    samples.save()
+    with LoadGenerator(samples, tmp_path / "clients.log") as load:
+        load.begin(asked(tmp_path, url, Kind.Trace, from_s=0.2, to_s=1.0, scale=2.0))
+        done = ended(load, tmp_path)
+    assert done.code == 0, done.log
+    requests = sorted(read_requests(tmp_path / "requests.csv"), key=lambda one: one.issued)
+    assert [one.sample for one in requests] == [2, 4, 3, 0]
+    assert np.diff([one.issued for one in requests]) == pytest.approx([0.0, 0.15, 0.15], abs=1e-6)
+    report = json.loads((tmp_path / "client.json").read_text())
+    assert report["failed"] == 0 and 0 < report["figures"]["client_lateness_p99_ms"] < 100
+
+
 @pytest.mark.slow
 def test_run_that_can_pass_no_more_is_stopped(tmp_path: Path, url: str):
     done = run(tmp_path, url, Kind.Server, [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=500, total=500)
@@ -449,7 +463,7 @@ def test_next_run_has_the_clients_of_one_that_was_stopped(tmp_path: Path, url: s
         clients = processes_of(load, tmp_path).clients
         assert ended(load, tmp_path) == Ended(0, "")
         assert json.loads((tmp_path / "client.json").read_text())["stopped"]
-        for kind in Kind:
+        for kind in (Kind.Offline, Kind.Server, Kind.SingleStream, Kind.ClosedLoop):
             load.begin(asked(tmp_path / kind.name, url, kind, client_processes=2))
             assert ended(load, tmp_path / kind.name) == Ended(0, "")
             requests = read_requests(tmp_path / kind.name / "requests.csv")

@@ -35,7 +35,7 @@ def test_what_follows_an_answer_is_sent_among_what_is_known():
 
 
 def test_schedule_is_sent_in_its_order_whatever_is_answered():
-    traffic = Traffic(Schedule([(0.0, 7), (0.0, 3), (1.0, 5)]))
+    traffic = Traffic(Schedule([0.0, 0.0, 1.0], [7, 3, 5]))
     assert [traffic.take()[1].sample for _ in range(3)] == [7, 3, 5]
     for number in (2, 0, 1):
         assert not traffic.ended

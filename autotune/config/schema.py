@@ -24,17 +24,18 @@ from autotune.errors import InputError
 
 
 class Kind(Enum):
-    """LoadGen's scenarios, and a closed loop, which LoadGen lacks."""
+    """LoadGen's scenarios, and traffic that LoadGen lacks."""
 
     Offline = "Offline"
     Server = "Server"
     SingleStream = "SingleStream"
     ClosedLoop = "ClosedLoop"  # users, each of whom sends a request when the last one has been answered
+    Trace = "Trace"  # requests at the times that the data set has for them
 
     @property
     def by_loadgen(self) -> bool:
         """True if LoadGen sends the requests and gives the verdict, else autotune."""
-        return self is not Kind.ClosedLoop
+        return self in (Kind.Offline, Kind.Server, Kind.SingleStream)
 
 
 class Output(Enum):
@@ -159,16 +160,20 @@ class ScenarioConfig:
     # Queries/s. Server: rate of Poisson arrivals; Offline: expected rate, which sets the query's size.
     qps: float = positive(1.0, 1e6)
     users: int = within(16, 1, 100_000)  # of a ClosedLoop
+    scale: float = positive(1.0, 1e6)  # of a Trace: 2 sends its requests twice as fast
+    from_s: float = within(0.0, 0, 1e9)  # of a Trace: what comes earlier is left out, s since its first request
+    to_s: float | None = positive(None, 1e9)  # of a Trace: what comes then or later is left out; null is to its end
     ramp_s: float = within(10.0, 0, DAY_S)  # over which the users of a ClosedLoop begin, evenly, s
     ttft_ms: float | None = positive(None)  # limit on p99 TTFT, ms; null is no limit
     tpot_ms: float | None = positive(None)  # limit on p99 TPOT, ms; null is no limit
     latency_ms: float | None = positive(None)  # limit on p99 of the latency to the last token, ms; null is no limit
     # Limits on p99 TTFT by the prompt's length, each [most tokens, ms]; prompts that are longer than all have ttft_ms.
     ttft_by_prompt: Any = field(default_factory=list, metadata={"rule": pairs})
-    min_duration_s: float = within(60.0, 0, 7 * DAY_S)  # LoadGen's min_duration, s
-    max_duration_s: float = within(0.0, 0, 7 * DAY_S)  # LoadGen's max_duration, s; 0 is no limit
-    min_queries: int = within(100, 1, MOST_QUERIES)  # LoadGen's min_query_count
-    max_queries: int = within(0, 0, MOST_QUERIES)  # LoadGen's max_query_count; 0 is no limit
+    # LoadGen's settings by these names; of a Trace the maxima cut the run short.
+    min_duration_s: float = within(60.0, 0, 7 * DAY_S)  # s
+    max_duration_s: float = within(0.0, 0, 7 * DAY_S)  # s; 0 is no limit
+    min_queries: int = within(100, 1, MOST_QUERIES)
+    max_queries: int = within(0, 0, MOST_QUERIES)  # 0 is no limit
     # Sent together before LoadGen starts, again and again until they get no faster.
     warmup_requests: int = within(16, 0, 1e5)
     seed: int = 1  # of LoadGen's order of samples and its arrival times
@@ -180,16 +185,21 @@ class ScenarioConfig:
     args: dict[str, Any] = field(default_factory=dict)  # flags of `vllm serve` that the scenario's rules demand
 
     @property
+    def load_field(self) -> str:
+        """The field that has the load which is offered."""
+        return {Kind.ClosedLoop: "users", Kind.Trace: "scale"}.get(self.kind, "qps")
+
+    @property
     def load(self) -> float:
-        """The load that is offered: users of a closed loop, else queries/s."""
-        return self.users if self.kind is Kind.ClosedLoop else self.qps
+        return float(getattr(self, self.load_field))
 
     def with_load(self, load: float) -> "ScenarioConfig":
-        return replace(self, **({"users": round(load)} if self.kind is Kind.ClosedLoop else {"qps": load}))
+        offered: Any = round(load) if self.kind is Kind.ClosedLoop else load
+        return replace(self, **{self.load_field: offered})
 
     @property
     def load_unit(self) -> str:
-        return "users" if self.kind is Kind.ClosedLoop else "queries/s"
+        return {Kind.ClosedLoop: "users", Kind.Trace: "× the trace"}.get(self.kind, "queries/s")
 
 
 @dataclass

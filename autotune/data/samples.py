@@ -4,6 +4,7 @@ import functools
 import hashlib
 import inspect
 import re
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,9 @@ from tokenizers import Tokenizer
 
 from autotune.config.schema import DatasetConfig, Output
 from autotune.data.models import Model
-from autotune.data.records import Record, read_bytes, read_records, text_field
+from autotune.data.prompts import Lengths, MadeUp, Tokens
+from autotune.data.records import TIME, Record, digest, number_field, read_records, text_field
+from autotune.data.synthetic import made_up_text
 from autotune.errors import InputError
 from autotune.system.files import draft_of, expanded
 
@@ -26,6 +29,7 @@ PROMPTS = ("input", "prompt", "question", "text")
 INSTRUCTIONS = ("instruction", "system_prompt", "system")
 ANSWERS = ("output", "completion", "response", "answer")
 COUNTS = ("output_tokens", "output_tokens_count", "completion_tokens_count", "completion_tokens")
+TEXT_TOKENS = 1 << 14  # of the text that prompts are made of where only their lengths are known
 CONVERSATIONS = ("conversations", "conversation", "messages", "prompt")
 
 
@@ -35,10 +39,11 @@ class Samples:
 
     name: str
     checksum: str  # sha256 of all token ids and lengths
-    prompts: list[NDArray[np.int32]]
+    prompts: Sequence[Tokens]
     output_tokens: NDArray[np.int32]
     ignore_eos: bool  # generate exactly `output_tokens`
     path: Path  # their file in the cache
+    arrivals: NDArray[np.float64] | None = None  # seconds since the earliest, if they are a trace; in any order
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -46,22 +51,27 @@ class Samples:
     @cached_property
     def prompt_tokens(self) -> NDArray[np.int64]:
         """The length of each prompt."""
+        if isinstance(self.prompts, MadeUp):
+            return self.prompts.lengths
         return np.array([len(prompt) for prompt in self.prompts])
 
     def check_fits(self, max_model_len: int) -> None:
         """Raise InputError for the first sample longer than `max_model_len` tokens."""
-        for i, prompt in enumerate(self.prompts):
-            total = len(prompt) + int(self.output_tokens[i])
-            if total > max_model_len:
-                raise InputError(
-                    f"dataset {self.name}, record {i + 1}: {len(prompt)} prompt + {self.output_tokens[i]} output "
-                    f"tokens exceed max_model_len={max_model_len}; raise engine.args.max_model_len, lower "
-                    f"dataset.max_output_tokens or leave the record out"
-                )
+        too_long = np.flatnonzero(self.prompt_tokens + self.output_tokens > max_model_len)
+        if too_long.size:
+            first = int(too_long[0])
+            limit = "leave longer ones out: dataset.records.max_prompt_tokens=…"
+            instead = "leave the record out" if self.arrivals is None else limit
+            raise InputError(
+                f"dataset {self.name}, record {first + 1}: {self.prompt_tokens[first]} prompt + "
+                f"{self.output_tokens[first]} output tokens exceed max_model_len={max_model_len}; raise "
+                f"engine.args.max_model_len, lower dataset.max_output_tokens or {instead}"
+            )
 
     def check_vocabulary(self, size: int) -> None:
         """Raise InputError for the first sample with a token id that a model of `size` tokens does not have."""
-        for number, prompt in enumerate(self.prompts, 1):
+        texts = [self.prompts.text] if isinstance(self.prompts, MadeUp) else self.prompts
+        for number, prompt in enumerate(texts, 1):
             if prompt.max() >= size:
                 raise InputError(
                     f"dataset {self.name}, record {number}: token id {prompt.max()}, and the model has {size} tokens; "
@@ -69,27 +79,38 @@ class Samples:
                 )
 
     def save(self) -> None:
+        if isinstance(self.prompts, MadeUp):
+            prompts = {name: getattr(self.prompts, name) for name in ("lengths", "ids", "ends", "piece_tokens", "text")}
+        else:
+            prompts = {"tokens": np.concatenate(self.prompts), "lengths": self.prompt_tokens}
+        columns: dict[str, Any] = prompts if self.arrivals is None else {**prompts, "arrivals": self.arrivals}
         with draft_of(self.path) as draft, draft.open("wb") as file:
             np.savez(
                 file,
                 name=self.name,
                 checksum=self.checksum,
-                tokens=np.concatenate(self.prompts),
-                lengths=np.array([len(prompt) for prompt in self.prompts]),
                 output_tokens=self.output_tokens,
                 ignore_eos=self.ignore_eos,
+                **columns,
             )
 
     @classmethod
     def load(cls, path: Path) -> "Samples":
         body = np.load(path)
+        if "text" in body:
+            prompts: Sequence[Tokens] = MadeUp(
+                body["lengths"], body["ids"], body["ends"], int(body["piece_tokens"]), body["text"]
+            )
+        else:
+            prompts = np.split(body["tokens"], np.cumsum(body["lengths"])[:-1])
         return cls(
             name=str(body["name"]),
             checksum=str(body["checksum"]),
-            prompts=np.split(body["tokens"], np.cumsum(body["lengths"])[:-1]),
+            prompts=prompts,
             output_tokens=body["output_tokens"],
             ignore_eos=bool(body["ignore_eos"]),
             path=path,
+            arrivals=body.get("arrivals"),
         )
 
 
@@ -103,7 +124,7 @@ def prepare(
     """
     key = hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
     if config.path:
-        key.update(read_bytes(expanded(config.path)))
+        key.update(digest(expanded(config.path)))
     key.update(model.fingerprint())
     path = cache_dir / "samples" / f"{config.name}-{key.hexdigest()[:16]}.npz"
     if not path.exists():
@@ -124,31 +145,79 @@ def _loaded(path: Path) -> Samples:
     return Samples.load(path)  # its name holds a hash of all that it is made from
 
 
-def _samples(config: DatasetConfig, records: Iterable[Record], tokenizer: Tokenizer, path: Path) -> Samples:
+class _Rows:
+    """The records' contents as columns of numbers, which take a tenth of the memory that objects do."""
+
+    def __init__(self, config: DatasetConfig, tokenizer: Tokenizer) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        self._tokens, self._lengths, self._outputs = array("i"), array("q"), array("q")
+        self._ids, self._ends, self._times = array("q"), array("q"), array("d")
+        self._made_up = False  # the prompts are to be
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def add(self, record: Any, where: str) -> None:
+        """Take in a record. Raises InputError if anything is wrong with it, or it is of another kind than the first."""
+        made_up = isinstance(record, Lengths)
+        if made_up:
+            length, wanted, at_s = record.prompt_tokens, record.output_tokens, record.at_s
+            self._ids.extend(record.ids)
+            self._ends.append(len(self._ids))
+            output = min(max(wanted, self._config.min_output_tokens), self._config.max_output_tokens)
+        else:
+            prompt = _prompt(record, self._tokenizer, where)
+            self._tokens.extend(prompt)
+            length, at_s = len(prompt), number_field(record, TIME, where)
+            output = _output_length(record, self._config, self._tokenizer, where)
+        if len(self) and made_up != self._made_up:
+            raise InputError(f"{where}: texts and mere lengths in one file; write one of them in all records")
+        if len(self) and (at_s is None) == bool(self._times):
+            raise InputError(f"{where}: `{TIME}` in some records and not in others; write it in all of them")
+        self._made_up = made_up
+        self._lengths.append(length)
+        self._outputs.append(output)
+        if at_s is not None:
+            self._times.append(at_s)
+
+    def samples(self, name: str, path: Path) -> Samples:
+        """The samples that were added."""
+        lengths, output_tokens = np.array(self._lengths), np.array(self._outputs, dtype=np.int32)
+        tokens, times = np.array(self._tokens, dtype=np.int32), np.array(self._times)
+        prompts: Sequence[Tokens] = np.split(tokens, np.cumsum(lengths)[:-1])
+        digest = hashlib.sha256(output_tokens.tobytes())
+        if self._made_up:
+            ids = np.unique(np.array(self._ids), return_inverse=True)[1]
+            text = np.array(made_up_text(self._tokenizer, TEXT_TOKENS), dtype=np.int32)
+            prompts = MadeUp(lengths, ids, np.array(self._ends), self._config.records["piece_tokens"], text)
+            for column in (lengths, ids, prompts.ends, text):
+                digest.update(column.tobytes())
+        for column in (tokens, times):
+            digest.update(column.tobytes())
+        return Samples(
+            name=name,
+            checksum=digest.hexdigest(),
+            prompts=prompts,
+            output_tokens=output_tokens,
+            ignore_eos=self._config.output is Output.reference,
+            path=path,
+            arrivals=times - times.min() if len(times) else None,
+        )
+
+
+def _samples(config: DatasetConfig, records: Iterable[Any], tokenizer: Tokenizer, path: Path) -> Samples:
     source = config.path or config.name
-    prompts, lengths = [], []
+    rows = _Rows(config, tokenizer)
     for number, record in enumerate(records, 1):
-        where = f"dataset {source}, record {number}"
-        prompts.append(np.array(_prompt(record, tokenizer, where), dtype=np.int32))
-        lengths.append(_output_length(record, config, tokenizer, where))
-        if number == config.count:
+        if record is not None:  # else it is left out
+            rows.add(record, f"dataset {source}, record {number}")
+        if len(rows) == config.count:
             break
-    if not prompts:
+    if not len(rows):
         raise InputError(f"dataset {source}: no records")
-    if config.count and len(prompts) < config.count:
-        raise InputError(f"dataset {source}: {len(prompts)} records, fewer than dataset.count={config.count}")
-    output_tokens = np.array(lengths, dtype=np.int32)
-    digest = hashlib.sha256(output_tokens.tobytes())
-    for prompt in prompts:
-        digest.update(prompt.tobytes())
-    return Samples(
-        name=source,
-        checksum=digest.hexdigest(),
-        prompts=prompts,
-        output_tokens=output_tokens,
-        ignore_eos=config.output is Output.reference,
-        path=path,
-    )
+    if config.count and len(rows) < config.count:
+        raise InputError(f"dataset {source}: {len(rows)} records, fewer than dataset.count={config.count}")
+    return rows.samples(source, path)
 
 
 def _prompt(record: Any, tokenizer: Tokenizer, where: str) -> list[int]:

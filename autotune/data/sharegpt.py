@@ -26,6 +26,7 @@ ROLES = {
 EXAMPLE = '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}'
 
 Message = dict[str, Any]  # `role`: system, user, assistant or tool; `content`; what tools need, in OpenAI's form
+Encode = Callable[[list[Message], Any, str], list[int]]  # token ids of messages and tools, and where they are written
 
 
 def records(
@@ -46,11 +47,11 @@ def records(
         raise InputError(f"dataset=sharegpt: no file; write dataset.path=<JSON list of {EXAMPLE}>")
     if turns not in ("all", "first"):
         raise InputError(f"dataset.records.turns={turns}: write all or first")
-    encode = _encoder(tokenizer, model)
+    encode = encoder(tokenizer, model)
     too_long = unanswered = found = 0
     for number, record in enumerate(read_records(expanded(path)), 1):
         where = f"{path}, record {number}"
-        messages = _messages(record, where)
+        messages = messages_of(record, where)
         tools = _parsed(record.get("tools"), f"{where}, `tools`")
         ends = _answered(messages)
         if messages and messages[-1]["role"] in ("user", "tool"):
@@ -78,7 +79,7 @@ def _answered(messages: list[Message]) -> list[int]:
     return [i for i, role in enumerate(roles) if role == "assistant" and "user" in roles[:i] and _said(messages[i])]
 
 
-def _messages(record: Any, where: str) -> list[Message]:
+def messages_of(record: Any, where: str) -> list[Message]:
     turns = None
     if isinstance(record, dict):
         turns = next((record[name] for name in CONVERSATIONS if record.get(name) is not None), None)
@@ -145,7 +146,7 @@ def _said(message: Message) -> str:
     return "\n".join(text for text in (message["content"], *calls) if text)
 
 
-def _encoder(tokenizer: Tokenizer, model: Model | None) -> Callable[[list[Message], Any, str], list[int]]:
+def encoder(tokenizer: Tokenizer, model: Model | None) -> Encode:
     """A function that turns a conversation and its tools into the prompt for its next answer, as token ids."""
     chat = model.chat() if model else None
     if chat is None:

@@ -73,6 +73,11 @@ def _clip(value: float, bounds: tuple[int, int]) -> int:
     return int(min(max(round(value), bounds[0]), bounds[1]))
 
 
+def made_up_text(tokenizer: Tokenizer, tokens: int) -> list[int]:
+    """So many tokens of made-up news, always the same."""
+    return _text(tokenizer, random.Random(0), tokens)
+
+
 def _text(tokenizer: Tokenizer, draw: random.Random, tokens: int) -> list[int]:
     """Exactly `tokens` token ids of made-up news; as each word is at least one token, as many words are enough."""
     words: list[str] = []

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from autotune.config import vllm_flags
 from autotune.config.redact import redact
-from autotune.config.schema import Hot, Kind, LiveConfig, ScenarioConfig, Stop
+from autotune.config.schema import Hot, LiveConfig, ScenarioConfig, Stop
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
@@ -32,6 +32,7 @@ from autotune.measure.backend import DryRunOutcome, Measurement, Recording, Requ
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
 from autotune.measure.limits import known_to_loadgen, limits_of
+from autotune.measure.objective import LOADED
 from autotune.measure.slot import Slot
 from autotune.system.host import hardware
 from autotune.system.leases import Lease
@@ -182,14 +183,14 @@ class LiveEngine:
         return recording.read(self.server.scratch, self.kv_tokens)
 
     def _spec(self, scenario: ScenarioConfig, folder: Path) -> RunSpec:
-        total = 0
-        if scenario.kind is Kind.Server:
+        total = 0  # not known
+        if scenario.kind in LOADED:
             total = traffic.source(scenario, self.samples).total or 0
             total = min(total, scenario.max_queries or total)
-        # max_duration_s may end the run with fewer queries than `total`, of which fewer may be over a limit: that it
-        # passes is never certain before its end. How many a closed loop makes is not known.
-        cut = scenario.stop is Stop.decided and scenario.max_duration_s > 0
-        stop = Stop.never if scenario.kind is Kind.ClosedLoop else Stop.failed if cut else scenario.stop
+        # LoadGen's max_duration_s may end the run with fewer queries than `total`, of which fewer may be over a limit:
+        # that it passes is never certain before its end.
+        cut = scenario.stop is Stop.decided and scenario.max_duration_s > 0 and scenario.kind.by_loadgen
+        stop = Stop.never if not total else Stop.failed if cut else scenario.stop
         return RunSpec(
             folder=folder,
             url=self.server.url,

@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import IntEnum
@@ -76,22 +76,39 @@ class ProcessReport:
     waiting: int  # requests that waited for a connection, at most
 
 
-def bodies(samples: Samples) -> list[bytes]:
-    """Each sample's request to /v1/completions, JSON without the model's name."""
+class Each(Sequence[bytes]):
+    """`count` texts, each made by its number when it is asked for: those of a long trace would fill the memory."""
+
+    def __init__(self, make: Callable[[int], bytes], count: int) -> None:
+        self._make, self._count = make, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._make(index) if index < self._count else [][index]
+
+
+def bodies(samples: Samples) -> Sequence[bytes]:
+    """Each sample's request to /v1/completions, JSON without the model's name; a trace's are made when they are due."""
     common = {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
-    bodies = []
-    for prompt, tokens in zip(samples.prompts, samples.output_tokens.tolist(), strict=True):
+
+    def body(number: int) -> bytes:
+        tokens = int(samples.output_tokens[number])
         length = {"max_tokens": tokens}
         if samples.ignore_eos:
             length |= {"min_tokens": tokens, "ignore_eos": True}
-        bodies.append(json.dumps({**common, **length, "prompt": prompt.tolist()}).encode())
-    return bodies
+        return json.dumps({**common, **length, "prompt": samples.prompts[number].tolist()}).encode()
+
+    each = Each(body, len(samples))
+    return each if samples.arrivals is not None else list(each)
 
 
-def requests(url: str, model: str, bodies: Sequence[bytes], keep_answers: bool) -> list[bytes]:
+def requests(url: str, model: str, bodies: Sequence[bytes], keep_answers: bool) -> Sequence[bytes]:
     """HTTP requests to the server at `url`, one for each of `bodies`, with the model's name in it."""
     head = json.dumps({"model": model, **({"return_token_ids": True} if keep_answers else {})}).encode()[:-1] + b", "
-    return [completion(url, head + body[1:]) for body in bodies]
+    each = Each(lambda number: completion(url, head + bodies[number][1:]), len(bodies))
+    return each if isinstance(bodies, Each) else list(each)
 
 
 class Clients:

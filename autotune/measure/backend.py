@@ -83,6 +83,7 @@ class Recording:
 class Engine(Protocol):
     """A server that runs."""
 
+    samples: Samples  # that its runs send
     start: dict[str, float]  # seconds from launch to healthy, by part: import, weights, compile, …
     command: list[str]  # `vllm serve …` that starts the same server
     estimated: bool  # simulated, not measured

@@ -8,7 +8,8 @@ from autotune.measure.limits import LatencyLimit
 from autotune.measure.result import Result
 
 # The metric of a trial's highest load, by kind of load.
-LOADED = {Kind.Server: "max_qps", Kind.ClosedLoop: "max_concurrency"}
+LOADED = {Kind.Server: "max_qps", Kind.ClosedLoop: "max_concurrency", Kind.Trace: "max_scale"}
+OFFERED_BY = {"max_qps": "load=rate", "max_concurrency": "load=concurrency", "max_scale": "scenario=trace"}
 HIGHEST = frozenset(LOADED.values())
 
 

@@ -21,7 +21,7 @@ from autotune.data import models, samples
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import InputError
-from autotune.measure import objective, runs
+from autotune.measure import objective, runs, traffic
 from autotune.measure.backend import Backend, DryRunOutcome
 from autotune.system.files import expanded
 
@@ -121,6 +121,7 @@ def prepare_samples(config: Config, prepared: Prepared) -> Samples:
     longest = prepared.args.get("max_model_len") or prepared.model.config.get("max_position_embeddings")
     if isinstance(longest, int) and longest > 0:  # -1 lets vLLM choose
         loaded.check_fits(longest)
+    traffic.check(config.scenario, loaded, objective.searches(config.objective))
     return loaded
 
 

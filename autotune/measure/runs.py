@@ -10,7 +10,7 @@ from typing import Any
 
 from autotune.config.schema import MOST_QUERIES, Config, Kind, ObjectiveConfig, ScenarioConfig, Stop
 from autotune.errors import BehindError, InputError
-from autotune.measure import bottleneck, early_stopping, max_qps, metrics, objective, price, progress
+from autotune.measure import bottleneck, early_stopping, max_qps, metrics, objective, price, progress, traffic
 from autotune.measure.arrivals import OFFLINE_SLACK
 from autotune.measure.backend import Engine, Measurement, RequestTiming
 from autotune.measure.limits import limits_of
@@ -19,9 +19,20 @@ from autotune.measure.result import Result, RunRecord
 # Metrics that depend on what could be observed of the server, the GPU and the client.
 OBSERVED = re.compile(
     r"(gpu|client)_|((running|waiting)_mean|kv_use_max|preemptions|prefix_hit_share|step_ms|tokens_per_step"
-    r"|failing_(qps|concurrency)|queued_tpot_p99_ms|scheduled_samples_per_s)$"
+    r"|failing_(qps|concurrency|scale)|queued_tpot_p99_ms|scheduled_samples_per_s)$"
 )
+AT_ONCE = 1e9  # scale of a trace whose requests are all sent at once
 AT_MOST = "load_at_most"  # metric of a trial that was left, as it does not hold the study's best load
+# Kinds of load that lack fields, these fields, and what to write instead.
+OWN_FIELDS = (
+    ({*Kind} - {Kind.ClosedLoop}, ("users",), "only a closed loop has users; write load=concurrency"),
+    ({*Kind} - {Kind.Trace}, ("scale", "from_s", "to_s"), "only a trace has it; write scenario=trace"),
+    (
+        {Kind.Trace},
+        ("qps", "min_duration_s", "min_queries"),
+        "a trace has its own; write scenario.scale, or a window: scenario.from_s, scenario.to_s",
+    ),
+)
 CLIENT = "client"  # first word of a reason that says that the load generator itself was too slow
 
 
@@ -91,8 +102,7 @@ def check(config: Config) -> None:
     searches = objective.searches(config.objective)
     if searches:
         _check_search(config.objective, scenario)
-    if scenario.kind is not Kind.ClosedLoop and scenario.users != ScenarioConfig.users:
-        raise InputError(f"scenario.users={scenario.users}: only a closed loop has users; write load=concurrency")
+    _check_load(scenario)
     for unit in ("duration_s", "queries"):
         least, most = (getattr(scenario, f"{end}_{unit}") for end in ("min", "max"))
         if 0 < most < least:
@@ -112,8 +122,21 @@ def check(config: Config) -> None:
         raise InputError(f"objective.metrics: scenario={scenario.name} gives no {missing[0]}; {hint}")
 
 
+def _check_load(scenario: ScenarioConfig) -> None:
+    """Raise InputError for a field that this kind of load lacks, and for a window without a second in it."""
+    for kinds, names, instead in OWN_FIELDS:
+        for name in names:
+            value = getattr(scenario, name)
+            if scenario.kind in kinds and value != getattr(ScenarioConfig, name):
+                raise InputError(f"scenario.{name}={value:g}: {instead}")
+    if scenario.to_s is not None and scenario.to_s <= scenario.from_s:
+        raise InputError(f"scenario.to_s={scenario.to_s:g}: write more than scenario.from_s={scenario.from_s:g}")
+
+
 def planned(scenario: ScenarioConfig) -> int:
-    """The number of queries of a run of `scenario`; of one whose requests wait for answers, the least."""
+    """The number of queries of a run of `scenario`: the least where requests wait for answers, the most of a trace."""
+    if scenario.kind is Kind.Trace:
+        return MOST_QUERIES
     rate = {Kind.Offline: OFFLINE_SLACK * scenario.qps, Kind.Server: scenario.qps}.get(scenario.kind, 0.0)
     return max(scenario.min_queries, int(rate * scenario.min_duration_s))
 
@@ -135,7 +158,7 @@ def _check_search(config: ObjectiveConfig, scenario: ScenarioConfig) -> None:
     if found != wanted and found:
         raise InputError(
             f"objective.metrics: {wanted} is no load of {scenario.kind.value}; write objective={found}, or "
-            f"load={'rate' if wanted == 'max_qps' else 'concurrency'}"
+            f"{objective.OFFERED_BY[wanted]}"
         )
     if not found or not limits_of(scenario):
         raise InputError(
@@ -159,12 +182,13 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
     others queue. Raises BehindError for a trial that does not hold the best load of its study.
     """
     scenario, settings = config.scenario, config.scenario.search
-    name, closed = objective.LOADED[scenario.kind], scenario.kind is Kind.ClosedLoop
+    name = objective.LOADED[scenario.kind]
+    recorded = traffic.window(scenario.with_load(1.0), engine.samples)[0] if scenario.kind is Kind.Trace else None
     done: dict[float, RunResult] = {}  # by load
 
     def run(role: str, load: ScenarioConfig) -> RunResult:
         run_folder = folder / f"run-{len(result.runs) + 1}"
-        progress.phase(folder, f"{role} {load.load:.4g} {load.load_unit}" if load.kind in objective.LOADED else role)
+        progress.phase(folder, role if role == "burst" else f"{role} {load.load:.4g} {load.load_unit}")
         ended = one(load, engine, flags, run_folder, result)
         result.runs.append(ended.record(run_folder, role, load.load))
         return ended
@@ -172,9 +196,9 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
     def keeps_limits(offered: float, seconds: float, full: bool) -> bool:
         load = certifying(scenario, offered)
         if not full:  # the share of queries that may exceed a limit is that of the certifying run
-            queries = planned(load)
+            queries = planned(load) if recorded is None else len(recorded)
             share = early_stopping.allowed(queries) / queries
-            load = replace(load, min_duration_s=seconds, min_queries=1, stop=Stop.decided, over_share=share)
+            load = replace(load, stop=Stop.decided, over_share=share, **shortened(load, seconds))
         ended = run("certify" if full else "probe", load)
         if full or offered not in done:
             done[offered] = ended
@@ -190,16 +214,23 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
         most = settings.best / max_qps.START
     elif settings.start_qps is None:
         queueing = run("burst", burst(scenario)).metrics
-        most, queued = queueing["samples_per_s"], {"queued_tpot_p99_ms": queueing["tpot_p99_ms"]}
-        if closed:  # Little's law
-            most *= longest_s(scenario, queueing)
-    highest = max_qps.search(keeps_limits, most, scenario.min_duration_s, settings, whole=closed)
+        most, queued = most_of(scenario, queueing, recorded), {"queued_tpot_p99_ms": queueing["tpot_p99_ms"]}
+    full_s = scenario.min_duration_s if recorded is None else float(recorded[-1])
+    highest = max_qps.search(keeps_limits, most, full_s, settings, whole=scenario.kind is Kind.ClosedLoop)
     best = done[min(done) if highest.certified is None else highest.certified]
     best.metrics.update({**queued, name: highest.certified or 0.0})
     if highest.failing is None:
         return best
     best.metrics[name.replace("max", "failing")] = highest.failing
     return replace(best, bound=broken_limit(done[highest.failing]))
+
+
+def most_of(scenario: ScenarioConfig, queueing: Mapping[str, float], recorded: traffic.Floats | None) -> float:
+    """Roughly the most that a server can take which served a burst with these figures; `recorded`: times of a trace."""
+    rate = queueing["samples_per_s"]
+    if scenario.kind is Kind.ClosedLoop:  # Little's law
+        return rate * longest_s(scenario, queueing)
+    return rate if recorded is None else rate * float(recorded[-1]) / len(recorded)
 
 
 def longest_s(scenario: ScenarioConfig, queueing: Mapping[str, float]) -> float:
@@ -225,10 +256,23 @@ def broken_limit(run: RunResult) -> str:
 
 
 def burst(scenario: ScenarioConfig) -> ScenarioConfig:
-    return replace(scenario, kind=Kind.Offline, min_queries=scenario.search.burst, min_duration_s=0.0, qps=1.0)
+    count = scenario.search.burst
+    if scenario.kind is Kind.Trace:
+        return replace(scenario, scale=AT_ONCE, max_queries=min(count, scenario.max_queries or count))
+    return replace(scenario, kind=Kind.Offline, min_queries=count, min_duration_s=0.0, qps=1.0)
+
+
+def shortened(scenario: ScenarioConfig, seconds: float) -> dict[str, Any]:
+    """The fields of a run of `scenario` that takes so many seconds."""
+    if scenario.kind is Kind.Trace:
+        return {"max_duration_s": min(seconds, scenario.max_duration_s or seconds)}
+    return {"min_duration_s": seconds, "min_queries": 1}
 
 
 def certifying(scenario: ScenarioConfig, load: float) -> ScenarioConfig:
+    """A run at `load` that shows whether the limits hold: of a trace, all of its window."""
+    if scenario.kind is Kind.Trace:
+        return scenario.with_load(load)
     return replace(scenario.with_load(load), min_queries=max(scenario.min_queries, scenario.search.certify_queries))
 
 

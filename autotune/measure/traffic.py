@@ -9,9 +9,17 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from autotune.config.schema import Kind, ScenarioConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from autotune.config.schema import MOST_QUERIES, Kind, ScenarioConfig
 from autotune.data.samples import Samples
+from autotune.errors import InputError
 from autotune.measure.arrivals import issues
+from autotune.measure.early_stopping import queries_needed
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
 
 
 class Ask(NamedTuple):
@@ -35,15 +43,15 @@ class Source(Protocol):
 
 
 class Schedule:
-    """Requests whose times are known in advance."""
+    """Requests whose `times`, in order, and `samples` are known in advance."""
 
-    def __init__(self, issues: Sequence[tuple[float, int]]) -> None:
-        self.total: int | None = len(issues)
-        self._issues = issues
+    def __init__(self, times: Sequence[float] | Floats, samples: Sequence[int] | Indices) -> None:
+        self.total: int | None = len(times)
+        self._times, self._samples = times, samples
 
     def first(self) -> Iterator[Ask]:
         """Yield all of them."""
-        return itertools.starmap(Ask, self._issues)
+        return (Ask(float(at_s), int(sample)) for at_s, sample in zip(self._times, self._samples, strict=True))
 
     def after(self, ask: Ask, number: int, now: float) -> Ask | None:
         """None: an answer brings nothing about."""
@@ -86,7 +94,46 @@ def source(scenario: ScenarioConfig, samples: Samples, at: int = 0, of: int = 1)
     """The requests of `scenario` over `samples`; of several servers that share them, those of server `at` of `of`."""
     if scenario.kind in (Kind.SingleStream, Kind.ClosedLoop):
         return Users(scenario, len(samples), at, of)
-    return Schedule(list(itertools.islice(issues(scenario, len(samples)), at, None, of)))
+    if scenario.kind is Kind.Trace:
+        times, recorded = window(scenario, samples)
+        return Schedule(times[at::of], recorded[at::of])
+    pairs = list(itertools.islice(issues(scenario, len(samples)), at, None, of))
+    return Schedule([at_s for at_s, _ in pairs], [sample for _, sample in pairs])
+
+
+def window(scenario: ScenarioConfig, samples: Samples) -> tuple[Floats, Indices]:
+    """The part of a trace that a run of `scenario` sends: times since the run began, in order, and the samples."""
+    arrivals = samples.arrivals
+    assert arrivals is not None  # `check` has seen to it
+    order = np.argsort(arrivals, kind="stable")
+    times = arrivals[order]
+    first, last = np.searchsorted(times, [scenario.from_s, math.inf if scenario.to_s is None else scenario.to_s])
+    times = (times[first:last] - scenario.from_s) / scenario.scale
+    count = scenario.max_queries or len(times)
+    if scenario.max_duration_s:
+        count = min(count, int(np.searchsorted(times, scenario.max_duration_s)))
+    return times[:count], order[first:last][:count]
+
+
+def check(scenario: ScenarioConfig, samples: Samples, searches: bool) -> None:
+    """Raise InputError where a run of `scenario` could send nothing, or too much, of `samples`."""
+    if scenario.kind is not Kind.Trace:
+        return
+    if samples.arrivals is None:
+        raise InputError(
+            f"dataset {samples.name}: its requests have no times, which scenario=trace sends them at; write `at_s` "
+            f"(seconds) into each record, or load=rate (Poisson arrivals at scenario.qps)"
+        )
+    count = len(window(scenario, samples)[0])
+    part = f"scenario.from_s={scenario.from_s:g}, scenario.to_s={scenario.to_s}"
+    if not count:
+        raise InputError(
+            f"{part}: no request of {samples.name}, which lasts {samples.arrivals.max():.6g} s, is in there"
+        )
+    if count > MOST_QUERIES:
+        raise InputError(f"{part}: {count} requests in one run; write a window with at most {MOST_QUERIES}")
+    if searches and count < (fewest := queries_needed(0)):
+        raise InputError(f"{part}: {count} requests, and the test of a limit at p99 takes {fewest}; widen the window")
 
 
 class Traffic:

@@ -30,12 +30,13 @@ class Fleet:
 
 
 def holds(result: Result, config: Config) -> float:
-    """The load that a server holds within the limits, as far as its trial shows, in users or queries/s."""
+    """The load that a server holds within the limits, as far as its trial shows, in the unit of the scenario's load."""
     searched = objective.highest(result.metrics)
     if searched is not None:
         return searched
-    if config.scenario.kind is Kind.ClosedLoop:
-        return float(result.params.get("scenario.users", config.scenario.users))
+    scenario = config.scenario
+    if scenario.kind in (Kind.ClosedLoop, Kind.Trace):
+        return float(result.params.get(f"scenario.{scenario.load_field}", scenario.load))
     return result.metrics["samples_per_s"]
 
 

@@ -20,7 +20,7 @@ import plotly.graph_objects as go
 from optuna.trial import TrialState
 from plotly.offline import get_plotlyjs
 
-from autotune.config.schema import Config, Kind
+from autotune.config.schema import Config
 from autotune.config.vllm_flags import FLAG
 from autotune.measure.accuracy import NLL, OVER
 from autotune.measure.limits import limits_of
@@ -275,7 +275,7 @@ def load(study: Study, limits: Mapping[str, float]) -> Section:
     trials = by_value(study)
     several = {name: result for name, result in trials if len({run.qps for run in result.runs}) > 1}
     scenario = study.config.scenario
-    key = "scenario.users" if scenario.kind is Kind.ClosedLoop else "scenario.qps"
+    key = f"scenario.{scenario.load_field}"
     swept = {name: result for name, result in trials if key in result.params}
     if several:
         some = {name: result for name, result in several.items() if name not in REFERENCES}

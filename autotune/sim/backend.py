@@ -181,14 +181,18 @@ def simulate(
     flags, device = cost.flags, cost.device
     blocks = cost.kv_tokens() // flags.block_size - 1  # vLLM keeps one for itself
     caching, size = flags.enable_prefix_caching, flags.block_size
-    span = max(1, int(samples.prompt_tokens.mean() / size / LONG)) if caching else 1
-    keys: dict[int, list[int]] = {}
+    # What a trace's prompts share is exact: its blocks are found one by one, and few of its prompts are sent twice.
+    recorded = scenario.kind is Kind.Trace
+    span = max(1, int(samples.prompt_tokens.mean() / size / LONG)) if caching and not recorded else 1
+
+    def keys(sample: int) -> list[int]:
+        return prefix_keys(samples.prompts[sample], size * span) if caching else []
+
+    known = keys if recorded else cache(keys)
 
     def request(number: int, ask: Ask, arrival: float) -> Request:
-        prompt, output = samples.prompts[ask.sample], int(samples.output_tokens[ask.sample])
-        if caching and ask.sample not in keys:
-            keys[ask.sample] = prefix_keys(prompt, size * span)
-        return Request(number, len(prompt), output, arrival, keys.get(ask.sample, ()))
+        prompt, output = int(samples.prompt_tokens[ask.sample]), int(samples.output_tokens[ask.sample])
+        return Request(number, prompt, output, arrival, known(ask.sample))
 
     count = flags.data_parallel_size
     sources = [traffic.source(scenario, samples, at, count) for at in range(count)]

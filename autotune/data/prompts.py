@@ -1,0 +1,67 @@
+"""Prompts of which only the lengths are known, and which pieces they share: made when they are asked for."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int32]
+
+
+class Lengths(NamedTuple):
+    """A request whose texts are not known."""
+
+    at_s: float | None
+    prompt_tokens: int
+    output_tokens: int
+    ids: Sequence[int]  # of the prompt's pieces: equal ids, equal tokens
+
+
+class MadeUp(Sequence[Tokens]):
+    """Prompts of chosen lengths, the same each time.
+
+    The first `ids` of a prompt are pieces of `piece_tokens` tokens, which are the same wherever they stand. Pieces with
+    other ids, and what has none, differ from the first few tokens on, so that nothing else is found in a prefix cache.
+    """
+
+    def __init__(
+        self,
+        lengths: NDArray[np.int64],  # tokens of each prompt
+        ids: NDArray[np.int64],  # of all prompts' pieces, one prompt after another; 0, 1, 2, …
+        ends: NDArray[np.int64],  # of each prompt's in `ids`
+        piece_tokens: int,
+        text: Tokens,  # they are made of
+    ) -> None:
+        self.lengths, self.ids, self.ends, self.piece_tokens, self.text = lengths, ids, ends, piece_tokens, text
+        self._alphabet = np.unique(text)
+        names = 2 * max(len(lengths), int(ids.max(initial=0)) + 1)
+        digits = next(digits for digits in range(1, 64) if len(self._alphabet) ** digits >= names)
+        self._powers = len(self._alphabet) ** np.arange(digits)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Tokens: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tokens]: ...
+
+    def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(len(self))[index]]
+        index = range(len(self))[index]
+        left, pieces = int(self.lengths[index]), []
+        for one in self.ids[self.ends[index - 1] if index else 0 : self.ends[index]].tolist():
+            pieces.append(self._piece(2 * one + 1, min(left, self.piece_tokens)))
+            left -= len(pieces[-1])
+        prompt: Tokens = np.concatenate([*pieces, self._piece(2 * index, left)])
+        return prompt
+
+    def _piece(self, name: int, tokens: int) -> Tokens:
+        """So many tokens, the first of which spell the number `name`; what follows begins anywhere in the text."""
+        spelled = self._alphabet[name // self._powers % len(self._alphabet)]
+        rest = np.arange(name * 7919, name * 7919 + tokens - len(spelled))
+        piece: Tokens = np.concatenate([spelled, self.text.take(rest, mode="wrap")])[:tokens]
+        return piece
