@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from autotune.config.schema import AccuracyConfig
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import InputError, MeasureError
+from autotune.live import scoring
 from autotune.measure import accuracy
 from autotune.measure.accuracy import Scores, Text
 from autotune.measure.result import Result
@@ -166,7 +170,8 @@ def test_unknown_is_infeasible_until_the_check_is_left_out(tmp_path: Path):
     said = study(tmp_path, *mute, space)
     unknown = next(one for number in range(2) if (one := result(tmp_path, f"trial-{number}")).params[KV] == "fp8")
     assert unknown.complete and not unknown.feasible
-    assert unknown.accuracy == "unknown: vLLM refuses to score texts: max_logprobs is 0"
+    why = "vLLM refuses to score texts: max_logprobs is 0"
+    assert unknown.accuracy == f"unknown: the baseline's answers have no scores ({why})"
     assert "Best: kv_cache_dtype=fp8" not in said
     assert "Best: kv_cache_dtype=fp8" in study(tmp_path, *mute, space, "accuracy=none")
 
@@ -205,3 +210,40 @@ def test_simulation_has_no_answers(tmp_path: Path):
     said = study(tmp_path, f"{KV}=choice(auto,fp8)", "sampler=grid", "accuracy=nll", simulated=True)
     assert "may change them: a simulation gives none." in said
     assert not list((tmp_path / "multirun/s").glob("accuracy")) and not result(tmp_path, "baseline").accuracy
+
+
+class Vllm(BaseHTTPRequestHandler):
+    """Answers each request for a completion with `status` and `body`."""
+
+    status, body = 200, b""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(self.status)
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, *_: Any) -> None:
+        """Be quiet."""
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (400, b'{"error": {"message": "max_logprobs is 0\\nmore"}}', "vLLM refuses to score texts: max_logprobs is 0"),
+        (500, b"oops", "vLLM refuses to score texts: HTTP Error 500"),
+        (200, b'{"choices": [', r"vLLM did not score texts \(JSONDecodeError"),
+        (200, b'{"choices": [{"prompt_logprobs": null}]}', r"vLLM did not score texts \(TypeError"),
+        (200, b'{"choices": [{"prompt_logprobs": [null]}]}', r"vLLM did not score texts \(ValueError"),
+        (200, b'{"choices": [{"prompt_logprobs": [null, {"8": {"logprob": -1}}]}]}', r"\(KeyError: '9'"),
+    ],
+)
+def test_answer_without_log_probabilities_is_told_in_one_line(status: int, body: bytes, words: str):
+    handler = type("Made", (Vllm,), {"status": status, "body": body})
+    with HTTPServer(("127.0.0.1", 0), handler) as http:
+        Thread(target=http.serve_forever, daemon=True).start()
+        server: Any = SimpleNamespace(url=f"http://127.0.0.1:{http.server_port}", model="m", check_alive=lambda: None)
+        with pytest.raises(MeasureError, match=words) as raised:
+            scoring.prefilled(server, [[7, 9]], 5.0, lambda: None)
+        http.shutdown()
+    assert "\n" not in str(raised.value)

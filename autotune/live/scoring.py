@@ -1,13 +1,13 @@
-"""Log-probabilities of tokens, asked of an idle vLLM: of given texts, in prefill, and of its own greedy answers.
+"""Log-probabilities of tokens, asked of vLLM: of given texts, in prefill, and of its own greedy answers.
 
 With `prompt_logprobs` vLLM neither reads the prefix cache nor returns a part of a chunked prefill (0.26 to 0.33).
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 
 import numpy as np
@@ -20,46 +20,56 @@ from autotune.live.server import Server
 SIDE_BY_SIDE = 16  # requests; each holds the probabilities of all its prompt's tokens for a moment
 
 Floats = NDArray[np.float64]
+T = TypeVar("T")
+Json = dict[str, Any]
 
 
 def prefilled(server: Server, texts: Sequence[list[int]], timeout_s: float, check: Callable[[], None]) -> list[Floats]:
     """The log-probability of each token after a text's first one. Raises MeasureError."""
+
+    def read(body: Json, choice: Json) -> Floats:
+        found = zip(body["prompt"][1:], choice["prompt_logprobs"][1:], strict=True)
+        return np.array([position[str(token)]["logprob"] for token, position in found], dtype=float)
+
     bodies = [{"prompt": text, "max_tokens": 1, "prompt_logprobs": 1} for text in texts]
-    return [
-        np.array([position[str(token)]["logprob"] for token, position in zip(text, found, strict=True) if position])
-        for text, choice in zip(texts, _choices(server, bodies, timeout_s, check), strict=True)
-        for found in [choice["prompt_logprobs"]]
-    ]
+    return _asked(server, bodies, read, timeout_s, check)
 
 
 def decoded(
     server: Server, prompts: Sequence[tuple[list[int], int]], timeout_s: float, check: Callable[[], None]
 ) -> list[tuple[list[int], Floats]]:
     """A greedy answer to each prompt, of so many tokens at most, and its log-probabilities. Raises MeasureError."""
-    bodies = [
-        {"prompt": prompt, "max_tokens": most, "logprobs": 1, "return_token_ids": True, "repetition_penalty": 1.0}
-        for prompt, most in prompts
-    ]
-    choices = _choices(server, bodies, timeout_s, check)
-    return [(choice["token_ids"], np.array(choice["logprobs"]["token_logprobs"])) for choice in choices]
+
+    def read(_: Json, choice: Json) -> tuple[list[int], Floats]:
+        found = np.array(choice["logprobs"]["token_logprobs"], dtype=float)
+        if len(found) != len(choice["token_ids"]):
+            raise ValueError("not as many log-probabilities as tokens")
+        return choice["token_ids"], found
+
+    asked = {"logprobs": 1, "return_token_ids": True, "repetition_penalty": 1.0}
+    bodies = [{"prompt": prompt, "max_tokens": most, **asked} for prompt, most in prompts]
+    return _asked(server, bodies, read, timeout_s, check)
 
 
-def _choices(
-    server: Server, bodies: Sequence[dict[str, Any]], timeout_s: float, check: Callable[[], None]
-) -> Iterator[dict[str, Any]]:
-    """vLLM's answer to each request, in order; `check` raises if the trial is to end meanwhile."""
+def _asked(
+    server: Server,
+    bodies: Sequence[Json],
+    read: Callable[[Json, Json], T],
+    timeout_s: float,
+    check: Callable[[], None],
+) -> list[T]:
+    """The findings of `read` in vLLM's answer to each request; `check` raises if the trial is to end meanwhile."""
 
-    def ask(body: dict[str, Any]) -> dict[str, Any]:
+    def ask(body: Json) -> T:
+        check()
         whole = json.dumps({"model": server.model, "temperature": 0, **body}).encode()
         with key.opened(server.url, "/v1/completions", timeout_s, "POST", whole) as answer:
-            choice: dict[str, Any] = json.loads(answer.read())["choices"][0]
-            return choice
+            return read(body, json.loads(answer.read())["choices"][0])
 
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        asked = [pool.submit(ask, body) for body in bodies]
         try:
-            for choice in pool.map(ask, bodies):
-                check()
-                yield choice
+            return [one.result() for one in asked]
         except HTTPError as error:
             raise MeasureError(f"vLLM refuses to score texts: {_reason(error)}") from None
         except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:

@@ -31,7 +31,7 @@ FOLDER = "accuracy"  # in a study's folder: the scores of each numerics
 CONSTRAINT = "accuracy"  # of a result: how far the bound is above the margin, as a share of it; 1 if nobody knows
 NLL, GAP = "nll", "decode_nll_gap"  # metrics, nats a token; beside each: how much more it is than the baseline's
 OVER = "_over_baseline"
-NUMERICS = "numerics"  # fact of a result
+NUMERICS, NOT_SCORED = "numerics", "not_scored"  # facts of a result; the second is why its server was not scored
 # First words of a result's `accuracy`.
 SAME, PASSED, REFUSED, UNKNOWN = "same numerics", "passed", "refused", "unknown"
 ANSWERED = 4  # of so many texts one is answered, with at most
@@ -113,10 +113,15 @@ def texts(samples: Samples, config: AccuracyConfig) -> list[Text]:
     return [found[at] for at in chosen]
 
 
-def key(numeric: str, chosen: Iterable[Text]) -> str:
-    """A name for the scores of `chosen` texts with these numerics."""
-    told = json.dumps([numeric, [[text.tokens, text.answer_tokens] for text in chosen]])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+def digest(chosen: Iterable[Text]) -> str:
+    """A hash of texts."""
+    told = json.dumps([[text.tokens, text.answer_tokens] for text in chosen])
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def file_name(numeric: str, texts_digest: str) -> str:
+    """The name of the file with the scores of these texts with these numerics."""
+    return f"{hashlib.sha256(f'{texts_digest} {numeric}'.encode()).hexdigest()[:16]}.json"
 
 
 def measured(engine: Scorer, chosen: Sequence[Text], numeric: str) -> Scores:
@@ -134,7 +139,7 @@ def measured(engine: Scorer, chosen: Sequence[Text], numeric: str) -> Scores:
 
 def scored(config: AccuracyConfig, engine: Scorer, chosen: Sequence[Text], numeric: str) -> Scores:
     """The scores of a study's earlier server with these numerics, or of this one. Raises MeasureError."""
-    kept = Path(config.kept_in, f"{key(numeric, chosen)}.json") if config.kept_in else None
+    kept = Path(config.kept_in, file_name(numeric, digest(chosen))) if config.kept_in else None
     if kept and (known := Scores.load(kept)):
         return known
     scores = measured(engine, chosen, numeric)

@@ -88,6 +88,11 @@ class Result:
         return self.complete and all(value <= 0 for value in self.constraints.values())
 
     @property
+    def holds_limits(self) -> bool:
+        """True if it is feasible but for its answers, of which a simulation says nothing."""
+        return self.complete and all(value <= 0 for name, value in self.constraints.items() if name != "accuracy")
+
+    @property
     def shared_server(self) -> bool:
         """True if its server stayed from an earlier trial, or was started for several."""
         return self.facts.get("server", "").startswith("shared")

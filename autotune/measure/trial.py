@@ -130,7 +130,8 @@ def score(
     try:
         result.metrics |= accuracy.scored(config.accuracy, engine, texts, numerics).metrics()
     except MeasureError as error:
-        result.accuracy = f"{accuracy.UNKNOWN}: {error}"
+        result.facts[accuracy.NOT_SCORED] = str(error)
+        log.warning("answers were not scored: %s", error)
     result.phases["accuracy"] = time.monotonic() - began
 
 

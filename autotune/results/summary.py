@@ -283,12 +283,12 @@ def _surprise(name: str, result: Result) -> str:
     if not result.complete:
         return f"  {name}: expected to run, and failed: {result.reason}"
     off = result.values[0] / values[0] - 1 if values[0] else 0.0
-    if abs(off) <= SURPRISE and feasible == result.feasible:
+    if abs(off) <= SURPRISE and feasible == result.holds_limits:
         return ""
     words = {True: "feasible", False: "infeasible"}
     return (
         f"  {name}: expected {values[0]:.4g} ({words[feasible]}), "
-        f"measured {result.values[0]:.4g} ({words[result.feasible]})"
+        f"measured {result.values[0]:.4g} ({words[result.holds_limits]})"
     )
 
 

@@ -338,7 +338,8 @@ class TwinSampler(BaseSampler):
         """The reason to ask TPE instead; empty as long as the twin tells good configurations from bad ones."""
         pairs = []
         for result in results:
-            if result.expected.get("feasible") and result.ran and result.state is not State.pruned:
+            foreseen = result.feasible or not result.holds_limits  # it does not foresee answers
+            if result.expected.get("feasible") and result.ran and result.state is not State.pruned and foreseen:
                 expected = replace(result, state=State.complete, values=result.expected["values"], constraints={})
                 told = score(self._config, expected)
                 pairs.append((score(self._config, result) if result.feasible else told + FAILED, told))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from autotune.config.schema import DEFAULTS, RECIPE, AccuracyConfig, Check, Config, baselines
+from autotune.config.schema import RECIPE, AccuracyConfig, Check, Config, baselines
 from autotune.config.vllm_flags import FLAG
 from autotune.data.samples import Samples
 from autotune.errors import InputError
@@ -16,6 +16,7 @@ from autotune.measure.accuracy import (
     FOLDER,
     GAP,
     NLL,
+    NOT_SCORED,
     NUMERICS,
     OVER,
     PASSED,
@@ -61,7 +62,8 @@ class Gate:
         self._on = config.accuracy.check is Check.nll
         if self._on:
             self._folder.mkdir(exist_ok=True)
-            self._texts = accuracy.texts(samples, config.accuracy)
+            self._texts = accuracy.digest(accuracy.texts(samples, config.accuracy))
+        self._found: dict[str, Scores] = {}  # by numerics
         self._refused: dict[str, str] = {}  # trial whose answers were refused, by numerics
 
     def refusal(self, params: Mapping[str, Any]) -> str:
@@ -88,8 +90,8 @@ class Gate:
         if not self._on:
             result.accuracy = ""
             return
-        numerics = result.facts.get(NUMERICS) or self._numerics(result.params)
-        reference = self._reference(results)
+        numerics = result.facts[NUMERICS] if NUMERICS in result.facts else self._numerics(result.params)
+        name_of_reference, reference = self._reference(results)
         if numerics == reference:
             result.accuracy = SAME
             return
@@ -97,9 +99,10 @@ class Gate:
         if scores and baseline:
             self._note(name, numerics, result, accuracy.judged(scores, baseline, self._config.accuracy.margin))
             return
-        why = "nothing with the baseline's numerics was scored" if scores else "measured before answers were checked"
-        if not self.waits(result) or scores:
-            result.accuracy = f"{UNKNOWN}: {why}"
+        lacking = result if baseline else results.get(name_of_reference)
+        why = lacking.facts.get(NOT_SCORED, "") if lacking else ""
+        what = "its answers" if baseline else "the baseline's answers"
+        result.accuracy = f"{UNKNOWN}: {what} have no scores{why and f' ({why})'}"
         result.constraints[CONSTRAINT] = 1.0
 
     def _note(self, name: str, numerics: str, result: Result, found: Judgement) -> None:
@@ -111,17 +114,20 @@ class Gate:
         if found.over > 0:
             self._refused.setdefault(numerics, name)
 
-    def _reference(self, results: Mapping[str, Result]) -> str:
-        """The numerics of the baseline: vLLM's defaults, unless the recipe alone stands for them."""
-        name = BASELINE if DEFAULTS in baselines(self._config) or not baselines(self._config) else RECIPE
-        measured = results[name].facts.get(NUMERICS) if name in results else None
-        if measured is not None:
-            return measured
+    def _reference(self, results: Mapping[str, Result]) -> tuple[str, str]:
+        """The baseline's name and numerics: vLLM's defaults, unless the recipe alone stands for them."""
+        name = RECIPE if baselines(self._config) == [RECIPE] else BASELINE
+        if name in results and NUMERICS in results[name].facts:
+            return name, results[name].facts[NUMERICS]
         recipe = self._config.model.recipe.args if name == RECIPE else {}
-        return self._numerics({f"{FLAG}{flag}": value for flag, value in recipe.items()})
+        return name, self._numerics({f"{FLAG}{flag}": value for flag, value in recipe.items()})
 
     def _scores(self, numerics: str) -> Scores | None:
-        return Scores.load(self._folder / f"{accuracy.key(numerics, self._texts)}.json")
+        if numerics not in self._found:
+            if (scores := Scores.load(self._folder / accuracy.file_name(numerics, self._texts))) is None:
+                return None
+            self._found[numerics] = scores
+        return self._found[numerics]
 
     def _numerics(self, params: Mapping[str, Any]) -> str:
         """The numerics of a trial with these parameters, as vLLM resolves its flags here."""

@@ -28,6 +28,7 @@ from autotune.config.schema import DEFAULTS, RECIPE, BudgetOf, Config, Duplicate
 from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
 from autotune.measure import progress
+from autotune.measure.accuracy import SAME
 from autotune.measure.backend import DryRunOutcome
 from autotune.measure.objective import searches
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
@@ -552,7 +553,8 @@ class Sweep:
         """Have the gate judge what has ended: the baseline's end may decide on what has ended before."""
         for name in self._gate.judge(self._results, anew):
             result = self._results[name]
-            log.info("%s: accuracy: %s", name, result.accuracy or "not checked")
+            if result.accuracy != SAME:
+                log.info("%s: accuracy: %s", name, result.accuracy or "not checked")
             result.save(self._folder / (f"{FRESH}{name}" if ON_SHARED in result.facts else name))
 
     def _count_failures(self, result: Result, node: str) -> None:

@@ -1,0 +1,69 @@
+"""The gate on real vLLM: SmolLM2 rounded to int4 is refused, the same weights in other batches pass."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from autotune.config.command_line import compose
+from autotune.measure import accuracy, trial
+from autotune.measure.accuracy import Scores
+from autotune.measure.prepare import prepare
+from autotune.measure.result import Result
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+GROUP = 64  # weights that share a scale
+
+
+def texts(path: Path) -> Path:
+    """Paragraphs of this project's own pages, as a data set."""
+    pages = [page.read_text() for page in sorted(ROOT.glob("docs/*.md"))]
+    found = [part for page in pages for part in page.split("\n\n") if len(part) > 400 and part[0].isalpha()]
+    path.write_text("\n".join(json.dumps({"input": part, "output_tokens": 16}) for part in found[:32]))
+    return path
+
+
+def rounded(source: Path, folder: Path) -> Path:
+    """A copy of the model in `source` whose linear layers have weights of four bits."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in weights.items():
+        if name.endswith("proj.weight"):
+            groups = tensor.float().reshape(-1, GROUP)
+            scale = groups.abs().amax(1, keepdim=True).clamp(min=1e-9) / 7
+            weights[name] = ((groups / scale).round() * scale).reshape(tensor.shape).to(tensor.dtype)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def scored(folder: Path, name: str, *words: str) -> tuple[Result, Scores]:
+    """A trial that scores its server, and the scores."""
+    kept = folder / f"scores-{name}"
+    kept.mkdir()
+    short = ["scenario.min_queries=2", "scenario.min_duration_s=0", "scenario.warmup_requests=2", "tracking=none"]
+    data = ["dataset=file", f"dataset.path={texts(folder / 'texts.jsonl')}"]
+    check = ["accuracy=nll", f"accuracy.kept_in={kept}", "accuracy.tokens=128"]
+    config, _, _ = compose(["model=smollm2", *short, *data, *check, "engine.args.enforce_eager=true", *words])
+    result = trial.run(config, [], folder / name)
+    (file,) = kept.iterdir()
+    scores = Scores.load(file)
+    assert scores
+    return result, scores
+
+
+def test_int4_is_refused_and_another_batch_size_passes(tmp_path: Path):
+    baseline, base = scored(tmp_path, "baseline")
+    source = prepare(compose(["model=smollm2"])[0]).model.folder
+    _, batches = scored(tmp_path, "batches", "engine.args.max_num_seqs=3", "engine.args.max_num_batched_tokens=64")
+    _, int4 = scored(tmp_path, "int4", f"model.path={rounded(source, tmp_path / 'model')}")
+    assert len(base.nll) == 32 and len(base.gap) == 8 and 1 < baseline.metrics["nll"] < 6
+    assert baseline.phases["accuracy"] > 0 and baseline.facts["numerics"].startswith("dtype=")
+    assert abs(baseline.metrics["decode_nll_gap"]) < 0.01
+    same, worse = (accuracy.judged(scores, base, 0.03) for scores in (batches, int4))
+    assert same.over < 0 and abs(same.nll.mean) < 0.005
+    assert worse.over > 0 and worse.nll.mean > 0.1 and worse.words.startswith("NLL +")
