@@ -173,7 +173,9 @@ def _accuracy(study: Study) -> list[str]:
     left_out: dict[str, list[str]] = {}
     for name, result in study.complete.items():
         if result.constraints.get(CONSTRAINT, 0) > 0:
-            left_out.setdefault(result.accuracy or UNKNOWN, []).append(name)
+            deciding = {key: value for key, value in result.params.items() if is_numeric(key.removeprefix(FLAG))}
+            told = f"{name} ({shorten(deciding)})" if deciding else name
+            left_out.setdefault(result.accuracy or UNKNOWN, []).append(told)
     lines = []
     if served and served.accuracy.startswith(PASSED):
         lines.append(f"Its answers against the baseline's: {served.accuracy}.{_made_up(study.config)}")
