@@ -1,10 +1,12 @@
 """What a shared server measures against fresh ones: the same configurations on both, in turn.
 
     python benchmarks/hot.py FOLDER --config engine.args.max_num_batched_tokens=512 --config … [--rounds 3] \\
-        [model=llama8b_dummy scenario=offline …]
+        [model=llama8b_dummy engine.args.gpu_memory_utilization=0.42 …]
 
-In each round one server is changed to each configuration after the other, then each is started by itself. Every trial
-leaves its result.json in FOLDER. The table has the ratio of each metric, shared to fresh, with its 95 % interval.
+One server stays up and is changed to each configuration in turn; after each, the same configuration is measured on a
+server that starts for it alone. So two servers are in memory at a time, of which one idles: no more than half of a
+GPU's for each. No GPU is leased (gpus=null): nothing else may use it. Every trial leaves its result.json in FOLDER. The
+table has the ratio of each metric, shared to fresh, with its 95 % interval, after each round.
 """
 
 import argparse
@@ -43,7 +45,7 @@ def main() -> None:
     results: dict[tuple[str, int], list[Result]] = {}
 
     def measure(kind: str, number: int, slot: Slot) -> None:
-        words = [*overrides, *configs[number], *([bounds(configs)] if slot.shares else [])]
+        words = [*overrides, "gpus=null", *configs[number], *([bounds(configs)] if slot.shares else [])]
         folder = given.folder / f"{kind}-{number}-{len(results.get((kind, number), []))}"
         config, _, _ = compose(words)
         result = trial.run(config, words, folder, slot)
@@ -52,24 +54,26 @@ def main() -> None:
         phases = " ".join(f"{name} {seconds:.1f}" for name, seconds in result.phases.items())
         print(f"{folder.name}: {result.facts['server']}; {shown}; {phases} s", flush=True)
 
-    for _ in range(given.rounds):
-        with closing(Slot(shares=True)) as slot:
+    with closing(Slot(shares=True)) as shared:
+        for _ in range(given.rounds):
             for number in range(len(configs)):
-                measure("shared", number, slot)
-        for number in range(len(configs)):
-            measure("fresh", number, Slot())
-    for number, words in enumerate(configs):
-        shared, fresh = results["shared", number], results["fresh", number]
-        print(" ".join(words))
-        for name in METRICS:
-            if all(name in result.metrics for result in [*shared, *fresh]):
-                pairs = zip(shared, fresh, strict=True)
-                logs = [math.log(one.metrics[name] / other.metrics[name]) for one, other in pairs]
-                mean, interval = mean_and_interval(logs)
-                low, high = (math.exp(end) for end in interval or (mean, mean))
-                print(f"  {name}: {math.exp(mean):.3f} ({low:.3f} to {high:.3f})")
-        seconds = [sum(result.engine_s for result in some) for some in (shared, fresh)]
-        print(f"  engine time: {seconds[0]:.0f} s shared, {seconds[1]:.0f} s fresh")
+                measure("shared", number, shared)
+                measure("fresh", number, Slot())
+            for number, words in enumerate(configs):
+                print(" ".join(words))
+                compare(results["shared", number], results["fresh", number])
+
+
+def compare(shared: list[Result], fresh: list[Result]) -> None:
+    """Print the ratio of each metric, pair by pair, and the engine time of both."""
+    for name in METRICS:
+        if all(name in result.metrics for result in [*shared, *fresh]):
+            logs = [math.log(one.metrics[name] / other.metrics[name]) for one, other in zip(shared, fresh, strict=True)]
+            mean, interval = mean_and_interval(logs)
+            low, high = (math.exp(end) for end in interval or (mean, mean))
+            print(f"  {name}: {math.exp(mean):.3f} ({low:.3f} to {high:.3f})")
+    seconds = [sum(result.engine_s for result in some) for some in (shared, fresh)]
+    print(f"  engine time: {seconds[0]:.0f} s shared, {seconds[1]:.0f} s fresh", flush=True)
 
 
 if __name__ == "__main__":
