@@ -58,7 +58,7 @@ class Sleeper:
         if slot.shares and self.config.bounds is not None and slot.server is None:
             slot.server = slot.keep(nullcontext(folder.name))
         told = f"shared: started by {slot.server}" if slot.server else "fresh"
-        yield Asleep(sleep_s, 1000 - abs(seqs - 700), folder, told)
+        yield Asleep(sleep_s, 1000 - abs(seqs - 700), folder, {"server": told})
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Asleep:
     sleep_s: float
     tokens: int
     folder: Path
-    told: str  # of its server
+    facts: dict[str, str]
     start: dict[str, float] = field(default_factory=dict)
     command: list[str] = field(default_factory=lambda: ["sleep"])
     estimated: bool = False
@@ -78,9 +78,9 @@ class Asleep:
         while (left_s := began + self.sleep_s - time.time()) > 0:
             progress.check(self.folder)
             time.sleep(min(0.05, left_s))
-        facts = {"slept": f"{began} {time.time()}"}
+        slept = {"slept_from": began, "slept_to": time.time()}
         request = RequestTiming(0, 0.0, 0.5, 1.0, self.tokens)
-        return Measurement([request], 0, 1, "VALID", [], {}, {"run": self.sleep_s}, facts=facts | {"server": self.told})
+        return Measurement([request], 0, 1, "VALID", [], {}, {"run": self.sleep_s}, figures=slept)
 
     def recorded(self) -> None:
         """It has no steps."""

@@ -116,8 +116,9 @@ class Slept:
 def slept(folder: Path) -> list[Slept]:
     found = []
     for path in folder.rglob("result.json"):
-        facts = json.loads(path.read_text())["facts"]
-        found.append(Slept(*map(float, facts["slept"].split()), facts.get("leased_gpus", "")))
+        result = json.loads(path.read_text())
+        figures, facts = result["metrics"], result["facts"]
+        found.append(Slept(figures["slept_from"], figures["slept_to"], facts.get("leased_gpus", "")))
     return sorted(found, key=lambda one: one.began)
 
 

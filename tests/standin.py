@@ -69,9 +69,9 @@ class StandIn:
         shared = slot.shares and self.config.bounds is not None
         if shared and slot.server is None:
             slot.server = slot.keep(nullcontext(folder.name))
-        told = f"shared: started by {slot.server} in {os.getpid()}" if shared else "fresh"
+        facts = {"server": f"shared: started by {slot.server} in {os.getpid()}" if shared else "fresh"}
         flattered = FLATTERED if shared else 1.0
-        yield StandInEngine(resolved["max_num_seqs"], folder, self.config, told, flattered)
+        yield StandInEngine(resolved["max_num_seqs"], folder, self.config, facts, flattered)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class StandInEngine:
     seqs: int
     folder: Path  # the trial's
     config: StandInConfig
-    told: str  # of its server
+    facts: dict[str, str]
     speed: float
     start: dict[str, float] = field(default_factory=lambda: {"import": START_S})
     command: list[str] = field(default_factory=lambda: ["vllm", "serve", "model"])
@@ -96,9 +96,7 @@ class StandInEngine:
         requests = [RequestTiming(number, 0.0, 0.01, last_s, 100) for number in range(self.seqs)]
         held = scenario.kind is not Kind.Server or scenario.qps < self.seqs / last_s
         verdict, reasons = ("VALID", []) if held else ("INVALID", ["TPOT over its limit"])
-        return Measurement(
-            requests, 0, len(requests), verdict, reasons, {}, {"run": last_s}, facts={"server": self.told}
-        )
+        return Measurement(requests, 0, len(requests), verdict, reasons, {}, {"run": last_s})
 
     def recorded(self) -> None:
         """It has no steps."""

@@ -23,6 +23,12 @@ def test_percentile_is_a_value_that_was_seen():
     assert found["ttft_p50_ms"] == 51 and found["ttft_p99_ms"] == 100 and found["ttft_mean_ms"] == 50.5
 
 
+def test_rates_do_not_depend_on_when_the_clock_began():
+    for began in (0.0, 900.0):
+        requests = [RequestTiming(0, began + at, began + at + 0.1, began + at + 2, 8) for at in (0, 1)]
+        assert metrics.from_requests(requests, ())["samples_per_s"] == pytest.approx(2 / 3)
+
+
 def test_goodput_counts_requests_within_every_limit():
     requests = [
         RequestTiming(0, 0.0, 0.1, 1.0, 11),  # TTFT 0.1 s, TPOT 0.09 s

@@ -217,6 +217,7 @@ def test_trial_that_does_not_hold_the_best_load_is_left_after_one_short_run(
     left = Result.load(tmp_path)
     assert left.state == "pruned" and len(left.runs) == 1 and left.phases["run"] < 20
     assert left.metrics["failing_load"] == best and 0 < left.metrics["load_at_most"] < best
+    assert left.facts["simulated"] == "H100"  # what it ran on is told of any trial
 
 
 def test_trial_that_holds_the_best_load_is_searched_from_there_upwards(tmp_path: Path, searched: tuple[Path, Result]):

@@ -32,6 +32,7 @@ from autotune.measure.backend import DryRunOutcome, Measurement, Recording, Requ
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
 from autotune.measure.limits import known_to_loadgen, limits_of
+from autotune.measure.metrics import from_requests
 from autotune.measure.objective import LOADED
 from autotune.measure.slot import Slot
 from autotune.system.host import hardware
@@ -111,7 +112,7 @@ class LiveBackend:
                 run_folder.mkdir(exist_ok=True)
                 run = engine(served).run(hot.REFERENCE, run_folder)
                 recording.forget(served.server.scratch)
-                return len(run.requests) / max(request.last_token for request in run.requests)
+                return from_requests(run.requests, ())["samples_per_s"]
 
             with hot.serving(self.config, self.vllm, model, args, folder, slot, rate) as served:
                 if not args.get("disable_log_stats"):
@@ -294,7 +295,6 @@ class LiveEngine:
             phases={"warmup": client.warmup_s, "run": client.run_s},
             server=states,
             figures=figures,
-            facts=self.facts,
         )
 
 

@@ -185,7 +185,7 @@ class Sharing:
         log.warning("another server: the shared one %s; its last %d trials are marked", what, len(shared.since))
         for folder in shared.since:
             if result := Result.find(folder):
-                result.facts["server"] += f"; afterwards it {what}"
+                result.facts["server"] = f"{result.facts.get('server', 'shared')}; afterwards it {what}"
                 result.save(folder)
         return False
 

@@ -54,7 +54,6 @@ class Measurement:
     phases: dict[str, float]  # seconds by phase: warmup, run
     server: list[ServerState] = field(default_factory=list)  # observed during the run
     figures: dict[str, float] = field(default_factory=dict)  # the backend's own, named as in result.json
-    facts: dict[str, str] = field(default_factory=dict)  # versions and hardware
 
     @property
     def stopped_early(self) -> bool:
@@ -86,6 +85,7 @@ class Engine(Protocol):
     samples: Samples  # that its runs send
     start: dict[str, float]  # seconds from launch to healthy, by part: import, weights, compile, …
     command: list[str]  # `vllm serve …` that starts the same server
+    facts: dict[str, str]  # versions, hardware, and which server it is
     estimated: bool  # simulated, not measured
 
     def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:

@@ -141,6 +141,7 @@ def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Pa
     Returns the run that `result` describes.
     """
     result.estimated, result.command = engine.estimated, engine.command
+    result.facts |= engine.facts
     result.start = engine.start
     result.phases["start"] = sum(engine.start.values())
     if objective.searches(config.objective):
@@ -156,7 +157,6 @@ def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Pa
     if config.price_per_gpu_hour:
         result.metrics |= price.per_million(run.metrics, vllm_flags.gpus(flags), config.price_per_gpu_hour)
     result.verdict, result.reasons = run.measured.verdict, run.measured.reasons
-    result.facts |= run.measured.facts
     result.values = objective.values(config.objective, result.metrics)
     result.constraints = run.constraints
     return run

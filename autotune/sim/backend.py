@@ -155,7 +155,6 @@ class SimEngine:
             loadgen={},
             phases={"run": run_s},
             server=[state for state in states if state.time_s <= run_s],
-            facts=self.facts,
         )
 
     def recorded(self) -> Recording | None:

@@ -6,6 +6,7 @@ python benchmarks/h100/tables.py --write  # put them into the pages, each below 
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -18,10 +19,11 @@ from scipy.stats import kendalltau
 from autotune.commands.verify import change
 from autotune.config.command_line import compose
 from autotune.config.schema import HOST, Device
+from autotune.measure.metrics import mean_and_interval
 from autotune.measure.paired import paired_difference
 from autotune.measure.result import Result
 from autotune.results import summary
-from autotune.results.study import BASELINE
+from autotune.results.study import BASELINE, FRESH
 from autotune.search.simulate import estimate, simulation
 from autotune.sim import calibrate
 
@@ -118,17 +120,63 @@ def interactive(hosts: str = H100) -> str:
 
 def long_prompts() -> str:
     """Trials of a study of long prompts, whose trials shared a server."""
-    head = ("trial", "server", "what differs from the defaults", "expected", "goodput, queries/s", "p99 TTFT, ms",
+    return by_twin("host-10/long-twin", {"goodput_per_s": "goodput, queries/s"})
+
+
+def mixture() -> str:
+    """Trials of a study of a mixture of experts, whose trials shared a server."""
+    return by_twin("host-12/moe-twin", {"max_qps": "max QPS", "failing_qps": "fails at"})
+
+
+def by_twin(folder: str, objective: dict[str, str]) -> str:
+    """Each trial of a study with sampler=twin, what the twin expected of it, and what came."""
+    head = ("trial", "server", "what differs from the defaults", "expected", *objective.values(), "p99 TTFT, ms",
             "p99 TPOT, ms", "mean step, ms", "start, s", "engine time, s")  # fmt: skip
+    digits = {**dict.fromkeys(objective, 2), "ttft_p99_ms": 0, "tpot_p99_ms": 1, "step_ms": 1}
     rows = []
-    for name, result in study(ONE / "host-10/long-twin").items():
-        figures = [result.metrics[metric] for metric in ("goodput_per_s", "ttft_p99_ms", "tpot_p99_ms", "step_ms")]
-        shown = [number(value, digits) for value, digits in zip(figures, (2, 0, 1, 1), strict=True)]
-        expected = number(result.expected["values"][0], 2) if result.expected else ""
-        server = "shared" if result.shared_server else "fresh"
-        took = [number(seconds, 0) for seconds in (result.phases["start"], result.engine_s)]
+    for name, result in study(ONE / folder).items():
+        shown = [number(result.metrics.get(metric), places) for metric, places in digits.items()]
+        shown[0] = shown[0] or ending(result)
+        expected = number(result.expected["values"][0], 2) if result.expected.get("values") else ""
+        took = [number(seconds, 0) for seconds in (result.phases.get("start"), result.engine_s)]
+        server = "fresh" if name.startswith((BASELINE, FRESH)) else "shared"
         rows.append((name, server, changed(result), expected, *shown, *took))
     return markdown(head, rows)
+
+
+def ending(result: Result) -> str:
+    """Why a trial has no value."""
+    return f"less than {result.runs[0].qps:.2f}" if result.state == "pruned" else f"failed: {result.reason}"
+
+
+def shared_against_fresh() -> str:
+    """Ratios of shared servers' metrics to fresh ones', pair by pair, with the 95 % interval."""
+    folder, metrics = ONE / "host-12/llama-pairs", {"step_ms": "mean step", "tpot_mean_ms": "mean TPOT",
+        "tpot_p99_ms": "p99 TPOT", "ttft_mean_ms": "mean TTFT", "ttft_p99_ms": "p99 TTFT"}  # fmt: skip
+    numbers = sorted({file.stem.split("-")[1] for file in folder.glob("shared-*.json")})
+    pairs = {
+        number: [(read(file), read(folder / file.name.replace("shared", "fresh")))
+                 for file in sorted(folder.glob(f"shared-{number}-*.json"))]
+        for number in numbers
+    }  # fmt: skip
+    names = [changed_by_hand(some[0][0]) for some in pairs.values()]
+    graphs = [pair for some, name in zip(pairs.values(), names, strict=True) for pair in some if "=768" not in name]
+    rows = [*zip(names, pairs.values(), strict=True), ("all but that with steps of 768 tokens", graphs)]
+    table = [(name, str(len(some)), *(ratio(some, metric) for metric in metrics)) for name, some in rows]
+    return markdown(("configuration", "pairs", *metrics.values()), table)
+
+
+def changed_by_hand(result: Result) -> str:
+    """The flags of a trial that no study proposed."""
+    words = [word.removeprefix("engine.args.") for word in result.overrides if word.startswith("engine.args.")]
+    return ", ".join(word for word in words if not word.startswith("gpu_memory"))
+
+
+def ratio(pairs: Sequence[tuple[Result, Result]], metric: str) -> str:
+    logs = [math.log(one.metrics[metric] / other.metrics[metric]) for one, other in pairs]
+    middle, interval = mean_and_interval(logs)
+    low, high = (math.exp(end) for end in interval or (middle, middle))
+    return f"{math.exp(middle):.3f} ({low:.3f} to {high:.3f})"
 
 
 def interactive_h200() -> str:
@@ -455,6 +503,8 @@ TABLES: dict[str, Callable[[], str]] = {
             arms,
             foretold,
             long_prompts,
+            mixture,
+            shared_against_fresh,
         ),
         *(side_by_side, side_by_side_starts, beside_a_failure, tensor_parallel, killed),
     )
