@@ -48,6 +48,7 @@ class Streaming(BaseHTTPRequestHandler):
 
     received: ClassVar[list[tuple[str, dict[str, Any]]]] = []
     asked_by: ClassVar[list[tuple[str, int]]] = []  # its path, and the client's port
+    most: ClassVar[int | None] = None  # tokens after which an answer ends by itself
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -81,19 +82,20 @@ class Streaming(BaseHTTPRequestHandler):
         token, ending = b'data: {"choices": [{"text": "x"}]}\n\n', b"data: [DONE]\n\n"
         if body.get("return_token_ids"):
             token = token.replace(b"}]", b', "prompt_token_ids": [%d, 7], "token_ids": [%%d]}]' % first)
-        usage = b'data: {"choices": [], "usage": {"completion_tokens": %d}}\n\n' % body["max_tokens"]
+        tokens = min(body["max_tokens"], self.most or body["max_tokens"])
+        usage = b'data: {"choices": [], "usage": {"completion_tokens": %d}}\n\n' % tokens
         if first == RESET:
             self.close_connection = True
             self.send_header("Content-Length", "1000000")
         elif first == KEPT:
-            self.send_header("Content-Length", str(body["max_tokens"] * len(token) + len(usage + ending)))
+            self.send_header("Content-Length", str(tokens * len(token) + len(usage + ending)))
         else:
             self.send_header("Connection", "close")
         self.end_headers()
         if first == REFUSED:
             self.wfile.write(b'{"error": "out of blocks"}')
             return
-        for number in range(body["max_tokens"]):
+        for number in range(tokens):
             if first == SLOW:
                 time.sleep(TPOT_S if number else TTFT_S)
             self.wfile.write(token % (100 * first + number) if b"%" in token else token)
@@ -339,7 +341,7 @@ def test_trace_is_sent_at_its_times(tmp_path: Path, url: str):
         load.begin(asked(tmp_path, url, Kind.Trace, from_s=0.2, to_s=1.0, scale=2.0))
         done = ended(load, tmp_path)
     assert done.code == 0, done.log
-    requests = sorted(read_requests(tmp_path / "requests.csv"), key=lambda one: one.issued)
+    requests = sorted(read_requests(tmp_path / "requests.csv"), key=lambda one: (one.issued, one.sample))
     assert [one.sample for one in requests] == [2, 4, 3, 0]
     assert np.diff([one.issued for one in requests]) == pytest.approx([0.0, 0.15, 0.15], abs=1e-6)
     report = json.loads((tmp_path / "client.json").read_text())
@@ -505,11 +507,11 @@ def test_answers_wait_in_the_client_while_nobody_reads_them(tmp_path: Path, url:
     count, tokens = 40, 3000
     samples = sampled(tmp_path, [OK], [tokens])
     spec = asked(tmp_path, url, Kind.Offline, keep_answers=True, connections=2)
-    clients = Clients(spec, requests(url, "m", bodies(samples), keep_answers=True))
+    clients = Clients(spec, requests(url, "m", bodies(samples), keep_answers=True), samples)
     clients.begin(first_tokens=True)
-    clients.send([(number, 0) for number in range(count)])
+    clients.send([(number, 0, -1) for number in range(count)])
     time.sleep(0.5)
-    clients.send([(count, 0)])  # the client still takes it
+    clients.send([(count, 0, -1)])  # the client still takes it
     ended = 0
     for batch in clients.messages():
         for message in batch:

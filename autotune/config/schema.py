@@ -38,6 +38,14 @@ class Kind(Enum):
         return self in (Kind.Offline, Kind.Server, Kind.SingleStream)
 
 
+class Answers(Enum):
+    """Choice of what a conversation's later prompts hold of its earlier answers."""
+
+    none = "none"  # requests are independent of each other
+    received = "received"  # the answers that the server gave
+    recorded = "recorded"  # those of the data set
+
+
 class Output(Enum):
     """Choice of what sets the number of tokens that a request generates."""
 
@@ -164,6 +172,9 @@ class ScenarioConfig:
     from_s: float = within(0.0, 0, 1e9)  # of a Trace: what comes earlier is left out, s since its first request
     to_s: float | None = positive(None, 1e9)  # of a Trace: what comes then or later is left out; null is to its end
     ramp_s: float = within(10.0, 0, DAY_S)  # over which the users of a ClosedLoop begin, evenly, s
+    # Other than none: conversations, of which a turn is sent when the last one has been answered; qps counts them.
+    answers: Answers = Answers.none
+    think_s: float = within(0.0, 0, DAY_S)  # from an answer to the next turn: the mean of exponential pauses, s
     ttft_ms: float | None = positive(None)  # limit on p99 TTFT, ms; null is no limit
     tpot_ms: float | None = positive(None)  # limit on p99 TPOT, ms; null is no limit
     latency_ms: float | None = positive(None)  # limit on p99 of the latency to the last token, ms; null is no limit
@@ -199,7 +210,13 @@ class ScenarioConfig:
 
     @property
     def load_unit(self) -> str:
-        return {Kind.ClosedLoop: "users", Kind.Trace: "× the trace"}.get(self.kind, "queries/s")
+        rate = "queries/s" if self.answers is Answers.none else "sessions/s"
+        return {Kind.ClosedLoop: "users", Kind.Trace: "× the trace"}.get(self.kind, rate)
+
+    @property
+    def by_loadgen(self) -> bool:
+        """True if LoadGen sends the requests and gives the verdict, else autotune."""
+        return self.kind.by_loadgen and self.answers is Answers.none
 
 
 @dataclass
@@ -288,7 +305,8 @@ class Device:
     warmup_s: float = 18.0
     max_num_batched_tokens: int = within(8192, 1, 1e7)  # vLLM's defaults on this device, for a server
     max_num_seqs: int = within(1024, 1, 1e6)
-    block_size: int = within(16, 1, 1e5)  # the smallest, and the default
+    block_size: int = within(16, 1, 1e5)  # the smallest
+    default_block_size: int | None = within(None, 1, 1e5)  # vLLM's; null: the smallest
     async_scheduling: bool = True  # vLLM schedules a step while the last one runs
     gpus: int = within(8, 1, 1e4)  # in one machine
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer
 
-from autotune.config.schema import DatasetConfig, Output
+from autotune.config.schema import Answers, DatasetConfig, Output
+from autotune.data import sessions
 from autotune.data.models import Model
 from autotune.data.prompts import Lengths, MadeUp, Tokens
 from autotune.data.records import TIME, Record, digest, number_field, read_records, text_field
@@ -44,6 +45,8 @@ class Samples:
     ignore_eos: bool  # generate exactly `output_tokens`
     path: Path  # their file in the cache
     arrivals: NDArray[np.float64] | None = None  # seconds since the earliest, if they are a trace; in any order
+    turns: NDArray[np.int32] | None = None  # each one's number in its conversation, from 0; None: there are none
+    continued: bool = False  # the prompt of a later turn is what it adds to the last one's prompt and its answer
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -55,15 +58,37 @@ class Samples:
             return self.prompts.lengths
         return np.array([len(prompt) for prompt in self.prompts])
 
+    @cached_property
+    def continues(self) -> NDArray[np.bool_]:
+        """True for each sample that the next one is a later turn of."""
+        if self.turns is None:
+            return np.zeros(len(self), dtype=bool)
+        return np.append(self.turns[1:] > 0, False)
+
+    def kept(self, sample: int, tokens: int) -> int:
+        """The tokens of an answer that the next turn's prompt holds: the chat template writes its end of sequence."""
+        return tokens - (not self.ignore_eos and tokens < self.output_tokens[sample])
+
+    @cached_property
+    def longest_prompts(self) -> NDArray[np.int64]:
+        """The length of each prompt, in the conversation so far if that has the longest answers."""
+        if not self.continued:
+            return self.prompt_tokens
+        assert self.turns is not None
+        ends = np.cumsum(self.prompt_tokens + self.output_tokens)
+        first = np.maximum.accumulate(np.where(self.turns == 0, np.arange(len(self)), 0))
+        before = ends[first] - self.prompt_tokens[first] - self.output_tokens[first]
+        return np.asarray(ends - self.output_tokens - before)
+
     def check_fits(self, max_model_len: int) -> None:
         """Raise InputError for the first sample longer than `max_model_len` tokens."""
-        too_long = np.flatnonzero(self.prompt_tokens + self.output_tokens > max_model_len)
+        too_long = np.flatnonzero(self.longest_prompts + self.output_tokens > max_model_len)
         if too_long.size:
             first = int(too_long[0])
             limit = "leave longer ones out: dataset.records.max_prompt_tokens=…"
-            instead = "leave the record out" if self.arrivals is None else limit
+            instead = "leave the record out" if self.arrivals is None and self.turns is None else limit
             raise InputError(
-                f"dataset {self.name}, record {first + 1}: {self.prompt_tokens[first]} prompt + "
+                f"dataset {self.name}, record {first + 1}: {self.longest_prompts[first]} prompt + "
                 f"{self.output_tokens[first]} output tokens exceed max_model_len={max_model_len}; raise "
                 f"engine.args.max_model_len, lower dataset.max_output_tokens or {instead}"
             )
@@ -83,7 +108,8 @@ class Samples:
             prompts = {name: getattr(self.prompts, name) for name in ("lengths", "ids", "ends", "piece_tokens", "text")}
         else:
             prompts = {"tokens": np.concatenate(self.prompts), "lengths": self.prompt_tokens}
-        columns: dict[str, Any] = prompts if self.arrivals is None else {**prompts, "arrivals": self.arrivals}
+        some = {"arrivals": self.arrivals, "turns": self.turns}
+        columns: dict[str, Any] = prompts | {name: column for name, column in some.items() if column is not None}
         with draft_of(self.path) as draft, draft.open("wb") as file:
             np.savez(
                 file,
@@ -91,6 +117,7 @@ class Samples:
                 checksum=self.checksum,
                 output_tokens=self.output_tokens,
                 ignore_eos=self.ignore_eos,
+                continued=self.continued,
                 **columns,
             )
 
@@ -111,18 +138,26 @@ class Samples:
             ignore_eos=bool(body["ignore_eos"]),
             path=path,
             arrivals=body.get("arrivals"),
+            turns=body.get("turns"),
+            continued=bool(body["continued"]),
         )
 
 
 def prepare(
-    config: DatasetConfig, model: Model, cache_dir: Path, make: Callable[..., Iterable[Record]] | None
+    config: DatasetConfig,
+    model: Model,
+    cache_dir: Path,
+    make: Callable[..., Iterable[Record]] | None,
+    answers: Answers = Answers.none,
 ) -> Samples:
     """The samples of `config` as token ids of `model`; made once, then cached on disk.
 
     If the data set has a path, the records are read from there, unless `config.records` has a `path` and so reads the
-    file itself. Else `make(tokenizer=…)` yields them; it is given `model=…`, too, if it takes that. Raises InputError.
+    file itself. Else `make(tokenizer=…)` yields them; it is given `model=…` and `sessions=…` (whether turns are
+    wanted), too, if it takes them. `answers` are those that later turns of conversations hold. Raises InputError.
     """
     key = hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    key.update(answers.name.encode())
     if config.path:
         key.update(digest(expanded(config.path)))
     key.update(model.fingerprint())
@@ -132,11 +167,12 @@ def prepare(
         if config.path and "path" not in (config.records or {}):
             records: Iterable[Record] = read_records(expanded(config.path))
         elif make:
-            takes_model = "model" in inspect.signature(make).parameters
-            records = make(tokenizer=tokenizer, model=model) if takes_model else make(tokenizer=tokenizer)
+            offered = {"tokenizer": tokenizer, "model": model, "sessions": answers is not Answers.none}
+            taken = offered.keys() & inspect.signature(make).parameters.keys()
+            records = make(**{name: offered[name] for name in taken})
         else:
             raise InputError("no data set: write dataset=cnn_shaped (see --help) or dataset.path=<file>")
-        _samples(config, records, tokenizer, path).save()
+        _samples(config, records, tokenizer, path, answers).save()
     return _loaded(path)
 
 
@@ -152,6 +188,7 @@ class _Rows:
         self._config, self._tokenizer = config, tokenizer
         self._tokens, self._lengths, self._outputs = array("i"), array("q"), array("q")
         self._ids, self._ends, self._times = array("q"), array("q"), array("d")
+        self._turns = array("i")
         self._made_up = False  # the prompts are to be
 
     def __len__(self) -> int:
@@ -170,6 +207,8 @@ class _Rows:
             self._tokens.extend(prompt)
             length, at_s = len(prompt), number_field(record, TIME, where)
             output = _output_length(record, self._config, self._tokenizer, where)
+            if sessions.TURN in record:
+                self._turns.append(record[sessions.TURN])
         if len(self) and made_up != self._made_up:
             raise InputError(f"{where}: texts and mere lengths in one file; write one of them in all records")
         if len(self) and (at_s is None) == bool(self._times):
@@ -180,10 +219,11 @@ class _Rows:
         if at_s is not None:
             self._times.append(at_s)
 
-    def samples(self, name: str, path: Path) -> Samples:
-        """The samples that were added."""
+    def samples(self, name: str, path: Path, answers: Answers) -> Samples:
+        """The samples that were added; later turns of conversations hold these `answers`."""
         lengths, output_tokens = np.array(self._lengths), np.array(self._outputs, dtype=np.int32)
         tokens, times = np.array(self._tokens, dtype=np.int32), np.array(self._times)
+        turns = np.array(self._turns, dtype=np.int32)
         prompts: Sequence[Tokens] = np.split(tokens, np.cumsum(lengths)[:-1])
         digest = hashlib.sha256(output_tokens.tobytes())
         if self._made_up:
@@ -192,7 +232,7 @@ class _Rows:
             prompts = MadeUp(lengths, ids, np.array(self._ends), self._config.records["piece_tokens"], text)
             for column in (lengths, ids, prompts.ends, text):
                 digest.update(column.tobytes())
-        for column in (tokens, times):
+        for column in (tokens, times, turns):
             digest.update(column.tobytes())
         return Samples(
             name=name,
@@ -202,22 +242,31 @@ class _Rows:
             ignore_eos=self._config.output is Output.reference,
             path=path,
             arrivals=times - times.min() if len(times) else None,
+            turns=turns if len(turns) else None,
+            continued=answers is Answers.received,
         )
 
 
-def _samples(config: DatasetConfig, records: Iterable[Any], tokenizer: Tokenizer, path: Path) -> Samples:
-    source = config.path or config.name
+def _samples(
+    config: DatasetConfig, records: Iterable[Any], tokenizer: Tokenizer, path: Path, answers: Answers
+) -> Samples:
+    source, count = config.path or config.name, config.count
+    if answers is not Answers.none:
+        records, count = sessions.taken(records, count, answers is Answers.recorded, source), None
     rows = _Rows(config, tokenizer)
     for number, record in enumerate(records, 1):
         if record is not None:  # else it is left out
             rows.add(record, f"dataset {source}, record {number}")
-        if len(rows) == config.count:
+        if len(rows) == count:
             break
     if not len(rows):
         raise InputError(f"dataset {source}: no records")
-    if config.count and len(rows) < config.count:
-        raise InputError(f"dataset {source}: {len(rows)} records, fewer than dataset.count={config.count}")
-    return rows.samples(source, path)
+    if count and len(rows) < count:
+        raise InputError(f"dataset {source}: {len(rows)} records, fewer than dataset.count={count}")
+    found = rows.samples(source, path, answers)
+    if found.turns is not None and answers is Answers.none:
+        raise InputError(f"dataset {source}: turns of conversations; write scenario=sessions")
+    return found
 
 
 def _prompt(record: Any, tokenizer: Tokenizer, where: str) -> list[int]:

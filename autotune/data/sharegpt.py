@@ -11,6 +11,7 @@ from autotune.config.schema import Output
 from autotune.data.models import Model
 from autotune.data.records import read_records, text_field
 from autotune.data.samples import CONVERSATIONS
+from autotune.data.sessions import TURN
 from autotune.errors import InputError
 from autotune.system.files import expanded
 from autotune.text import one_line
@@ -23,10 +24,11 @@ ROLES = {
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
 }
+ANSWER = "@answer@"  # stands for one in a conversation's text
 EXAMPLE = '{"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}'
 
 Message = dict[str, Any]  # `role`: system, user, assistant or tool; `content`; what tools need, in OpenAI's form
-Encode = Callable[[list[Message], Any, str], list[int]]  # token ids of messages and tools, and where they are written
+Encode = Callable[..., list[int]]  # token ids of messages and tools, and where they are written
 
 
 def records(
@@ -36,12 +38,14 @@ def records(
     max_prompt_tokens: int | None = None,
     output: Output | str = Output.reference,
     model: Model | None = None,
+    sessions: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Yield a record for each answer, or for the first one of each conversation.
 
-    Its `tok_input` is the conversation up to the answer, through `model`'s chat template if it has one. Answers without
-    a question, empty answers, and those with a prompt longer than `max_prompt_tokens` are left out. A question at the
-    end has no answer: it is a request if `output` is natural, else left out. Raises InputError, naming the record.
+    Its `tok_input` is the conversation up to the answer, through `model`'s chat template if it has one; with
+    `sessions`, records are turns, as sessions.py has them. Answers without a question, empty answers, and those with a
+    prompt longer than `max_prompt_tokens` are left out. A question at the end has no answer: it is a request if
+    `output` is natural, else left out. Raises InputError, naming the record.
     """
     if path is None:
         raise InputError(f"dataset=sharegpt: no file; write dataset.path=<JSON list of {EXAMPLE}>")
@@ -57,13 +61,19 @@ def records(
         if messages and messages[-1]["role"] in ("user", "tool"):
             ends += [len(messages)] if Output(output) is Output.natural else []
             unanswered += Output(output) is Output.reference
-        for end in ends[: 1 if turns == "first" else None]:
-            prompt = encode(messages[:end], tools, where)
-            if max_prompt_tokens is None or len(prompt) <= max_prompt_tokens:
-                found += 1
-                yield {"tok_input": prompt, "output": _said(messages[end]) if end < len(messages) else ""}
-            else:
-                too_long += 1
+        ends, before = ends[: 1 if turns == "first" else None], 0
+        for turn, end in enumerate(ends):
+            said = _said(messages[end]) if end < len(messages) else ""
+            added = encode(messages[:end], tools, where, ends[turn - 1] if sessions and turn else None)
+            if max_prompt_tokens is not None and before + len(added) > max_prompt_tokens:
+                too_long += len(ends) - turn  # later ones are longer
+                break
+            found += 1
+            record = {"tok_input": added, "output": said}
+            if sessions:
+                record |= {TURN: turn, "tok_output": tokenizer.encode(said, add_special_tokens=False).ids}
+                before += len(added) + len(record["tok_output"])
+            yield record
     if unanswered and not found:
         raise InputError(f"{path}: no answer to a question; give some, or set dataset.output=natural")
     if unanswered:
@@ -147,21 +157,34 @@ def _said(message: Message) -> str:
 
 
 def encoder(tokenizer: Tokenizer, model: Model | None) -> Encode:
-    """A function that turns a conversation and its tools into the prompt for its next answer, as token ids."""
-    chat = model.chat() if model else None
-    if chat is None:
-        return lambda messages, tools, where: tokenizer.encode(_checked(_as_lines(messages, tools), where)).ids
+    """A function that turns a conversation and its tools into the prompt for its next answer, as token ids.
 
-    def encode(messages: list[Message], tools: Any, where: str) -> list[int]:
+    Given the index of an earlier answer, it returns those of what comes after that answer only.
+    """
+    chat = model.chat() if model else None
+
+    def text_of(messages: list[Message], tools: Any, where: str) -> str:
+        if chat is None:
+            return _checked(_as_lines(messages, tools), where)
         try:
             text = chat.apply_chat_template(messages, tools=tools or None, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program, and many refuse some orders of roles
             reason = one_line(error)
             problem = f"the model's chat template refuses it ({reason})"
             raise InputError(f"{where}: {problem}; leave the record out") from None
-        # The template has added the special tokens.
-        ids: list[int] = tokenizer.encode(_checked(text, where), add_special_tokens=False).ids
-        return ids
+        return _checked(text, where)
+
+    def encode(messages: list[Message], tools: Any, where: str, after: int | None = None) -> list[int]:
+        if after is None:  # a template has added the special tokens
+            ids: list[int] = tokenizer.encode(text_of(messages, tools, where), add_special_tokens=chat is None).ids
+            return ids
+        answer = {"role": "assistant", "content": ANSWER}
+        parts = text_of([*messages[:after], answer, *messages[after + 1 :]], tools, where).split(ANSWER)
+        if len(parts) != 2:
+            problem = f"the model's chat template has an earlier answer {len(parts) - 1} times"
+            raise InputError(f"{where}: {problem}; leave the record out, or write dataset.records.turns=first")
+        later: list[int] = tokenizer.encode(parts[1], add_special_tokens=False).ids
+        return later
 
     return encode
 

@@ -37,29 +37,25 @@ def news(
     each prompt, from its start and at most up to TAIL, is the same text in all prompts of a seed, as a system prompt
     would be; it changes no length. Raises InputError.
     """
-    for name, value, least, most in (
+    check_numbers(
         ("count", count, 1, MOST),
         ("prompt_tokens", prompt_tokens, 1, MOST),
         ("prompt_sigma", prompt_sigma, 0, 10),
         ("output_tokens", output_tokens, 1, MOST),
         ("output_deviation", output_deviation, 0, MOST),
         ("shared_prefix", shared_prefix, 0, 1),
-    ):
-        if not least <= value <= most:
-            raise InputError(f"dataset.records.{name}={value}: write a number from {least} to {most:,}")
-    for name, (low, high) in (("prompt_bounds", prompt_bounds), ("output_bounds", output_bounds)):
-        if not 1 <= low <= high <= MOST:
-            raise InputError(f"dataset.records.{name}=[{low},{high}]: write the lower one first, from 1 to {MOST:,}")
+    )
+    check_bounds(("prompt_bounds", prompt_bounds), ("output_bounds", output_bounds))
     draw = random.Random(seed)
     head = tokenizer.encode(HEAD).ids
     tail = tokenizer.encode(TAIL, add_special_tokens=False).ids
-    prefix = _text(tokenizer, random.Random(f"prefix {seed}"), round(shared_prefix * prompt_bounds[1]))
+    prefix = text(tokenizer, random.Random(f"prefix {seed}"), round(shared_prefix * prompt_bounds[1]))
     for _ in range(count):
-        length = _clip(prompt_tokens * draw.lognormvariate(0, prompt_sigma), prompt_bounds)
+        length = clipped(prompt_tokens * draw.lognormvariate(0, prompt_sigma), prompt_bounds)
         room = max(1, length - len(head) - len(tail))
         shared = min(max(0, round(shared_prefix * length) - len(head)), room)  # `head` is shared already
-        body = prefix[:shared] + _text(tokenizer, draw, room)[shared:]
-        output = _text(tokenizer, draw, _clip(draw.normalvariate(output_tokens, output_deviation), output_bounds))
+        body = prefix[:shared] + text(tokenizer, draw, room)[shared:]
+        output = text(tokenizer, draw, clipped(draw.normalvariate(output_tokens, output_deviation), output_bounds))
         yield {
             "instruction": HEAD + "{input}" + TAIL,
             "input": tokenizer.decode(body),
@@ -69,16 +65,31 @@ def news(
         }
 
 
-def _clip(value: float, bounds: tuple[int, int]) -> int:
+def check_numbers(*given: tuple[str, float, float, float]) -> None:
+    """Raise InputError for an argument, given with its name and its bounds, that is outside them."""
+    for name, value, least, most in given:
+        if not least <= value <= most:
+            raise InputError(f"dataset.records.{name}={value}: write a number from {least} to {most:,}")
+
+
+def check_bounds(*given: tuple[str, tuple[int, int]]) -> None:
+    """Raise InputError for bounds, given with their name, that are none."""
+    for name, (low, high) in given:
+        if not 1 <= low <= high <= MOST:
+            raise InputError(f"dataset.records.{name}=[{low},{high}]: write the lower one first, from 1 to {MOST:,}")
+
+
+def clipped(value: float, bounds: tuple[int, int]) -> int:
+    """The whole number within `bounds` that is closest to `value`."""
     return int(min(max(round(value), bounds[0]), bounds[1]))
 
 
 def made_up_text(tokenizer: Tokenizer, tokens: int) -> list[int]:
     """So many tokens of made-up news, always the same."""
-    return _text(tokenizer, random.Random(0), tokens)
+    return text(tokenizer, random.Random(0), tokens)
 
 
-def _text(tokenizer: Tokenizer, draw: random.Random, tokens: int) -> list[int]:
+def text(tokenizer: Tokenizer, draw: random.Random, tokens: int) -> list[int]:
     """Exactly `tokens` token ids of made-up news; as each word is at least one token, as many words are enough."""
     words: list[str] = []
     while len(words) < tokens:

@@ -23,7 +23,7 @@ def lateness(spec: RunSpec, issued: Sequence[float], sent: Sequence[float]) -> l
     Server have no schedule: their requests are due when they are issued.
     """
     due, scenario = np.array(issued), spec.scenario
-    if scenario.kind is Kind.Server:
+    if scenario.kind is Kind.Server and scenario.by_loadgen:
         schedule = np.fromiter(islice(server_times(scenario.qps, scenario.seed), len(issued)), float)
         due = schedule + (due - schedule).min()
     written = np.array(sent)

@@ -200,6 +200,7 @@ class LiveEngine:
             request_timeout_s=self.config.request_timeout_s,
             client_processes=self.config.client_processes or max(1, min(8, len(os.sched_getaffinity(0)) // 16)),
             connections=self.connections,
+            keep_answers=self.samples.continued,
             client_cpu_limit=self.config.client_cpu_limit,
             client_ttft_share=audit.ttft_share(self.config),
             warmup_rounds=self._warmup_rounds(),
@@ -266,7 +267,7 @@ class LiveEngine:
         reasons = watched(requests, total, scenario).reasons()
         verdict = "INVALID" if reasons else "VALID"
         loadgen_figures: dict[str, float] = {}
-        if not client.stopped and scenario.kind.by_loadgen:
+        if not client.stopped and scenario.by_loadgen:
             loadgen = loadgen_log.read(folder / "mlperf_log_detail.txt")
             loadgen_figures = loadgen.figures
             if scenario.over_share is None and all(map(known_to_loadgen, limits_of(scenario))):
@@ -314,6 +315,7 @@ def read_requests(path: Path) -> list[RequestTiming]:
                 float(row["last_token"]),
                 int(row["output_tokens"]),
                 int(row.get("prompt_tokens") or 0),
+                int(row.get("session") or -1),
             )
             for row in csv.DictReader(file)
         ]

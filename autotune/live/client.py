@@ -6,7 +6,6 @@ and their connections as the last one left them.
 """
 
 import asyncio
-import itertools
 import json
 import os
 import selectors
@@ -34,7 +33,7 @@ from autotune.live.messages import RunSpec
 from autotune.live.stream import Client, Stream, completion
 from autotune.system.process import fork
 
-ISSUE = struct.Struct("<II")  # to a client process: a request's number, its sample
+ISSUE = struct.Struct("<IIi")  # to a client process: a request's number, its sample, the number of the one it continues
 MESSAGE = struct.Struct("<BIIIddd")  # from one: the fields of a Message, with its data's length in bytes, then the data
 # In place of a request's number: the run begins, forget the warm-up's figures (its sample: whether first tokens are to
 # be reported); the run has ended, drop what is still under way and report.
@@ -117,7 +116,7 @@ class Clients:
     They serve run after run, each of which may be made by a fork of the process that started them.
     """
 
-    def __init__(self, spec: RunSpec, requests: Sequence[bytes]) -> None:
+    def __init__(self, spec: RunSpec, requests: Sequence[bytes], samples: Samples) -> None:
         count = spec.client_processes
         self.reports: dict[int, ProcessReport] = {}  # by process, once the run has ended
         self._generated = [0] * count
@@ -126,10 +125,12 @@ class Clients:
         for _ in range(count):
             ours, theirs = socket.socketpair()
             with theirs:
-                self._pids.append(fork(partial(_work, theirs, spec, requests)))
+                self._pids.append(fork(partial(_work, theirs, spec, requests, samples)))
             self._socks.append(ours)
         self._unread = [b""] * count
         self._next = 0
+        self._continues = samples.continues
+        self._homes: dict[int, int] = {}  # the process that has a turn, by its number, until the next one is sent
         self._sending = threading.Lock()  # no message is cut in two, and none comes after END
         self._ended = False
 
@@ -140,19 +141,28 @@ class Clients:
 
     def begin(self, first_tokens: bool) -> None:
         """Begin the run: the processes' reports are about what follows. They report `first_tokens`, or none."""
+        self._homes.clear()
         for sock in self._socks:
-            sock.sendall(ISSUE.pack(BEGIN, first_tokens))
+            sock.sendall(ISSUE.pack(BEGIN, first_tokens, 0))
 
-    def send(self, queries: Sequence[tuple[int, int]]) -> None:
-        """Send requests, each given as the number by which messages will name it, and its sample; none after `finish`.
+    def send(self, queries: Sequence[tuple[int, int, int]]) -> None:
+        """Send requests; none after `finish`. Raises OSError if a process has ended.
 
-        Raises OSError if a process has ended.
+        Each is given as the number by which messages will name it, its sample, and the number of the one whose answer
+        it continues, or -1. That one's process has the answer.
         """
+        parts = [bytearray() for _ in self._socks]
         with self._sending:
-            for offset in range(min(len(queries), len(self._socks)) if not self._ended else 0):
-                part = queries[offset :: len(self._socks)]
-                self._socks[self._next].sendall(b"".join(itertools.starmap(ISSUE.pack, part)))
-                self._next = (self._next + 1) % len(self._socks)
+            for number, sample, follows in queries if not self._ended else ():
+                home = self._homes.pop(follows, self._next)
+                if home == self._next:
+                    self._next = (self._next + 1) % len(self._socks)
+                if self._continues[sample]:
+                    self._homes[number] = home
+                parts[home] += ISSUE.pack(number, sample, follows)
+            for sock, part in zip(self._socks, parts, strict=True):
+                if part:
+                    sock.sendall(part)
 
     def finish(self) -> None:
         """End the run: the processes drop what is under way, and report."""
@@ -160,7 +170,7 @@ class Clients:
             if not self._ended:
                 self._ended = True
                 for sock in self._socks:
-                    sock.sendall(ISSUE.pack(END, 0))
+                    sock.sendall(ISSUE.pack(END, 0, 0))
 
     def close(self) -> None:
         """End the processes."""
@@ -204,9 +214,9 @@ class Clients:
         return messages
 
 
-def _work(sock: socket.socket, spec: RunSpec, requests: Sequence[bytes]) -> None:
+def _work(sock: socket.socket, spec: RunSpec, requests: Sequence[bytes], samples: Samples) -> None:
     loop = uvloop.new_event_loop()
-    _Process(loop, sock, spec, requests)
+    _Process(loop, sock, spec, requests, samples)
     loop.run_forever()
 
 
@@ -214,11 +224,18 @@ class _Process:
     """A client process: reads issues from its socket and writes messages, once in each turn of its event loop."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, spec: RunSpec, requests: Sequence[bytes]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        spec: RunSpec,
+        requests: Sequence[bytes],
+        samples: Samples,
     ) -> None:
         self._loop = loop
         self._sock = sock
-        self._requests = requests
+        self._url, self._requests, self._samples = spec.url, requests, samples
+        self._turns: dict[int, int] = {}  # the samples of turns under way that another one continues, by their numbers
+        self._said: dict[int, bytes] = {}  # the prompts and answers of those that have ended, token ids as in JSON
         self._in_run = self._first_tokens = False
         self._client = Client(
             loop,
@@ -237,6 +254,8 @@ class _Process:
 
     def _begin(self, first_tokens: bool) -> None:
         self._in_run, self._first_tokens = True, first_tokens
+        self._turns.clear()
+        self._said.clear()
         self._lags = array("d")
         self._began_cpu_s = time.process_time()
         self._client.events = self._client.most_unsent = self._client.most_waiting = 0
@@ -254,19 +273,39 @@ class _Process:
         data = self._unread + data
         whole = len(data) - len(data) % ISSUE.size
         self._unread = data[whole:]
-        for number, sample in ISSUE.iter_unpack(data[:whole]):
+        for number, sample, follows in ISSUE.iter_unpack(data[:whole]):
             if number == BEGIN:
                 self._begin(first_tokens=bool(sample))
             elif number == END:
                 self._end()
             else:
-                self._client.start(number, self._requests[sample])
+                self._client.start(number, self._request(number, sample, follows))
+
+    def _request(self, number: int, sample: int, follows: int) -> bytes:
+        if self._samples.continued and self._samples.continues[sample]:
+            self._turns[number] = sample
+        request = self._requests[sample]
+        if (said := self._said.pop(follows, None)) is None:
+            return request
+        _, body = request.split(b"\r\n\r\n", 1)
+        head, added = body.rsplit(b"[", 1)
+        return completion(self._url, head + b"[" + said + added)
+
+    def _keep(self, stream: Stream, sample: int) -> None:
+        """Keep what the next turn's prompt begins with."""
+        assert stream.ids is not None
+        ids = stream.ids[: self._samples.kept(sample, stream.tokens)].tolist()
+        prompt = stream.request.rsplit(b"[", 1)[1].removesuffix(b"]}")
+        self._said[stream.number] = b"%b, %b, " % (prompt, str(ids)[1:-1].encode()) if ids else prompt + b", "
 
     def _on_first_token(self, stream: Stream) -> None:
         if self._first_tokens:
             self._tell(MessageKind.FIRST_TOKEN, stream, 0, stream.ids[:1].tobytes() if stream.ids else b"")
 
     def _on_end(self, stream: Stream, error: str) -> None:
+        sample = self._turns.pop(stream.number, None)
+        if sample is not None and not error:
+            self._keep(stream, sample)
         if error:
             self._tell(MessageKind.FAILED, stream, 0, error.encode())
         else:

@@ -4,53 +4,57 @@ import threading
 import time
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
+from autotune.data.samples import Samples
 from autotune.live.client import Clients, Message, MessageKind
 from autotune.live.messages import RunSpec
 from autotune.measure.backend import RequestTiming
 from autotune.measure.early_stopping import Watch
 from autotune.measure.limits import limits_of
-from autotune.measure.traffic import Traffic
+from autotune.measure.traffic import Ask, Traffic
 
 
 class Requests:
     """A run's requests, by number."""
 
-    def __init__(self, clients: Clients, spec: RunSpec, prompt_tokens: NDArray[np.int64]) -> None:
+    def __init__(self, clients: Clients, spec: RunSpec, samples: Samples) -> None:
         self.decided = False  # scenario.stop ends the run
         scenario = spec.scenario
         self._watch = Watch(spec.total, limits_of(scenario), scenario.over_share)
         self._stop = scenario.stop
-        self._prompt_tokens = prompt_tokens  # by sample
+        self._samples = samples
         self.completed: list[RequestTiming] = []
         self.failures: list[str] = []
         self.issued: list[float] = []  # when each was issued, or was due; on the clock of time.perf_counter, as `sent`
         self.sent: list[float] = []  # 0 until its answer has ended
-        self._samples: list[int] = []
+        self._asks: list[Ask] = []
+        self._said: dict[
+            int, int
+        ] = {}  # by number, of turns that another one continues: tokens by the end of its answer
         self._clients = clients
 
-    def send(self, samples: Sequence[int], issued: Sequence[float]) -> None:
-        """Send a request for each of `samples`, which count from the times `issued`."""
+    def send(self, asks: Sequence[Ask]) -> None:
+        """Send a request for each of `asks`, whose times are on the clock of time.perf_counter."""
         if self.decided:
             return
         number = len(self.issued)
-        self.issued += issued
-        self.sent += [0.0] * len(samples)
-        self._samples += samples
-        self._clients.send([(number + offset, sample) for offset, sample in enumerate(samples)])
+        self.issued += [ask.at_s for ask in asks]
+        self.sent += [0.0] * len(asks)
+        self._asks += asks
+        self._clients.send([(number + offset, ask.sample, ask.follows) for offset, ask in enumerate(asks)])
 
     def on_messages(self, messages: Sequence[Message]) -> None:
         """Record what the clients' messages say of requests that have ended."""
         for message in messages:
             if message.kind == MessageKind.FIRST_TOKEN:
                 continue
-            issued, sample = self.issued[message.number], self._samples[message.number]
+            ask, samples = self._asks[message.number], self._samples
             self.sent[message.number] = message.sent
             if message.kind == MessageKind.DONE:
-                prompt = int(self._prompt_tokens[sample])
-                timing = RequestTiming(sample, issued, message.first, message.last, message.amount, prompt)
+                prompt = int(samples.prompt_tokens[ask.sample]) + self._said.pop(ask.follows, 0)
+                if samples.continued and samples.continues[ask.sample]:
+                    self._said[message.number] = prompt + samples.kept(ask.sample, message.amount)
+                times = ask.at_s, message.first, message.last
+                timing = RequestTiming(ask.sample, *times, message.amount, prompt, ask.session)
                 self.completed.append(timing)
                 self._watch.add(timing)
             else:
@@ -64,8 +68,8 @@ class Issuer(Requests):
     A request counts from when it was due: that it was sent late is a part of its latency, and the audit tells.
     """
 
-    def __init__(self, clients: Clients, spec: RunSpec, prompt_tokens: NDArray[np.int64], traffic: Traffic) -> None:
-        super().__init__(clients, spec, prompt_tokens)
+    def __init__(self, clients: Clients, spec: RunSpec, samples: Samples, traffic: Traffic) -> None:
+        super().__init__(clients, spec, samples)
         self._traffic = traffic
         self._changed = threading.Condition()
         self._began = time.perf_counter()
@@ -85,7 +89,7 @@ class Issuer(Requests):
         elapsed = time.perf_counter() - self._began
         while self._traffic.next_s <= elapsed:
             due.append(self._traffic.take()[1])
-        self.send([ask.sample for ask in due], [self._began + ask.at_s for ask in due])
+        self.send([ask._replace(at_s=self._began + ask.at_s) for ask in due])
 
     def on_messages(self, messages: Sequence[Message]) -> None:
         """Record the clients' messages, and let what follows the answers be due."""

@@ -41,7 +41,7 @@ from autotune.live.messages import PATH_BYTES, STOP, ClientReport, RunSpec
 from autotune.measure import progress, traffic
 from autotune.measure.backend import RequestTiming
 from autotune.measure.limits import limits_of, within
-from autotune.measure.traffic import Traffic
+from autotune.measure.traffic import Ask, Traffic
 from autotune.system.files import write_rows
 from autotune.system.process import fork
 
@@ -57,7 +57,7 @@ class Sut(Requests):
     """LoadGen's system under test: hands each query to a client process, and each answer back to LoadGen."""
 
     def __init__(self, clients: Clients, spec: RunSpec, samples: Samples) -> None:
-        super().__init__(clients, spec, samples.prompt_tokens)
+        super().__init__(clients, spec, samples)
         self._spec, self._library = spec, len(samples)
         self._ids: list[int] = []  # LoadGen's
         self._first_token = spec.scenario.kind is not Kind.Offline
@@ -79,7 +79,8 @@ class Sut(Requests):
     def issue(self, queries: list[lg.QuerySample]) -> None:
         """Send `queries`. LoadGen calls it on its issue thread; an error there ends the process."""
         self._ids += [query.id for query in queries]
-        self.send([query.index for query in queries], [time.perf_counter()] * len(queries))
+        now = time.perf_counter()
+        self.send([Ask(now, query.index) for query in queries])
 
     def flush(self) -> None:
         """Do nothing: no query is held back."""
@@ -142,10 +143,10 @@ def measure(spec: RunSpec, clients: Clients, samples: Samples) -> None:
     before = metrics_page.ttft(spec.url) if spec.has_metrics else None
     warm, warm_cpu = time.perf_counter(), time.process_time()
     clients.begin(first_tokens=spec.scenario.kind is not Kind.Offline)
-    if spec.scenario.kind.by_loadgen:
+    if spec.scenario.by_loadgen:
         sut: Sut | Issuer = Sut(clients, spec, samples)
     else:
-        sut = Issuer(clients, spec, samples.prompt_tokens, Traffic(traffic.source(spec.scenario, samples)))
+        sut = Issuer(clients, spec, samples, Traffic(traffic.source(spec.scenario, samples)))
     threading.Thread(target=publish, args=(sut, clients, spec.scenario, spec.folder), daemon=True).start()
     stopped = run_test(sut, clients, messages)
     run_s, own_cpu_s = time.perf_counter() - warm, time.process_time() - warm_cpu
@@ -214,7 +215,7 @@ def warm_up(clients: Clients, messages: Iterator[list[Message]], spec: RunSpec, 
     fastest = math.inf
     for _ in range(rounds):
         began, left = time.perf_counter(), count
-        clients.send([(number, number % samples) for number in range(left)])
+        clients.send([(number, number % samples, -1) for number in range(left)])
         while left:
             for message in next(messages):
                 if message.kind == MessageKind.FAILED:
@@ -281,7 +282,7 @@ def serve(trial: socket.socket, samples: Samples, bodies: Sequence[bytes]) -> No
             clients = None
         if not clients:
             ready = requests(spec.url, spec.model, bodies, spec.keep_answers)
-            asked, clients = asks, Clients(spec, ready)
+            asked, clients = asks, Clients(spec, ready, samples)
             del ready  # the client processes have it
         code = ending(fork(partial(run, spec, clients, samples)), trial)
         if code:

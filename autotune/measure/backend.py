@@ -26,6 +26,7 @@ class RequestTiming:
     last_token: float
     output_tokens: int
     prompt_tokens: int = 0  # 0: not known, in a requests.csv of version 0.2
+    session: int = -1  # the number of its conversation in the run; -1: none
 
     @property
     def ttft(self) -> float:

@@ -5,11 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import stdtrit  # scipy.stats would make each trial start a second later
 
+from autotune.data.samples import Samples
 from autotune.measure import early_stopping
 from autotune.measure.backend import RequestTiming
 from autotune.measure.limits import LatencyLimit, within
 
 PERCENTILES = (50, 90, 95, 97, 99, 99.9)
+BY_TURN = ("p50", "p99", "p99.9")  # of those, for each turn of conversations
+MOST_TURNS = 10  # that have figures of their own; the last one's are those of all later turns, too
 
 
 def p99(values: Sequence[float]) -> float:
@@ -56,6 +59,26 @@ def from_requests(
         shares = [limit.share(r) for r in requests]
         upper = early_stopping.upper_bound(shares, total)
         figures[f"{limit.name}_limit_share"] = p99(shares) if upper is None else upper
+    return figures
+
+
+def of_sessions(requests: Sequence[RequestTiming], samples: Samples) -> dict[str, float]:
+    """Figures of conversations, and latencies by turn, from 1; those of the MOST_TURNS-th are of later ones, too."""
+    assert samples.turns is not None
+    completed = sum(not samples.continues[r.sample] for r in requests)
+    duration = max(r.last_token for r in requests) - min(r.issued for r in requests)
+    figures = {
+        "sessions": float(len({r.session for r in requests})),
+        "sessions_completed": float(completed),
+        "sessions_per_s": completed / duration,
+    }
+    by_turn: dict[int, list[RequestTiming]] = {}
+    for request in requests:
+        by_turn.setdefault(min(int(samples.turns[request.sample]) + 1, MOST_TURNS), []).append(request)
+    for turn, some in sorted(by_turn.items()):
+        for name in ("ttft", "tpot", "latency"):
+            found = summary(name, [getattr(r, name) for r in some])
+            figures |= {f"turn{turn}_{name}_{which}_ms": found[f"{name}_{which}_ms"] for which in BY_TURN}
     return figures
 
 

@@ -27,7 +27,7 @@ from autotune.system.files import expanded
 
 WHITELIST = ("autotune.*",)  # where the functions lie that a `_target_` in conf/ may name
 KINDS = {int: "a whole number", float: "a finite number", str: "a text", tuple[int, int]: "two whole numbers"}
-GIVEN = ("tokenizer", "model", "folder")  # arguments that these functions get beside those in conf/
+GIVEN = ("tokenizer", "model", "folder", "sessions")  # arguments that these functions get beside those in conf/
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def prepare_samples(config: Config, prepared: Prepared) -> Samples:
     """The data set as token ids of the model. Raises InputError."""
     with cache_of(config) as cache:
         records = _partial(config.dataset.records, "dataset.records")
-        loaded = samples.prepare(config.dataset, prepared.model, cache, records)
+        loaded = samples.prepare(config.dataset, prepared.model, cache, records, config.scenario.answers)
     if isinstance(vocabulary := prepared.model.config.get("vocab_size"), int):
         loaded.check_vocabulary(vocabulary)
     longest = prepared.args.get("max_model_len") or prepared.model.config.get("max_position_embeddings")

@@ -1,5 +1,6 @@
 """The runs of LoadGen that a trial makes on its server: one, several repeats, or a search for the highest load."""
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -8,7 +9,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from autotune.config.schema import MOST_QUERIES, Config, Kind, ObjectiveConfig, ScenarioConfig, Stop
+import numpy as np
+
+from autotune.config.schema import MOST_QUERIES, Answers, Config, Kind, ObjectiveConfig, ScenarioConfig, Stop
+from autotune.data.samples import Samples
 from autotune.errors import BehindError, InputError
 from autotune.measure import bottleneck, early_stopping, max_qps, metrics, objective, price, progress, traffic
 from autotune.measure.arrivals import OFFLINE_SLACK
@@ -16,10 +20,13 @@ from autotune.measure.backend import Engine, Measurement, RequestTiming
 from autotune.measure.limits import limits_of
 from autotune.measure.result import Result, RunRecord
 
+log = logging.getLogger(__name__)
+
 # Metrics that depend on what could be observed of the server, the GPU and the client.
 OBSERVED = re.compile(
     r"(gpu|client)_|((running|waiting)_mean|kv_use_max|preemptions|prefix_hit_share|step_ms|tokens_per_step"
-    r"|failing_(qps|concurrency|scale)|queued_tpot_p99_ms|scheduled_samples_per_s)$"
+    r"|failing_(qps|concurrency|scale)|queued_tpot_p99_ms|scheduled_samples_per_s"
+    r"|turn([1-9]|10)_(ttft|tpot|latency)_(p50|p99|p99\.9)_ms)$"
 )
 AT_ONCE = 1e9  # scale of a trace whose requests are all sent at once
 AT_MOST = "load_at_most"  # metric of a trial that was left, as it does not hold the study's best load
@@ -60,6 +67,9 @@ def one(scenario: ScenarioConfig, engine: Engine, flags: Mapping[str, Any], fold
         bottleneck.write(measured.server, folder)
     held = limits_of(scenario)
     figures = metrics.from_requests(measured.requests, held, measured.total)
+    if scenario.answers is not Answers.none:
+        figures |= metrics.of_sessions(measured.requests, engine.samples)
+        _tell_of_repeats(int(figures["sessions"]), engine.samples)
     figures |= {**measured.loadgen, **bottleneck.figures(measured.server), **measured.figures}
     figures["failed_requests"] = measured.failed
     if any(reason.startswith(CLIENT) for reason in measured.reasons):
@@ -72,6 +82,13 @@ def one(scenario: ScenarioConfig, engine: Engine, flags: Mapping[str, Any], fold
     if bound == CLIENT:  # LoadGen's INVALID alone does not keep a trial from being the best
         constraints[CLIENT] = 1.0
     return RunResult(measured, figures, constraints, bound)
+
+
+def _tell_of_repeats(begun: int, samples: Samples) -> None:
+    if begun > (found := int(np.sum(samples.turns == 0))):
+        log.warning(
+            "%d conversations, and the data set has %d: some came again, partly from vLLM's cache", begun, found
+        )
 
 
 def repeated(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> RunResult:
@@ -129,6 +146,13 @@ def _check_load(scenario: ScenarioConfig) -> None:
             value = getattr(scenario, name)
             if scenario.kind in kinds and value != getattr(ScenarioConfig, name):
                 raise InputError(f"scenario.{name}={value:g}: {instead}")
+    in_sessions = scenario.answers is not Answers.none
+    if in_sessions and scenario.kind is Kind.Trace:
+        raise InputError("scenario.answers: a trace has no turns; leave it out, or write scenario=sessions")
+    for name in ("max_duration_s", "max_queries") if in_sessions else ("think_s",):
+        if value := getattr(scenario, name):
+            instead = "conversations are finished; leave it out" if in_sessions else "for scenario=sessions only"
+            raise InputError(f"scenario.{name}={value:g}: {instead}")
     if scenario.to_s is not None and scenario.to_s <= scenario.from_s:
         raise InputError(f"scenario.to_s={scenario.to_s:g}: write more than scenario.from_s={scenario.from_s:g}")
 
@@ -146,6 +170,8 @@ def measured(scenario: ScenarioConfig, searches: bool) -> set[str]:
     names = {"failed_requests", "tokens_per_s_per_gpu"}
     one = RequestTiming(0, 0.0, 1.0, 2.0, 2, 1)
     names |= metrics.from_requests([one], limits_of(scenario), planned(scenario)).keys()
+    if scenario.answers is not Answers.none:
+        names |= {"sessions", "sessions_completed", "sessions_per_s"}
     if searches:
         highest = objective.LOADED[scenario.kind]
         names |= {highest, f"{highest}_per_gpu"}
@@ -196,7 +222,7 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
     def keeps_limits(offered: float, seconds: float, full: bool) -> bool:
         load = certifying(scenario, offered)
         if not full:  # the share of queries that may exceed a limit is that of the certifying run
-            queries = planned(load) if recorded is None else len(recorded)
+            queries = (not load.by_loadgen and traffic.source(load, engine.samples).total) or planned(load)
             share = early_stopping.allowed(queries) / queries
             load = replace(load, stop=Stop.decided, over_share=share, **shortened(load, seconds))
         ended = run("certify" if full else "probe", load)
@@ -229,7 +255,9 @@ def most_of(scenario: ScenarioConfig, queueing: Mapping[str, float], recorded: t
     """Roughly the most that a server can take which served a burst with these figures; `recorded`: times of a trace."""
     rate = queueing["samples_per_s"]
     if scenario.kind is Kind.ClosedLoop:  # Little's law
-        return rate * longest_s(scenario, queueing)
+        return rate * (longest_s(scenario, queueing) + scenario.think_s)
+    if scenario.answers is not Answers.none:
+        return queueing["sessions_per_s"]
     return rate if recorded is None else rate * float(recorded[-1]) / len(recorded)
 
 

@@ -6,6 +6,7 @@ A source knows the requests that wait for no answer, and those that an answer br
 import heapq
 import itertools
 import math
+import random
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from autotune.config.schema import MOST_QUERIES, Kind, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.errors import InputError
-from autotune.measure.arrivals import issues
+from autotune.measure.arrivals import issues, server_times
 from autotune.measure.early_stopping import queries_needed
 
 Floats = NDArray[np.float64]
@@ -28,6 +29,7 @@ class Ask(NamedTuple):
     at_s: float  # since the run began
     sample: int
     follows: int = -1  # the number of the request whose answer its prompt continues; -1: none
+    session: int = -1  # the number of its conversation in the run; -1: none
 
 
 class Source(Protocol):
@@ -67,8 +69,7 @@ class Users:
     total: int | None = None
 
     def __init__(self, scenario: ScenarioConfig, samples: int, at: int, of: int) -> None:
-        users = scenario.users if scenario.kind is Kind.ClosedLoop else 1  # SingleStream has one
-        self._begin = [scenario.ramp_s * user / users for user in range(at, users, of)]
+        self._begin = ramp(scenario, at, of)
         self._order = (sample for _, sample in itertools.islice(issues(scenario, samples), at, None, of))
         self._least, self._least_s = scenario.min_queries / of, scenario.min_duration_s
         self._asked = 0
@@ -90,8 +91,93 @@ class Users:
         return Ask(at_s, next(self._order))
 
 
+class Sessions:
+    """Every `of`-th conversation, a turn of which is due when the last one has been answered, after a pause to think.
+
+    They come in a shuffled order, none again before all have come. As a Server's they begin at Poisson times until the
+    run is long enough, and all are finished; as Offline's they begin at once, and nobody pauses. In a closed loop each
+    user has one after another, and asks no more once the run is long enough.
+    """
+
+    def __init__(self, scenario: ScenarioConfig, samples: Samples, at: int, of: int) -> None:
+        assert samples.turns is not None
+        self._scenario, self._continues, self._at, self._of = scenario, samples.continues, at, of
+        self._turns = np.diff(np.append(np.flatnonzero(samples.turns == 0), len(samples)))
+        self._firsts = np.flatnonzero(samples.turns == 0)
+        self._order = itertools.islice(self._shuffled(), at, None, of)
+        self._closed = scenario.kind in (Kind.SingleStream, Kind.ClosedLoop)
+        self._asked = 0
+        self._begin: list[Ask] = []
+        self.total: int | None = None
+        if not self._closed:
+            self._begin, self.total = self._arrivals()
+
+    def first(self) -> Iterator[Ask]:
+        """Yield the first turn of each conversation, or of each user's first one."""
+        if not self._closed:
+            yield from self._begin
+            return
+        for begin_s in ramp(self._scenario, self._at, self._of):
+            if ask := self._started(begin_s):
+                yield ask
+
+    def after(self, ask: Ask, number: int, now: float) -> Ask | None:
+        """The conversation's next turn; in a closed loop, after its last one, the user's next conversation."""
+        at_s = now + self._pause_s(ask)
+        if not self._continues[ask.sample]:
+            return self._started(at_s) if self._closed else None
+        if self._closed and self._is_long_enough(at_s):
+            return None
+        self._asked += 1
+        return Ask(at_s, ask.sample + 1, number, ask.session)
+
+    def _started(self, at_s: float) -> Ask | None:
+        if self._is_long_enough(at_s):
+            return None
+        self._asked += 1
+        session, index = next(self._order)
+        return Ask(at_s, int(self._firsts[index]), session=session)
+
+    def _is_long_enough(self, at_s: float) -> bool:
+        return self._asked >= self._scenario.min_queries / self._of and at_s >= self._scenario.min_duration_s
+
+    def _pause_s(self, ask: Ask) -> float:
+        mean_s = 0.0 if self._scenario.kind is Kind.Offline else self._scenario.think_s
+        draw = random.Random(
+            f"{self._scenario.seed} {ask.session} {ask.sample}"
+        )  # the same in whatever order they come
+        return draw.expovariate(1 / mean_s) if mean_s else 0.0
+
+    def _shuffled(self) -> Iterator[tuple[int, int]]:
+        """Yield the conversations' numbers in the run and their indices, without end."""
+        draw, count = np.random.default_rng(self._scenario.seed), len(self._firsts)
+        orders = (draw.permutation(count).tolist() for _ in itertools.count())
+        return enumerate(itertools.chain.from_iterable(orders))
+
+    def _arrivals(self) -> tuple[list[Ask], int]:
+        """The first turns that are due at a known time, and the number of turns of their conversations."""
+        scenario, begun, turns, mine, last_s = self._scenario, [], 0, 0, 0.0
+        times = server_times(scenario.qps, scenario.seed) if scenario.kind is Kind.Server else itertools.repeat(0.0)
+        for at_s, (session, index) in zip(times, self._shuffled(), strict=False):
+            if turns >= scenario.min_queries and (last_s >= scenario.min_duration_s or scenario.kind is Kind.Offline):
+                break
+            turns, last_s = turns + int(self._turns[index]), at_s
+            if session % self._of == self._at:
+                mine += int(self._turns[index])
+                begun.append(Ask(at_s, int(self._firsts[index]), session=session))
+        return begun, mine
+
+
+def ramp(scenario: ScenarioConfig, at: int, of: int) -> list[float]:
+    """The times at which every `of`-th user of a closed loop begins."""
+    users = scenario.users if scenario.kind is Kind.ClosedLoop else 1  # SingleStream has one
+    return [scenario.ramp_s * user / users for user in range(at, users, of)]
+
+
 def source(scenario: ScenarioConfig, samples: Samples, at: int = 0, of: int = 1) -> Source:
     """The requests of `scenario` over `samples`; of several servers that share them, those of server `at` of `of`."""
+    if samples.turns is not None:
+        return Sessions(scenario, samples, at, of)
     if scenario.kind in (Kind.SingleStream, Kind.ClosedLoop):
         return Users(scenario, len(samples), at, of)
     if scenario.kind is Kind.Trace:

@@ -37,7 +37,7 @@ def holds(result: Result, config: Config) -> float:
     scenario = config.scenario
     if scenario.kind in (Kind.ClosedLoop, Kind.Trace):
         return float(result.params.get(f"scenario.{scenario.load_field}", scenario.load))
-    return result.metrics["samples_per_s"]
+    return result.metrics.get("sessions_per_s", result.metrics["samples_per_s"])
 
 
 def cost(result: Result, per_gpu_hour: float) -> float | None:

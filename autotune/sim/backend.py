@@ -24,13 +24,12 @@ from autotune.measure.early_stopping import watched
 from autotune.measure.limits import limits_of, within
 from autotune.measure.objective import LOADED
 from autotune.measure.slot import Slot
-from autotune.measure.traffic import Ask
-from autotune.sim.client import SimClient
+from autotune.sim.client import Arriving, SimClient
 from autotune.sim.cost import GIB, Cost
 from autotune.sim.engine import serve
 from autotune.sim.flags import AUTO, HARMLESS, MODELLED, Flags, refusal, resolve
 from autotune.sim.kv_cache import KvCache, prefix_keys
-from autotune.sim.scheduler import Request, Scheduler
+from autotune.sim.scheduler import Scheduler
 from autotune.sim.shape import Shape
 
 if TYPE_CHECKING:
@@ -180,22 +179,21 @@ def simulate(
     flags, device = cost.flags, cost.device
     blocks = cost.kv_tokens() // flags.block_size - 1  # vLLM keeps one for itself
     caching, size = flags.enable_prefix_caching, flags.block_size
-    # What a trace's prompts share is exact: its blocks are found one by one, and few of its prompts are sent twice.
-    recorded = scenario.kind is Kind.Trace
-    span = max(1, int(samples.prompt_tokens.mean() / size / LONG)) if caching and not recorded else 1
+    # What the prompts of a trace or of a conversation share is exact: blocks are found one by one.
+    exact = scenario.kind is Kind.Trace or samples.continued
+    span = max(1, int(samples.prompt_tokens.mean() / size / LONG)) if caching and not exact else 1
 
     def keys(sample: int) -> list[int]:
         return prefix_keys(samples.prompts[sample], size * span) if caching else []
 
-    known = keys if recorded else cache(keys)
-
-    def request(number: int, ask: Ask, arrival: float) -> Request:
-        prompt, output = int(samples.prompt_tokens[ask.sample]), int(samples.output_tokens[ask.sample])
-        return Request(number, prompt, output, arrival, known(ask.sample))
+    known = keys if scenario.kind is Kind.Trace else cache(keys)  # few of a trace's prompts are sent twice
 
     count = flags.data_parallel_size
     sources = [traffic.source(scenario, samples, at, count) for at in range(count)]
-    clients = [SimClient(scenario, one, device, request, stop if count == 1 else Stop.never) for one in sources]
+    clients = [
+        SimClient(scenario, one, device, Arriving(samples, known, size), stop if count == 1 else Stop.never)
+        for one in sources
+    ]
     replicas = [Scheduler(flags, KvCache(blocks, size, caching, span)) for _ in range(count)]
     observers = [serve(client, one, cost, record) for client, one in zip(clients, replicas, strict=True)]
     timings = [timing for client in clients for timing in client.timings]

@@ -1,15 +1,38 @@
 """The simulated client: traffic on its way to a simulated server, and what comes of it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
 from autotune.config.schema import Device, ScenarioConfig, Stop
+from autotune.data.samples import Samples
 from autotune.measure.backend import RequestTiming
 from autotune.measure.early_stopping import Watch
 from autotune.measure.limits import limits_of
 from autotune.measure.objective import LOADED
 from autotune.measure.traffic import Ask, Source, Traffic
 from autotune.sim.scheduler import Request
+
+
+class Arriving:
+    """Makes requests as a server has them, of `samples`, whose prompts have the keys `keys(sample)` in its cache."""
+
+    def __init__(self, samples: Samples, keys: Callable[[int], Sequence[Hashable]], block_size: int) -> None:
+        self._samples, self._keys, self._block_size = samples, keys, block_size
+        self._last: dict[int, Request] = {}  # by number: turns that another one may continue
+
+    def __call__(self, number: int, ask: Ask, arrival: float) -> Request:
+        """The request with this `number`, which arrives at `arrival`."""
+        samples, sample = self._samples, ask.sample
+        prompt, output = int(samples.prompt_tokens[sample]), int(samples.output_tokens[sample])
+        if last := self._last.pop(ask.follows, None):
+            before = last.prompt + last.output  # no other request finds what it generated
+            keys = [last.block_table.key(index) for index in range(before // self._block_size)]
+            request = Request(number, before + prompt, output, arrival, keys)
+        else:
+            request = Request(number, prompt, output, arrival, self._keys(sample))
+        if samples.continued and samples.continues[sample]:
+            self._last[number] = request
+        return request
 
 
 class SimClient:
@@ -47,7 +70,7 @@ class SimClient:
         """Count a request that has ended."""
         ask, late = self._asked.pop(request.number), self._device.answer_s
         times = request.first_token + late, request.last_token + late
-        timing = RequestTiming(ask.sample, ask.at_s, *times, request.output, request.prompt)
+        timing = RequestTiming(ask.sample, ask.at_s, *times, request.output, request.prompt, ask.session)
         self.timings.append(timing)
         self._traffic.answered(request.number, timing.last_token)
         self._look()

@@ -19,7 +19,7 @@ class Observer:
         self.rows: list[tuple[float, ...]] = []  # of steps, with the columns of measure/steps.py
         self.steps = 0
         self._scheduler = scheduler
-        self._preempted = self._tokens = self._generated = 0
+        self._preempted = self._tokens = self._prefilled = self._generated = 0
         self._next_s = 0.0
 
     def step(self, now: float, batch: Batch) -> None:
@@ -27,25 +27,30 @@ class Observer:
         tokens = batch.tokens
         self.steps += 1
         self._tokens += tokens
+        self._prefilled += batch.prefilled
         self._generated += batch.decodes + len(batch.first)
         self._preempted += len(batch.preempted)
         if now >= self._next_s:
             self._next_s = now + OBSERVE_S
-            scheduler, cache = self._scheduler, self._scheduler.cache
-            self.states.append(
-                ServerState(
-                    time_s=now,
-                    running=len(scheduler.running),
-                    waiting=len(scheduler.waiting),
-                    kv_use=1 - cache.free_blocks / cache.blocks,
-                    preemptions=self._preempted,
-                    prefix_hits=cache.hits,
-                    prompt_tokens=self._tokens - self._generated + cache.hits,
-                    generation_tokens=self._generated,
-                    steps=self.steps,
-                    step_tokens=self._tokens,
-                )
+            self.look(now)
+
+    def look(self, now: float) -> None:
+        """Record the state `now`."""
+        scheduler, cache = self._scheduler, self._scheduler.cache
+        self.states.append(
+            ServerState(
+                time_s=now,
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting),
+                kv_use=1 - cache.free_blocks / cache.blocks,
+                preemptions=self._preempted,
+                prefix_hits=cache.hits,
+                prompt_tokens=self._prefilled + cache.hits,
+                generation_tokens=self._generated,
+                steps=self.steps,
+                step_tokens=self._tokens,
             )
+        )
 
 
 def contents(scheduler: Scheduler, batch: Batch) -> tuple[float, ...]:
@@ -121,4 +126,5 @@ def serve(client: Client, scheduler: Scheduler, cost: Cost, record: bool = False
             raise ValueError("a request fits no step")
         else:
             break
+    observer.look(now)
     return observer

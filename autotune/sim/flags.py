@@ -71,7 +71,7 @@ def resolve(args: Mapping[str, Any], device: Device, shape: Shape) -> Flags:
     if given.get("max_model_len", AUTO) == AUTO:
         given["max_model_len"] = shape.max_len
     max_len = given["max_model_len"]
-    given.setdefault("block_size", device.block_size)
+    given.setdefault("block_size", device.default_block_size or device.block_size)
     least = 0 if given.get("enable_chunked_prefill", Flags.enable_chunked_prefill) else max_len
     tokens = given.setdefault("max_num_batched_tokens", max(device.max_num_batched_tokens, least))
     seqs = given.setdefault("max_num_seqs", min(device.max_num_seqs, tokens))

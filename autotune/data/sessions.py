@@ -1,0 +1,84 @@
+"""Conversations, turn by turn: made-up ones, and what their prompts hold.
+
+A record of a turn has TURN, its number from 0, and in `tok_input` what it adds: the first one's whole prompt, later
+what comes after the last answer. So each prompt begins with the very tokens of the last one and its answer.
+"""
+
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from autotune.data.synthetic import MOST, check_bounds, check_numbers, clipped, text
+from autotune.errors import InputError
+
+MOST_TURNS = 1000
+TURN = "_turn"
+
+
+def conversations(
+    tokenizer: Tokenizer,
+    count: int,
+    turns: float,
+    turns_deviation: float,
+    turns_bounds: tuple[int, int],
+    system_tokens: int,
+    first_tokens: float,
+    later_tokens: float,
+    sigma: float,
+    bounds: tuple[int, int],
+    output_tokens: float,
+    output_deviation: float,
+    output_bounds: tuple[int, int],
+    seed: int,
+) -> Iterator[dict[str, Any]]:
+    """Yield the turns of `count` conversations of made-up text, whose lengths are exact numbers of tokens.
+
+    Raises InputError.
+    """
+    check_numbers(
+        ("count", count, 1, MOST),
+        ("turns", turns, 1, MOST_TURNS),
+        ("turns_deviation", turns_deviation, 0, MOST_TURNS),
+        ("system_tokens", system_tokens, 0, MOST),
+        ("first_tokens", first_tokens, 1, MOST),
+        ("later_tokens", later_tokens, 1, MOST),
+        ("sigma", sigma, 0, 10),
+        ("output_tokens", output_tokens, 1, MOST),
+        ("output_deviation", output_deviation, 0, MOST),
+    )
+    check_bounds(("turns_bounds", turns_bounds), ("bounds", bounds), ("output_bounds", output_bounds))
+    draw = random.Random(seed)
+    system = text(tokenizer, random.Random(f"system {seed}"), system_tokens)
+    for _ in range(count):
+        for turn in range(clipped(draw.normalvariate(turns, turns_deviation), turns_bounds)):
+            median = later_tokens if turn else first_tokens
+            added = text(tokenizer, draw, clipped(median * draw.lognormvariate(0, sigma), bounds))
+            output = clipped(draw.normalvariate(output_tokens, output_deviation), output_bounds)
+            said = text(tokenizer, draw, output)
+            yield {TURN: turn, "tok_input": added if turn else system + added, "tok_output": said}
+
+
+def taken(records: Iterable[Any], count: int | None, recorded: bool, source: str) -> Iterator[dict[str, Any]]:
+    """Yield the turns of the first `count` conversations among `records`; None is all.
+
+    If the answers are the `recorded` ones, a turn's `tok_input` is its whole prompt. Raises InputError for records that
+    are no turns, and for too few conversations.
+    """
+    found, history = 0, list[int]()
+    for record in records:
+        if not isinstance(record, dict) or TURN not in record:
+            raise InputError(f"dataset {source}: no conversations; write dataset=sessions, or dataset=sharegpt")
+        if record[TURN] == 0:
+            if found == count:
+                return
+            found, history = found + 1, []
+        if recorded:
+            history += record["tok_input"]
+            yield {**record, "tok_input": list(history)}
+            history += record["tok_output"]
+        else:
+            yield record
+    if count and found < count:
+        raise InputError(f"dataset {source}: {found} conversations, fewer than dataset.count={count}")
