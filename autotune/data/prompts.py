@@ -34,7 +34,7 @@ class MadeUp(Sequence[Tokens]):
         text: Tokens,  # they are made of
     ) -> None:
         self.lengths, self.ids, self.ends, self.piece_tokens, self.text = lengths, ids, ends, piece_tokens, text
-        self._alphabet = np.unique(text)
+        self._alphabet, self._twice = np.unique(text), np.concatenate([text, text])
         names = 2 * max(len(lengths), int(ids.max(initial=0)) + 1)
         digits = next(digits for digits in range(1, 64) if len(self._alphabet) ** digits >= names)
         self._powers = len(self._alphabet) ** np.arange(digits)
@@ -62,6 +62,7 @@ class MadeUp(Sequence[Tokens]):
     def _piece(self, name: int, tokens: int) -> Tokens:
         """So many tokens, the first of which spell the number `name`; what follows begins anywhere in the text."""
         spelled = self._alphabet[name // self._powers % len(self._alphabet)]
-        rest = np.arange(name * 7919, name * 7919 + tokens - len(spelled))
-        piece: Tokens = np.concatenate([spelled, self.text.take(rest, mode="wrap")])[:tokens]
+        begin, whole = name * 7919 % len(self.text), len(self.text)
+        rest = self._twice[begin : begin + min(tokens, whole)]
+        piece: Tokens = np.concatenate([spelled, np.resize(rest, tokens) if tokens > whole else rest])[:tokens]
         return piece

@@ -221,19 +221,19 @@ class _Rows:
 
     def samples(self, name: str, path: Path, answers: Answers) -> Samples:
         """The samples that were added; later turns of conversations hold these `answers`."""
-        lengths, output_tokens = np.array(self._lengths), np.array(self._outputs, dtype=np.int32)
-        tokens, times = np.array(self._tokens, dtype=np.int32), np.array(self._times)
-        turns = np.array(self._turns, dtype=np.int32)
-        prompts: Sequence[Tokens] = np.split(tokens, np.cumsum(lengths)[:-1])
-        digest = hashlib.sha256(output_tokens.tobytes())
+        lengths, times, turns = np.array(self._lengths), np.array(self._times), np.array(self._turns, dtype=np.int32)
+        output_tokens, tokens = np.array(self._outputs, dtype=np.int32), np.array(self._tokens, dtype=np.int32)
+        columns: list[NDArray[Any]] = [output_tokens, tokens, times, turns]
         if self._made_up:
-            ids = np.unique(np.array(self._ids), return_inverse=True)[1]
             text = np.array(made_up_text(self._tokenizer, TEXT_TOKENS), dtype=np.int32)
-            prompts = MadeUp(lengths, ids, np.array(self._ends), self._config.records["piece_tokens"], text)
-            for column in (lengths, ids, prompts.ends, text):
-                digest.update(column.tobytes())
-        for column in (tokens, times, turns):
-            digest.update(column.tobytes())
+            ids, ends = np.unique(np.array(self._ids), return_inverse=True)[1], np.array(self._ends)
+            prompts: Sequence[Tokens] = MadeUp(lengths, ids, ends, self._config.records["piece_tokens"], text)
+            columns += [lengths, ids, ends, text]
+        else:
+            prompts = np.split(tokens, np.cumsum(lengths)[:-1])
+        digest = hashlib.sha256()
+        for column in columns:
+            digest.update(column.data)
         return Samples(
             name=name,
             checksum=digest.hexdigest(),
