@@ -119,7 +119,7 @@ def test_recorded_steps_are_those_that_vllm_counts(engine: LiveEngine, tmp_path:
     def seen() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Steps, prompt tokens and generated tokens as recorded, and as vLLM counts them."""
         found, state = engine.recorded(), metrics_page.state(engine.server.url, 0.0)
-        first = metrics_page.ttft(engine.server.url)
+        first = metrics_page.totals(engine.server.url)
         assert found and not found.missing and found.kv_tokens and first
         assert state and not state.running + state.waiting
         made = steps.Steps("", found.rows)

@@ -62,6 +62,7 @@ class Streaming(BaseHTTPRequestHandler):
             labels = f'{{engine="{engine}",model_name="a {{b}}"}}'
             lines = [f"# TYPE {name} histogram", f'{name}_bucket{{engine="{engine}",le="0.1"}} 3.0']
             lines += [f"{name}_sum{labels} {share * count * CLAIMED_TTFT_S}", f"{name}_count{labels} {share * count}"]
+            lines += [f"# TYPE vllm:prefix_cache_{one}_total counter" for one in ("hits", "queries")]
             self.wfile.write("".join(f"{line}\n" for line in lines).encode())
 
     def do_POST(self) -> None:

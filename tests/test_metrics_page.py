@@ -1,5 +1,7 @@
 """What is read of vLLM's /metrics. tests/test_live.py reads the page of a real vLLM."""
 
+import re
+
 import pytest
 
 from autotune.errors import MeasureError
@@ -22,6 +24,13 @@ vllm:num_preemptions_total{engine="0",model_name="m"} 2.0
 vllm:num_preemptions_created{engine="0",model_name="m"} 1.7e+09
 # TYPE vllm:prefix_cache_hits_total counter
 vllm:prefix_cache_hits_total{engine="0",model_name="m"} 16.0
+# TYPE vllm:prefix_cache_queries_total counter
+vllm:prefix_cache_queries_total{engine="0",model_name="m"} 150.0
+# TYPE vllm:kv_block_lifetime_seconds histogram
+vllm:kv_block_lifetime_seconds_count{engine="0",model_name="m"} 12.0
+# TYPE vllm:kv_offload_load_bytes_total counter
+vllm:kv_offload_load_bytes_total{engine="0",tier="cpu"} 2.0
+vllm:kv_offload_load_bytes_total{engine="0",tier="fs"} 3.0
 # TYPE vllm:prompt_tokens_total counter
 vllm:prompt_tokens_total{engine="0",model_name="m"} 1.5e+02
 # TYPE vllm:generation_tokens_total counter
@@ -35,7 +44,11 @@ vllm:time_to_first_token_seconds_bucket{engine="0",le="1.0",model_name="m"} 5.0
 vllm:time_to_first_token_seconds_count{engine="0",model_name="m"} 5.0
 vllm:time_to_first_token_seconds_sum{engine="0",model_name="m"} 0.75
 """
-METRICS = [line.split()[2] for line in PAGE.splitlines() if line.startswith("# TYPE") and "created" not in line]
+METRICS = [
+    line.split()[2]
+    for line in PAGE.splitlines()
+    if line.startswith("# TYPE") and not re.search("created|kv_block|kv_offload", line)
+]
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -44,8 +57,8 @@ def serve(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 
 def test_page_is_read_over_all_engines(monkeypatch: pytest.MonkeyPatch):
     serve(monkeypatch, PAGE)
-    assert metrics_page.state("", 1.5) == ServerState(1.5, 7, 1, 0.5, 2, 16, 150, 40, 20, 190)
-    assert metrics_page.ttft("") == (0.75, 5)
+    assert metrics_page.state("", 1.5) == ServerState(1.5, 7, 1, 0.5, 2, 16, 150, 40, 20, 190, 12, 0, 0, 5)
+    assert metrics_page.totals("") == (0.75, 5, 16, 150)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -66,4 +79,4 @@ def test_metric_without_a_value_yet_is_zero(name: str, monkeypatch: pytest.Monke
 
 def test_server_that_does_not_answer_has_no_state():
     assert metrics_page.state("http://127.0.0.1:9", 0.0) is None
-    assert metrics_page.ttft("http://127.0.0.1:9") is None
+    assert metrics_page.totals("http://127.0.0.1:9") is None

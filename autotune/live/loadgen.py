@@ -38,6 +38,7 @@ from autotune.live import audit, key, loadgen_log, metrics_page
 from autotune.live.client import Clients, Message, MessageKind, bodies, requests
 from autotune.live.issuing import Issuer, Requests
 from autotune.live.messages import PATH_BYTES, STOP, ClientReport, RunSpec
+from autotune.live.metrics_page import Totals
 from autotune.measure import progress, traffic
 from autotune.measure.backend import RequestTiming
 from autotune.measure.limits import limits_of, within
@@ -140,7 +141,7 @@ def measure(spec: RunSpec, clients: Clients, samples: Samples) -> None:
     messages = clients.messages()
     started = time.perf_counter()
     warm_up(clients, messages, spec, len(samples))
-    before = metrics_page.ttft(spec.url) if spec.has_metrics else None
+    before = metrics_page.totals(spec.url) if spec.has_metrics else None
     warm, warm_cpu = time.perf_counter(), time.process_time()
     clients.begin(first_tokens=spec.scenario.kind is not Kind.Offline)
     if spec.scenario.by_loadgen:
@@ -154,8 +155,11 @@ def measure(spec: RunSpec, clients: Clients, samples: Samples) -> None:
     reports = list(clients.reports.values())
     sent = list(sut.sent)  # LoadGen's thread may still append to `issued` and then to this
     figures = audit.figures(reports, own_cpu_s, run_s, audit.lateness(spec, sut.issued[: len(sent)], sent))
-    if not stopped:  # else vLLM has begun requests that we have no time of
-        figures |= ttft_added(spec, sut, before)
+    if before and sut.completed and (after := metrics_page.totals(spec.url)):
+        during = Totals(*np.subtract(after, before).tolist())
+        figures |= {"prefix_hit_tokens": during.prefix_hit_tokens, "prefix_query_tokens": during.prefix_query_tokens}
+        if not stopped:  # else vLLM has begun requests that we have no time of
+            figures |= ttft_added(spec, sut, during)
     report = ClientReport(
         failed=len(sut.failures),
         errors=sut.failures[:5],
@@ -188,19 +192,15 @@ def run_test(sut: Sut | Issuer, clients: Clients, messages: Iterator[list[Messag
     return stopped
 
 
-def ttft_added(spec: RunSpec, sut: Requests, before: tuple[float, float] | None) -> dict[str, float]:
-    """The figure of how far the mean TTFT at LoadGen is above vLLM's own, ms; none without requests or vLLM's metric.
-
-    `before` is metrics_page.ttft at the beginning of the run.
-    """
-    if before is None or not sut.completed or (after := metrics_page.ttft(spec.url)) is None:
-        return {}
-    server_s, count = np.subtract(after, before)
+def ttft_added(spec: RunSpec, sut: Requests, during: Totals) -> dict[str, float]:
+    """The figure of how far the mean TTFT at LoadGen is above vLLM's own, ms; none if vLLM counted no request."""
     # LoadGen has no TTFT in Offline, and no part in our own traffic: there it is ours.
     log = spec.folder / "mlperf_log_detail.txt"
     loadgens = loadgen_log.read(log).figures.get("ttft_mean_ms") if log.exists() else None
     mean_ms = loadgens or 1e3 * sum(timing.ttft for timing in sut.completed) / len(sut.completed)
-    return {"client_ttft_added_mean_ms": mean_ms - 1e3 * float(server_s / count)} if count else {}
+    if not during.first_tokens:
+        return {}
+    return {"client_ttft_added_mean_ms": mean_ms - 1e3 * during.ttft_s / during.first_tokens}
 
 
 def warm_up(clients: Clients, messages: Iterator[list[Message]], spec: RunSpec, samples: int) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from http.client import HTTPException
+from typing import NamedTuple
 
 from autotune.errors import MeasureError
 from autotune.live import key
@@ -44,7 +45,7 @@ def read(server: str) -> Page | None:
 def check(server: str) -> None:
     """Raise MeasureError if a metric that a run reads is missing."""
     state(server, 0.0)
-    ttft(server)
+    totals(server)
 
 
 def state(server: str, time_s: float) -> ServerState | None:
@@ -65,14 +66,26 @@ def state(server: str, time_s: float) -> ServerState | None:
         generation_tokens=sum(page["generation_tokens_total"]),
         steps=sum(page["iteration_tokens_total_count"]),
         step_tokens=sum(page["iteration_tokens_total_sum"]),
+        # Pages have these only with vLLM's kv_cache_metrics, or with a KV connector.
+        evicted_blocks=sum(page.get("kv_block_lifetime_seconds_count", ())),
+        external_hits=sum(page.get("external_prefix_cache_hits_total", ())),
+        stored_bytes=sum(page.get("kv_offload_store_bytes_total", ())),
+        loaded_bytes=sum(page.get("kv_offload_load_bytes_total", ())),
     )
 
 
-def ttft(server: str) -> tuple[float, float] | None:
-    """Sum, in seconds, and count of vLLM's own times to first token so far; None if it does not answer in time.
+class Totals(NamedTuple):
+    """Sums over all requests since the server started."""
 
-    Raises MeasureError if the metric is missing.
-    """
+    ttft_s: float  # vLLM's own times to first token
+    first_tokens: float
+    prefix_hit_tokens: float  # of prompts, found in the KV cache
+    prefix_query_tokens: float  # of prompts, looked for there
+
+
+def totals(server: str) -> Totals | None:
+    """The server's totals so far; None if it does not answer in time. Raises MeasureError if a metric is missing."""
     if (page := read(server)) is None:
         return None
-    return sum(page["time_to_first_token_seconds_sum"]), sum(page["time_to_first_token_seconds_count"])
+    names = ("time_to_first_token_seconds_sum", "time_to_first_token_seconds_count")
+    return Totals(*(sum(page[name]) for name in (*names, "prefix_cache_hits_total", "prefix_cache_queries_total")))

@@ -15,7 +15,7 @@ BUDGET_SPENT = 0.8  # share of max_num_batched_tokens: a prompt's last chunk sel
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """One observation of a server. Tokens, steps, preemptions and hits are totals since it started."""
+    """One observation of a server. Tokens, steps, preemptions, hits, blocks and bytes are totals since it started."""
 
     time_s: float  # since the run began
     running: float  # requests
@@ -27,6 +27,10 @@ class ServerState:
     generation_tokens: float
     steps: float
     step_tokens: float  # tokens computed in all steps
+    evicted_blocks: float = 0.0  # of the prefix cache, where they are counted
+    external_hits: float = 0.0  # prompt tokens that a KV connector had
+    stored_bytes: float = 0.0  # that were offloaded …
+    loaded_bytes: float = 0.0  # … and came back
 
 
 def write(states: Sequence[ServerState], folder: Path) -> None:
@@ -45,6 +49,9 @@ def figures(states: Sequence[ServerState]) -> dict[str, float]:
         "kv_use_max": max(state.kv_use for state in states),
         "preemptions": last.preemptions - first.preemptions,
     }
+    for name in ("evicted_blocks", "external_hits", "stored_bytes", "loaded_bytes"):
+        if (count := getattr(last, name) - getattr(first, name)) > 0:
+            values[name] = count
     if (prompt := last.prompt_tokens - first.prompt_tokens) > 0:
         values["prefix_hit_share"] = (last.prefix_hits - first.prefix_hits) / prompt
     if (steps := last.steps - first.steps) > 0:

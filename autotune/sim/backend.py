@@ -138,7 +138,8 @@ class SimEngine:
     rows: list[tuple[float, ...]] = field(default_factory=list)  # of its steps, on one clock for all runs
 
     def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:
-        requests, states, rows, total = simulate(self.cost, scenario, self.samples, self.config.steps, scenario.stop)
+        run = simulate(self.cost, scenario, self.samples, self.config.steps, scenario.stop)
+        requests, states, rows, total, figures = run
         done, reasons = judge(requests, total, scenario)
         run_s = max(request.last_token for request in done)
         began = self.rows[-1][3] + BETWEEN_S if self.rows else 0.0
@@ -154,6 +155,7 @@ class SimEngine:
             loadgen={},
             phases={"run": run_s},
             server=[state for state in states if state.time_s <= run_s],
+            figures=figures,
         )
 
     def recorded(self) -> Recording | None:
@@ -167,6 +169,7 @@ class Simulated(NamedTuple):
     states: list[ServerState]  # over time
     rows: list[tuple[float, ...]]  # of its steps, if they are asked for
     total: int  # requests; those are left out of `requests` that a stopped run did not end
+    figures: dict[str, float]  # of all replicas, named as in result.json
 
 
 def simulate(
@@ -199,7 +202,11 @@ def simulate(
     timings = [timing for client in clients for timing in client.timings]
     totals = [one.total for one in sources]
     total = len(timings) if None in totals else sum(filter(None, totals))
-    return Simulated(timings, observers[0].states, observers[0].rows, total)
+    figures = {
+        "prefix_hit_tokens": float(sum(one.hits for one in replicas)),
+        "prefix_query_tokens": float(sum(one.queries for one in replicas)),
+    }
+    return Simulated(timings, observers[0].states, observers[0].rows, total, figures)
 
 
 def judge(requests: list[RequestTiming], total: int, scenario: ScenarioConfig) -> tuple[list[RequestTiming], list[str]]:

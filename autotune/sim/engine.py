@@ -44,11 +44,12 @@ class Observer:
                 waiting=len(scheduler.waiting),
                 kv_use=1 - cache.free_blocks / cache.blocks,
                 preemptions=self._preempted,
-                prefix_hits=cache.hits,
+                prefix_hits=scheduler.hits,
                 prompt_tokens=self._prefilled + cache.hits,
                 generation_tokens=self._generated,
                 steps=self.steps,
                 step_tokens=self._tokens,
+                evicted_blocks=cache.evicted,
             )
         )
 

@@ -19,6 +19,7 @@ class Flags:
     max_model_len: int
     block_size: int
     gpu_memory_utilization: float = 0.92
+    num_gpu_blocks_override: int | None = None  # of the KV cache
     max_num_active_seqs: int | None = None  # of max_num_seqs; null: all
     long_prefill_token_threshold: int = 0
     long_prefill_token_threshold_adaptive: bool = False  # at least an equal share of the step

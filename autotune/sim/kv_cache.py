@@ -45,6 +45,7 @@ class KvCache:
         self.span = span
         self.cached_size = span * block_size  # tokens of a cached block
         self.hits = 0  # tokens found so far
+        self.evicted = 0  # blocks
         self._blank = blocks  # free and not cached
         self._cached: dict[Hashable, list[Block]] = {}  # several of one key: computed at the same time
         self._unused: OrderedDict[Block, None] = OrderedDict()  # cached blocks without a reference, oldest first
@@ -120,6 +121,7 @@ class KvCache:
         if not blocks:
             del self._cached[block.key]
         self._blank += self.span
+        self.evicted += self.span
 
 
 def prefix_keys(prompt: NDArray[np.int32], block_size: int) -> list[int]:

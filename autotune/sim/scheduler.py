@@ -88,6 +88,7 @@ class Scheduler:
         self._step = 0
         self._in_flight = 0  # steps with tokens that are not finished: with vLLM's async scheduling, one
         self._admitted = 0
+        self.hits = self.queries = 0  # tokens of prompts that were in the prefix cache, and that were looked for
 
     def add(self, request: Request) -> None:
         heapq.heappush(self.waiting, request)
@@ -159,6 +160,9 @@ class Scheduler:
             self.cache.allocate_cached(request.block_table, prefix)
             self.cache.allocate(request.block_table, start + tokens)
             self._admitted += 1
+            if not request.order:  # vLLM counts no request again that was preempted
+                self.hits += start
+                self.queries += request.length
             request.order, request.computed = self._admitted, start
             self.running[request] = self._prefilling[request] = None
             batch.prefill(request, tokens)
