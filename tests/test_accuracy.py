@@ -117,6 +117,8 @@ def test_texts_are_distinct_and_keep_their_first_and_last_tokens():
     config = AccuracyConfig(texts=2, tokens=3)
     found = accuracy.texts(samples([1, 2, 3, 4], [1, 9, 3, 4], [7], [5, 6], [8, 9]), config)
     assert found == [Text([1, 3, 4], 64), Text([8, 9], 64)]
+    with pytest.raises(MeasureError, match="fewer than two texts"):
+        accuracy.measured(Answering(0.0, 0.0), found[:1], "")
 
 
 def test_bound_of_a_small_difference_passes_and_that_of_a_large_one_does_not():
@@ -182,6 +184,16 @@ def test_trial_that_ends_before_the_baseline_is_judged_once_that_has_ended(
     monkeypatch.setattr(Inline, "n_jobs", 2)
     said = study(tmp_path, *SCORED, f"{KV}=choice(fp8_e5m2)", f"{SEQS}=choice(2)", "backend.steps=3")
     assert "trial-0: accuracy: passed" in said and result(tmp_path, "trial-0").feasible
+
+
+def test_recipe_is_judged_too_unless_it_is_the_only_baseline(tmp_path: Path):
+    recipe = [*SCORED, "model.recipe.args.kv_cache_dtype=fp8", f"{SEQS}=choice(2)"]
+    said = study(tmp_path, *recipe, "baseline=[defaults,recipe]")
+    assert "recipe is infeasible" in said and "accuracy refused: NLL +0.2000" in said
+    (tmp_path / "alone").mkdir()
+    study(tmp_path / "alone", *recipe, "baseline=recipe")
+    assert result(tmp_path / "alone", "recipe").accuracy == "same numerics"
+    assert result(tmp_path / "alone", "trial-0").accuracy.startswith("passed: NLL of its decoded answers +0.0000")
 
 
 def test_margin_can_be_changed_afterwards(tmp_path: Path):

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.config.redact import redact
-from autotune.config.schema import AccuracyConfig
+from autotune.config.schema import AccuracyConfig, Check
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
 from autotune.measure.backend import Scorer
@@ -101,13 +101,21 @@ def impossible(flags: Mapping[str, Any], simulated: bool) -> str:
     return "those of random weights (load_format=dummy) say nothing" if flags.get("load_format") == "dummy" else ""
 
 
+def is_wanted(config: AccuracyConfig) -> bool:
+    """True if a trial is to score its server; none is in `verify` of a study whose folder was moved."""
+    return config.check is Check.nll and (config.kept_in is None or Path(config.kept_in).is_dir())
+
+
 def texts(samples: Samples, config: AccuracyConfig) -> list[Text]:
-    """Distinct texts out of all `samples`: the first token and the last ones of each, as many as may be."""
+    """Distinct texts out of all `samples`: the first token and the last ones of each, as many as may be.
+
+    A text with its answer is shorter than the sample with its output, so that vLLM takes it as a prompt.
+    """
     cut: dict[bytes, Text] = {}
     for prompt, output in zip(samples.prompts, samples.output_tokens, strict=True):
         kept = np.concatenate([prompt[:1], prompt[1:][-(config.tokens - 1) :]])
         if len(kept) > 1:
-            cut.setdefault(kept.tobytes(), Text(kept.tolist(), min(ANSWER_TOKENS, int(output))))
+            cut.setdefault(kept.tobytes(), Text(kept.tolist(), max(1, min(ANSWER_TOKENS, int(output) - 1))))
     found = list(cut.values())
     chosen = np.unique(np.linspace(0, len(found) - 1, min(config.texts, len(found))).round().astype(int))
     return [found[at] for at in chosen]
@@ -143,7 +151,7 @@ def scored(config: AccuracyConfig, engine: Scorer, chosen: Sequence[Text], numer
     if kept and (known := Scores.load(kept)):
         return known
     scores = measured(engine, chosen, numeric)
-    if kept and kept.parent.is_dir():
+    if kept:
         write_whole(kept, json.dumps(asdict(scores)))
     return scores
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from autotune.config import vllm_flags
 from autotune.config.redact import redact
-from autotune.config.schema import Check, Config
+from autotune.config.schema import Config
 from autotune.data.samples import Samples
 from autotune.errors import BehindError, MeasureError, StoppedError
 from autotune.measure import accuracy, objective, price, progress, runs, series
@@ -102,7 +102,7 @@ def _measure(config: Config, result: Result, folder: Path, slot: Slot) -> None:
             finally:  # steps of a trial that failed or was pruned teach, too; they are kept while the engine stops
                 if recording := engine.recorded():
                     pool.submit(_keep_steps, recording, prepared, outcome, folder, result)
-            if config.accuracy.check is Check.nll and isinstance(engine, Scorer):
+            if accuracy.is_wanted(config.accuracy) and isinstance(engine, Scorer):
                 score(config, engine, outcome.result().resolved, loaded, folder, result)
             stopping = time.monotonic()
     if not result.estimated:
