@@ -259,3 +259,13 @@ def test_answer_without_log_probabilities_is_told_in_one_line(status: int, body:
             scoring.prefilled(server, [[7, 9]], 5.0, lambda: None)
         http.shutdown()
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"numerics": "", "nll": [NaN], "gap": [1.0]}', '{"nll": [1.0]}'])
+def test_damaged_scores_are_measured_again(tmp_path: Path, damage: str):
+    config = AccuracyConfig(kept_in=str(tmp_path))
+    texts = [Text([1, 2, number], 8) for number in range(4)]
+    first = accuracy.scored(config, Answering(0.0, 0.0), texts, "")
+    (file,) = tmp_path.iterdir()
+    file.write_text(damage)
+    assert accuracy.scored(config, Answering(0.0, 0.0), texts, "") == first == Scores.load(file)

@@ -69,12 +69,16 @@ class Scores:
     def metrics(self) -> dict[str, float]:
         return {NLL: float(np.mean(self.nll)), GAP: float(np.mean(self.gap))}
 
+    def compares_with(self, other: "Scores") -> bool:
+        """True if both are of as many texts, and of some; else a file was damaged."""
+        return (len(self.nll), len(self.gap)) == (len(other.nll), len(other.gap)) and len(self.gap) > 1
+
     @classmethod
     def load(cls, path: Path) -> "Scores | None":
         """The scores at `path`; None if there are none that can be used."""
         match left_in(path):
             case {"numerics": str(numerics), "nll": [*nll], "gap": [*gap]}:
-                if all(isinstance(value, float) for value in [*nll, *gap]) and nll and gap:
+                if all(isinstance(value, float) and math.isfinite(value) for value in [*nll, *gap]):
                     return cls(numerics, nll, gap)
         return None
 
@@ -184,7 +188,7 @@ class Judgement:
 
 
 def judged(scores: Scores, baseline: Scores, margin: float) -> Judgement:
-    """Compare `scores`, text by text, with those of the baseline's numerics. Raises ValueError for other texts."""
+    """Compare `scores`, text by text, with those of the baseline's numerics. Raises ValueError for fewer texts."""
     from autotune.measure.paired import paired_difference  # SciPy takes a while to import
 
     gap = paired_difference(scores.gap, baseline.gap, ONE_SIDED, 1)

@@ -96,7 +96,7 @@ class Gate:
             result.accuracy = SAME
             return
         scores, baseline = self._scores(numerics), self._scores(reference)
-        if scores and baseline:
+        if scores and baseline and scores.compares_with(baseline):
             self._note(name, numerics, result, accuracy.judged(scores, baseline, self._config.accuracy.margin))
             return
         lacking = result if baseline else results.get(name_of_reference)
