@@ -1,7 +1,7 @@
 """The gate: a trial whose numerics differ from the baseline's can be the best only if its answers got no worse."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,11 @@ class Gate:
         """The reason why a trial with these parameters can't be the best, whatever it measures; empty if it may be."""
         trial = self._refused.get(self._numerics(params)) if self._on and self._refused else None
         return f"accuracy: its numerics are those of {trial}, whose answers were refused" if trial else ""
+
+    def awaits(self, result: Result, results: Mapping[str, Result], running: Collection[str]) -> bool:
+        """True if the baseline is among the trials that run, and `result` can't be judged before it has ended."""
+        name, numerics = self._reference(results) if self._on else ("", "")
+        return name in running and result.complete and result.facts.get(NUMERICS, numerics) != numerics
 
     def judge(self, results: Mapping[str, Result], anew: bool = False) -> list[str]:
         """Judge those of `results` that have no verdict yet, or all of them `anew`; returns whose verdict changed."""

@@ -249,6 +249,7 @@ class Sweep:
             self._n_trials = record.space.grid_size
             log.info("grid: %d points", self._n_trials)
         self._running: list[Running] = []
+        self._ended: list[tuple[PendingTrial, Result, str]] = []  # that the gate can't judge before the baseline ends
         self._results: dict[str, Result] = {}  # of what has ended, by folder
         self._references = references(config)
         self._wanted: list[str] = []  # of these, still to be run
@@ -341,7 +342,12 @@ class Sweep:
         for one in ended:
             self._running.remove(one)
             if not one.job.lost or not self._again(one.pending):
-                self._finish(one.pending, self._result_of(one), one.job.node)
+                self._ended.append((one.pending, self._result_of(one), one.job.node))
+        runs = {one.pending.name for one in self._running}
+        awaiting = [one for one in self._ended if self._gate.awaits(one[1], self._results, runs)]
+        ready, self._ended = [one for one in self._ended if one not in awaiting], awaiting
+        for pending, result, node in ready:
+            self._finish(pending, result, node)
         for one in self._running:
             self._watch(one)
         self._display.show(self._running, self._so_far(), self._count)
