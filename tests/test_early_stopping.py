@@ -89,7 +89,7 @@ def test_run_too_short_for_the_test_is_not_stopped():
     assert watch.decided is None and not watch.ends_run(Stop.decided)
     assert watch.reasons() == [
         "TTFT over its limit in 100 of 100 queries, 0 of 100 may be",
-        "100 queries are too few for LoadGen's early-stopping test, which takes 459",
+        "100 queries are too few for the test of a limit at p99, which takes 459",
     ]
 
 

@@ -218,6 +218,10 @@ class ScenarioConfig:
         """True if LoadGen sends the requests and gives the verdict, else autotune."""
         return self.kind.by_loadgen and self.answers is Answers.none
 
+    @property
+    def verdict_by(self) -> str:
+        return "LoadGen" if self.by_loadgen else "autotune"
+
 
 @dataclass
 class EngineConfig:

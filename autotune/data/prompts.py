@@ -59,6 +59,22 @@ class MadeUp(Sequence[Tokens]):
         prompt: Tokens = np.concatenate([*pieces, self._piece(2 * index, left)])
         return prompt
 
+    def begun_before(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens with which each of these prompts begins as an earlier one of them does, by the ids of its pieces."""
+        begins = np.where(order > 0, self.ends[order - 1], 0)
+        counts = self.ends[order] - begins
+        rows = np.repeat(np.arange(len(order)), counts)
+        starts = np.cumsum(counts) - counts
+        ids = self.ids[np.arange(counts.sum()) - np.repeat(starts - begins, counts)]
+        first = np.full(len(self.ids) + 1, len(order))  # the first row with an id
+        np.minimum.at(first, ids, rows)
+        new = first[ids] == rows
+        place = np.arange(len(ids)) - np.repeat(starts, counts)
+        common = counts.copy()  # pieces before the first new one
+        np.minimum.at(common, rows[new], place[new])
+        tokens: NDArray[np.int64] = np.minimum(common * self.piece_tokens, self.lengths[order])
+        return tokens
+
     def _piece(self, name: int, tokens: int) -> Tokens:
         """So many tokens, the first of which spell the number `name`; what follows begins anywhere in the text."""
         spelled = self._alphabet[name // self._powers % len(self._alphabet)]

@@ -66,7 +66,7 @@ def reasons(spec: RunSpec, figures: dict[str, float]) -> list[str]:
         limit = ttft.tightest * 1e3 * spec.client_ttft_share
         where = f"client_ttft_share={spec.client_ttft_share:g} of the TTFT limit"
         most |= {
-            "client_lateness_p99_ms": ("p99 from LoadGen's schedule to a request's last byte sent, ms", limit, where),
+            "client_lateness_p99_ms": ("p99 from when a request is due to its last byte sent, ms", limit, where),
             "client_lag_p99_ms": ("p99 of its event loop's lag, ms", limit, where),
             "client_ttft_added_mean_ms": ("mean TTFT at LoadGen beyond vLLM's own, ms", limit, where),
         }

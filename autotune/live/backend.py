@@ -235,9 +235,7 @@ class LiveEngine:
         code, next_s = None, 0.0
         while code is None:
             code = self.load.wait(POLL_S)
-            self._check(
-                deadline, f"LoadGen had not finished after backend.run_timeout_s={self.config.run_timeout_s:.0f}"
-            )
+            self._check(deadline, f"the run had not ended after backend.run_timeout_s={self.config.run_timeout_s:.0f}")
             if code is not None or time.monotonic() >= next_s:
                 next_s = time.monotonic() + self.config.observe_s
                 now = time.perf_counter()

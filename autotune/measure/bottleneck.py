@@ -10,6 +10,7 @@ from autotune.system.files import write_rows
 
 MOST = 0.5  # a rule holds if it does at this share of the observations
 KV_FULL = 0.9  # share of the KV cache: the next request may need more blocks than are left above the watermark
+LOST = 0.1  # share of the prompt tokens that were computed again although they had been in the KV cache
 BUDGET_SPENT = 0.8  # share of max_num_batched_tokens: a prompt's last chunk seldom fills a step
 
 
@@ -60,13 +61,14 @@ def figures(states: Sequence[ServerState]) -> dict[str, float]:
     return values
 
 
-def bottleneck(states: Sequence[ServerState], flags: Mapping[str, Any]) -> str:
+def bottleneck(states: Sequence[ServerState], flags: Mapping[str, Any], lost: float = 0.0) -> str:
     """Name what kept the server from a higher throughput; empty if it was observed fewer than twice.
 
-    `flags` are vLLM's, resolved. The first of these rules that holds names it:
+    `flags` are vLLM's, resolved; `lost` is compared with LOST. The first of these rules that holds names it:
 
     arrival    at most observations no request waits: the server does all the work there is
     kv         the KV cache is full, or requests were preempted
+    cache      prompts' beginnings had been evicted from the KV cache, and were computed again
     sequences  max_num_seqs requests run
     tokens     steps hold nearly max_num_batched_tokens tokens
     queue      requests wait though none of these is reached: behind prompts in progress, or for the scheduler itself
@@ -82,6 +84,8 @@ def bottleneck(states: Sequence[ServerState], flags: Mapping[str, Any]) -> str:
     preempted = states[-1].preemptions > states[0].preemptions
     if preempted or _most(states[number].kv_use >= KV_FULL for number in waits):
         return "kv"
+    if lost >= LOST:
+        return "cache"
     sequences = (flags.get("max_num_seqs") or float("inf")) * replicas
     if _most(states[number].running >= sequences for number in waits):
         return "sequences"

@@ -92,7 +92,7 @@ class Watch:
             if over > most
         ]
         if self.allowed < 0:
-            reasons.append(f"{self._total} queries are too few for LoadGen's early-stopping test, which takes 459")
+            reasons.append(f"{self._total} queries are too few for the test of a limit at p99, which takes 459")
         return reasons
 
 

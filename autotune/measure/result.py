@@ -47,12 +47,13 @@ class Result:
     reason: str = ""  # why it did not complete
     values: list[float] = field(default_factory=list)  # of objective.metrics
     constraints: dict[str, float] = field(default_factory=dict)  # feasible if all are at most 0
-    verdict: str = ""  # LoadGen's: VALID or INVALID
+    verdict: str = ""  # VALID or INVALID
+    verdict_by: str = "LoadGen"  # or autotune, for traffic that LoadGen can't send
     reasons: list[str] = field(default_factory=list)  # why it is not VALID
     metrics: dict[str, float] = field(default_factory=dict)
     # 95 % confidence, of accuracy 90 %: metric → [low, high]
     intervals: dict[str, list[float]] = field(default_factory=dict)
-    bound: str = ""  # bottleneck: kv, sequences, tokens, queue, arrival or client; of a search also ttft or tpot
+    bound: str = ""  # bottleneck: kv, cache, sequences, tokens, queue, arrival or client; of a search also ttft or tpot
     accuracy: str = ""  # verdict of the study's gate: same numerics, passed, refused or unknown, and why
     runs: list[RunRecord] = field(default_factory=list)  # where there were several
     phases: dict[str, float] = field(default_factory=dict)  # seconds: start, warmup, run, accuracy, stop, other

@@ -14,7 +14,7 @@ import numpy as np
 from autotune.config.schema import MOST_QUERIES, Answers, Config, Kind, ObjectiveConfig, ScenarioConfig, Stop
 from autotune.data.samples import Samples
 from autotune.errors import BehindError, InputError
-from autotune.measure import bottleneck, early_stopping, max_qps, metrics, objective, price, progress, traffic
+from autotune.measure import bottleneck, early_stopping, max_qps, metrics, objective, price, progress, reuse, traffic
 from autotune.measure.arrivals import OFFLINE_SLACK
 from autotune.measure.backend import Engine, Measurement, RequestTiming
 from autotune.measure.limits import limits_of
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 # Metrics that depend on what could be observed of the server, the GPU and the client.
 OBSERVED = re.compile(
-    r"(gpu|client)_|((running|waiting)_mean|kv_use_max|preemptions|prefix_hit_share|step_ms|tokens_per_step"
+    r"(gpu|client)_|((running|waiting)_mean|kv_use_max|preemptions|prefix_(hit_share|lost_share|hit_tokens|query_tokens)|evicted_blocks|step_ms|tokens_per_step"
     r"|failing_(qps|concurrency|scale)|queued_tpot_p99_ms|scheduled_samples_per_s"
     r"|turn([1-9]|10)_(ttft|tpot|latency)_(p50|p99|p99\.9)_ms)$"
 )
@@ -72,12 +72,17 @@ def one(scenario: ScenarioConfig, engine: Engine, flags: Mapping[str, Any], fold
         _tell_of_repeats(int(figures["sessions"]), engine.samples)
     figures |= {**measured.loadgen, **bottleneck.figures(measured.server), **measured.figures}
     figures["failed_requests"] = measured.failed
+    if (looked_for := figures.get("prefix_query_tokens", 0)) > 0:
+        hits, block = figures["prefix_hit_tokens"], flags.get("block_size") or reuse.BLOCK
+        again = reuse.begun_before(measured.requests, engine.samples, block)
+        figures["prefix_hit_share"] = hits / looked_for
+        figures["prefix_lost_share"] = max(0.0, again - hits) / looked_for
     if any(reason.startswith(CLIENT) for reason in measured.reasons):
         bound = CLIENT
     elif scenario.kind is Kind.SingleStream:
         bound = "arrival"
     else:
-        bound = bottleneck.bottleneck(measured.server, flags)
+        bound = bottleneck.bottleneck(measured.server, flags, figures.get("prefix_lost_share", 0.0))
     constraints = objective.constraints(held, figures, measured.failed)
     if bound == CLIENT:  # LoadGen's INVALID alone does not keep a trial from being the best
         constraints[CLIENT] = 1.0

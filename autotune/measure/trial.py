@@ -157,6 +157,7 @@ def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Pa
     if config.price_per_gpu_hour:
         result.metrics |= price.per_million(run.metrics, vllm_flags.gpus(flags), config.price_per_gpu_hour)
     result.verdict, result.reasons = run.measured.verdict, run.measured.reasons
+    result.verdict_by = config.scenario.verdict_by
     result.values = objective.values(config.objective, result.metrics)
     result.constraints = run.constraints
     return run

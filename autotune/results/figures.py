@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autotune.config.schema import ScenarioConfig
 from autotune.config.vllm_flags import FLAG
+from autotune.measure.bottleneck import LOST
 from autotune.measure.limits import limits_of
 from autotune.measure.result import Result
 from autotune.results import summary
@@ -226,7 +227,7 @@ def front(study: optuna.Study, metrics: Sequence[str], limits: Mapping[str, floa
 
 
 def load_curve(results: Mapping[str, Result], metric: str, limit: float | None, unit: str) -> go.Figure:
-    """Draw a latency over the offered load, a line for each trial of several runs; hollow: LoadGen said INVALID."""
+    """Draw a latency over the offered load, a line for each trial of several runs; hollow: INVALID."""
     figure = go.Figure()
     for name, result in results.items():
         runs = sorted(
@@ -305,6 +306,31 @@ def bounds(results: Mapping[str, Result], metric: str) -> go.Figure:
     figure.update_xaxes(title_text=label(metric))
     figure.update_yaxes(autorange="reversed")
     return finished(figure, height=110 + 45 * len(counts))
+
+
+def caching(results: Mapping[str, Result]) -> go.Figure:
+    """Draw the share of prompt tokens that were found in the KV cache over what running requests took of it at most."""
+    known = {name: one for name, one in results.items() if {"prefix_hit_share", "kv_use_max"} <= one.metrics.keys()}
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[one.metrics["kv_use_max"] for one in known.values()],
+        y=[one.metrics["prefix_hit_share"] for one in known.values()],
+        mode="markers",
+        marker={
+            "symbol": ["x" if _lost(one) >= LOST else "circle" for one in known.values()],
+            "color": BLUE,
+            "size": 8,
+        },
+        hovertext=[f"{name}: {_lost(one):.0%} computed again<br>{changes(one)}" for name, one in known.items()],
+        hovertemplate="KV use %{x:.0%}, found %{y:.1%}<br>%{hovertext}<extra></extra>",
+    )
+    figure.update_xaxes(title_text="KV cache that running requests took, at most", tickformat=".0%", rangemode="tozero")
+    figure.update_yaxes(title_text="prompt tokens found in it", tickformat=".0%", rangemode="tozero")
+    return finished(figure, height=380)
+
+
+def _lost(result: Result) -> float:
+    return result.metrics.get("prefix_lost_share", 0.0)
 
 
 def fleets(found: Sequence[Fleet], unit: str) -> go.Figure:

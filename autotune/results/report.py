@@ -38,6 +38,7 @@ SLICES = 8  # parameters that are drawn one by one, the most important first
 # The bottlenecks that a result's `bound` names.
 BOUNDS = {
     "kv": "the KV cache was full",
+    "cache": "prompts' beginnings were computed again, as the KV cache had no room to keep them",
     "sequences": "max_num_seqs sequences were running",
     "tokens": "each step was full of tokens",
     "queue": "requests waited",
@@ -210,6 +211,7 @@ def sections(study: Study) -> list[Section]:
         load(study, limits),
         *costs(study),
         bounds(study),
+        *caching(study),
         *expectations(study),
         *steps(study),
         phases(study),
@@ -271,7 +273,7 @@ def front(study: Study, limits: Mapping[str, float]) -> Section:
 
 def load(study: Study, limits: Mapping[str, float]) -> Section:
     """Latency over the offered load, of the best trials that ran at several loads, or of a study that swept it."""
-    section = Section("Latency over load", "Hollow marks: LoadGen said INVALID.")
+    section = Section("Latency over load", f"Hollow marks: {study.config.scenario.verdict_by} said INVALID.")
     trials = by_value(study)
     several = {name: result for name, result in trials if len({run.qps for run in result.runs}) > 1}
     scenario = study.config.scenario
@@ -330,6 +332,19 @@ def bounds(study: Study) -> Section:
     section = Section("Bottleneck of each trial", " ".join(["What limited its throughput.", *kinds]))
     section.add(partial(figures.bounds, study.complete, study.config.objective.metrics[0]))
     return section
+
+
+def caching(study: Study) -> list[Section]:
+    """The section on what the prefix cache held; none where no trial found anything there."""
+    if not any(result.metrics.get("prefix_hit_share") for result in study.complete.values()):
+        return []
+    section = Section(
+        "Prefix cache",
+        "The share of the prompt tokens that were in the KV cache. Crosses: a tenth of them or more had been "
+        "there, were evicted, and were computed again.",
+    )
+    section.add(partial(figures.caching, study.complete))
+    return [section]
 
 
 def expectations(study: Study) -> list[Section]:

@@ -42,7 +42,7 @@ def outcome(result: Result, objectives: list[str]) -> str:
     over = broken(result)
     why = f"; infeasible: {', '.join(over)}" if over else ""
     verdict = result.verdict + (f" ({'; '.join(result.reasons)})" if result.reasons else "")
-    return f"{values}; LoadGen: {verdict}{why}"
+    return f"{values}; {result.verdict_by}: {verdict}{why}"
 
 
 def single(result: Result, config: Config, folder: Path) -> str:
@@ -324,7 +324,7 @@ def _table(rows: Mapping[str, Result], config: Config) -> list[str]:
         return []
     known = {key for key, _, _ in COLUMNS}
     columns = [*COLUMNS, *((name, name, 2) for name in config.objective.metrics if name not in known)]
-    head = ["", *(heading for _, heading, _ in columns), "LoadGen"]
+    head = ["", *(heading for _, heading, _ in columns), next(iter(rows.values())).verdict_by]
     body = [
         [name, *(f"{row.metrics[key]:,.{digits}f}" for key, _, digits in columns), row.verdict]
         for name, row in rows.items()

@@ -167,18 +167,7 @@ class Tracker:
         with self._errors():
             if self._logged_run(folder):
                 return
-            tags = {
-                "trial": folder.name,
-                "state": result.state,
-                "feasible": str(result.feasible).lower(),
-                "verdict": result.verdict,
-                "bound": result.bound,
-                "reason": result.reason or "; ".join(result.reasons),
-                "estimated": str(result.estimated).lower(),
-                "accuracy": result.accuracy,
-                **result.config,
-                **result.facts,
-            }
+            tags = _tags(result, folder)
             if self._parent:
                 tags |= {"mlflow.parentRunId": self._parent, "study": folder.parent.name}
             run = self._create(folder, shorten(result.params) or folder.name, tags, result.started_at, keep=False)
@@ -389,3 +378,20 @@ def _runs(folder: Path) -> dict[str, str]:
         return known if isinstance(known, dict) else {}
     except (OSError, ValueError):
         return {}
+
+
+def _tags(result: Result, folder: Path) -> dict[str, str]:
+    """Tags of a trial's run."""
+    return {
+        "trial": folder.name,
+        "state": result.state,
+        "feasible": str(result.feasible).lower(),
+        "verdict": result.verdict,
+        "verdict_by": result.verdict_by,
+        "bound": result.bound,
+        "reason": result.reason or "; ".join(result.reasons),
+        "estimated": str(result.estimated).lower(),
+        "accuracy": result.accuracy,
+        **result.config,
+        **result.facts,
+    }

@@ -206,6 +206,7 @@ def simulate(
         "prefix_hit_tokens": float(sum(one.hits for one in replicas)),
         "prefix_query_tokens": float(sum(one.queries for one in replicas)),
     }
+    figures = figures if caching else {}
     return Simulated(timings, observers[0].states, observers[0].rows, total, figures)
 
 
