@@ -5,6 +5,7 @@
     python benchmarks/client.py flight     10,000 requests in flight: failures, memory
     python benchmarks/client.py queue      13,368 requests at once: connections, failures
     python benchmarks/client.py answers    tokens/s for each core with the answers' token ids kept, and without, in turn
+    python benchmarks/client.py turns      500 turns/s of conversations, with the answers in their prompts: how late
     python benchmarks/client.py            all of them
     python benchmarks/client.py run SAMPLES FOLDER     one run of ours, as FOLDER/run.json has it
 
@@ -30,7 +31,7 @@ import numpy as np
 import psutil
 from null_server import MODEL
 
-from autotune.config.schema import Kind, ScenarioConfig, Stop
+from autotune.config.schema import Answers, Kind, ScenarioConfig, Stop
 from autotune.data.models import build_shape
 from autotune.data.samples import Samples
 from autotune.live import loadgen_log
@@ -332,6 +333,41 @@ def flight(requests: int = 10_000) -> bool:
     return verdict("10,000 in flight", not failed and each <= 20e3, "nothing fails, 20 KB for each beyond its prompt")
 
 
+def turns(qps: float = 125.0, seconds: float = 20.0, turns: int = 4, added: int = 500) -> bool:
+    sessions = int(qps * seconds)
+    draw = np.random.default_rng(0)
+    prompts = list(draw.integers(1000, 100_000, (sessions * turns, added), dtype=np.int32))
+    with tempfile.TemporaryDirectory() as scratch, null_server(slots=1000, step_ms=5) as server:
+        folder = Path(scratch)
+        samples = Samples(
+            *("s", "c", prompts, np.full(len(prompts), 16, np.int32), True, folder / "samples.npz"),
+            turns=np.tile(np.arange(turns, dtype=np.int32), sessions),
+            continued=True,
+        )
+        samples.save()
+        scenario = ScenarioConfig(
+            *("s", Kind.Server, qps),
+            answers=Answers.received,
+            min_duration_s=seconds,
+            min_queries=1,
+            warmup_requests=16,
+            think_s=1.0,
+        )
+        RunSpec(folder, server.url, MODEL, scenario, 600.0, keep_answers=True, has_metrics=False).save(
+            folder / "run.json"
+        )
+        client([sys.executable, __file__, "run", str(samples.path), str(folder)], folder, lambda _: None)
+        report = json.loads((folder / "client.json").read_text())
+        longest = max(request.prompt_tokens for request in read_requests(folder / "requests.csv"))
+    late, cpu = (report["figures"][f"client_{name}"] for name in ("lateness_p99_ms", "cpu"))
+    print(
+        f"{qps:g} conversations/s of {turns} turns of {added} tokens and answers of 16, prompts to {longest:,}: "
+        f"{report['failed']} failed\nwhen due to the last byte sent              p99 {late:.2f} ms\n"
+        f"busiest process {cpu:.0%} of the core"
+    )
+    return verdict("lateness of turns", late <= 1 and not report["failed"], "p99 at most 1 ms, nothing fails")
+
+
 def memory(process: psutil.Process) -> int:
     """Bytes of a process and what it started; shared pages are counted once."""
     total = 0
@@ -353,7 +389,14 @@ def main() -> None:
         run(*map(Path, sys.argv[2:]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"cost": cost, "latency": latency, "flight": flight, "queue": queue, "answers": answers_kept}
+    parts = {
+        "cost": cost,
+        "latency": latency,
+        "flight": flight,
+        "queue": queue,
+        "answers": answers_kept,
+        "turns": turns,
+    }
     parser.add_argument("part", nargs="?", choices=parts)
     given = parser.parse_args()
     chosen = [parts[given.part]] if given.part else list(parts.values())

@@ -111,6 +111,8 @@ def test_conversation_ends_before_the_turn_that_is_too_long(model: Model, tmp_pa
     found = list(sharegpt.records(model.tokenizer(), str(path), model=model, sessions=True, max_prompt_tokens=60))
     prompts = [len(turn["tok_input"]) for turn in taken(found, None, recorded=True, source="s")]
     assert len(prompts) == 2 and prompts[-1] <= 60
+    with pytest.raises(InputError, match=r"all 4 prompts are longer than .*max_prompt_tokens=3; raise it"):
+        list(sharegpt.records(model.tokenizer(), str(path), model=model, sessions=True, max_prompt_tokens=3))
 
 
 def test_template_that_drops_answers_is_refused(model: Model, tmp_path: Path):

@@ -74,12 +74,18 @@ def records(
                 record |= {TURN: turn, "tok_output": tokenizer.encode(said, add_special_tokens=False).ids}
                 before += len(added) + len(record["tok_output"])
             yield record
+    _tell(path, found, unanswered, too_long, f"dataset.records.max_prompt_tokens={max_prompt_tokens}")
+
+
+def _tell(path: str, found: int, unanswered: int, too_long: int, limit: str) -> None:
+    """Tell what was left out of the file. Raises InputError if that is all of it."""
+    if too_long and not found:
+        raise InputError(f"{path}: all {too_long} prompts are longer than {limit}; raise it")
     if unanswered and not found:
         raise InputError(f"{path}: no answer to a question; give some, or set dataset.output=natural")
     if unanswered:
         log.info("%s: %d conversations end with a question; it has no answer, and is left out", path, unanswered)
     if too_long:
-        limit = f"dataset.records.max_prompt_tokens={max_prompt_tokens}"
         log.info("%s: %d prompts longer than %s left out", path, too_long, limit)
 
 

@@ -192,9 +192,10 @@ def _check_search(config: ObjectiveConfig, scenario: ScenarioConfig) -> None:
             f"{objective.OFFERED_BY[wanted]}"
         )
     if not found or not limits_of(scenario):
+        lacks = "limits; write scenario.ttft_ms=…, tpot_ms=… or latency_ms=…, or scenario=interactive, or a workload"
+        lacks = lacks if found else "arrival rate; write scenario=interactive or server, or a workload"
         raise InputError(
-            f"objective.metrics: {wanted} is the highest load under limits, and scenario={scenario.name} has no "
-            f"{'limits' if found else 'arrival rate'}; write scenario=interactive or server, or a workload"
+            f"objective.metrics: {wanted} is the highest load under limits, and scenario={scenario.name} has no {lacks}"
         )
     fewest = early_stopping.queries_needed(0)
     if scenario.search.certify_queries < fewest:
