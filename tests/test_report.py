@@ -302,3 +302,15 @@ def test_expected_is_shown_beside_measured_with_kendalls_tau(tmp_path: Path):
     assert section.text.startswith("tokens/s: 3 trials, off by 50.0% (median); Kendall's τ 1.00")
     assert "expected %{x" in section.plots[0].figure and "max_num_seqs=" in section.plots[0].figure
     assert "Expected and measured" not in sections(study(tmp_path, [result(900)], result(800)))
+
+
+def test_turns_of_conversations_are_told_one_by_one(tmp_path: Path):
+    by_turn = {f"turn{turn}_{name}_p99_ms": 100.0 * turn for turn in (1, 2) for name in ("ttft", "tpot", "latency")}
+    one = study(tmp_path, [result(2.0, metrics={**result(2.0).metrics, **by_turn})], result(1.0))
+    section = sections(one)["Latency by turn"]
+    assert section.rows == [
+        ["turn", "", "TTFT", "TPOT", "latency"],
+        ["1", "trial-0", "100", "100", "100"],
+        ["2", "trial-0", "200", "200", "200"],
+    ]
+    assert "Latency by turn" not in sections(study(tmp_path, [result(2.0)], result(1.0)))

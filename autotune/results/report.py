@@ -23,7 +23,8 @@ from plotly.offline import get_plotlyjs
 from autotune.config.schema import Config
 from autotune.config.vllm_flags import FLAG
 from autotune.measure.accuracy import NLL, OVER
-from autotune.measure.limits import limits_of
+from autotune.measure.limits import heading, limits_of
+from autotune.measure.metrics import MOST_TURNS
 from autotune.measure.objective import offered_load, sign
 from autotune.measure.result import Result, State
 from autotune.results import figures, fleet, summary
@@ -209,6 +210,7 @@ def sections(study: Study) -> list[Section]:
         slices(alone, ranked),
         front(study, limits),
         load(study, limits),
+        *turns(study),
         *costs(study),
         bounds(study),
         *caching(study),
@@ -291,6 +293,20 @@ def load(study: Study, limits: Mapping[str, float]) -> Section:
     else:
         section.missing = ["every trial ran at one load (space=load sweeps it)"]
     return section
+
+
+def turns(study: Study) -> list[Section]:
+    """The section on the latencies of conversations' turns; none where there are no conversations."""
+    names = ("ttft", "tpot", "latency")
+    rows = []
+    for turn in range(1, MOST_TURNS + 1):
+        for name in (*REFERENCES, study.best):
+            found = study.complete[name].metrics if name in study.complete else {}
+            values = [found[key] for one in names if (key := f"turn{turn}_{one}_p99_ms") in found]
+            if name and values:
+                rows.append([str(turn), name, *map(_figure, values)])
+    text = f"p99, ms. Turn {MOST_TURNS} stands for all later ones, too."
+    return [Section("Latency by turn", text, rows=[["turn", "", *map(heading, names)], *rows])] if rows else []
 
 
 def costs(study: Study) -> list[Section]:
