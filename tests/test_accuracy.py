@@ -254,7 +254,7 @@ class Vllm(BaseHTTPRequestHandler):
 def test_answer_without_log_probabilities_is_told_in_one_line(status: int, body: bytes, words: str):
     handler = type("Made", (Vllm,), {"status": status, "body": body})
     with HTTPServer(("127.0.0.1", 0), handler) as http:
-        Thread(target=http.serve_forever, daemon=True).start()
+        Thread(target=http.serve_forever, args=[0.01], daemon=True).start()
         server: Any = SimpleNamespace(url=f"http://127.0.0.1:{http.server_port}", model="m", check_alive=lambda: None)
         with pytest.raises(MeasureError, match=words) as raised:
             scoring.prefilled(server, [[7, 9]], 5.0, lambda: None)

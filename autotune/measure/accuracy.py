@@ -12,10 +12,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit  # scipy.stats takes a second to import
 
 from autotune.config.redact import redact
 from autotune.config.schema import AccuracyConfig, Check
@@ -23,9 +24,6 @@ from autotune.data.samples import Samples
 from autotune.errors import MeasureError
 from autotune.measure.backend import Scorer
 from autotune.system.files import left_in, write_whole
-
-if TYPE_CHECKING:
-    from autotune.measure.paired import Difference
 
 FOLDER = "accuracy"  # in a study's folder: the scores of each numerics
 CONSTRAINT = "accuracy"  # of a result: how far the bound is above the margin, as a share of it; 1 if nobody knows
@@ -36,7 +34,7 @@ NUMERICS, NOT_SCORED = "numerics", "not_scored"  # facts of a result; the second
 SAME, PASSED, REFUSED, UNKNOWN = "same numerics", "passed", "refused", "unknown"
 ANSWERED = 4  # of so many texts one is answered, with at most
 ANSWER_TOKENS = 64  # tokens: a coarse KV cache shows from the first one on
-ONE_SIDED = 0.90  # two-sided confidence whose upper end is a one-sided bound of 95 %
+ONE_SIDED = 0.95  # confidence of each end of an interval
 # Flags that decide what a server computes. What changes the order of sums only (batches, block sizes, CUDA graphs,
 # tensor parallelism) is none: it moves the NLL by 0.0002 nats. deepep_low_latency sends activations in fp8.
 NUMERIC = re.compile(
@@ -169,11 +167,27 @@ def _mean(found: NDArray[np.float64]) -> float:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences, and bounds of it (Student's t), nats a token."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float], baseline: Sequence[float]) -> "Difference":
+        differences = np.subtract(values, baseline)
+        mean, count = float(differences.mean()), len(differences)
+        half = float(stdtrit(count - 1, ONE_SIDED) * differences.std(ddof=1) / count**0.5)
+        return cls(mean, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
 class Judgement:
     """The test that a server is not worse than the baseline's by more than a margin."""
 
-    nll: "Difference"
-    gap: "Difference"
+    nll: Difference
+    gap: Difference
     margin: float
 
     @property
@@ -189,7 +203,4 @@ class Judgement:
 
 def judged(scores: Scores, baseline: Scores, margin: float) -> Judgement:
     """Compare `scores`, text by text, with those of the baseline's numerics. Raises ValueError for fewer texts."""
-    from autotune.measure.paired import paired_difference  # SciPy takes a while to import
-
-    gap = paired_difference(scores.gap, baseline.gap, ONE_SIDED, 1)
-    return Judgement(paired_difference(scores.nll, baseline.nll, ONE_SIDED, 1), gap, margin)
+    return Judgement(Difference.of(scores.nll, baseline.nll), Difference.of(scores.gap, baseline.gap), margin)
