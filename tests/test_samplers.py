@@ -76,6 +76,16 @@ def test_botorch_asks_by_its_model_once_it_has_ten_trials():
     assert len(asked("botorch", 11)) == 11
 
 
+def test_grid_changes_what_takes_another_server_as_seldom_as_can_be():
+    space, _ = parse({}, ["engine.args.block_size=choice(16,32)", "engine.args.max_num_seqs=choice(8,16,32)"], {}, {})
+    made = composed(["model=tiny", "sampler=grid", "seed=3"], simulated=True)
+    study = optuna.create_study(sampler=samplers.make_sampler(made.hydra.sweeper.sampler, space))
+    points = [space.suggest(study.ask(), {}) for _ in range(space.grid_size)]
+    sizes, seqs = ([params[f"engine.args.{flag}"] for params in points] for flag in ("block_size", "max_num_seqs"))
+    assert sizes in ([16, 16, 16, 32, 32, 32], [32, 32, 32, 16, 16, 16])
+    assert sorted(seqs[:3]) == sorted(seqs[3:]) == [8, 16, 32]
+
+
 def test_grid_runs_every_point_once():
     points = asked("grid", SPACE.grid_size)
     assert len({tuple(sorted(params.items())) for params in points}) == SPACE.grid_size == 32

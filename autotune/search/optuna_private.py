@@ -1,10 +1,11 @@
 """Private names of Optuna, all that are used; tests/test_private_names.py says what broke."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import GridSampler
 from optuna.samplers._tpe import _truncnorm
@@ -20,7 +21,24 @@ def use_compiled_log_ndtr() -> None:
 
 
 class Grid(GridSampler):
-    """Optuna's grid, which otherwise stops a study that it did not start."""
+    """Optuna's grid in an order of its own; Optuna's would stop a study that it did not start."""
+
+    def __init__(self, values: Mapping[str, Sequence[Any]], slow: Collection[str] = (), **settings: Any) -> None:
+        """`values` by parameter; those of the `slow` ones change as seldom as can be, as each change takes long."""
+        super().__init__(values, **settings)
+        slow_at = [at for at, name in enumerate(self._param_names) if name in slow]
+        groups: dict[tuple[Any, ...], list[int]] = {}  # numbers of points, in Optuna's random order
+        for number, point in enumerate(self._all_grids):
+            groups.setdefault(tuple(point[at] for at in slow_at), []).append(number)
+        self._order = [number for group in groups.values() for number in group]
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Note which point `trial` asks for: the first one that no other has asked for."""
+        if not {"grid_id", "fixed_params"} & trial.system_attrs.keys():
+            left = set(self._get_unvisited_grid_ids(study))
+            number = next(number for number in self._order if number in left or not left)
+            study._storage.set_trial_system_attr(trial._trial_id, "search_space", self._search_space)  # noqa: SLF001
+            study._storage.set_trial_system_attr(trial._trial_id, "grid_id", number)  # noqa: SLF001
 
     def after_trial(self, *_: Any) -> None:
         """Leave the study running."""

@@ -99,7 +99,7 @@ def make_sampler(
 
         torch.set_num_threads(1)  # small matrices; more threads only wait for cores that trials have
     if isinstance(made, partial) and made.func is GridSampler:
-        made = Grid(space.grid, **made.keywords)
+        made = Grid(space.grid, space.restarting, **made.keywords)
     elif isinstance(made, partial):
         try:
             made = made(config, space, ended)

@@ -89,6 +89,12 @@ class Space:
         return {name: _grid_values(name, distribution) for name, distribution in self.parameters.items()}
 
     @property
+    def restarting(self) -> list[str]:
+        """Parameters whose change takes another server."""
+        flags = [name for name in self.parameters if name.startswith((FLAG, VARIABLE))]
+        return [name for name in flags if name.removeprefix(FLAG) not in CHANGEABLE]
+
+    @property
     def grid_size(self) -> int:
         return prod(len(values) for values in self.grid.values())
 
