@@ -42,6 +42,7 @@ NOT_RUN = {
     "experiment=demo": "`make demo`: minutes of real vLLM",
     "backend.twin": "the steps lie in the repository; tests/test_twin.py reads them",
     "model=smollm2": "the page runs real vLLM on a CPU; tests/test_live.py does",
+    "azure.csv": "a public trace, which the reader fetches",
     "pruner=": "needs trials that take a while",
     "sampler=twin": "asks for half a minute; tests/test_twin_sampler.py runs its studies",
 }
@@ -198,4 +199,5 @@ def simulated(command: Command) -> list[str]:
     if "study" not in keys:
         words.append(f"study=line-{command.line}")  # its own name is the second in which it starts
     kept = [word for word in words if word.partition("=")[0] not in SHORT]
-    return [*kept, *(f"{key}={value}" for key, value in SHORT.items())]
+    short = {key: value for key, value in SHORT.items() if "scenario=trace" not in words or "scenario." not in key}
+    return [*kept, *(f"{key}={value}" for key, value in short.items())]
