@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 
 from autotune.config.command_line import compose
-from autotune.live import metrics_page
-from autotune.live.backend import LiveEngine
 from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.slot import Slot
 
@@ -34,11 +32,9 @@ def hits(name: str, overrides: list[str], folder: Path) -> int:
     with prepared.backend.start(prepared.model, prepared.args, samples, folder, Slot()) as engine:
         run = engine.run(config.scenario, folder)
         assert len(run.requests) == 800 and not run.failed
-        state = metrics_page.state(engine.server.url, 0.0) if isinstance(engine, LiveEngine) else run.server[-1]
-    assert state
-    prompts = sum(request.prompt_tokens for request in run.requests)
-    print(f"{name:5} {state.prefix_hits:12,.0f} of {prompts:,} prompt tokens found in the prefix cache", flush=True)
-    return int(state.prefix_hits)
+    found, looked_for = (run.figures[f"prefix_{kind}_tokens"] for kind in ("hit", "query"))
+    print(f"{name:5} {found:12,.0f} of {looked_for:,.0f} prompt tokens found in the prefix cache", flush=True)
+    return int(found)
 
 
 def main() -> None:

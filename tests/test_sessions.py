@@ -18,8 +18,7 @@ from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.data.sessions import TURN, conversations, taken
 from autotune.errors import InputError
-from autotune.live import metrics_page
-from autotune.live.backend import LiveEngine, read_requests
+from autotune.live.backend import read_requests
 from autotune.live.load_generator import LoadGenerator
 from autotune.measure import metrics
 from autotune.measure.backend import RequestTiming
@@ -275,8 +274,7 @@ def test_simulated_conversations_find_as_many_tokens_as_vllm_does(tmp_path: Path
         folder.mkdir()
         with prepared.backend.start(prepared.model, prepared.args, samples, folder, Slot()) as engine:
             run = engine.run(config.scenario, folder)
-            last = metrics_page.state(engine.server.url, 0.0) if isinstance(engine, LiveEngine) else run.server[-1]
-        assert last and not run.failed
-        found[name] = last.prefix_hits
+        assert not run.failed
+        found[name] = run.figures["prefix_hit_tokens"]
     live, sim = found.values()
     assert live > 0 and sim == pytest.approx(live, rel=0.01)
