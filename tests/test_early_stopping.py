@@ -1,13 +1,14 @@
 """LoadGen's early-stopping arithmetic, and that a run which is stopped by it would not have ended otherwise."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from autotune.config.schema import Stop
-from autotune.measure import early_stopping
+from autotune.measure import early_stopping, metrics
 from autotune.measure.backend import RequestTiming
 from autotune.measure.early_stopping import Watch
 from autotune.measure.limits import LatencyLimit
@@ -115,3 +116,49 @@ def test_short_prompts_have_limits_of_their_own():
     watch.add(request(0.6, prompt_tokens=800))
     assert watch.over == [1] and watch.decided is False
     assert str(by_length) == "TTFT 500 ms to 1,000 prompt tokens, 1000 ms to 4,000 prompt tokens, 2000 ms beyond"
+
+
+def turns(slow: list[int], conversations: int, each: int) -> list[RequestTiming]:
+    """Requests of so many conversations; the first of each one's turns are slow, as many as `slow` says."""
+    counts = [*slow, *[0] * (conversations - len(slow))]
+    late = [(session, turn < count) for session, count in enumerate(counts) for turn in range(each)]
+    return [replace(request(2.0 if is_late else 0.5), session=session) for session, is_late in late]
+
+
+@pytest.mark.parametrize(
+    ("slow", "effect"),
+    [
+        ([], 1.0),  # none shows how alike turns are
+        ([1] * 20, 1.0),  # a turn of a conversation here and there: as good as independent
+        ([10] * 2, 10.0),  # conversations that are slow as a whole: each is worth one request
+        ([5] * 4, 5.0),
+    ],
+)
+def test_turns_of_a_conversation_are_worth_what_their_spread_says(slow: list[int], effect: float):
+    sizes = [10] * 400
+    over = [*slow, *[0] * (400 - len(slow))]
+    assert early_stopping.design_effect(over, sizes) == pytest.approx(effect, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("slow", "passes"), [([], True), ([1] * 20, True), ([2] * 6, True), ([5] * 4, False)]
+)
+def test_verdict_on_conversations_counts_their_turns_for_what_they_are_worth(slow: list[int], passes: bool):
+    requests = turns(slow, 400, 10)
+    watch = Watch(4000, [TTFT_1S])
+    for one in requests:
+        watch.add(one)
+    assert watch.allowed == 25 and watch.over[0] <= 20  # it would pass, were its requests independent
+    assert (watch.reasons() == []) == passes
+    assert watch.decided is None  # until the last turn it may still turn out that they are worth less
+    share = metrics.from_requests(requests, [TTFT_1S])["ttft_limit_share"]
+    assert (share <= 1) == passes
+    if not passes:
+        assert "over its limit in 20 of 4000 queries" in watch.reasons()[0] and "as conversations" in watch.reasons()[0]
+
+
+def test_conversations_that_can_pass_no_more_end_the_run():
+    watch = Watch(4000, [TTFT_1S])
+    for one in turns([1] * 30, 30, 1):
+        watch.add(one)
+    assert watch.decided is False and watch.ends_run(Stop.failed)

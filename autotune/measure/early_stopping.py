@@ -8,6 +8,7 @@ TTFT and TPOT are tested separately, and so are the limits that LoadGen lacks: o
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from scipy.special import bdtr
 
 from autotune.config.schema import ScenarioConfig, Stop
@@ -34,13 +35,35 @@ def allowed(queries: int) -> int:
     return bisect_left(range(queries + 1), 1 - CONFIDENCE, key=lambda over: chance(over, queries)) - 1
 
 
-def upper_bound(latencies: Sequence[float], total: int) -> float | None:
+def design_effect(over: Sequence[int], sizes: Sequence[int]) -> float:
+    """The factor by which queries in clusters tell less than independent ones; `over` of `sizes` exceed a limit.
+
+    It is the variance of their share over the limit, a ratio estimate, by that of as many independent queries (Kish,
+    Survey Sampling, 1965): n of them are worth n / effect, of which over / effect exceed it (Rao and Scott, Biometrics
+    48, 1992). At least 1; also 1 where none or all exceed it, so that nothing shows how alike those of a cluster are.
+    """
+    y, m, clusters = np.asarray(over, float), np.asarray(sizes, float), len(sizes)
+    n = m.sum()
+    share = y.sum() / n if n else 0.0
+    if clusters < 2 or not 0 < share < 1:
+        return 1.0
+    variance = clusters / (clusters - 1) * ((y - share * m) ** 2).sum() / n**2
+    return max(1.0, float(variance * n / (share * (1 - share))))
+
+
+def allowed_of(total: int, effect: float) -> int:
+    """Most of `total` queries with this design effect that may exceed the limit; -1 if they are too few to pass."""
+    most = allowed(int(total / effect))
+    return int(most * effect) if most >= 0 else -1
+
+
+def upper_bound(latencies: Sequence[float], total: int, effect: float = 1.0) -> float | None:
     """The lowest limit that a run of `total` queries passes: with 99 % confidence, p99 is below it.
 
     If the run was stopped and `latencies` are those of the queries that ended, it can't pass any lower limit than this.
     None if `total` is too few for the test, or too few have ended.
     """
-    over = allowed(total)
+    over = allowed_of(total, effect)
     return sorted(latencies)[-1 - over] if 0 <= over < len(latencies) else None
 
 
@@ -48,20 +71,25 @@ class Watch:
     """LoadGen's verdict on a Server run of `total` queries, foreseen while its requests end one by one.
 
     Each of `limits` is tested by itself. With `share`, that share of the queries may exceed a limit: a run that is too
-    short for LoadGen's test can still show how a longer one would end.
+    short for LoadGen's test can still show how a longer one would end. Turns of a conversation are alike: the verdict
+    is then on as many queries as they are worth (design_effect), and that a run passes is not known before its end.
     """
 
     def __init__(self, total: int, limits: Sequence[LatencyLimit], share: float | None = None) -> None:
         self.allowed = allowed(total) if share is None else round(share * total)
         self.over = [0] * len(limits)
         self.seen = 0
-        self._total, self._limits = total, limits
+        self._total, self._limits, self._share = total, limits, share
+        self._sessions: dict[int, list[int]] = {}  # the turns of each conversation, and how many exceed each limit
 
     def add(self, request: RequestTiming) -> None:
         """Count a request that has ended."""
         self.seen += 1
-        for number, limit in enumerate(self._limits):
-            self.over[number] += limit.share(request) > 1
+        exceeds = [limit.share(request) > 1 for limit in self._limits]
+        self.over = [count + one for count, one in zip(self.over, exceeds, strict=True)]
+        if request.session >= 0 and self._share is None:
+            counts = self._sessions.get(request.session, [0] * (1 + len(exceeds)))
+            self._sessions[request.session] = [n + one for n, one in zip(counts, [1, *exceeds], strict=True)]
 
     @property
     def decided(self) -> bool | None:
@@ -74,7 +102,7 @@ class Watch:
         most = max(self.over, default=0)
         if most > self.allowed:
             return False
-        return True if most + self._total - self.seen <= self.allowed else None
+        return True if not self._sessions and most + self._total - self.seen <= self.allowed else None
 
     def ends_run(self, stop: Stop) -> bool:
         """True if the run may end now."""
@@ -84,16 +112,25 @@ class Watch:
 
     def reasons(self) -> list[str]:
         """Reasons why the run is not VALID so far; empty if it passes should all further requests keep the limits."""
-        # results.cc (PerfConstraintsMet) looks at the latency of rank int(0.99 n), whatever n is.
-        most = self.allowed if self.allowed >= 0 else self._total - int(PERCENTILE * self._total) - 1
-        reasons = [
-            f"{heading(limit.name)} over its limit in {over} of {self.seen} queries, {most} of {self._total} may be"
-            for limit, over in zip(self._limits, self.over, strict=True)
-            if over > most
-        ]
+        found = [self._reason(number) for number in range(len(self._limits))]
         if self.allowed < 0:
-            reasons.append(f"{self._total} queries are too few for the test of a limit at p99, which takes 459")
-        return reasons
+            found.append(f"{self._total} queries are too few for the test of a limit at p99, which takes 459")
+        return [reason for reason in found if reason]
+
+    def _reason(self, number: int) -> str:
+        """The reason why a limit does not hold; empty if it does."""
+        over, turns = self.over[number], list(self._sessions.values())
+        effect = design_effect([counts[1 + number] for counts in turns], [counts[0] for counts in turns])
+        most = self.allowed if effect == 1 else allowed_of(self._total, effect)
+        if most < 0:  # results.cc (PerfConstraintsMet) looks at the latency of rank int(0.99 n), whatever n is
+            most = self._total - int(PERCENTILE * self._total) - 1 if effect == 1 else 0
+        if over <= most:
+            return ""
+        worth = (
+            f" (as conversations go, they are worth {self._total / effect:.0f} independent ones)" if effect > 1 else ""
+        )
+        words = f"over its limit in {over} of {self.seen} queries, {most} of {self._total} may be{worth}"
+        return f"{heading(self._limits[number].name)} {words}"
 
 
 def watched(requests: Iterable[RequestTiming], total: int, scenario: ScenarioConfig, stop: Stop = Stop.never) -> Watch:

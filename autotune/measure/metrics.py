@@ -57,7 +57,7 @@ def from_requests(
             figures[f"{name}_p99_upper_ms"] = upper * 1e3
     for limit in limits:
         shares = [limit.share(r) for r in requests]
-        upper = early_stopping.upper_bound(shares, total)
+        upper = early_stopping.upper_bound(shares, total, design_effect(requests, shares))
         figures[f"{limit.name}_limit_share"] = p99(shares) if upper is None else upper
     return figures
 
@@ -80,6 +80,15 @@ def of_sessions(requests: Sequence[RequestTiming], samples: Samples) -> dict[str
             found = summary(name, [getattr(r, name) for r in some])
             figures |= {f"turn{turn}_{name}_{which}_ms": found[f"{name}_{which}_ms"] for which in BY_TURN}
     return figures
+
+
+def design_effect(requests: Sequence[RequestTiming], shares: Sequence[float]) -> float:
+    """The design effect of conversations among `requests`, of which `shares` above 1 exceed a limit."""
+    turns: dict[int, list[bool]] = {}
+    for request, share in zip(requests, shares, strict=True):
+        if request.session >= 0:
+            turns.setdefault(request.session, []).append(share > 1)
+    return early_stopping.design_effect([sum(over) for over in turns.values()], [len(over) for over in turns.values()])
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, list[float] | None]:
