@@ -189,7 +189,6 @@ def test_simulated_turn_finds_the_blocks_of_the_last_ones_prompt_and_answer(bloc
     device, shape = prepared.backend.config.device, Shape.of(prepared.model.config)
     cost = Cost(device, shape, resolve(prepared.args, device, shape))
     run = simulate(cost, scenario(Kind.SingleStream, min_queries=8), samples)
-    prefilled = run.states[-1].prompt_tokens - run.states[-1].prefix_hits
     by_session: defaultdict[int, list[RequestTiming]] = defaultdict(list)
     for one in run.requests:
         by_session[one.session].append(one)
@@ -199,8 +198,8 @@ def test_simulated_turn_finds_the_blocks_of_the_last_ones_prompt_and_answer(bloc
             assert one.prompt_tokens == last.prompt_tokens + last.output_tokens + samples.prompt_tokens[one.sample]
             computed = last.prompt_tokens + last.output_tokens - 1  # the last token that it generated is not
             expected += min(computed, one.prompt_tokens - 1) // block_size * block_size
-    assert expected > 0 and run.states[-1].prefix_hits == expected
-    assert prefilled == sum(one.prompt_tokens for one in run.requests) - expected
+    assert run.figures["prefix_hit_tokens"] == expected > 0
+    assert run.figures["prefix_query_tokens"] == sum(one.prompt_tokens for one in run.requests)
 
 
 def sent(prompt: list[int]) -> list[list[int]]:

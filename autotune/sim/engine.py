@@ -32,26 +32,22 @@ class Observer:
         self._preempted += len(batch.preempted)
         if now >= self._next_s:
             self._next_s = now + OBSERVE_S
-            self.look(now)
-
-    def look(self, now: float) -> None:
-        """Record the state `now`."""
-        scheduler, cache = self._scheduler, self._scheduler.cache
-        self.states.append(
-            ServerState(
-                time_s=now,
-                running=len(scheduler.running),
-                waiting=len(scheduler.waiting),
-                kv_use=1 - cache.free_blocks / cache.blocks,
-                preemptions=self._preempted,
-                prefix_hits=scheduler.hits,
-                prompt_tokens=self._prefilled + cache.hits,
-                generation_tokens=self._generated,
-                steps=self.steps,
-                step_tokens=self._tokens,
-                evicted_blocks=cache.evicted,
+            scheduler, cache = self._scheduler, self._scheduler.cache
+            self.states.append(
+                ServerState(
+                    time_s=now,
+                    running=len(scheduler.running),
+                    waiting=len(scheduler.waiting),
+                    kv_use=1 - cache.free_blocks / cache.blocks,
+                    preemptions=self._preempted,
+                    prefix_hits=scheduler.hits,
+                    prompt_tokens=self._prefilled + cache.hits,
+                    generation_tokens=self._generated,
+                    steps=self.steps,
+                    step_tokens=self._tokens,
+                    evicted_blocks=cache.evicted,
+                )
             )
-        )
 
 
 def contents(scheduler: Scheduler, batch: Batch) -> tuple[float, ...]:
@@ -127,5 +123,4 @@ def serve(client: Client, scheduler: Scheduler, cost: Cost, record: bool = False
             raise ValueError("a request fits no step")
         else:
             break
-    observer.look(now)
     return observer
