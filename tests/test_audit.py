@@ -26,7 +26,7 @@ def spec(client_ttft_share: float | None = 0.05, **scenario: Any) -> RunSpec:
 
 
 def test_lateness_is_against_loadgens_schedule():
-    due = [1000 + time for time, _ in zip(server_times(100.0, 3), range(50), strict=False)]
+    due = [1000 + time for time, _ in zip(server_times(spec(qps=100.0, seed=3).scenario), range(50), strict=False)]
     issued = [time + 0.002 for time in due]  # LoadGen's thread wakes late, but never by less than this
     issued[20] += 0.04
     sent = [time + 0.001 for time in issued]

@@ -38,6 +38,7 @@ NOT_RUN = {
     "gpus=all": "needs a GPU",
     "backend.env": "an environment is real vLLM's",
     "tracking.uri=http": "needs a server",
+    "rules=closed": "takes MLPerf's data set, and can't be shortened; tests/test_rules.py",
     "sampler=botorch": "an extra",
     "experiment=demo": "`make demo`: minutes of real vLLM",
     "backend.twin": "the steps lie in the repository; tests/test_twin.py reads them",

@@ -54,6 +54,12 @@ def pairs(value: Any) -> str:
     return f"write pairs of numbers above 0, at most {MOST:.10g}, each first one once: [[1024,500],[8192,2000]]"
 
 
+def three_seeds(value: Any) -> str:
+    """The rule of LoadGen's seeds, of 64 bits each."""
+    right = len(value) == 3 and all(type(seed) is int and 0 <= seed < 1 << 64 for seed in value)
+    return "" if right else "write three whole numbers from 0, below 2^64"
+
+
 def duration(value: Any) -> str:
     """The rule of durations, for `seconds`."""
     found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhd])", str(value).strip(), re.ASCII)

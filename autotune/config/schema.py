@@ -18,6 +18,7 @@ from autotune.config.bounds import (
     file_name,
     pairs,
     positive,
+    three_seeds,
     within,
 )
 from autotune.errors import InputError
@@ -44,6 +45,21 @@ class Answers(Enum):
     none = "none"  # requests are independent of each other
     received = "received"  # the answers that the server gave
     recorded = "recorded"  # those of the data set
+
+
+class Rules(Enum):
+    """MLPerf's division by whose rules runs are made."""
+
+    none = "none"  # tuning: autotune's own, shorter runs
+    closed = "closed"  # a configuration that breaks a rule is refused
+    open = "open"  # it runs, and its result tells what breaks a rule
+
+
+class Mode(Enum):
+    """LoadGen's mode."""
+
+    performance = "performance"
+    accuracy = "accuracy"  # each sample once, for its answer: neither times nor limits count
 
 
 class Output(Enum):
@@ -102,11 +118,60 @@ class Limit:
 
 
 @dataclass
-class Limits:
-    """MLPerf's limits for a model, by scenario; null for a model that MLPerf does not list."""
+class BenchmarkScenario(Limit):
+    """One scenario of a benchmark of MLPerf's, with its limits."""
 
-    server: Limit = field(default_factory=Limit)
-    interactive: Limit = field(default_factory=Limit)
+    loadgen: str | None = None  # its name in LoadGen's own mlperf.conf; null: the benchmark does not have the scenario
+    min_queries: int = within(100, 1, MOST_QUERIES)  # LoadGen's own default
+
+
+@dataclass
+class BenchmarkScenarios:
+    """A benchmark's scenarios, by the names of conf/scenario/."""
+
+    offline: BenchmarkScenario = field(default_factory=BenchmarkScenario)
+    server: BenchmarkScenario = field(default_factory=BenchmarkScenario)
+    interactive: BenchmarkScenario = field(default_factory=BenchmarkScenario)
+    single_stream: BenchmarkScenario = field(default_factory=BenchmarkScenario)
+
+
+@dataclass
+class Generation:
+    """Bounds of an answer, tokens, and how each of its tokens is drawn."""
+
+    max_tokens: int = within(128, 1, 1e6)
+    min_tokens: int = within(1, 1, 1e6)
+    temperature: float = 0.0  # 0: the likeliest token
+
+
+@dataclass
+class Score:
+    """Bounds of a score."""
+
+    least: float = 0.0
+    most: float | None = None
+
+
+@dataclass
+class BenchmarkConfig:
+    """A benchmark of MLPerf's: what a submission is held to."""
+
+    name: str | None = None  # the submission checker's; null: none
+    round: str | None = None  # the last one that has it
+    system_type: str | None = None  # datacenter or edge
+    samples: int | None = within(None, 1, MOST_QUERIES)  # of a performance run
+    accuracy_samples: int | None = within(None, 1, MOST_QUERIES)
+    performance: Generation = field(default_factory=Generation)
+    accuracy: Generation = field(default_factory=Generation)
+    scenarios: BenchmarkScenarios = field(default_factory=BenchmarkScenarios)
+    needs: list[list[str]] = field(default_factory=list)  # scenarios of a closed submission: one of each list
+    speculation: list[str] = field(default_factory=list)  # scenarios in which the rules allow speculative decoding
+    scorer: str | None = None  # of the answers
+    scores: dict[str, Score] = field(default_factory=dict)  # that they must have
+    tests: list[str] = field(default_factory=list)  # compliance tests of a closed submission
+    lacks: list[str] = field(default_factory=list)  # what autotune can't do of it
+    loadgen: list[str] = field(default_factory=list)  # versions whose mlperf.conf is the round's
+    checker: str | None = None  # commit of mlcommons/inference whose checker these figures are
 
 
 @dataclass
@@ -126,7 +191,6 @@ class ModelConfig:
     build: Any = None  # its `_target_` makes the model's folder where no path is given
     shape: Any = None  # its `_target_` makes a folder without weights, for a backend that needs none
     args: dict[str, Any] = field(default_factory=dict)  # flags of `vllm serve` that the model needs
-    limits: Limits = field(default_factory=Limits)
     recipe: Recipe = field(default_factory=Recipe)
     draft: str = "default"  # vLLM's speculative_config with what the model has for it, for space=speculation
 
@@ -188,6 +252,12 @@ class ScenarioConfig:
     # Sent together before LoadGen starts, again and again until they get no faster.
     warmup_requests: int = within(16, 0, 1e5)
     seed: int = 1  # of LoadGen's order of samples and its arrival times
+    # Instead, LoadGen's three: of the order in which it loads samples, of that in which it issues them, of the times.
+    seeds: list[int] | None = field(default=None, metadata={"rule": three_seeds})
+    equal_issue: bool = False  # LoadGen issues each sample equally often, for which it makes the run longer
+    benchmark: str | None = None  # name of a benchmark in LoadGen's own mlperf.conf, which then holds; null: none
+    mode: Mode = Mode.performance
+    audit: dict[str, Any] = field(default_factory=dict)  # settings of a compliance test, as in its audit.config
     stop: Stop = Stop.failed  # when a Server run ends early
     # Share of queries that may exceed a limit; null: what LoadGen's test allows.
     over_share: float | None = within(None, 0, 1)
@@ -199,6 +269,11 @@ class ScenarioConfig:
     def load_field(self) -> str:
         """The field that has the load which is offered."""
         return {Kind.ClosedLoop: "users", Kind.Trace: "scale"}.get(self.kind, "qps")
+
+    @property
+    def loadgen_seeds(self) -> list[int]:
+        """Seeds of the order in which LoadGen loads samples, of that in which it issues them, and of the times."""
+        return self.seeds or [self.seed] * 3
 
     @property
     def load(self) -> float:
@@ -410,6 +485,7 @@ class Config:
     resume: bool = False  # refuse to begin a new study; one that exists is continued in any case
     sampler: str = "auto"  # its name; conf/sampler/ sets it
     seed: int = 0  # of the sampler
+    rules: Rules = Rules.none  # MLPerf's, that runs keep; conf/rules/ sets what follows from it
     warm_start: str | None = None  # a study whose best `prior.keep` configurations are tried first
     gpus: Any = None  # that trials may lease: a list of indices, or `all`; null: no leases, vLLM takes what it sees
     baseline_gpu: int | None = None  # GPU for the baseline; null is any of `gpus`
@@ -419,6 +495,7 @@ class Config:
     cache_dir: str = MISSING  # built models, prepared samples, what is known of the installed vLLM
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     scenario: ScenarioConfig = field(default_factory=ScenarioConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -453,6 +530,7 @@ def register() -> None:
     """Make the schema known to Hydra, with the fields open whose names only vLLM, a backend or a launcher knows."""
     schema = OmegaConf.structured(Config)
     flags = [schema.engine.args, schema.model.args, schema.model.recipe.args, schema.scenario.args]
+    flags += [schema.scenario.audit, schema.benchmark.scores]
     for open_node in [*flags, schema.backend, schema.launcher, schema.conditions, schema.only_if]:
         OmegaConf.set_struct(open_node, False)
     store = ConfigStore.instance()

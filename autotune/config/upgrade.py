@@ -1,4 +1,4 @@
-"""Configurations of version 0.1's studies, brought up to date."""
+"""Configurations of earlier versions' studies, brought up to date."""
 
 from typing import Any
 
@@ -20,6 +20,8 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     for backend in (moved.get("backend"), (moved.get("prior") or {}).get("backend")):
         if isinstance(backend, dict):
             backend.pop("gpus", None)  # now only the trial's own `gpus` counts
+    if isinstance(model := moved.get("model"), dict):
+        model.pop("limits", None)  # now the benchmark's; the scenario has those that hold
     return moved
 
 

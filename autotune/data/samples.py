@@ -30,6 +30,7 @@ PROMPTS = ("input", "prompt", "question", "text")
 INSTRUCTIONS = ("instruction", "system_prompt", "system")
 ANSWERS = ("output", "completion", "response", "answer")
 COUNTS = ("output_tokens", "output_tokens_count", "completion_tokens_count", "completion_tokens")
+FORMAT = b"2"  # of the files in the cache
 TEXT_TOKENS = 1 << 14  # of the text that prompts are made of where only their lengths are known
 CONVERSATIONS = ("conversations", "conversation", "messages", "prompt")
 
@@ -44,6 +45,7 @@ class Samples:
     output_tokens: NDArray[np.int32]
     ignore_eos: bool  # generate exactly `output_tokens`
     path: Path  # their file in the cache
+    min_tokens: int = 1  # of an answer, before the model may end it
     arrivals: NDArray[np.float64] | None = None  # seconds since the earliest, if they are a trace; in any order
     turns: NDArray[np.int32] | None = None  # each one's number in its conversation, from 0; None: there are none
     continued: bool = False  # the prompt of a later turn is what it adds to the last one's prompt and its answer
@@ -118,6 +120,7 @@ class Samples:
                 output_tokens=self.output_tokens,
                 ignore_eos=self.ignore_eos,
                 continued=self.continued,
+                min_tokens=self.min_tokens,
                 **columns,
             )
 
@@ -136,6 +139,7 @@ class Samples:
             prompts=prompts,
             output_tokens=body["output_tokens"],
             ignore_eos=bool(body["ignore_eos"]),
+            min_tokens=int(body["min_tokens"]),
             path=path,
             arrivals=body.get("arrivals"),
             turns=body.get("turns"),
@@ -156,7 +160,7 @@ def prepare(
     file itself. Else `make(tokenizer=…)` yields them; it is given `model=…` and `sessions=…` (whether turns are
     wanted), too, if it takes them. `answers` are those that later turns of conversations hold. Raises InputError.
     """
-    key = hashlib.sha256(OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    key = hashlib.sha256(FORMAT + OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
     key.update(answers.name.encode())
     if config.path:
         key.update(digest(expanded(config.path)))
@@ -240,6 +244,7 @@ class _Rows:
             prompts=prompts,
             output_tokens=output_tokens,
             ignore_eos=self._config.output is Output.reference,
+            min_tokens=self._config.min_output_tokens,
             path=path,
             arrivals=times - times.min() if len(times) else None,
             turns=turns if len(turns) else None,

@@ -24,7 +24,7 @@ def lateness(spec: RunSpec, issued: Sequence[float], sent: Sequence[float]) -> l
     """
     due, scenario = np.array(issued), spec.scenario
     if scenario.kind is Kind.Server and scenario.by_loadgen:
-        schedule = np.fromiter(islice(server_times(scenario.qps, scenario.seed), len(issued)), float)
+        schedule = np.fromiter(islice(server_times(scenario), len(issued)), float)
         due = schedule + (due - schedule).min()
     written = np.array(sent)
     return list((written - due)[written > 0])

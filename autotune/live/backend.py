@@ -200,7 +200,7 @@ class LiveEngine:
             request_timeout_s=self.config.request_timeout_s,
             client_processes=self.config.client_processes or max(1, min(8, len(os.sched_getaffinity(0)) // 16)),
             connections=self.connections,
-            keep_answers=self.samples.continued,
+            keep_answers=self.samples.continued or scenario.benchmark is not None,
             client_cpu_limit=self.config.client_cpu_limit,
             client_ttft_share=audit.ttft_share(self.config),
             warmup_rounds=self._warmup_rounds(),

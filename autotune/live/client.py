@@ -94,7 +94,7 @@ def bodies(samples: Samples) -> Sequence[bytes]:
 
     def body(number: int) -> bytes:
         tokens = int(samples.output_tokens[number])
-        length = {"max_tokens": tokens}
+        length = {"max_tokens": tokens, "min_tokens": min(tokens, samples.min_tokens)}
         if samples.ignore_eos:
             length |= {"min_tokens": tokens, "ignore_eos": True}
         return json.dumps({**common, **length, "prompt": samples.prompts[number].tolist()}).encode()

@@ -27,11 +27,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import mlperf_loadgen as lg
 import numpy as np
 
-from autotune.config.schema import Kind, ScenarioConfig
+from autotune.config.schema import Kind, Mode, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
 from autotune.live import audit, key, loadgen_log, metrics_page
@@ -41,7 +42,7 @@ from autotune.live.messages import PATH_BYTES, STOP, ClientReport, RunSpec
 from autotune.live.metrics_page import Totals
 from autotune.measure import progress, traffic
 from autotune.measure.backend import RequestTiming
-from autotune.measure.limits import limits_of, within
+from autotune.measure.limits import latency_limits, limits_of, within
 from autotune.measure.traffic import Ask, Traffic
 from autotune.system.files import write_rows
 from autotune.system.process import fork
@@ -51,6 +52,26 @@ PUBLISH_S = 2.0
 SETTLED = 0.9  # of the fastest round so far: warm-up ends with a round that took longer than this share of it
 NO_ANSWER = bytes(8)  # for LoadGen, where none is kept or a request has failed
 ID_BYTES = 4
+SEEDS = ("qsl_rng_seed", "sample_index_rng_seed", "schedule_rng_seed")
+# Keys of user.conf, in every scenario and in some: the field of TestSettings, and how many of its units are one of
+# user.conf's.
+USER_CONF: dict[str, tuple[str, float]] = {
+    "min_duration": ("min_duration_ms", 1),
+    "max_duration": ("max_duration_ms", 1),
+    "min_query_count": ("min_query_count", 1),
+    "max_query_count": ("max_query_count", 1),
+    "performance_sample_count_override": ("performance_sample_count_override", 1),
+    "sample_concatenate_permutation": ("sample_concatenate_permutation", 1),
+}
+OF_KIND: dict[Kind, dict[str, tuple[str, float]]] = {
+    Kind.Offline: {"target_qps": ("offline_expected_qps", 1)},
+    Kind.SingleStream: {"target_latency": ("single_stream_expected_latency_ns", 1e6)},
+    Kind.Server: {
+        "target_qps": ("server_target_qps", 1),
+        "ttft_latency": ("ttft_latency", 1e6),
+        "tpot_latency": ("tpot_latency", 1e6),
+    },
+}
 SWITCH_S = 5e-4  # the longest that LoadGen's issue thread waits for the thread that reads the clients' messages
 
 
@@ -65,17 +86,7 @@ class Sut(Requests):
 
     def run(self) -> None:
         """Run LoadGen to its end; its logs go to the run's folder."""
-        folder, log = self._spec.folder, lg.LogSettings()
-        log.log_output.outdir = str(folder)
-        log.log_output.copy_summary_to_stdout = False
-        log.enable_trace = False
-        library = lg.ConstructQSL(self._library, self._library, lambda _: None, lambda _: None)
-        system = lg.ConstructSUT(self.issue, self.flush)
-        # A path of its own, where only a compliance test puts one: LoadGen would obey one in the working folder.
-        audit_config = str(folder / "audit.config")
-        lg.StartTestWithLogSettings(system, library, settings(self._spec.scenario), log, audit_config)
-        lg.DestroySUT(system)
-        lg.DestroyQSL(library)
+        start_test(self, self._spec.scenario, self._library, self._spec.folder)
 
     def issue(self, queries: list[lg.QuerySample]) -> None:
         """Send `queries`. LoadGen calls it on its issue thread; an error there ends the process."""
@@ -112,23 +123,79 @@ def answer(message: Message) -> bytes:
     return NO_ANSWER if message.kind == MessageKind.FAILED else message.data or NO_ANSWER
 
 
+class Issued(Protocol):
+    """The part of a system under test that LoadGen calls."""
+
+    def issue(self, queries: list[lg.QuerySample]) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+def start_test(sut: Issued, scenario: ScenarioConfig, samples: int, folder: Path) -> None:
+    """Run LoadGen over a library of so many `samples`; its logs, and its configuration if it has one, go to `folder`.
+
+    Once in a process: LoadGen reads its settings only then.
+    """
+    log = lg.LogSettings()
+    log.log_output.outdir = str(folder)
+    log.log_output.copy_summary_to_stdout = False
+    log.enable_trace = False
+    library = lg.ConstructQSL(samples, samples, lambda _: None, lambda _: None)
+    system = lg.ConstructSUT(sut.issue, sut.flush)
+    # A path of its own, where only a compliance test puts one: LoadGen would obey one in the working folder.
+    audit = folder / "audit.config"
+    if scenario.audit:
+        audit.write_text("".join(f"*.*.{name} = {value}\n" for name, value in scenario.audit.items()))
+    made = settings(scenario)
+    if scenario.benchmark:
+        made = by_benchmark(scenario, made, samples, folder / "user.conf")
+    lg.StartTestWithLogSettings(system, library, made, log, str(audit))
+    lg.DestroySUT(system)
+    lg.DestroyQSL(library)
+
+
+def by_benchmark(scenario: ScenarioConfig, wanted: lg.TestSettings, samples: int, path: Path) -> lg.TestSettings:
+    """LoadGen's own settings for the scenario's benchmark, and those `wanted`; where they differ, `path` has a line."""
+    name, kind = scenario.benchmark, scenario.kind.value
+    made = lg.TestSettings()
+    made.FromConfig("", name, kind, 0)  # its mlperf.conf alone
+    wanted.performance_sample_count_override = samples
+    keys = {**USER_CONF, **OF_KIND[scenario.kind]}
+    lines = []
+    for word, (field, unit) in keys.items():
+        if getattr(made, field) != (value := getattr(wanted, field)):
+            lines.append(f"*.{kind}.{word} = {value / unit if unit != 1 else value + 0}\n")
+    path.write_text("".join(lines))
+    made = lg.TestSettings()
+    made.FromConfig(str(path), name, kind)
+    fields = [field for field, _ in keys.values()]
+    for field in ("scenario", "mode", *SEEDS, *fields):  # user.conf can't set some, and has others in whole ms
+        setattr(made, field, getattr(wanted, field))
+    return made
+
+
 def settings(scenario: ScenarioConfig) -> lg.TestSettings:
     """LoadGen's settings for `scenario`; LoadGen has durations in ms, limits on token latencies in ns."""
     settings = lg.TestSettings()
     settings.scenario = getattr(lg.TestScenario, scenario.kind.value)
-    settings.mode = lg.TestMode.PerformanceOnly
+    accuracy = scenario.mode is Mode.accuracy
+    settings.mode = lg.TestMode.AccuracyOnly if accuracy else lg.TestMode.PerformanceOnly
     settings.use_token_latencies = True
-    loosest_s = {limit.name: limit.loosest for limit in limits_of(scenario)}
+    loosest_s = {limit.name: limit.loosest for limit in latency_limits(scenario)}
     settings.ttft_latency = int(min(loosest_s.get("ttft", NO_LIMIT_S), NO_LIMIT_S) * 1e9)
     settings.tpot_latency = int(min(loosest_s.get("tpot", NO_LIMIT_S), NO_LIMIT_S) * 1e9)
     settings.server_target_qps = scenario.qps
     settings.server_target_latency_percentile = 0.99
     settings.offline_expected_qps = scenario.qps
+    if scenario.benchmark:  # else LoadGen's 1 ms, as it must not run out of queries
+        settings.single_stream_expected_latency_ns = 1e9 / scenario.qps
     settings.min_duration_ms = int(scenario.min_duration_s * 1e3)
     settings.max_duration_ms = int(scenario.max_duration_s * 1e3)
     settings.min_query_count = scenario.min_queries
     settings.max_query_count = scenario.max_queries
-    settings.qsl_rng_seed = settings.sample_index_rng_seed = settings.schedule_rng_seed = scenario.seed
+    settings.sample_concatenate_permutation = scenario.equal_issue
+    for field, seed in zip(SEEDS, scenario.loadgen_seeds, strict=True):
+        setattr(settings, field, seed)
     return settings
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from autotune.config.schema import ScenarioConfig
+from autotune.config.schema import Mode, ScenarioConfig
 from autotune.measure.backend import RequestTiming
 
 
@@ -39,6 +39,11 @@ class LatencyLimit:
 
 
 def limits_of(scenario: ScenarioConfig) -> list[LatencyLimit]:
+    """The limits that a run of `scenario` is judged by: none where it is made for its answers."""
+    return [] if scenario.mode is Mode.accuracy or scenario.audit else latency_limits(scenario)
+
+
+def latency_limits(scenario: ScenarioConfig) -> list[LatencyLimit]:
     """The limits of `scenario`, in the order in which a request meets them."""
     by_prompt = [(tokens, ms / 1e3) for tokens, ms in sorted(scenario.ttft_by_prompt or [])]
     found = []

@@ -16,12 +16,12 @@ from hydra.utils import instantiate
 
 from autotune.config import overrides, schema, vllm_flags
 from autotune.config.overrides import typed_target
-from autotune.config.schema import Config
+from autotune.config.schema import Config, Mode
 from autotune.data import models, samples
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import InputError
-from autotune.measure import objective, runs, traffic
+from autotune.measure import objective, rules, runs, traffic
 from autotune.measure.backend import Backend, DryRunOutcome
 from autotune.system.files import expanded
 
@@ -52,6 +52,9 @@ def prepare(config: Config) -> Prepared:
         backend = backend_of(config, cache)
         check_together(config)
         args = backend.read(configured_flags(config))
+        rules.check(config, args)
+        if config.scenario.mode is Mode.accuracy and not backend.needs_weights:
+            raise InputError("scenario.mode=accuracy: a simulation answers nothing; write backend=live")
         shape = None if backend.needs_weights else _partial(config.model.shape, "model.shape")
         found = models.locate(config.model, cache, _partial(config.model.build, "model.build"), shape)
         model = models.as_served(found, args)
@@ -122,6 +125,7 @@ def prepare_samples(config: Config, prepared: Prepared) -> Samples:
     if isinstance(longest, int) and longest > 0:  # -1 lets vLLM choose
         loaded.check_fits(longest)
     traffic.check(config.scenario, loaded, objective.searches(config.objective))
+    rules.check_samples(config, len(loaded))
     return loaded
 
 

@@ -54,6 +54,8 @@ class Result:
     # 95 % confidence, of accuracy 90 %: metric → [low, high]
     intervals: dict[str, list[float]] = field(default_factory=dict)
     bound: str = ""  # bottleneck: kv, cache, sequences, tokens, queue, arrival or client; of a search also ttft or tpot
+    # What breaks a rule of MLPerf's closed division, and which; with rules=open.
+    deviations: list[str] = field(default_factory=list)
     accuracy: str = ""  # verdict of the study's gate: same numerics, passed, refused or unknown, and why
     runs: list[RunRecord] = field(default_factory=list)  # where there were several
     phases: dict[str, float] = field(default_factory=dict)  # seconds: start, warmup, run, accuracy, stop, other

@@ -293,14 +293,15 @@ def burst(scenario: ScenarioConfig) -> ScenarioConfig:
     count = scenario.search.burst
     if scenario.kind is Kind.Trace:
         return replace(scenario, scale=AT_ONCE, max_queries=min(count, scenario.max_queries or count))
-    return replace(scenario, kind=Kind.Offline, min_queries=count, min_duration_s=0.0, qps=1.0)
+    changed = replace(scenario, kind=Kind.Offline, min_queries=count, min_duration_s=0.0, qps=1.0)
+    return replace(changed, equal_issue=False)
 
 
 def shortened(scenario: ScenarioConfig, seconds: float) -> dict[str, Any]:
     """The fields of a run of `scenario` that takes so many seconds."""
     if scenario.kind is Kind.Trace:
         return {"max_duration_s": min(seconds, scenario.max_duration_s or seconds)}
-    return {"min_duration_s": seconds, "min_queries": 1}
+    return {"min_duration_s": seconds, "min_queries": 1, "equal_issue": False}
 
 
 def certifying(scenario: ScenarioConfig, load: float) -> ScenarioConfig:

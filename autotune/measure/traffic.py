@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from autotune.config.schema import MOST_QUERIES, Kind, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.errors import InputError
-from autotune.measure.arrivals import issues, server_times
+from autotune.measure.arrivals import issues, least_queries, server_times
 from autotune.measure.early_stopping import queries_needed
 
 Floats = NDArray[np.float64]
@@ -71,7 +71,7 @@ class Users:
     def __init__(self, scenario: ScenarioConfig, samples: int, at: int, of: int) -> None:
         self._begin = ramp(scenario, at, of)
         self._order = (sample for _, sample in itertools.islice(issues(scenario, samples), at, None, of))
-        self._least, self._least_s = scenario.min_queries / of, scenario.min_duration_s
+        self._least, self._least_s = least_queries(scenario, samples) / of, scenario.min_duration_s
         self._asked = 0
 
     def first(self) -> Iterator[Ask]:
@@ -157,7 +157,7 @@ class Sessions:
     def _arrivals(self) -> tuple[list[Ask], int]:
         """The first turns that are due at a known time, and the number of turns of their conversations."""
         scenario, begun, turns, mine, last_s = self._scenario, [], 0, 0, 0.0
-        times = server_times(scenario.qps, scenario.seed) if scenario.kind is Kind.Server else itertools.repeat(0.0)
+        times = server_times(scenario) if scenario.kind is Kind.Server else itertools.repeat(0.0)
         for at_s, (session, index) in zip(times, self._shuffled(), strict=False):
             if turns >= scenario.min_queries and (last_s >= scenario.min_duration_s or scenario.kind is Kind.Offline):
                 break

@@ -17,7 +17,7 @@ from autotune.config.redact import redact
 from autotune.config.schema import Config
 from autotune.data.samples import Samples
 from autotune.errors import BehindError, MeasureError, StoppedError
-from autotune.measure import accuracy, objective, price, progress, runs, series
+from autotune.measure import accuracy, objective, price, progress, rules, runs, series
 from autotune.measure.backend import DryRunOutcome, Engine, Recording, Scorer
 from autotune.measure.prepare import Prepared, gpu_count, prepare, prepare_samples
 from autotune.measure.result import Result, State
@@ -82,6 +82,7 @@ def _measure(config: Config, result: Result, folder: Path, slot: Slot) -> None:
     prepared = prepare(config)
     result.args = redact(prepared.args)
     loaded = prepare_samples(config, prepared)
+    result.deviations = rules.deviations(config, prepared.args, len(loaded))
     result.facts = {
         "dataset_checksum": loaded.checksum,
         "dataset_samples": str(len(loaded)),

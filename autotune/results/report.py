@@ -22,6 +22,7 @@ from plotly.offline import get_plotlyjs
 
 from autotune.config.schema import Config
 from autotune.config.vllm_flags import FLAG
+from autotune.measure import rules
 from autotune.measure.accuracy import NLL, OVER
 from autotune.measure.limits import heading, limits_of
 from autotune.measure.metrics import MOST_TURNS
@@ -542,6 +543,9 @@ def facts(study: Study) -> list[tuple[str, str]]:
         ("limits at p99", "; ".join(map(str, limits_of(config.scenario))) or "none"),
         ("objective", ", ".join(map(" ".join, objectives))),
     ]
+    broken = dict.fromkeys(what for result in study.results.values() for what in result.deviations)
+    if lines := rules.told(config, list(broken)):
+        found.append(("rules", "; ".join(line.strip() for line in lines)))
     if started and ended:
         first, last = (time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)) for at in (min(started), max(ended)))
         found.append(("ran", f"{first} to {last}"))

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from autotune.config.redact import redact
-from autotune.config.schema import Config
+from autotune.config.schema import Config, Rules
 from autotune.config.vllm_flags import FLAG
-from autotune.measure import objective
+from autotune.measure import objective, rules
 from autotune.measure.accuracy import CONSTRAINT, PASSED, UNKNOWN, impossible, is_numeric
 from autotune.measure.result import Result, State
 from autotune.results import fleet
@@ -48,6 +48,7 @@ def outcome(result: Result, objectives: list[str]) -> str:
 def single(result: Result, config: Config, folder: Path) -> str:
     """A trial that ran alone."""
     lines = ["", *_table({config.model.name: result}, config), "", outcome(result, config.objective.metrics)]
+    lines += rules.told(config, result.deviations)
     if result.estimated:
         lines.append("These are estimates of a simulation (backend=sim), not measurements.")
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in result.phases.items())
@@ -115,6 +116,8 @@ def render(study: Study) -> str:
         parts += ["", *fleet.render(fleet.fleets(study.complete.items(), config, load), config, load)]
     if verdict := verified(study.folder):
         parts += ["", f"Verified: {verdict}"]
+    broken = study.results[best].deviations if best else []
+    parts += ["", *rules.told(config, broken)] if config.rules is not Rules.none else []
     if any(row.estimated for row in rows.values()):
         parts += ["", "These are estimates of a simulation (backend=sim), not measurements."]
     parts += ["", f"Everything measured: {study.folder}/"]

@@ -20,7 +20,7 @@ FREE = (
     *("study", "n_trials", "baseline", "budget", "budget_of", "max_failures", "duplicates", "resume", "warm_start"),
     *("sampler", "seed", "pruner", "prior", "conditions", "only_if", "launcher", "gpus", "baseline_gpu"),
     *("tracking", "secrets", "cache_dir", "backend.python", "backend.port", "backend.pace", "backend.observe_s"),
-    *("target_load", "backend.steps", "model.limits", "model.recipe"),  # scenario has the limits that hold
+    *("target_load", "backend.steps", "benchmark", "model.recipe"),  # scenario has the limits that hold
     *("backend.bounds", "scenario.search.best", "accuracy.check", "accuracy.margin", "accuracy.kept_in"),
     *("backend.start_timeout_s", "backend.stop_timeout_s", "backend.run_timeout_s"),
 )

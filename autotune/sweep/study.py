@@ -22,12 +22,12 @@ from optuna.distributions import CategoricalDistribution, distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.config.bounds import seconds
-from autotune.config.overrides import typed, with_values
+from autotune.config.overrides import typed, with_fields, with_values
 from autotune.config.redact import redact
-from autotune.config.schema import DEFAULTS, RECIPE, BudgetOf, Config, Duplicates, baselines
+from autotune.config.schema import DEFAULTS, RECIPE, BudgetOf, Config, Duplicates, Rules, baselines
 from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
-from autotune.measure import progress
+from autotune.measure import progress, rules
 from autotune.measure.accuracy import SAME
 from autotune.measure.backend import DryRunOutcome
 from autotune.measure.objective import searches
@@ -117,7 +117,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     samples = prepare_samples(config, prepared)
     defaults = prepared.dry_run()
     space = check_space(space, config, prepared.backend, defaults.resolved)
-    check_values(space, prepared)
+    check_values(space, config, prepared)
     check_gpus(config)
     check_recipe(config, prepared)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -197,8 +197,12 @@ def check_gpus(config: Config) -> None:
         raise InputError(f"baseline_gpu={config.baseline_gpu}: gpus={config.gpus} does not hold it; write one of them")
 
 
-def check_values(space: Space, prepared: Prepared) -> None:
-    """Raise InputError for fixed flags, and for values of swept objects, that vLLM's command line does not take."""
+def check_values(space: Space, config: Config, prepared: Prepared) -> None:
+    """Raise InputError for fixed flags, and for values of swept objects, that vLLM's command line does not take.
+
+    Also for any value that breaks a rule of MLPerf's.
+    """
+    check_rules(space, config, prepared)
     objects = [
         {name: choice}
         for name, distribution in space.parameters.items()
@@ -209,6 +213,17 @@ def check_values(space: Space, prepared: Prepared) -> None:
         outcome = prepared.dry_run(swept_flags(params, prepared.args))
         if not outcome.readable:
             raise InputError(f"engine.args: vLLM can't read {shorten(params) or 'a flag'}: {outcome.refusal}")
+
+
+def check_rules(space: Space, config: Config, prepared: Prepared) -> None:
+    """Raise InputError for a parameter with a value that breaks a rule of MLPerf's closed division."""
+    if config.rules is not Rules.closed:
+        return
+    for name, one in space.parameters.items():
+        for choice in getattr(one, "choices", None) or (getattr(one, "low", None), getattr(one, "high", None)):
+            changed = config if name.startswith(FLAG) else with_fields(config, {name: value_of(choice)})
+            if broken := rules.deviations(changed, prepared.args | swept_flags({name: choice}, prepared.args)):
+                raise InputError(f"{name}: its value {broken[0]}; leave it out of the space, or write rules=open")
 
 
 class Sweep:
