@@ -140,9 +140,7 @@ def test_turns_of_a_conversation_are_worth_what_their_spread_says(slow: list[int
     assert early_stopping.design_effect(over, sizes) == pytest.approx(effect, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("slow", "passes"), [([], True), ([1] * 20, True), ([2] * 6, True), ([5] * 4, False)]
-)
+@pytest.mark.parametrize(("slow", "passes"), [([], True), ([1] * 20, True), ([2] * 6, True), ([5] * 4, False)])
 def test_verdict_on_conversations_counts_their_turns_for_what_they_are_worth(slow: list[int], passes: bool):
     requests = turns(slow, 400, 10)
     watch = Watch(4000, [TTFT_1S])

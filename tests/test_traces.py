@@ -3,19 +3,22 @@
 import gzip
 import json
 import logging
+import random
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from autotune.config.command_line import compose
 from autotune.config.schema import DatasetConfig, Kind, ScenarioConfig
 from autotune.data import samples, traces
 from autotune.data.models import Model, build_shape
 from autotune.data.prompts import MadeUp
 from autotune.data.samples import Samples
 from autotune.errors import InputError
-from autotune.measure import traffic
+from autotune.measure import traffic, trial
 from autotune.measure.backend import RequestTiming
 from autotune.measure.reuse import begun_before
 from autotune.sim.kv_cache import prefix_keys
@@ -219,3 +222,27 @@ def test_window_with_too_little_is_refused(model: Model, fields: dict[str, Any],
     rows = [{"at_s": at, "prompt_tokens": 5, "output_tokens": 2} for at in (0.0, 2.0)]
     with pytest.raises(InputError, match=message):
         traffic.check(ScenarioConfig("s", Kind.Trace, **fields), load(model, "t.jsonl", lines(*rows)), searches)
+
+
+@pytest.mark.slow
+def test_simulation_finds_in_its_prefix_cache_what_real_vllm_finds(tmp_path: Path):
+    """Documents that are asked about again and again in a KV cache that holds a few of them: most are evicted."""
+    draw = random.Random(3)
+    rows = []
+    for number in range(120):
+        pieces = draw.randint(1, 4)
+        first = draw.randrange(12) if draw.random() < 0.8 else 100 + number
+        length = 32 * pieces + draw.randint(1, 120)
+        ids = [10 * first + piece for piece in range(pieces)]
+        rows.append({"timestamp": 150 * number, "input_length": length, "output_length": 2, "hash_ids": ids})
+    (tmp_path / "t.jsonl").write_text(lines(*rows))
+    flags = {"enforce_eager": "true", "max_model_len": 512, "block_size": 32, "num_gpu_blocks_override": 41}
+    words = ["model=tiny", "scenario=trace", "dataset=trace", f"dataset.path={tmp_path / 't.jsonl'}", "tracking=none"]
+    words += ["dataset.records.piece_tokens=32", *(f"engine.args.{name}={value}" for name, value in flags.items())]
+    found = {}
+    for backend in (["backend=live"], ["backend=sim", "backend/device=cpu"]):
+        result = trial.run(compose([*words, *backend])[0], [], tmp_path / backend[0])
+        assert result.metrics["requests"] == 120 and result.verdict_by == "autotune"
+        found[backend[0]] = [result.metrics[f"prefix_{name}_tokens"] for name in ("hit", "query")]
+    assert found["backend=live"] == found["backend=sim"]
+    assert result.metrics["evicted_blocks"] > 200 and 0.05 < result.metrics["prefix_lost_share"] < 0.5
