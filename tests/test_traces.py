@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(str(folder), None, folder)
 
 
-def load(model: Model, name: str, body: str | bytes, piece_tokens: int = 512, **settings: Any) -> Samples:
+def load(model: Model, name: str, body: str | bytes, piece_tokens: int | None = None, **settings: Any) -> Samples:
     path = model.folder.parent / name
     path.write_bytes(body if isinstance(body, bytes) else body.encode())
     fields: dict[str, Any] = {"path": str(path), "piece_tokens": piece_tokens, **settings.pop("records", {})}
@@ -58,6 +58,13 @@ FORMS: dict[str, tuple[str, str | bytes]] = {
         lines(
             {"timestamp": 1000, "input_length": 20, "output_length": 3, "hash_ids": [46]},
             {"timestamp": 0, "input_length": 7, "output_length": 1, "hash_ids": []},
+        ),
+    ),
+    "Qwen-Bailian": (
+        "t.jsonl",
+        lines(
+            {"chat_id": 1, "timestamp": 1.0, "input_length": 20, "output_length": 3, "hash_ids": [46, 9], "turn": 1},
+            {"chat_id": 2, "timestamp": 0, "input_length": 7, "output_length": 1, "hash_ids": [3], "turn": 1},
         ),
     ),
     "Azure 2023": ("t.csv", f"{AZURE}2023-11-16 18:15:46.6805900,20,3\n2023-11-16 18:15:45.6805900,7,1"),
@@ -108,9 +115,9 @@ GOOD = '{"at_s": 1, "prompt_tokens": 2, "output_tokens": 3}\n'
         (
             "t.jsonl",
             "[1]",
-            "record 1: int instead of an object with autotune: at_s, prompt_tokens, output_tokens; Moon",
+            "record 1: int instead of an object with `at_s`, `prompt_tokens` and `output_tokens`, or",
         ),
-        ("t.jsonl", '{"a": 1}', "record 1: no trace among a; write autotune: at_s"),
+        ("t.jsonl", '{"a": 1}', "record 1: no trace among a; write `at_s`, `prompt_tokens` and"),
         ("t.jsonl", GOOD * 3 + "{", "record 4: not JSON"),
         ("t.jsonl", GOOD + lines({"prompt_tokens": 2, "output_tokens": 3}), "record 2: no `at_s`"),
         ("t.jsonl", GOOD + lines({"at_s": 1, "output_tokens": 3}), "record 2: no `prompt_tokens`"),

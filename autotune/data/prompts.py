@@ -16,6 +16,7 @@ class Lengths(NamedTuple):
     prompt_tokens: int
     output_tokens: int
     ids: Sequence[int]  # of the prompt's pieces: equal ids, equal tokens
+    piece_tokens: int  # of each piece
 
 
 class MadeUp(Sequence[Tokens]):

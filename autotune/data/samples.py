@@ -194,6 +194,7 @@ class _Rows:
         self._ids, self._ends, self._times = array("q"), array("q"), array("d")
         self._turns = array("i")
         self._made_up = False  # the prompts are to be
+        self._piece_tokens = 0
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -204,6 +205,7 @@ class _Rows:
         if made_up:
             length, wanted, at_s = record.prompt_tokens, record.output_tokens, record.at_s
             self._ids.extend(record.ids)
+            self._piece_tokens = record.piece_tokens
             self._ends.append(len(self._ids))
             output = min(max(wanted, self._config.min_output_tokens), self._config.max_output_tokens)
         else:
@@ -231,7 +233,7 @@ class _Rows:
         if self._made_up:
             text = np.array(made_up_text(self._tokenizer, TEXT_TOKENS), dtype=np.int32)
             ids, ends = np.unique(np.array(self._ids), return_inverse=True)[1], np.array(self._ends)
-            prompts: Sequence[Tokens] = MadeUp(lengths, ids, ends, self._config.records["piece_tokens"], text)
+            prompts: Sequence[Tokens] = MadeUp(lengths, ids, ends, self._piece_tokens, text)
             columns += [lengths, ids, ends, text]
         else:
             prompts = np.split(tokens, np.cumsum(lengths)[:-1])

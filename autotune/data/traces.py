@@ -33,32 +33,35 @@ class Form:
     prompt: str
     output: str
     unit_s: float | None  # of the time; None: it is written as date and time
+    piece_tokens: int = 512  # of a prompt that one of its `hash_ids` stands for
+    mark: str = ""  # a field that tells it from another form
 
 
 FORMS = {
     "autotune": Form(TIME, "prompt_tokens", "output_tokens", 1.0),
+    "Qwen-Bailian": Form("timestamp", "input_length", "output_length", 1.0, 16, "chat_id"),
     "Mooncake": Form("timestamp", "input_length", "output_length", 1e-3),
     "Azure": Form("TIMESTAMP", "ContextTokens", "GeneratedTokens", None),
     "BurstGPT": Form("Timestamp", "Request tokens", "Response tokens", 1.0),
 }
-KNOWN = "; ".join(f"{name}: {form.at}, {form.prompt}, {form.output}" for name, form in FORMS.items())
+KNOWN = f"`at_s`, `prompt_tokens` and `output_tokens`, or a trace of {', '.join([*FORMS][1:])}"
 
 
 def records(
     tokenizer: Tokenizer,
     path: str | None,
-    piece_tokens: int = 512,
+    piece_tokens: int | None = None,
     max_prompt_tokens: int | None = None,
     model: Model | None = None,
 ) -> Iterator[Lengths | Record | None]:
     """Yield the requests of a trace in any of FORMS, or with texts; None for one that is left out.
 
-    A `hash_id` stands for `piece_tokens` tokens. Requests without output tokens failed and are left out, as are prompts
-    longer than `max_prompt_tokens`. Raises InputError, naming the record and the field.
+    A `hash_id` stands for `piece_tokens` tokens; None: as in the form. Those without output tokens failed
+    and are left out, as are prompts longer than `max_prompt_tokens`. Raises InputError, naming record and field.
     """
     if path is None:
         raise InputError(f"dataset=trace: no file; write dataset.path=<file> with {KNOWN}")
-    if piece_tokens < 1:
+    if piece_tokens is not None and piece_tokens < 1:
         raise InputError(f"dataset.records.piece_tokens={piece_tokens}: write 1 or more")
     encode, left_out = cache(partial(encoder, tokenizer, model)), Counter[str]()
     form = None
@@ -70,7 +73,7 @@ def records(
             form = _form(row, where)
         if form is None:
             yield _text(row, encode, where)
-        elif not (made := _lengths(row, form, piece_tokens, where)).output_tokens:
+        elif not (made := _lengths(row, form, piece_tokens or form.piece_tokens, where)).output_tokens:
             left_out["without output tokens: they failed"] += 1
             yield None
         elif max_prompt_tokens and made.prompt_tokens > max_prompt_tokens:
@@ -86,10 +89,11 @@ def _form(row: Record, where: str) -> Form | None:
     """The form of a trace by its first record; None if it has texts. Raises InputError for anything else."""
     if any(row.get(name) is not None for name in TEXTS):
         return None
-    found = next((form for form in FORMS.values() if {form.at, form.prompt, form.output} & row.keys()), None)
+    forms = [form for form in FORMS.values() if not form.mark or form.mark in row]
+    found = next((form for form in forms if {form.at, form.prompt, form.output} & row.keys()), None)
     if found is None:
         raise InputError(
-            f"{where}: no trace among {', '.join(map(str, row)) or 'no fields'}; write {KNOWN}; or `prompt`"
+            f"{where}: no trace among {', '.join(map(str, row)) or 'no fields'}; write {KNOWN}, or `prompt`"
         )
     return found
 
@@ -108,7 +112,7 @@ def _lengths(row: Record, form: Form, piece_tokens: int, where: str) -> Lengths:
             f"{where}: {len(ids)} `hash_ids` of {piece_tokens} tokens each are more than `{form.prompt}`={prompt}; "
             f"write dataset.records.piece_tokens=<tokens that an id stands for>"
         )
-    return Lengths(at_s, prompt, output, ids)
+    return Lengths(at_s, prompt, output, ids, piece_tokens)
 
 
 def _time(row: Record, form: Form, where: str) -> float:

@@ -49,7 +49,7 @@ def make_pruner(config: Config) -> optuna.pruners.BasePruner:
     if isinstance(pruner, BehindBest):
         if not alone:
             raise InputError(
-                f"pruner=behind: needs objective=max_qps or max_concurrency, and objective.metrics is {wanted}"
+                f"pruner=behind: needs objective=max_qps or another highest load, and objective.metrics is {wanted}"
             )
     elif not isinstance(pruner, optuna.pruners.NopPruner) and (len(wanted) > 1 or wanted[0] not in progress.METRICS):
         raise InputError(
