@@ -25,6 +25,7 @@ from autotune.measure.backend import RequestTiming
 from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.slot import Slot
 from autotune.measure.traffic import Ask, Sessions, Traffic
+from autotune.measure.traffic import figures as traffic_figures
 from autotune.sim.backend import SimBackend, simulate
 from autotune.sim.cost import Cost
 from autotune.sim.flags import resolve
@@ -122,12 +123,32 @@ def test_template_that_drops_answers_is_refused(model: Model, tmp_path: Path):
         list(sharegpt.records(model.tokenizer(), str(path), model=model, sessions=True))
 
 
-def test_longest_prompts_are_those_with_the_longest_answers():
+def test_conversation_that_can_not_fit_is_refused():
     samples = sampled([[(10, 3), (5, 4), (2, 1)], [(7, 2), (1, 1)]])
-    assert samples.longest_prompts.tolist() == [10, 18, 24, 7, 10]
+    assert samples.least_prompts.tolist() == [10, 18, 24, 7, 10]
     samples.check_fits(25)
     with pytest.raises(InputError, match=r"record 3: 24 prompt \+ 1 output tokens exceed .*max_prompt_tokens"):
         samples.check_fits(24)
+    natural = replace(samples, ignore_eos=False)  # answers may be shorter
+    natural.check_fits(19)
+    with pytest.raises(InputError, match=r"record 2: 15 prompt \+ 4 output"):
+        natural.check_fits(18)
+
+
+def test_conversation_ends_before_a_turn_that_has_no_room():
+    samples = sampled([[(10, 8), (5, 8), (5, 8), (1, 8)]] * 2, ignore_eos=False)
+    for kind, total in ((Kind.Server, 8), (Kind.ClosedLoop, None)):
+        source = Sessions(scenario(kind, min_queries=8, users=1), samples, 0, 1, room=31)
+        asks, traffic = [], Traffic(source)
+        assert source.total == total
+        while traffic.next_s < math.inf:
+            number, ask = traffic.take()
+            asks.append(ask.sample % 4)
+            traffic.answered(number, 0.0, said=4 if ask.session == 0 else 2)
+        # Without the ends of sequence: 10 + 3 + 5 + 3 + 5 + 8 are too many, and 10 + 1 + 5 + 1 + 5 + 1 + 1 + 8.
+        if kind is Kind.Server:
+            assert sorted(asks) == [0, 0, 1, 1, 2] and source.total == 5
+        assert source.cut >= 2 and traffic.ended and traffic_figures([source]) == {"sessions_cut": source.cut}
 
 
 @pytest.mark.parametrize(
@@ -233,6 +254,18 @@ def test_prompts_hold_the_answers_that_were_received(tmp_path: Path, processes: 
             assert prompt in sent(prompt)
             assert [one.prompt_tokens for one in requests if one.sample == first + turn] == [len(prompt)]
             prompt += [100 * prompt[0] + number for number in range(kept)]
+
+
+def test_conversation_that_has_no_room_left_is_cut_and_counted(tmp_path: Path):
+    samples = sampled([[(2, 9)] * 3] * 2, tmp_path / "samples.npz", ignore_eos=False)
+    samples.prompts[0][0] = samples.prompts[3][0] = OK
+    samples.save()
+    with serving() as url, LoadGenerator(samples, tmp_path / "clients.log") as load:
+        settings = {"answers": Answers.received, "min_queries": 6, "keep_answers": True, "max_model_len": 22}
+        load.begin(asked(tmp_path, url, Kind.Server, total=6, **settings))
+        assert load.wait(60) == 0, load.last_line()
+    assert json.loads((tmp_path / "client.json").read_text())["figures"]["sessions_cut"] == 2
+    assert sorted(one.sample for one in read_requests(tmp_path / "requests.csv")) == [0, 1, 3, 4]
 
 
 def test_failed_turn_ends_its_conversation(tmp_path: Path):

@@ -72,25 +72,28 @@ class Samples:
         return tokens - (not self.ignore_eos and tokens < self.output_tokens[sample])
 
     @cached_property
-    def longest_prompts(self) -> NDArray[np.int64]:
-        """The length of each prompt, in the conversation so far if that has the longest answers."""
+    def least_prompts(self) -> NDArray[np.int64]:
+        """The length of each prompt with the conversation so far, at least: answers may end by themselves at once."""
         if not self.continued:
             return self.prompt_tokens
         assert self.turns is not None
-        ends = np.cumsum(self.prompt_tokens + self.output_tokens)
+        answers = self.output_tokens * self.ignore_eos
+        ends = np.cumsum(self.prompt_tokens + answers)
         first = np.maximum.accumulate(np.where(self.turns == 0, np.arange(len(self)), 0))
-        before = ends[first] - self.prompt_tokens[first] - self.output_tokens[first]
-        return np.asarray(ends - self.output_tokens - before)
+        before = ends[first] - self.prompt_tokens[first] - answers[first]
+        return np.asarray(ends - answers - before)
 
     def check_fits(self, max_model_len: int) -> None:
         """Raise InputError for the first sample longer than `max_model_len` tokens."""
-        too_long = np.flatnonzero(self.longest_prompts + self.output_tokens > max_model_len)
+        too_long = np.flatnonzero(self.least_prompts + self.output_tokens > max_model_len)
         if too_long.size:
             first = int(too_long[0])
             limit = "leave longer ones out: dataset.records.max_prompt_tokens=…"
-            instead = "leave the record out" if self.arrivals is None and self.turns is None else limit
+            instead = "leave the record out" if self.arrivals is None else limit
+            if self.turns is not None:
+                instead = "end conversations earlier: dataset.records.max_prompt_tokens or turns_bounds"
             raise InputError(
-                f"dataset {self.name}, record {first + 1}: {self.longest_prompts[first]} prompt + "
+                f"dataset {self.name}, record {first + 1}: {self.least_prompts[first]} prompt + "
                 f"{self.output_tokens[first]} output tokens exceed max_model_len={max_model_len}; raise "
                 f"engine.args.max_model_len, lower dataset.max_output_tokens or {instead}"
             )

@@ -104,7 +104,7 @@ class LiveBackend:
                     folder=folder,
                     has_metrics=not args.get("disable_log_stats"),
                     kv_tokens=served.kv_tokens,
-                    connections=connections(self.dry_run(model, args).resolved),
+                    resolved=self.dry_run(model, args).resolved,
                 )
 
             def rate(served: Served) -> float:
@@ -152,7 +152,7 @@ class LiveEngine:
     folder: Path  # the trial's
     has_metrics: bool  # vLLM's; false with its disable_log_stats
     kv_tokens: int | None  # that the KV cache holds
-    connections: int
+    resolved: Mapping[str, Any]  # vLLM's flags
     estimated: bool = False
     ended: float | None = None  # the last run, on time.monotonic's clock
 
@@ -199,7 +199,8 @@ class LiveEngine:
             scenario=replace(scenario, stop=stop, args={}),  # flags may hold secrets
             request_timeout_s=self.config.request_timeout_s,
             client_processes=self.config.client_processes or max(1, min(8, len(os.sched_getaffinity(0)) // 16)),
-            connections=self.connections,
+            connections=connections(self.resolved),
+            max_model_len=self.resolved.get("max_model_len"),
             keep_answers=self.samples.continued or scenario.benchmark is not None,
             client_cpu_limit=self.config.client_cpu_limit,
             client_ttft_share=audit.ttft_share(self.config),

@@ -98,7 +98,7 @@ class Issuer(Requests):
             before = self._traffic.next_s
             for message in messages:
                 if message.kind == MessageKind.DONE:
-                    self._traffic.answered(message.number, message.last - self._began)
+                    self._traffic.answered(message.number, message.last - self._began, message.amount)
                 elif message.kind == MessageKind.FAILED:
                     self._traffic.lost(message.number)
             if self._traffic.next_s < before or self._traffic.ended:

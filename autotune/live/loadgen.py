@@ -211,10 +211,8 @@ def measure(spec: RunSpec, clients: Clients, samples: Samples) -> None:
     before = metrics_page.totals(spec.url) if spec.has_metrics else None
     warm, warm_cpu = time.perf_counter(), time.process_time()
     clients.begin(first_tokens=spec.scenario.kind is not Kind.Offline)
-    if spec.scenario.by_loadgen:
-        sut: Sut | Issuer = Sut(clients, spec, samples)
-    else:
-        sut = Issuer(clients, spec, samples, Traffic(traffic.source(spec.scenario, samples)))
+    source = None if spec.scenario.by_loadgen else traffic.source(spec.scenario, samples, room=spec.max_model_len)
+    sut = Issuer(clients, spec, samples, Traffic(source)) if source else Sut(clients, spec, samples)
     threading.Thread(target=publish, args=(sut, clients, spec.scenario, spec.folder), daemon=True).start()
     stopped = run_test(sut, clients, messages)
     run_s, own_cpu_s = time.perf_counter() - warm, time.process_time() - warm_cpu
@@ -222,6 +220,7 @@ def measure(spec: RunSpec, clients: Clients, samples: Samples) -> None:
     reports = list(clients.reports.values())
     sent = list(sut.sent)  # LoadGen's thread may still append to `issued` and then to this
     figures = audit.figures(reports, own_cpu_s, run_s, audit.lateness(spec, sut.issued[: len(sent)], sent))
+    figures |= traffic.figures([source]) if source else {}
     if before and sut.completed and (after := metrics_page.totals(spec.url)):
         during = Totals(*np.subtract(after, before).tolist())
         figures |= {"prefix_hit_tokens": during.prefix_hit_tokens, "prefix_query_tokens": during.prefix_query_tokens}

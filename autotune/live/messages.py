@@ -27,6 +27,7 @@ class RunSpec:
     request_timeout_s: float
     client_processes: int = 1
     connections: int = 1024  # to the server, at most, of all client processes; other requests wait for one
+    max_model_len: int | None = None  # vLLM's; null: it is not known
     keep_answers: bool = False  # LoadGen gets each answer's token ids, as int32, rather than only their number
     client_cpu_limit: float = LiveConfig.client_cpu_limit
     client_ttft_share: float | None = None  # null: what the client adds to TTFT is recorded, not judged

@@ -69,7 +69,7 @@ def one(scenario: ScenarioConfig, engine: Engine, flags: Mapping[str, Any], fold
     figures = metrics.from_requests(measured.requests, held, measured.total)
     if scenario.answers is not Answers.none:
         figures |= metrics.of_sessions(measured.requests, engine.samples)
-        _tell_of_repeats(int(figures["sessions"]), engine.samples)
+        _tell_of_sessions(figures | measured.figures, engine.samples)
     figures |= {**measured.loadgen, **bottleneck.figures(measured.server), **measured.figures}
     figures["failed_requests"] = measured.failed
     if (looked_for := figures.get("prefix_query_tokens", 0)) > 0:
@@ -89,11 +89,12 @@ def one(scenario: ScenarioConfig, engine: Engine, flags: Mapping[str, Any], fold
     return RunResult(measured, figures, constraints, bound)
 
 
-def _tell_of_repeats(begun: int, samples: Samples) -> None:
-    if begun > (found := int(np.sum(samples.turns == 0))):
-        log.warning(
-            "%d conversations, and the data set has %d: some came again, partly from vLLM's cache", begun, found
-        )
+def _tell_of_sessions(figures: Mapping[str, float], samples: Samples) -> None:
+    begun, found = int(figures["sessions"]), int(np.sum(samples.turns == 0))
+    if begun > found:
+        log.warning("%d conversations, and the data set has %d: some came again, known to vLLM's cache", begun, found)
+    if cut := figures.get("sessions_cut"):
+        log.warning("%d of %d conversations ended before a turn that does not fit max_model_len", cut, begun)
 
 
 def repeated(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> RunResult:
@@ -176,7 +177,7 @@ def measured(scenario: ScenarioConfig, searches: bool) -> set[str]:
     one = RequestTiming(0, 0.0, 1.0, 2.0, 2, 1)
     names |= metrics.from_requests([one], limits_of(scenario), planned(scenario)).keys()
     if scenario.answers is not Answers.none:
-        names |= {"sessions", "sessions_completed", "sessions_per_s"}
+        names |= {"sessions", "sessions_completed", "sessions_cut", "sessions_per_s"}
     if searches:
         highest = objective.LOADED[scenario.kind]
         names |= {highest, f"{highest}_per_gpu"}

@@ -30,6 +30,7 @@ class Ask(NamedTuple):
     sample: int
     follows: int = -1  # the number of the request whose answer its prompt continues; -1: none
     session: int = -1  # the number of its conversation in the run; -1: none
+    said: int = 0  # the tokens of its answer, once it has one
 
 
 class Source(Protocol):
@@ -96,11 +97,14 @@ class Sessions:
 
     They come in a shuffled order, none again before all have come. As a Server's they begin at Poisson times until the
     run is long enough, and all are finished; as Offline's they begin at once, and nobody pauses. In a closed loop each
-    user has one after another, and asks no more once the run is long enough.
+    user has one after another, and asks no more once the run is long enough. A conversation ends before a turn that
+    does not fit `room` tokens with the longest answer.
     """
 
-    def __init__(self, scenario: ScenarioConfig, samples: Samples, at: int, of: int) -> None:
+    def __init__(self, scenario: ScenarioConfig, samples: Samples, at: int, of: int, room: int | None = None) -> None:
         assert samples.turns is not None
+        self.cut = 0  # conversations that ended for want of room
+        self._samples, self._room, self._so_far = samples, room if samples.continued else None, dict[int, int]()
         self._scenario, self._continues, self._at, self._of = scenario, samples.continues, at, of
         self._turns = np.diff(np.append(np.flatnonzero(samples.turns == 0), len(samples)))
         self._firsts = np.flatnonzero(samples.turns == 0)
@@ -124,12 +128,27 @@ class Sessions:
     def after(self, ask: Ask, number: int, now: float) -> Ask | None:
         """The conversation's next turn; in a closed loop, after its last one, the user's next conversation."""
         at_s = now + self._pause_s(ask)
-        if not self._continues[ask.sample]:
+        if not self._continues[ask.sample] or not self._fits(ask):
             return self._started(at_s) if self._closed else None
         if self._closed and self._is_long_enough(at_s):
             return None
         self._asked += 1
         return Ask(at_s, ask.sample + 1, number, ask.session)
+
+    def _fits(self, ask: Ask) -> bool:
+        """Count the tokens of the conversation so far, and tell if its next turn fits."""
+        if self._room is None:
+            return True
+        samples, turn = self._samples, ask.sample + 1
+        so_far = self._so_far.pop(ask.session, 0) + int(samples.prompt_tokens[ask.sample])
+        so_far += samples.kept(ask.sample, ask.said)
+        if so_far + samples.prompt_tokens[turn] + samples.output_tokens[turn] <= self._room:
+            self._so_far[ask.session] = so_far
+            return True
+        self.cut += 1
+        if self.total is not None:
+            self.total -= next(left for left in itertools.count(1) if not self._continues[ask.sample + left])
+        return False
 
     def _started(self, at_s: float) -> Ask | None:
         if self._is_long_enough(at_s):
@@ -168,16 +187,25 @@ class Sessions:
         return begun, mine
 
 
+def figures(sources: Sequence[Source]) -> dict[str, float]:
+    """Figures of requests that were not made, named as in result.json."""
+    found = [source.cut for source in sources if isinstance(source, Sessions)]
+    return {"sessions_cut": float(sum(found))} if found else {}
+
+
 def ramp(scenario: ScenarioConfig, at: int, of: int) -> list[float]:
     """The times at which every `of`-th user of a closed loop begins."""
     users = scenario.users if scenario.kind is Kind.ClosedLoop else 1  # SingleStream has one
     return [scenario.ramp_s * user / users for user in range(at, users, of)]
 
 
-def source(scenario: ScenarioConfig, samples: Samples, at: int = 0, of: int = 1) -> Source:
-    """The requests of `scenario` over `samples`; of several servers that share them, those of server `at` of `of`."""
+def source(scenario: ScenarioConfig, samples: Samples, at: int = 0, of: int = 1, room: int | None = None) -> Source:
+    """The requests of `scenario` over `samples`; of several servers that share them, those of server `at` of `of`.
+
+    `room` is the most tokens that a prompt and its answer may have.
+    """
     if samples.turns is not None:
-        return Sessions(scenario, samples, at, of)
+        return Sessions(scenario, samples, at, of, room)
     if scenario.kind in (Kind.SingleStream, Kind.ClosedLoop):
         return Users(scenario, len(samples), at, of)
     if scenario.kind is Kind.Trace:
@@ -251,9 +279,9 @@ class Traffic:
         self._unanswered[number] = ask
         return number, ask
 
-    def answered(self, number: int, now: float) -> None:
-        """Let what follows the answer to a request, which came `now`, be due."""
-        ask = self._unanswered.pop(number)
+    def answered(self, number: int, now: float, said: int = 0) -> None:
+        """Let what follows the answer to a request, which came `now` with `said` tokens, be due."""
+        ask = self._unanswered.pop(number)._replace(said=said)
         if following := self._source.after(ask, number, now):
             heapq.heappush(self._coming, (following, False))
 

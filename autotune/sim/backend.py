@@ -192,7 +192,7 @@ def simulate(
     known = keys if scenario.kind is Kind.Trace else cache(keys)  # few of a trace's prompts are sent twice
 
     count = flags.data_parallel_size
-    sources = [traffic.source(scenario, samples, at, count) for at in range(count)]
+    sources = [traffic.source(scenario, samples, at, count, flags.max_model_len) for at in range(count)]
     clients = [
         SimClient(scenario, one, device, Arriving(samples, known, size), stop if count == 1 else Stop.never)
         for one in sources
@@ -206,7 +206,7 @@ def simulate(
         "prefix_hit_tokens": float(sum(one.hits for one in replicas)),
         "prefix_query_tokens": float(sum(one.queries for one in replicas)),
     }
-    figures = figures if caching else {}
+    figures = (figures if caching else {}) | traffic.figures(sources)
     return Simulated(timings, observers[0].states, observers[0].rows, total, figures)
 
 

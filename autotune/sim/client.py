@@ -72,7 +72,7 @@ class SimClient:
         times = request.first_token + late, request.last_token + late
         timing = RequestTiming(ask.sample, ask.at_s, *times, request.output, request.prompt, ask.session)
         self.timings.append(timing)
-        self._traffic.answered(request.number, timing.last_token)
+        self._traffic.answered(request.number, timing.last_token, request.output)
         self._look()
         if self._stop is not Stop.never:
             self._watch.add(timing)
