@@ -2,6 +2,7 @@
 
 import threading
 import time
+from array import array
 from collections.abc import Sequence
 
 from autotune.data.samples import Samples
@@ -24,9 +25,9 @@ class Requests:
         self._samples = samples
         self.completed: list[RequestTiming] = []
         self.failures: list[str] = []
-        self.issued: list[float] = []  # when each was issued, or was due; on the clock of time.perf_counter, as `sent`
-        self.sent: list[float] = []  # 0 until its answer has ended
-        self._asks: list[Ask] = []
+        self.issued = array("d")  # when each was issued, or was due; on the clock of time.perf_counter, as `sent`
+        self.sent = array("d")  # 0 until its answer has ended
+        self._asks: dict[int, Ask] = {}  # that are not answered
         self._said: dict[
             int, int
         ] = {}  # by number, of turns that another one continues: tokens by the end of its answer
@@ -37,9 +38,9 @@ class Requests:
         if self.decided:
             return
         number = len(self.issued)
-        self.issued += [ask.at_s for ask in asks]
-        self.sent += [0.0] * len(asks)
-        self._asks += asks
+        self.issued.extend(ask.at_s for ask in asks)
+        self.sent.extend([0.0] * len(asks))
+        self._asks.update(enumerate(asks, number))
         self._clients.send([(number + offset, ask.sample, ask.follows) for offset, ask in enumerate(asks)])
 
     def on_messages(self, messages: Sequence[Message]) -> None:
@@ -47,7 +48,7 @@ class Requests:
         for message in messages:
             if message.kind == MessageKind.FIRST_TOKEN:
                 continue
-            ask, samples = self._asks[message.number], self._samples
+            ask, samples = self._asks.pop(message.number), self._samples
             self.sent[message.number] = message.sent
             if message.kind == MessageKind.DONE:
                 prompt = int(samples.prompt_tokens[ask.sample]) + self._said.pop(ask.follows, 0)

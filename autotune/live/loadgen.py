@@ -218,7 +218,7 @@ def measure(spec: RunSpec, clients: Clients, samples: Samples) -> None:
     run_s, own_cpu_s = time.perf_counter() - warm, time.process_time() - warm_cpu
     write_rows(spec.folder / "requests.csv", RequestTiming, sut.completed)
     reports = list(clients.reports.values())
-    sent = list(sut.sent)  # LoadGen's thread may still append to `issued` and then to this
+    sent = sut.sent[:]  # LoadGen's thread may still append to `issued` and then to this
     figures = audit.figures(reports, own_cpu_s, run_s, audit.lateness(spec, sut.issued[: len(sent)], sent))
     figures |= traffic.figures([source]) if source else {}
     if before and sut.completed and (after := metrics_page.totals(spec.url)):

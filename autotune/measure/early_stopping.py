@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import bdtr
 
 from autotune.config.schema import ScenarioConfig, Stop
@@ -57,14 +58,14 @@ def allowed_of(total: int, effect: float) -> int:
     return int(most * effect) if most >= 0 else -1
 
 
-def upper_bound(latencies: Sequence[float], total: int, effect: float = 1.0) -> float | None:
+def upper_bound(latencies: Sequence[float] | NDArray[np.float64], total: int, effect: float = 1.0) -> float | None:
     """The lowest limit that a run of `total` queries passes: with 99 % confidence, p99 is below it.
 
     If the run was stopped and `latencies` are those of the queries that ended, it can't pass any lower limit than this.
     None if `total` is too few for the test, or too few have ended.
     """
     over = allowed_of(total, effect)
-    return sorted(latencies)[-1 - over] if 0 <= over < len(latencies) else None
+    return float(np.sort(latencies)[-1 - over]) if 0 <= over < len(latencies) else None
 
 
 class Watch:

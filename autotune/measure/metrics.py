@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtrit  # scipy.stats would make each trial start a second later
 
 from autotune.data.samples import Samples
@@ -10,16 +11,17 @@ from autotune.measure import early_stopping
 from autotune.measure.backend import RequestTiming
 from autotune.measure.limits import LatencyLimit, within
 
+Floats = NDArray[np.float64]
 PERCENTILES = (50, 90, 95, 97, 99, 99.9)
 BY_TURN = ("p50", "p99", "p99.9")  # of those, for each turn of conversations
 MOST_TURNS = 10  # that have figures of their own; the last one's are those of all later turns, too
 
 
-def p99(values: Sequence[float]) -> float:
+def p99(values: Floats) -> float:
     return float(np.percentile(values, 99, method="higher"))
 
 
-def summary(name: str, seconds: Sequence[float]) -> dict[str, float]:
+def summary(name: str, seconds: Sequence[float] | Floats) -> dict[str, float]:
     """Mean and percentiles of `seconds` in ms, as `<name>_mean_ms`, `<name>_p99_ms`, …"""
     values = np.asarray(seconds) * 1e3
     figures = {f"{name}_mean_ms": float(values.mean())}
@@ -40,7 +42,7 @@ def from_requests(
     """
     total = total or len(requests)
     duration = max(r.last_token for r in requests) - min(r.issued for r in requests)
-    latencies = {name: [getattr(r, name) for r in requests] for name in ("ttft", "tpot", "latency")}
+    latencies = {name: np.array([getattr(r, name) for r in requests]) for name in ("ttft", "tpot", "latency")}
     figures = {
         "duration_s": duration,
         "requests": len(requests),
@@ -56,7 +58,7 @@ def from_requests(
         if (upper := early_stopping.upper_bound(values, total)) is not None:
             figures[f"{name}_p99_upper_ms"] = upper * 1e3
     for limit in limits:
-        shares = [limit.share(r) for r in requests]
+        shares = np.array([limit.share(r) for r in requests])
         upper = early_stopping.upper_bound(shares, total, design_effect(requests, shares))
         figures[f"{limit.name}_limit_share"] = p99(shares) if upper is None else upper
     return figures
@@ -82,7 +84,7 @@ def of_sessions(requests: Sequence[RequestTiming], samples: Samples) -> dict[str
     return figures
 
 
-def design_effect(requests: Sequence[RequestTiming], shares: Sequence[float]) -> float:
+def design_effect(requests: Sequence[RequestTiming], shares: Floats) -> float:
     """The design effect of conversations among `requests`, of which `shares` above 1 exceed a limit."""
     turns: dict[int, list[bool]] = {}
     for request, share in zip(requests, shares, strict=True):
