@@ -59,6 +59,14 @@ def test_trials_side_by_side_are_asked_for_different_configurations():
     assert len(set(points)) == 3
 
 
+def test_configuration_that_would_do_what_a_measured_one_did_is_not_asked_for():
+    space, _ = parse({}, [f"{SEQS}=choice(2,64,128,256)"], {}, {})  # there are 64 requests
+    ended = {"trial-0": trial({SEQS: 128}, 100.0, 100.0)}
+    sampler = TwinSampler(CONFIG, space, lambda: ended, **QUICK)
+    made = optuna.create_study(sampler=sampler, direction="maximize")
+    assert space.suggest(made.ask(), {})[SEQS] == 2
+
+
 def test_twin_that_is_wrong_leaves_the_choice_to_tpe(caplog: pytest.LogCaptureFixture):
     points = [{SEQS: seqs, TOKENS: 1024, BACKEND: "default"} for seqs in (2, 8, 32, 128)]
     right = [trial(params, 100.0 * value, 100.0 * value) for value, params in enumerate(points, 1)]

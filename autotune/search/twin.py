@@ -57,6 +57,9 @@ SEARCHED, DRAWN = 0.7, 0.95  # shares of a proposal's time after which the searc
 REPEATED = 25  # trials of a simulated study in a row that it has seen before; then it ends
 AT_RANDOM = 10  # first configurations of the simulated study
 LEAST_GAIN = 0.003  # expected, as a share; below it the twin has nothing to say
+# Configurations whose values and latencies are within this share of each other do the same: sequences that are never
+# reached differ, say. That is finer than the steps of a search for the highest load.
+ALIKE, SHOWN = 0.005, ("ttft_p99_ms", "tpot_p99_ms")
 OTHERS_TURN = 3  # every third proposal from which the twin expects nothing is TPE's; the others are its next best
 INFEASIBLE = 50.0  # by which a score that breaks a limit is below all that keep them
 FAILED = -1.0  # a trial's score, against the twin's, that did not run or broke limits though the twin saw it keep them
@@ -361,8 +364,10 @@ class TwinSampler(BaseSampler):
         tried = {key(result.params) for result in results} | {key(params) for params in pending}
         good = [one for one in self._good if key(one.params) not in tried]
         self._simulated.search(self._study, began_s + SEARCHED * self._proposal_s)
-        new = [one for one in self._ranked() if key(one.params) not in tried] or good
-        points = [one.params for one in distinct(new, self._space, SHORTLIST)]
+        known = [self._simulated.result(params) for params, _ in self._residuals]
+        new = (one for one in self._ranked() if key(one.params) not in tried)
+        other = [one for one in new if not any(self._alike(one, seen) for seen in known)] or good
+        points = [one.params for one in distinct(other, self._space, SHORTLIST)]
         if not points:
             return self._to_tpe("knows no other configuration that runs; TPE is asked")
         scores = self._scores([*points, *pending], began_s + DRAWN * self._proposal_s)
@@ -383,6 +388,13 @@ class TwinSampler(BaseSampler):
             return self._to_tpe("expects nothing better; TPE is asked now and then")
         return dict(points[int(np.median(scores[:, : len(points)], axis=0).argmax())])
 
+    def _alike(self, one: Result, other: Result) -> bool:
+        """Tell whether two configurations do the same on the twin: a trial of the one says all of the other."""
+        if not other.complete or _unmodelled(one.params) != _unmodelled(other.params):
+            return False
+        here, there = ([*end.values, *(end.metrics.get(name, 0.0) for name in SHOWN)] for end in (one, other))
+        return np.allclose(here, there, rtol=ALIKE, atol=0)
+
     def _informative(self, params: Params, tried: Sequence[Params]) -> dict[str, Any]:
         """Return `params`, of flags that the twin does not model with the choices that were `tried` least.
 
@@ -392,8 +404,7 @@ class TwinSampler(BaseSampler):
             return dict(params)
         random, changed = np.random.default_rng((self._seed, len(tried))), dict(params)
         for name, distribution in self._space.parameters.items():
-            unknown = name.startswith(FLAG) and name.removeprefix(FLAG) not in MODELLED and name in params
-            if unknown and isinstance(distribution, CategoricalDistribution):
+            if name in _unmodelled(params) and isinstance(distribution, CategoricalDistribution):
                 choices = [distribution.choices[at] for at in random.permutation(len(distribution.choices))]
                 used = Counter(key({name: one.get(name, DEFAULT)}) for one in tried)
                 changed[name] = min(choices, key=lambda choice: used[key({name: choice})])
@@ -414,6 +425,12 @@ class TwinSampler(BaseSampler):
             log.info("twin: %s", why)
         self._said = why
         return {}
+
+
+def _unmodelled(params: Params) -> dict[str, Any]:
+    """Those of `params` that are flags which the twin does not model."""
+    flags = {name: value for name, value in params.items() if name.startswith(FLAG)}
+    return {name: value for name, value in flags.items() if name.removeprefix(FLAG) not in MODELLED}
 
 
 def _steps_of(one: Ended) -> Steps | None:
