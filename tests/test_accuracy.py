@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -255,7 +256,8 @@ def test_answer_without_log_probabilities_is_told_in_one_line(status: int, body:
     handler = type("Made", (Vllm,), {"status": status, "body": body})
     with HTTPServer(("127.0.0.1", 0), handler) as http:
         Thread(target=http.serve_forever, args=[0.01], daemon=True).start()
-        server: Any = SimpleNamespace(url=f"http://127.0.0.1:{http.server_port}", model="m", check_alive=lambda: None)
+        url = f"http://127.0.0.1:{http.server_port}"
+        server: Any = SimpleNamespace(url=url, model="m", check_alive=lambda: None, process=Mock())
         with pytest.raises(MeasureError, match=words) as raised:
             scoring.prefilled(server, [[7, 9]], 5.0, lambda: None)
         http.shutdown()

@@ -1,4 +1,4 @@
-"""The gate on real vLLM: SmolLM2 rounded to int4 is refused, the same weights in other batches pass."""
+"""The gate on real vLLM: int4 weights and a coarse KV cache are refused, the same weights in other batches pass."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from autotune.config.command_line import compose
+from autotune.live import plugins
 from autotune.measure import accuracy, trial
 from autotune.measure.accuracy import Scores
 from autotune.measure.prepare import prepare
@@ -22,7 +23,7 @@ def texts(path: Path) -> Path:
     """Paragraphs of this project's own pages, as a data set."""
     pages = [page.read_text() for page in sorted(ROOT.glob("docs/*.md"))]
     found = [part for page in pages for part in page.split("\n\n") if len(part) > 300 and "|" not in part]
-    path.write_text("\n".join(json.dumps({"input": part, "output_tokens": 16}) for part in found[:32]))
+    path.write_text("\n".join(json.dumps({"input": part, "output_tokens": 64}) for part in found[:32]))
     return path
 
 
@@ -41,6 +42,32 @@ def rounded(source: Path, folder: Path) -> Path:
     return folder
 
 
+# Stands for a model whose prefill takes keys and values before they are rounded: only decode steps find them coarse.
+COARSE = """
+def install():
+    import torch
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl as Attention
+
+    exact = Attention.forward
+
+    def forward(self, layer, query, key, value, kv_cache, metadata, *rest, **named):
+        if metadata is not None and metadata.max_query_len == 1:
+            kv_cache.copy_(kv_cache.to(torch.float8_e5m2).to(kv_cache.dtype))
+        return exact(self, layer, query, key, value, kv_cache, metadata, *rest, **named)
+
+    Attention.forward = forward
+"""
+
+
+def plugged(folder: Path) -> Path:
+    """A folder that gives vLLM the plugin COARSE if it is on PYTHONPATH."""
+    folder.mkdir()
+    module = folder / "source.py"
+    module.write_text(COARSE)
+    plugins.installed("coarse", module, folder, {})
+    return folder
+
+
 def scored(folder: Path, name: str, *words: str) -> tuple[Result, Scores]:
     """A trial that scores its server, and the scores."""
     kept = folder / f"scores-{name}"
@@ -56,7 +83,7 @@ def scored(folder: Path, name: str, *words: str) -> tuple[Result, Scores]:
     return result, scores
 
 
-def test_int4_is_refused_and_another_batch_size_passes(tmp_path: Path):
+def test_int4_and_a_coarse_cache_are_refused_and_another_batch_size_passes(tmp_path: Path):
     baseline, base = scored(tmp_path, "baseline")
     source = prepare(compose(["model=smollm2"])[0]).model.folder
     _, batches = scored(tmp_path, "batches", "engine.args.max_num_seqs=3", "engine.args.max_num_batched_tokens=64")
@@ -64,6 +91,9 @@ def test_int4_is_refused_and_another_batch_size_passes(tmp_path: Path):
     assert len(base.nll) == 32 and len(base.gap) == 8 and 1 < baseline.metrics["nll"] < 6
     assert baseline.phases["accuracy"] > 0 and 'dtype="bfloat16"' in baseline.facts["numerics"]
     assert abs(baseline.metrics["decode_nll_gap"]) < 0.01
-    same, worse = (accuracy.judged(scores, base, 0.03) for scores in (batches, int4))
+    coarse = [f"backend.env.PYTHONPATH={plugged(tmp_path / 'plugin')}", "engine.args.num_gpu_blocks_override=64"]
+    _, decodes_worse = scored(tmp_path, "coarse", *coarse)
+    same, worse, coarse_cache = (accuracy.judged(scores, base, 0.03) for scores in (batches, int4, decodes_worse))
     assert same.over < 0 and abs(same.nll.mean) < 0.005
     assert worse.over > 0 and worse.nll.mean > 0.1 and worse.words.startswith("NLL +")
+    assert coarse_cache.over > 0 and abs(coarse_cache.nll.mean) < 0.005

@@ -26,7 +26,7 @@ from autotune.live.hot import Served
 from autotune.live.installed_vllm import find_vllm
 from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import WARMUP_ROUNDS, ClientReport, RunSpec
-from autotune.live.server import Server, inherited
+from autotune.live.server import DYING_S, Server, inherited
 from autotune.measure import progress, traffic
 from autotune.measure.backend import DryRunOutcome, Measurement, Recording, RequestTiming
 from autotune.measure.bottleneck import ServerState
@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 S = TypeVar("S", ServerState, GpuState)
 
 POLL_S = 0.1
-DYING_S = 10.0
 WARM_S = 5.0  # for which vLLM's API server keeps idle connections (VLLM_HTTP_TIMEOUT_KEEP_ALIVE)
 IDLE_S = 60.0  # for which requests of a stopped run may go on, at most
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, asked of vLLM: of given texts, in prefill, and of its own greedy answers.
+"""Log-probabilities of tokens, asked of vLLM: of given texts, in prefill, and of its own answers.
 
 With `prompt_logprobs` vLLM neither reads the prefix cache nor returns a part of a chunked prefill (0.26 to 0.33).
 """
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from autotune.errors import MeasureError
 from autotune.live import key
-from autotune.live.server import Server
+from autotune.live.server import DYING_S, Server
 
 SIDE_BY_SIDE = 16  # requests; each holds the probabilities of all its prompt's tokens for a moment
 
@@ -38,7 +38,10 @@ def prefilled(server: Server, texts: Sequence[list[int]], timeout_s: float, chec
 def decoded(
     server: Server, prompts: Sequence[tuple[list[int], int]], timeout_s: float, check: Callable[[], None]
 ) -> list[tuple[list[int], Floats]]:
-    """A greedy answer to each prompt, of so many tokens at most, and its log-probabilities. Raises MeasureError."""
+    """An answer to each prompt, of so many tokens at most, drawn at temperature 1, and its log-probabilities.
+
+    Raises MeasureError.
+    """
 
     def read(_: Json, choice: Json) -> tuple[list[int], Floats]:
         found = np.array(choice["logprobs"]["token_logprobs"], dtype=float)
@@ -46,8 +49,10 @@ def decoded(
             raise ValueError("not as many log-probabilities as tokens")
         return choice["token_ids"], found
 
-    asked = {"logprobs": 1, "return_token_ids": True, "repetition_penalty": 1.0}
-    bodies = [{"prompt": prompt, "max_tokens": most, **asked} for prompt, most in prompts]
+    # The model's own distribution, whatever its generation_config.json says. With a request's own seed vLLM 0.32 dies
+    # on a CPU.
+    plain = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "logprobs": 1}
+    bodies = [{"prompt": prompt, "max_tokens": most, "return_token_ids": True, **plain} for prompt, most in prompts]
     return _asked(server, bodies, read, timeout_s, check)
 
 
@@ -62,7 +67,7 @@ def _asked(
 
     def ask(body: Json) -> T:
         check()
-        whole = json.dumps({"model": server.model, "temperature": 0, **body}).encode()
+        whole = json.dumps({"model": server.model, **body}).encode()
         with key.opened(server.url, "/v1/completions", timeout_s, "POST", whole) as answer:
             return read(body, json.loads(answer.read())["choices"][0])
 
@@ -71,6 +76,9 @@ def _asked(
         try:
             return [one.result() for one in asked]
         except HTTPError as error:
+            if error.code >= 500:  # perhaps as it dies, whose reason is the better one
+                server.process.wait(DYING_S)
+                server.check_alive()
             raise MeasureError(f"vLLM refuses to score texts: {_reason(error)}") from None
         except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
             server.check_alive()

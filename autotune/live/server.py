@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 HOT = Path(__file__).with_name("hot_engine.py")
 POLL_S = 0.1
+DYING_S = 10.0  # that a vLLM takes to end once it has failed
 
 ENV = {
     "VLLM_SERVER_DEV_MODE": "1",  # for POST /reset_prefix_cache

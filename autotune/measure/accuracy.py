@@ -1,8 +1,9 @@
 """Accuracy: whether a server with other numerics than the baseline's predicts texts as well as the baseline does.
 
 Two checks, both on a server that is up anyway. Prefill: the negative log-likelihood (NLL) of the user's own texts.
-Decode: the NLL of the server's own greedy answers, by its prefill, beyond what it was while they were generated. A
-prefill may not read the KV cache as a decode step does, so that a coarse cache shows in the second alone.
+Decode: the NLL of the server's own answers, by its prefill, beyond what it was while they were drawn; of answers at
+temperature 1 that is the Kullback-Leibler divergence, in the same unit. A prefill may not read the KV cache as a decode
+step does, so that a coarse cache shows in the second alone.
 """
 
 import hashlib

@@ -104,7 +104,10 @@ class Scorer(Protocol):
         """The log-probability of each token after a text's first one, in prefill. Raises MeasureError."""
 
     def decoded(self, prompts: Sequence[tuple[list[int], int]]) -> list[tuple[list[int], NDArray[np.float64]]]:
-        """A greedy answer to each prompt, of so many tokens at most, and its log-probabilities. Raises MeasureError."""
+        """An answer to each prompt, of so many tokens at most, drawn at temperature 1, and its log-probabilities.
+
+        Raises MeasureError.
+        """
 
 
 class Backend(Protocol):
