@@ -428,7 +428,7 @@ class TwinSampler(BaseSampler):
 
 
 def _unmodelled(params: Params) -> dict[str, Any]:
-    """Those of `params` that are flags which the twin does not model."""
+    """The flags among `params` that the twin does not model."""
     flags = {name: value for name, value in params.items() if name.startswith(FLAG)}
     return {name: value for name, value in flags.items() if name.removeprefix(FLAG) not in MODELLED}
 
