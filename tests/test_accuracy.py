@@ -211,6 +211,13 @@ def test_study_of_a_scheduler_scores_nothing(tmp_path: Path):
     assert not Answering.calls and not result(tmp_path, "trial-0").accuracy
 
 
+def test_lossy_speculation_is_checked(tmp_path: Path):
+    way = "{method:ngram,num_speculative_tokens:2,rejection_sample_method:synthetic}"
+    study(tmp_path, *SCORED, f"engine.args.speculative_config=choice({way})")
+    assert 'speculative_config="synthetic"' in result(tmp_path, "trial-0").facts["numerics"]
+    assert result(tmp_path, "trial-0").accuracy.startswith("passed")
+
+
 def test_random_weights_have_no_answers(tmp_path: Path):
     dummy = [*SCORED, "engine.args.load_format=dummy", f"{KV}=choice(auto,fp8)"]
     with pytest.raises(InputError, match=r"accuracy=nll: there are no answers to check, .* write accuracy=none"):

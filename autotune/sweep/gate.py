@@ -15,6 +15,7 @@ from autotune.measure.accuracy import (
     CONSTRAINT,
     FOLDER,
     GAP,
+    LOSSY,
     NLL,
     NOT_SCORED,
     NUMERICS,
@@ -22,6 +23,7 @@ from autotune.measure.accuracy import (
     PASSED,
     REFUSED,
     SAME,
+    SPECULATION,
     UNKNOWN,
     Judgement,
     Scores,
@@ -37,8 +39,9 @@ log = logging.getLogger(__name__)
 def decided(config: Config, space: Space, prepared: Prepared, folder: Path) -> AccuracyConfig:
     """The check that the trials of the study in `folder` make. Raises InputError for one that can't be made."""
     recipe = config.model.recipe.args if RECIPE in baselines(config) else {}
-    names = [name.removeprefix(FLAG) for name in space.parameters if name.startswith((FLAG, VARIABLE))]
-    deciding = [name for name in [*names, *recipe] if name.startswith(VARIABLE) or accuracy.is_numeric(name)]
+    swept = {key.removeprefix(FLAG): one for key, one in space.parameters.items() if key.startswith((FLAG, VARIABLE))}
+    deciding = [name for name in [*swept, *recipe] if name.startswith(VARIABLE) or accuracy.is_numeric(name)]
+    deciding += [name for name, one in swept.items() if name == SPECULATION and LOSSY in str(one)]
     none = replace(config.accuracy, check=Check.none)
     if config.accuracy.check is Check.none or (config.accuracy.check is Check.auto and not deciding):
         return none
