@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def test_its_configuration_prepares_samples(hub: Hub, model: Model, tmp_path: Pa
     dataset = OmegaConf.to_object(config)
     assert isinstance(dataset, DatasetConfig)
     fields = {key: value for key, value in dataset.records.items() if key != "_target_"}
-    made = samples.prepare(dataset, model, tmp_path, lambda **given: cnn_dailymail.records(**given, **fields))
+    made = samples.prepare(dataset, model, tmp_path, partial(cnn_dailymail.records, **fields))
     assert len(made) == 5
     assert made.output_tokens.tolist() == [len(text) for text in HIGHLIGHTS]
     assert model.tokenizer().decode(made.prompts[4].tolist()).endswith(f"{ARTICLES[4]}\n\nSummary:")
