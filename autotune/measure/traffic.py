@@ -279,11 +279,12 @@ class Traffic:
         self._unanswered[number] = ask
         return number, ask
 
-    def answered(self, number: int, now: float, said: int = 0) -> None:
-        """Let what follows the answer to a request, which came `now` with `said` tokens, be due."""
+    def answered(self, number: int, now: float, said: int = 0) -> Ask:
+        """Let what follows the answer to a request, which came `now` with `said` tokens, be due; returns what was asked."""
         ask = self._unanswered.pop(number)._replace(said=said)
         if following := self._source.after(ask, number, now):
             heapq.heappush(self._coming, (following, False))
+        return ask
 
     def lost(self, number: int) -> None:
         """Give up a request that has failed: nothing follows it."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 from autotune.config.schema import Device, ScenarioConfig, Stop
 from autotune.data.samples import Samples
@@ -29,7 +30,7 @@ class Arriving:
             keys = [last.block_table.key(index) for index in range(before // self._block_size)]
             request = Request(number, before + prompt, output, arrival, keys)
         else:
-            request = Request(number, prompt, output, arrival, self._keys(sample))
+            request = Request(number, prompt, output, arrival, partial(self._keys, sample))
         if samples.continued and samples.continues[sample]:
             self._last[number] = request
         return request
@@ -51,7 +52,6 @@ class SimClient:
     ) -> None:
         self.timings: list[RequestTiming] = []  # of the requests that have ended, in this order
         self._traffic, self._device, self._request = Traffic(source), device, request
-        self._asked: dict[int, Ask] = {}  # by number of the request
         self._accepted = 0.0  # when the API server, which takes requests one by one, had the last one
         self._watch = Watch(source.total or 0, limits_of(scenario), scenario.over_share)
         self._stop = stop if source.total and scenario.kind in LOADED and limits_of(scenario) else Stop.never
@@ -61,18 +61,16 @@ class SimClient:
     def take(self) -> Request:
         """The request that arrives at next_s."""
         number, ask = self._traffic.take()
-        self._asked[number] = ask
         self._accepted = self.next_s
         self._look()
         return self._request(number, ask, self._accepted)
 
     def answered(self, request: Request) -> None:
         """Count a request that has ended."""
-        ask, late = self._asked.pop(request.number), self._device.answer_s
-        times = request.first_token + late, request.last_token + late
+        times = request.first_token + self._device.answer_s, request.last_token + self._device.answer_s
+        ask = self._traffic.answered(request.number, times[1], request.output)
         timing = RequestTiming(ask.sample, ask.at_s, *times, request.output, request.prompt, ask.session)
         self.timings.append(timing)
-        self._traffic.answered(request.number, timing.last_token, request.output)
         self._look()
         if self._stop is not Stop.never:
             self._watch.add(timing)

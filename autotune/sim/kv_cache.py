@@ -1,10 +1,12 @@
 """vLLM's KV cache: the blocks of tokens that requests refer to, and what prefix caching finds in them."""
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+Prefix = Sequence[Hashable] | Callable[[], Sequence[Hashable]]
 
 
 class Block:
@@ -18,14 +20,23 @@ class Block:
 
 
 class BlockTable:
-    """A request's blocks. `prefix` has a key for each cached block of its prompt; equal keys mean equal beginnings."""
+    """A request's blocks. `prefix` has a key for each cached block of its prompt; equal keys mean equal beginnings.
 
-    __slots__ = ("cached", "count", "prefix")
+    A function is called for them when they are first looked for: many requests may wait until then.
+    """
 
-    def __init__(self, prefix: Sequence[Hashable] = ()) -> None:
-        self.prefix = prefix
+    __slots__ = ("_prefix_of", "cached", "count", "prefix")
+
+    def __init__(self, prefix: Prefix = ()) -> None:
+        self._prefix_of = prefix if callable(prefix) else None
+        self.prefix: Sequence[Hashable] = () if callable(prefix) else prefix
         self.count = 0  # of them
         self.cached: list[Block] = []  # the first of them
+
+    def look(self) -> None:
+        """Make the keys, if that has not been done."""
+        if self._prefix_of:
+            self.prefix, self._prefix_of = self._prefix_of(), None
 
     def key(self, index: int) -> Hashable:
         """The key of block `index`; generated tokens have a key of this request's own, for after a preemption."""
@@ -62,6 +73,7 @@ class KvCache:
         """The longest cached beginning of a request of `length` tokens, whose last token is always computed anew."""
         prefix: list[Block] = []
         if self.caching:
+            table.look()
             for index in range((length - 1) // self.cached_size):
                 blocks = self._cached.get(table.key(index))
                 if not blocks:

@@ -8,11 +8,10 @@ block in the prefix cache whose last token was to be computed in the very step t
 
 import heapq
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from autotune.sim.flags import Flags
-from autotune.sim.kv_cache import BlockTable, KvCache
+from autotune.sim.kv_cache import BlockTable, KvCache, Prefix
 
 
 class Request:
@@ -29,7 +28,7 @@ class Request:
         prompt: int,
         output: int,
         arrival: float = 0.0,
-        prefix: Sequence[Hashable] = (),
+        prefix: Prefix = (),
         priority: int = 0,
     ) -> None:
         self.number = number  # in order of arrival
