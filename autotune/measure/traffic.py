@@ -280,7 +280,7 @@ class Traffic:
         return number, ask
 
     def answered(self, number: int, now: float, said: int = 0) -> Ask:
-        """Let what follows the answer to a request, which came `now` with `said` tokens, be due; returns what was asked."""
+        """Let what follows an answer, which came `now` with `said` tokens, be due; returns what was asked."""
         ask = self._unanswered.pop(number)._replace(said=said)
         if following := self._source.after(ask, number, now):
             heapq.heappush(self._coming, (following, False))
