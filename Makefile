@@ -7,7 +7,7 @@ VLLM := $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
 # torch's CPU build is not on PyPI: take it from the user's own wheel folder, or let uv find its index.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 TORCH := $(if $(UV_FIND_LINKS),,$(if $(filter cpu,$(VLLM)),--torch-backend=cpu))
-DEPENDENCIES := pyproject.toml --extra databases --group dev
+DEPENDENCIES := pyproject.toml --extra databases --extra mlperf --group dev
 WITH_VLLM := $(TORCH) --extra $(VLLM) --extra demo --extra botorch
 
 # For the tests that submit jobs to a SLURM of their own, with accounting, or keep a study in a database server.

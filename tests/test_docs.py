@@ -7,11 +7,12 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from autotune import commands as names
-from autotune.commands import compare, export, plan, report, verify
+from autotune.commands import compare, export, plan, report, submission, verify
 from autotune.config import command_line
 from autotune.search import space
 from tests.conftest import Main
@@ -38,6 +39,7 @@ NOT_RUN = {
     "gpus=all": "needs a GPU",
     "backend.env": "an environment is real vLLM's",
     "tracking.uri=http": "needs a server",
+    "autotune submission": "takes a real model; tests/test_submission.py",
     "rules=closed": "takes MLPerf's data set, and can't be shortened; tests/test_rules.py",
     "sampler=botorch": "an extra",
     "experiment=demo": "`make demo`: minutes of real vLLM",
@@ -115,6 +117,9 @@ def why_not(command: Command) -> str:
     return next((why for words, why in NOT_HERE.items() if f" {words} " in f" {line} "), "")
 
 
+OPTIONS: dict[str, Any] = {"export": export.Export, "report": report.Report, "submission": submission.Submission}
+
+
 def runs(command: Command) -> bool:
     """Whether it is run here, simulated."""
     return command.is_ours and not why_not(command) and not any(word in " ".join(command.words) for word in NOT_RUN)
@@ -157,7 +162,7 @@ def test_command_is_one_that_exists(command: Command, folder: Path):
         assert len([word for word in words if "=" not in word]) >= 2
         command_line.options(compare.Compare, [word for word in words if "=" in word], None)
     else:
-        command_line.options({"export": export.Export, "report": report.Report}[command.name], words, None)
+        command_line.options(OPTIONS[command.name], words, None)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

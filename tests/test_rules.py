@@ -181,3 +181,9 @@ def test_study_by_open_rules_tells_deviations_and_that_it_is_unverified(tmp_path
     said = study(tmp_path, *words)
     assert "Unverified: MLCommons has not reviewed it." in said
     assert "deviates from closed: scenario.min_duration_s=0: a run lasts 600 s or more" in said
+
+
+@pytest.mark.parametrize("name", ["offline", "server", "interactive"])
+def test_submission_asks_for_what_closed_pins(name: str):
+    config = configured(*CLOSED, f"scenario={name}", "scenario.qps=20")
+    assert rules.asked(config.benchmark, name, 20.0) == config.scenario

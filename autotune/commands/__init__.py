@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-NAMES = ("plan", "verify", "export", "compare", "report", "space", "log", "calibrate")
+NAMES = ("plan", "verify", "export", "compare", "report", "space", "log", "calibrate", "submission")
 PARSED = ("log", "calibrate")  # they take flags, and argparse writes their help
 HELP = {"--help", "-h"}
 # Those of Hydra's flags that no value follows.

@@ -171,16 +171,37 @@ def prepare(
     path = cache_dir / "samples" / f"{config.name}-{key.hexdigest()[:16]}.npz"
     if not path.exists():
         tokenizer = model.tokenizer()
-        if config.path and "path" not in (config.records or {}):
-            records: Iterable[Record] = read_records(expanded(config.path))
-        elif make:
-            offered = {"tokenizer": tokenizer, "model": model, "sessions": answers is not Answers.none}
-            taken = offered.keys() & inspect.signature(make).parameters.keys()
-            records = make(**{name: offered[name] for name in taken})
-        else:
-            raise InputError("no data set: write dataset=cnn_shaped (see --help) or dataset.path=<file>")
+        records = _records(config, model, tokenizer, make, answers is not Answers.none)
         _samples(config, records, tokenizer, path, answers).save()
     return _loaded(path)
+
+
+def references(config: DatasetConfig, model: Model, make: Callable[..., Iterable[Record]] | None) -> list[str]:
+    """The text that each record of `config` has for an answer. Raises InputError for one without."""
+    texts = []
+    for number, record in enumerate(_records(config, model, model.tokenizer(), make, sessions=False), 1):
+        where = f"dataset {config.path or config.name}, record {number}"
+        text = _first_text(record, ANSWERS, where) if isinstance(record, dict) else ""
+        if not text:
+            raise InputError(f"{where}: no text of a reference, to score answers with; give one in `output`")
+        texts.append(text)
+    return texts
+
+
+def _records(
+    config: DatasetConfig,
+    model: Model,
+    tokenizer: Tokenizer,
+    make: Callable[..., Iterable[Record]] | None,
+    sessions: bool,
+) -> Iterable[Record]:
+    if config.path and "path" not in (config.records or {}):
+        return read_records(expanded(config.path))
+    if not make:
+        raise InputError("no data set: write dataset=cnn_shaped (see --help) or dataset.path=<file>")
+    offered = {"tokenizer": tokenizer, "model": model, "sessions": sessions}
+    taken = offered.keys() & inspect.signature(make).parameters.keys()
+    return make(**{name: offered[name] for name in taken})
 
 
 @functools.lru_cache(maxsize=4)

@@ -72,6 +72,7 @@ OF_KIND: dict[Kind, dict[str, tuple[str, float]]] = {
         "tpot_latency": ("tpot_latency", 1e6),
     },
 }
+RATES = ("target_qps", "target_latency")  # which user.conf always has
 SWITCH_S = 5e-4  # the longest that LoadGen's issue thread waits for the thread that reads the clients' messages
 
 
@@ -155,7 +156,10 @@ def start_test(sut: Issued, scenario: ScenarioConfig, samples: int, folder: Path
 
 
 def by_benchmark(scenario: ScenarioConfig, wanted: lg.TestSettings, samples: int, path: Path) -> lg.TestSettings:
-    """LoadGen's own settings for the scenario's benchmark, and those `wanted`; where they differ, `path` has a line."""
+    """LoadGen's own settings for the scenario's benchmark, and those `wanted`.
+
+    `path`, its user.conf, has a line for the rate and for each in which they differ.
+    """
     name, kind = scenario.benchmark, scenario.kind.value
     made = lg.TestSettings()
     made.FromConfig("", name, kind, 0)  # its mlperf.conf alone
@@ -163,7 +167,7 @@ def by_benchmark(scenario: ScenarioConfig, wanted: lg.TestSettings, samples: int
     keys = {**USER_CONF, **OF_KIND[scenario.kind]}
     lines = []
     for word, (field, unit) in keys.items():
-        if getattr(made, field) != (value := getattr(wanted, field)):
+        if getattr(made, field) != (value := getattr(wanted, field)) or word in RATES:
             lines.append(f"*.{kind}.{word} = {value / unit if unit != 1 else value + 0}\n")
     path.write_text("".join(lines))
     made = lg.TestSettings()

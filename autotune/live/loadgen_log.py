@@ -43,13 +43,16 @@ class LoadGenResult:
     version: str
 
 
+def values(detail_log: Path) -> dict[str, Any]:
+    """The last value of each key in a detail log. Raises OSError."""
+    lines = (line for line in detail_log.read_text().splitlines() if line.startswith(PREFIX))
+    entries = (json.loads(line.removeprefix(PREFIX)) for line in lines)
+    return {entry["key"]: entry["value"] for entry in entries}
+
+
 def read(detail_log: Path) -> LoadGenResult:
     """Parse mlperf_log_detail.txt. Raises KeyError or OSError if LoadGen has not finished."""
-    entries: dict[str, Any] = {}
-    for line in detail_log.read_text().splitlines():
-        if line.startswith(PREFIX):
-            entry = json.loads(line.removeprefix(PREFIX))
-            entries[entry["key"]] = entry["value"]
+    entries = values(detail_log)
     if entries.get("effective_test_mode") == "AccuracyOnly":  # it has neither figures nor a verdict
         return LoadGenResult("VALID", [], {}, entries["loadgen_version"])
     figures = {}

@@ -117,7 +117,7 @@ def gpu_count(config: Config) -> int:
 def prepare_samples(config: Config, prepared: Prepared) -> Samples:
     """The data set as token ids of the model. Raises InputError."""
     with cache_of(config) as cache:
-        records = _partial(config.dataset.records, "dataset.records")
+        records = records_of(config)
         loaded = samples.prepare(config.dataset, prepared.model, cache, records, config.scenario.answers)
     if isinstance(vocabulary := prepared.model.config.get("vocab_size"), int):
         loaded.check_vocabulary(vocabulary)
@@ -127,6 +127,11 @@ def prepare_samples(config: Config, prepared: Prepared) -> Samples:
     traffic.check(config.scenario, loaded, objective.searches(config.objective))
     rules.check_samples(config, len(loaded))
     return loaded
+
+
+def records_of(config: Config) -> Callable[..., Any] | None:
+    """The function that yields the data set's records, if it has one. Raises InputError."""
+    return _partial(config.dataset.records, "dataset.records")
 
 
 def _partial(node: Any, where: str) -> Callable[..., Any] | None:

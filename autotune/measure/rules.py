@@ -12,7 +12,18 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from autotune.config.overrides import CONF
-from autotune.config.schema import Answers, BenchmarkConfig, BenchmarkScenario, Config, Kind, Mode, Output, Rules, Stop
+from autotune.config.schema import (
+    Answers,
+    BenchmarkConfig,
+    BenchmarkScenario,
+    Config,
+    Kind,
+    Mode,
+    Output,
+    Rules,
+    ScenarioConfig,
+    Stop,
+)
 from autotune.errors import InputError
 
 # In LoadGen's own mlperf.conf, of v6.1: of the order of loading, that of issuing, the times.
@@ -59,6 +70,25 @@ def check(config: Config, flags: Mapping[str, Any]) -> None:
         raise InputError(f"scenario.mode=accuracy: for {benchmark.name} autotune lacks {'; '.join(benchmark.lacks)}")
     if config.rules is Rules.closed and (broken := deviations(config, flags)):
         raise InputError(f"{where}: {'; '.join(broken)}; leave it out, or write rules=open")
+
+
+def asked(benchmark: BenchmarkConfig, name: str, qps: float) -> ScenarioConfig:
+    """The scenario `name` of `benchmark` at a rate, as the closed division asks for it (conf/rules/closed.yaml)."""
+    official: BenchmarkScenario = getattr(benchmark.scenarios, name)
+    return ScenarioConfig(
+        name=name,
+        kind=KINDS[name],
+        qps=qps,
+        ttft_ms=official.ttft_ms,
+        tpot_ms=official.tpot_ms,
+        min_duration_s=LEAST_S,
+        min_queries=official.min_queries,
+        stop=Stop.never,
+        seeds=SEEDS,
+        equal_issue=True,
+        benchmark=official.loadgen,
+        args={"enable_prefix_caching": False},
+    )
 
 
 def of_scenario(config: Config) -> BenchmarkScenario:
