@@ -32,6 +32,13 @@ def test_bottleneck_is_named(states: list[ServerState], bound: str):
     assert bottleneck.bottleneck(states, FLAGS) == bound
 
 
+@pytest.mark.parametrize(("lost", "bound"), [(0.09, "queue"), (0.1, "cache")])
+def test_prompts_that_were_evicted_and_computed_again_are_the_caches_fault(lost: float, bound: str):
+    assert bottleneck.bottleneck(BUSY, FLAGS, lost) == bound
+    assert bottleneck.bottleneck([replace(state, kv_use=0.95) for state in BUSY], FLAGS, lost) == "kv"
+    assert bottleneck.bottleneck([IDLE] * 10, FLAGS, lost) == "arrival"
+
+
 def test_each_replica_has_its_own_seats():
     full = [replace(state, running=64) for state in BUSY]
     assert bottleneck.bottleneck(full, FLAGS | {"data_parallel_size": 2}) == "queue"

@@ -314,3 +314,11 @@ def test_turns_of_conversations_are_told_one_by_one(tmp_path: Path):
         ["2", "trial-0", "200", "200", "200"],
     ]
     assert "Latency by turn" not in sections(study(tmp_path, [result(2.0)], result(1.0)))
+
+
+def test_hits_are_drawn_over_the_kv_caches_use_where_something_was_found(tmp_path: Path):
+    found = {"prefix_hit_share": 0.4, "kv_use_max": 0.7, "prefix_lost_share": 0.2}
+    one = study(tmp_path, [result(900, metrics={**result(900).metrics, **found}), result(800)])
+    (plot,) = sections(one)["Prefix cache"].plots
+    assert '"symbol":["x"]' in plot.figure and "20% computed again" in plot.figure
+    assert "Prefix cache" not in sections(study(tmp_path, [result(900)]))
