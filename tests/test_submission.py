@@ -296,13 +296,17 @@ def test_compliance_test_knows_the_models_own_ends(
         ({"offline": None, "server": None}, "no scenario: llama3.1-8b has offline, server, interactive"),
         ({"single_stream": 2.0}, "single_stream: llama3.1-8b has offline, server, interactive"),
         ({"trial": "trial-7"}, "has no such trial"),
+        ({"words": ["scenario.min_duration_s=0.5"]}, "a run lasts 1 s or more"),
+        ({"words": ["dataset.max_output_tokens=64"]}, r"an answer has max\. 128 tokens"),
+        ({"words": ["dataset.count=8"]}, "all 512 samples are used"),
         ({"checker": "nowhere"}, "it has no tools/submission/submission_checker"),
     ],
 )
 def test_mistakes_are_told_before_a_run(small: Path, changes: dict[str, Any], told: str):
     planted(small, "llama3_1_8b")
+    words = changes.pop("words", [])
     with pytest.raises(InputError, match=told):
-        submission.submit(load("s"), asked(small, **changes), OVERRIDES)
+        submission.submit(load("s"), asked(small, **changes), [*OVERRIDES, *words])
     assert not (small / "multirun" / "s" / "submission").exists()
 
 

@@ -25,15 +25,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from autotune.commands import submission_tree, verify
 from autotune.commands.submission_tree import ACCURACY, NAMES, UNVERIFIED, Run, Runs, Tree
 from autotune.commands.verify import Repeat
 from autotune.config import bounds
 from autotune.config.command_line import compose, errors_in_one_line, options
-from autotune.config.overrides import check_trusted
+from autotune.config.overrides import check_trusted, with_fields
 from autotune.config.schema import Check, Config, Mode, Output, Rules, TrackingConfig
 from autotune.data import samples
 from autotune.data.models import Model
@@ -108,6 +109,7 @@ def planned(study: Study, settings: Submission, config: Config, overrides: Seque
     if wrong := [name for name in rates if name not in has] or ([] if rates else ["no scenario"]):
         raise InputError(f"{wrong[0]}: {benchmark.name} has {', '.join(has)}; write each as {has[0]}=<queries/s>")
     planned = []
+    changes = {key: value for key, value in overridden(overrides).items() if key.startswith(("scenario.", "dataset."))}
     for name, rate in rates.items():
         asked = replace(rules.asked(benchmark, name, rate), warmup_requests=config.scenario.warmup_requests)
         kinds = {
@@ -116,12 +118,22 @@ def planned(study: Study, settings: Submission, config: Config, overrides: Seque
             **{test: replace(asked, audit=rules.TESTS[test]) for test in benchmark.tests},
         }
         for kind, scenario in kinds.items():
-            one = replace(config, scenario=scenario)
+            one = with_fields(replace(config, scenario=scenario), changes)  # which `closed` refuses
             rules.check(one, prepare.configured_flags(one))
             prepare.check(one)
             folder = study.folder / FOLDER / f"{name}-{kind}"
             planned.append(Repeat(folder.name, 1, TrialSpec(one, list(overrides), folder)))
     return planned
+
+
+def overridden(words: Sequence[str]) -> dict[str, Any]:
+    """The value of each key in `words` (key=value)."""
+    values = {}
+    for word in words:
+        key = word.partition("=")[0]
+        node = OmegaConf.select(OmegaConf.from_dotlist([word]), key)
+        values[key] = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+    return values
 
 
 def measure(study: Study, repeats: Sequence[Repeat], config: Config) -> Runs:
