@@ -34,10 +34,10 @@ from null_server import MODEL
 from autotune.config.schema import Answers, Kind, ScenarioConfig, Stop
 from autotune.data.models import build_shape
 from autotune.data.samples import Samples
-from autotune.live import loadgen_log
 from autotune.live.backend import read_requests
 from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import RunSpec
+from autotune.measure import loadgen_log
 
 ROOT = Path(__file__).parent.parent
 CACHE = Path(os.environ.get("AUTOTUNE_CACHE", Path.home() / ".cache" / "autotune")) / "benchmarks"

@@ -20,12 +20,11 @@ import pytest
 
 from autotune.config.schema import Kind, ScenarioConfig
 from autotune.data.samples import Samples
-from autotune.live import loadgen_log
 from autotune.live.backend import read_requests
 from autotune.live.client import Clients, MessageKind, bodies, requests
 from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import RunSpec
-from autotune.measure import metrics
+from autotune.measure import loadgen_log, metrics
 from autotune.system.process import GuardedProcess
 
 TOKENS = 4

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from autotune.live import loadgen_log
+from autotune.measure import loadgen_log
 
 FINISHED = {"loadgen_version": "6.0.17 @ unknown", "result_validity": "VALID", "num_errors": 0}
 

@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 import yaml
 
-from autotune.commands import submission, submission_tree
+from autotune.commands import submission
 from autotune.commands.submission import Submission
-from autotune.commands.submission_tree import Run, Tree
 from autotune.config.command_line import compose
 from autotune.config.overrides import CONF
 from autotune.config.schema import BenchmarkConfig, LiveConfig
@@ -34,7 +33,9 @@ from autotune.measure import rouge, rules, trial
 from autotune.measure.backend import DryRunOutcome
 from autotune.measure.result import Result, State
 from autotune.measure.slot import Slot
+from autotune.results import submission as submission_tree
 from autotune.results.study import load
+from autotune.results.submission import Run, Tree
 from tests.test_loadgen import Server
 
 SAMPLES = 512  # instead of 13,368

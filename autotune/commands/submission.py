@@ -29,8 +29,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from autotune.commands import submission_tree, verify
-from autotune.commands.submission_tree import ACCURACY, NAMES, UNVERIFIED, Run, Runs, Tree
+from autotune.commands import verify
 from autotune.commands.verify import Repeat
 from autotune.config import bounds
 from autotune.config.command_line import compose, errors_in_one_line, options
@@ -41,7 +40,9 @@ from autotune.data.models import Model
 from autotune.errors import InputError, MeasureError
 from autotune.measure import prepare, rouge, rules
 from autotune.measure.result import Result
+from autotune.results import submission as tree_of
 from autotune.results.study import Study, load
+from autotune.results.submission import ACCURACY, NAMES, UNVERIFIED, Run, Runs, Tree
 from autotune.sweep import storage
 from autotune.sweep.launchers import make_launcher
 from autotune.sweep.worker import TrialSpec
@@ -165,7 +166,7 @@ def score(runs: Runs, config: Config, model: Model) -> dict[str, dict[str, float
     found = {}
     for (name, kind), run in runs.items():
         if kind == "accuracy":
-            answers = submission_tree.answers_in(run.folder / ACCURACY)
+            answers = tree_of.answers_in(run.folder / ACCURACY)
             texts = tokenizer.decode_batch([ids.tolist() for ids in answers.values()], skip_special_tokens=True)
             texts = [rouge.cleaned(text) for text in texts] if cleans else texts
             log.info("%s: scoring %d answers", name, len(texts))
@@ -222,10 +223,10 @@ def submit(study: Study, settings: Submission, overrides: Sequence[str]) -> list
     log.info("%d runs, %d of them already complete", len(repeats), sum(one.is_complete() for one in repeats))
     runs = measure(study, repeats, config)
     scored = score(runs, config, model)
-    submission_tree.write(tree, runs, scored, ends_of(model))
+    tree_of.write(tree, runs, scored, ends_of(model))
     names = list(dict.fromkeys(name for name, _ in runs))
-    missing = submission_tree.problems(tree, runs, scored)
-    unwritten = submission_tree.to_fill_in(tree, names)
+    missing = tree_of.problems(tree, runs, scored)
+    unwritten = tree_of.to_fill_in(tree, names)
     parts = [render(runs, scored), *(["", "It is no submission yet:", *missing] if missing else [])]
     parts += ["", "A person has to fill in:", *unwritten] if unwritten else []
     if settings.checker:

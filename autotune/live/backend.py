@@ -20,14 +20,14 @@ from autotune.config.schema import Hot, LiveConfig, ScenarioConfig, Stop
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
-from autotune.live import audit, gpu, hot, loadgen_log, metrics_page, recording, scoring
+from autotune.live import audit, gpu, hot, metrics_page, recording, scoring
 from autotune.live.gpu import Gpus, GpuState
 from autotune.live.hot import Served
 from autotune.live.installed_vllm import find_vllm
 from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import WARMUP_ROUNDS, ClientReport, RunSpec
 from autotune.live.server import DYING_S, Server, inherited
-from autotune.measure import progress, traffic
+from autotune.measure import loadgen_log, progress, traffic
 from autotune.measure.backend import DryRunOutcome, Measurement, Recording, RequestTiming
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched

@@ -35,12 +35,12 @@ import numpy as np
 from autotune.config.schema import Kind, Mode, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
-from autotune.live import audit, key, loadgen_log, metrics_page
+from autotune.live import audit, key, metrics_page
 from autotune.live.client import Clients, Message, MessageKind, bodies, requests
 from autotune.live.issuing import Issuer, Requests
 from autotune.live.messages import PATH_BYTES, STOP, ClientReport, RunSpec
 from autotune.live.metrics_page import Totals
-from autotune.measure import progress, traffic
+from autotune.measure import loadgen_log, progress, traffic
 from autotune.measure.backend import RequestTiming
 from autotune.measure.limits import latency_limits, limits_of, within
 from autotune.measure.traffic import Ask, Traffic

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from autotune.config import vllm_flags
 from autotune.config.schema import BenchmarkConfig, BenchmarkScenario
-from autotune.live import loadgen_log
+from autotune.measure import loadgen_log
 from autotune.measure.result import Result
 from autotune.measure.rules import SEEDS
 from autotune.system.files import read_json, write_whole
