@@ -3,15 +3,17 @@
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from autotune.config.schema import Kind, ScenarioConfig
 from autotune.errors import BehindError, InputError
 from autotune.measure import runs, trial
 from autotune.measure.backend import DryRunOutcome, Measurement
-from autotune.measure.prepare import prepare, prepare_samples
+from autotune.measure.prepare import check_time, prepare, prepare_samples
 from autotune.measure.result import Result, State
 from autotune.measure.slot import Slot
 from autotune.sim.backend import SimBackend, SimEngine
@@ -230,3 +232,14 @@ def test_trial_that_holds_the_best_load_is_searched_from_there_upwards(tmp_path:
 def test_users_without_a_closed_loop_are_refused():
     with pytest.raises(InputError, match="only a closed loop has users; write load=concurrency"):
         runs.check(configured(*SIMULATED, "scenario=interactive", "scenario.users=8"))
+
+
+def test_run_that_its_time_out_would_cut_off_is_refused():
+    config = configured("model=tiny", "scenario=custom", "scenario.min_duration_s=7200")
+    with pytest.raises(InputError, match="backend.run_timeout_s=7200: a run lasts 7200 s or more; write more"):
+        check_time(config, cast(Any, None))
+    trace = configured("model=tiny", "scenario=trace", "dataset=trace", "scenario.scale=0.1")
+    samples = cast(Any, SimpleNamespace(arrivals=np.array([0.0, 800.0])))
+    with pytest.raises(InputError, match="a run lasts 8000 s or more"):
+        check_time(trace, samples)
+    check_time(configured("model=tiny", "scenario=trace", "dataset=trace"), samples)

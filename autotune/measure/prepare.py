@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 
 from autotune.config import overrides, schema, vllm_flags
 from autotune.config.overrides import typed_target
-from autotune.config.schema import Config, Mode
+from autotune.config.schema import Config, Kind, Mode
 from autotune.data import models, samples
 from autotune.data.models import Model
 from autotune.data.samples import Samples
@@ -126,7 +126,16 @@ def prepare_samples(config: Config, prepared: Prepared) -> Samples:
         loaded.check_fits(longest)
     traffic.check(config.scenario, loaded, objective.searches(config.objective))
     rules.check_samples(config, len(loaded))
+    check_time(config, loaded)
     return loaded
+
+
+def check_time(config: Config, loaded: Samples) -> None:
+    """Raise InputError for a run that its time-out would cut off."""
+    scenario, most_s = config.scenario, config.backend.get("run_timeout_s")
+    lasts_s = traffic.window(scenario, loaded)[0][-1] if scenario.kind is Kind.Trace else scenario.min_duration_s
+    if most_s and lasts_s >= most_s:
+        raise InputError(f"backend.run_timeout_s={most_s:g}: a run lasts {lasts_s:.0f} s or more; write more than that")
 
 
 def records_of(config: Config) -> Callable[..., Any] | None:
