@@ -236,7 +236,7 @@ def test_users_without_a_closed_loop_are_refused():
 
 def test_run_that_its_time_out_would_cut_off_is_refused():
     config = configured("model=tiny", "scenario=custom", "scenario.min_duration_s=7200")
-    with pytest.raises(InputError, match="backend.run_timeout_s=7200: a run lasts 7200 s or more; write more"):
+    with pytest.raises(InputError, match=r"backend\.run_timeout_s=7200: a run lasts 7200 s or more; write more"):
         check_time(config, cast(Any, None))
     trace = configured("model=tiny", "scenario=trace", "dataset=trace", "scenario.scale=0.1")
     samples = cast(Any, SimpleNamespace(arrivals=np.array([0.0, 800.0])))
