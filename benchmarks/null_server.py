@@ -44,8 +44,8 @@ def answer(body: bytes) -> bytes:
     return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
 
 
-def ending(tokens: int) -> bytes:
-    usage = {"prompt_tokens": 64, "total_tokens": 64 + tokens, "completion_tokens": tokens}
+def ending(prompt: int, tokens: int) -> bytes:
+    usage = {"prompt_tokens": prompt, "total_tokens": prompt + tokens, "completion_tokens": tokens}
     return chunk(event(choices=[], usage=usage)) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
@@ -95,7 +95,8 @@ class Engine:
         token = TOKEN_AND_ID if request.ids_asked else TOKEN
         if request.ids_asked and request.sent == 1:
             token = token.replace(b'"token_ids"', b'"prompt_token_ids":%b,"token_ids"' % request.prompt)
-        request.transport.write(chunk(token) + ending(request.tokens) if last else chunk(token))
+        end = ending(request.prompt.count(b",") + 1, request.tokens) if last else b""
+        request.transport.write(chunk(token) + end)
         if last:
             self.running.remove(request)
             self.ended.append(request)

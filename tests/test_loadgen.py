@@ -43,7 +43,7 @@ CLAIMED_TTFT_S = 0.05
 
 
 class Streaming(BaseHTTPRequestHandler):
-    """/v1/completions in server-sent events, with the faults that a prompt's first token asks for."""
+    """/v1/completions in server-sent events, with the faults that a prompt's first token asks for; chats without."""
 
     received: ClassVar[list[tuple[str, dict[str, Any]]]] = []
     asked_by: ClassVar[list[tuple[str, int]]] = []  # its path, and the client's port
@@ -73,17 +73,23 @@ class Streaming(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        first = body["prompt"][0]
+        prompt = body.get("prompt") or [OK]
+        first = prompt[0]
         if first == SILENT:
             time.sleep(1)
         if first == COLD:  # the first three requests are slow, the next three less so
             time.sleep([0.6, 0.3, 0][min(2, (len(self.received) - 1) // 4)])
         self.send_response(500 if first == REFUSED else 200)
         token, ending = b'data: {"choices": [{"text": "x"}]}\n\n', b"data: [DONE]\n\n"
+        if chat := "messages" in body:
+            token = b'data: {"choices": [{"delta": {"content": "x\\n"}}]}\n\n'
         if body.get("return_token_ids"):
             token = token.replace(b"}]", b', "prompt_token_ids": [%d, 7], "token_ids": [%%d]}]' % first)
         tokens = min(body["max_tokens"], self.most or body["max_tokens"])
-        usage = b'data: {"choices": [], "usage": {"completion_tokens": %d}}\n\n' % tokens
+        usage = b'data: {"choices": [], "usage": {"prompt_tokens": %d, "completion_tokens": %d}}\n\n' % (
+            len(body["messages"] if chat else prompt),
+            tokens,
+        )
         if first == RESET:
             self.close_connection = True
             self.send_header("Content-Length", "1000000")
@@ -95,6 +101,8 @@ class Streaming(BaseHTTPRequestHandler):
         if first == REFUSED:
             self.wfile.write(b'{"error": "out of blocks"}')
             return
+        if chat:
+            self.wfile.write(b'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}\n\n')
         for number in range(tokens):
             if first == SLOW:
                 time.sleep(TPOT_S if number else TTFT_S)

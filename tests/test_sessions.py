@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from autotune.config.command_line import compose
-from autotune.config.schema import Answers, Kind, ScenarioConfig
+from autotune.config.schema import Answers, DatasetConfig, Kind, ScenarioConfig
 from autotune.data import sharegpt
 from autotune.data.models import Model
 from autotune.data.samples import Samples
+from autotune.data.samples import prepare as prepare_samples_of
 from autotune.data.sessions import TURN, conversations, taken
 from autotune.errors import InputError
 from autotune.live.backend import read_requests
@@ -151,6 +152,53 @@ def test_conversation_ends_before_a_turn_that_has_no_room():
         assert source.cut >= 2 and traffic.ended and traffic_figures([source]) == {"sessions_cut": source.cut}
 
 
+def as_chat(model: Model, records: list[dict[str, Any]], answers: Answers = Answers.received) -> Samples:
+    config = DatasetConfig(name="d", max_output_tokens=99)
+    return prepare_samples_of(config, model, model.folder.parent / "cache", lambda: records, answers, chat=True)
+
+
+def test_messages_are_the_turns_of_the_data_set(model: Model, tmp_path: Path):
+    hello = [("system", "Be brief."), ("human", "Hi"), ("gpt", "Hel\nlo")]
+    (tmp_path / "chats.json").write_text(json.dumps([chat(*hello, ("human", "Naïve?"), ("gpt", "Ciao")), chat(*hello)]))
+    records = list(sharegpt.records(model.tokenizer(), str(tmp_path / "chats.json"), model=model, sessions=True))
+    found = as_chat(model, records)
+    asked = [[("system", "Be brief."), ("user", "Hi")], [("user", "Naïve?")]]
+    messages = [[{"role": role, "content": text} for role, text in turn] for turn in asked]
+    assert found.messages and [json.loads(turn) for turn in found.messages] == [*messages, messages[0]]
+    assert found.turns is not None and found.turns.tolist() == [0, 1, 0] and found.continued
+    recorded = as_chat(model, records, Answers.recorded)
+    assert recorded.messages and json.loads(recorded.messages[1]) == [
+        *(*messages[0], {"role": "assistant", "content": "Hel\nlo"}, *messages[1]),
+    ]
+    assert recorded.checksum != found.checksum
+
+
+def test_made_up_messages_have_the_text_of_their_tokens(model: Model):
+    tokenizer, records = model.tokenizer(), list(conversations(model.tokenizer(), **MADE_UP))
+    found = as_chat(model, records)
+    assert found.messages and len(found.messages) == len(records)
+    for turn, record in zip(found.messages, records, strict=True):
+        text = "".join(message["content"] for message in json.loads(turn))
+        assert tokenizer.encode(text, add_special_tokens=False).ids == record["tok_input"]
+    assert [message["role"] for message in json.loads(found.messages[0])] == ["system", "user"]
+
+
+@pytest.mark.parametrize(
+    ("turns", "words"),
+    [
+        ([("human", "Hi"), ("gpt", "Hello"), ("tool", "x"), ("human", "Bye"), ("gpt", "Ciao")], "record 2: tools"),
+        ([("human", "Hi"), ("gpt", "Hello"), ("gpt", "Ciao")], "record 2: an answer right after another"),
+    ],
+)
+def test_conversation_that_is_no_chat_of_texts_is_refused(
+    model: Model, tmp_path: Path, turns: list[tuple[str, str]], words: str
+):
+    (tmp_path / "chats.json").write_text(json.dumps([chat(*turns)]))
+    records = list(sharegpt.records(model.tokenizer(), str(tmp_path / "chats.json"), model=model, sessions=True))
+    with pytest.raises(InputError, match=rf"{words}.*; leave the record out, or write scenario.endpoint=completions"):
+        as_chat(model, records)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -162,6 +210,9 @@ def test_conversation_ends_before_a_turn_that_has_no_room():
         (["scenario=custom", "scenario.think_s=2"], "scenario.think_s=2: for scenario=sessions only"),
         (["scenario=trace", "scenario.answers=recorded"], "scenario.answers: a trace has no turns"),
         (["dataset=sessions", "scenario.answers=all"], "scenario.answers"),
+        (["dataset=sessions", "scenario.endpoint=http"], "scenario.endpoint"),
+        (["dataset=sessions", "scenario.endpoint=chat"], "endpoint=chat: a simulation has no chat endpoint"),
+        (["scenario=custom", "scenario.endpoint=chat"], "endpoint=chat: for scenario=sessions only"),
         (["dataset=sessions", "scenario.think_s=-1"], "scenario.think_s"),
     ],
 )
@@ -169,6 +220,12 @@ def test_conversations_that_can_not_be_had_are_refused_in_one_line(main: Main, a
     scenario = [] if any(one.startswith("scenario=") for one in arguments) else ["scenario=sessions"]
     done = main("model=tiny", "backend=sim", "backend/device=cpu", "tracking=none", *scenario, *arguments)
     assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_model_without_a_chat_template_is_refused_before_vllm_starts(main: Main):
+    done = main("model=tiny", "scenario=sessions", "dataset=sessions", "scenario.endpoint=chat", "tracking=none")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "has no chat template; set engine.args.chat_template=<file>, or write" in done.stderr
 
 
 def test_conversations_come_one_by_one_and_their_turns_after_pauses():
@@ -256,6 +313,30 @@ def test_prompts_hold_the_answers_that_were_received(tmp_path: Path, processes: 
             prompt += [100 * prompt[0] + number for number in range(kept)]
 
 
+@pytest.mark.parametrize("answers", [Answers.received, Answers.recorded])
+def test_messages_hold_the_answers_that_were_received(tmp_path: Path, answers: Answers):
+    Streaming.received.clear()
+    turns = [[{"role": "user", "content": f'{number}: "messages": [1], ]}}'}] for number in range(6)]
+    fields = {"messages": [json.dumps(turn) for turn in turns], "continued": answers is Answers.received}
+    samples = sampled([[(2, TOKENS)] * 3] * 2, tmp_path / "samples.npz", **fields)
+    samples.save()
+    with serving() as url, LoadGenerator(samples, tmp_path / "clients.log") as load:
+        keep = answers is Answers.received
+        settings = {"answers": answers, "min_queries": 6, "keep_answers": keep, "client_processes": 2}
+        load.begin(asked(tmp_path, url, Kind.Server, total=6, **settings))
+        assert load.wait(60) == 0, load.last_line()
+    bodies = [body for path, body in Streaming.received if path == "/v1/chat/completions"]
+    assert len(bodies) == 6 and not any("prompt" in body or "return_token_ids" in body for body in bodies)
+    assert all(body["min_tokens"] == body["max_tokens"] == TOKENS for body in bodies)
+    requests = {one.sample: one for one in read_requests(tmp_path / "requests.csv")}
+    answer = {"role": "assistant", "content": "x\n" * TOKENS}
+    for first in (0, 3):
+        for number in range(first, first + 3):
+            earlier = [message for turn in turns[first:number] for message in (*turn, answer)] if keep else []
+            assert [*earlier, *turns[number]] in [body["messages"] for body in bodies]
+            assert requests[number].prompt_tokens == len(earlier) + 1 and requests[number].output_tokens == TOKENS
+
+
 def test_conversation_that_has_no_room_left_is_cut_and_counted(tmp_path: Path):
     samples = sampled([[(2, 9)] * 3] * 2, tmp_path / "samples.npz", ignore_eos=False)
     samples.prompts[0][0] = samples.prompts[3][0] = OK
@@ -310,3 +391,29 @@ def test_simulated_conversations_find_as_many_tokens_as_vllm_does(tmp_path: Path
         found[name] = run.figures["prefix_hit_tokens"]
     live, sim = found.values()
     assert live > 0 and sim == pytest.approx(live, rel=0.01)
+
+
+@pytest.mark.slow
+def test_chat_sends_what_vllm_has_said_through_its_own_template(tmp_path: Path):
+    asks = ("Tell me of the sea. " * 20, "And of the [sky], naïve one?")
+    turns = [turn for ask in asks for turn in (("human", ask), ("gpt", "It is wide and blue, and never still. " * 6))]
+    (tmp_path / "chats.json").write_text(json.dumps([chat(*turns)]))
+    config = compose(
+        [
+            *("model=smollm2", "scenario=sessions", "dataset=sharegpt", f"dataset.path={tmp_path / 'chats.json'}"),
+            *("scenario.endpoint=chat", "scenario.warmup_requests=0", "scenario.min_duration_s=0"),
+            *("scenario.min_queries=2", "scenario.think_s=0.1", "engine.args.enforce_eager=true"),
+            *("engine.args.block_size=32", "engine.args.max_model_len=1024"),
+        ]
+    )[0]
+    prepared = prepare(config)
+    samples = prepare_samples(config, prepared)
+    with prepared.backend.start(prepared.model, prepared.args, samples, tmp_path, Slot()) as engine:
+        run = engine.run(config.scenario, tmp_path)
+    assert not run.failed
+    first, second = run.requests
+    assert [first.output_tokens, second.output_tokens] == samples.output_tokens.tolist()
+    # What vLLM makes of the messages is what autotune takes for the template's text; its cache knows the answer.
+    after = first.prompt_tokens + first.output_tokens
+    assert [first.prompt_tokens, second.prompt_tokens - after] == samples.prompt_tokens.tolist()
+    assert run.figures["prefix_hit_tokens"] == (after - 1) // 32 * 32 > first.prompt_tokens

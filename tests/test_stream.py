@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import socket
+import time
 from collections.abc import Callable
 
 import pytest
@@ -42,6 +43,7 @@ def ask(
     body: bytes = b"{}",
     connections: int = 1024,
     keep: bool = False,
+    chat: bool = False,
     at_once: bool = False,
 ) -> tuple[list[Stream], list[str], Client]:
     """Send requests, one after another or `at_once`, to a server that answers each connection by `answer`."""
@@ -54,7 +56,7 @@ def ask(
         loop = asyncio.get_running_loop()
         client = Client(
             *(loop, url, timeout_s, lambda s: begun.append(s.number), lambda *end: ended.put_nowait(end)),
-            *(connections, keep),
+            *(connections, keep, chat),
         )
         streams, errors = [], []
         for number in range(requests):
@@ -97,6 +99,45 @@ def writes(pieces: list[bytes], close: bool = False) -> Answer:
         writer.close()
 
     return answer
+
+
+CHAT = [
+    'data: {"choices":[{"delta":{"role":"assistant","content":""}}],"prompt_token_ids":null}\n\n',
+    'data: {"choices":[{"delta":{"reasoning":"so"},"finish_reason":null}]}\n\n',
+    'data: {"choices":[{"delta":{"content":"é漢\\n\\\\"}}]}\n\n',
+    'data: {"choices":[{"delta":{}}]}\n\n',
+    'data: {"choices":[{"delta":{"content":"\\"delta\\":{\\"content\\":\\"no\\"}"}}]}\n\n',  # looks like an event
+    'data: {"choices":[],"usage":{"prompt_tokens":12,"total_tokens":16,"completion_tokens":4}}\n\n',
+    "data: [DONE]\n\n",
+]
+
+
+@pytest.mark.parametrize("size", [1, 5, 4096])
+def test_chat_has_a_token_in_each_event_but_the_roles(size: int):
+    (stream, _), errors, client = ask(writes(cut(chunked([e.encode() for e in CHAT]), size)), 2, keep=True, chat=True)
+    assert errors == ["", ""] and client.events == 2 * 4
+    assert stream.tokens == 4 and stream.prompt_tokens == 12 and stream.ids is None
+    assert json.loads(b'"%b"' % bytes(stream.said)) == 'é漢\n\\"delta":{"content":"no"}'
+
+
+@pytest.mark.parametrize("size", [1, 4096])
+def test_first_token_of_a_chat_is_not_its_role(size: int):
+    role, token = (chunked([event.encode()]).removesuffix(b"0\r\n\r\n") for event in CHAT[:2])
+    rest = chunked([event.encode() for event in CHAT[2:]]).removeprefix(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+    began: list[float] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        for piece in cut(role, size):
+            writer.write(piece)
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+        began.append(time.perf_counter())
+        writer.write(token.removeprefix(HEAD + b"Transfer-Encoding: chunked\r\n\r\n") + rest)
+        writer.close()
+
+    (stream,), errors, _ = ask(answer, chat=True)
+    assert errors == [""] and stream.first > began[0] > stream.sent
 
 
 @pytest.mark.parametrize(

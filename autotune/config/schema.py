@@ -47,6 +47,13 @@ class Answers(Enum):
     recorded = "recorded"  # those of the data set
 
 
+class Endpoint(Enum):
+    """Choice of vLLM's way in for the turns of conversations."""
+
+    completions = "completions"  # token ids, through the chat template here
+    chat = "chat"  # messages: vLLM's own chat template and its parsing of the answer are in the way
+
+
 class Rules(Enum):
     """MLPerf's division by whose rules runs are made."""
 
@@ -238,6 +245,7 @@ class ScenarioConfig:
     ramp_s: float = within(10.0, 0, DAY_S)  # over which the users of a ClosedLoop begin, evenly, s
     # Other than none: conversations, of which a turn is sent when the last one has been answered; qps counts them.
     answers: Answers = Answers.none
+    endpoint: Endpoint = Endpoint.completions  # of conversations
     think_s: float = within(0.0, 0, DAY_S)  # from an answer to the next turn: the mean of exponential pauses, s
     ttft_ms: float | None = positive(None)  # limit on p99 TTFT, ms; null is no limit
     tpot_ms: float | None = positive(None)  # limit on p99 TPOT, ms; null is no limit

@@ -68,11 +68,15 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         return tokenizer.load(self.tokenizer_folder or self.folder, self.trusted, self.tokenizer_mode)
 
+    @property
+    def has_chat_template(self) -> bool:
+        return tokenizer.has_chat_template(self.tokenizer_folder or self.folder)
+
     def chat(self) -> Any:
         """The tokenizer as transformers' own, if it has a chat template; else None."""
-        folder = self.tokenizer_folder or self.folder
-        has_template = tokenizer.has_chat_template(folder)
-        return tokenizer.load_transformers(folder, self.trusted, self.tokenizer_mode) if has_template else None
+        if not self.has_chat_template:
+            return None
+        return tokenizer.load_transformers(self.tokenizer_folder or self.folder, self.trusted, self.tokenizer_mode)
 
     def fingerprint(self) -> bytes:
         """A hash of everything that decides how a text becomes tokens."""

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import inspect
+import json
 import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
@@ -48,6 +49,7 @@ class Samples:
     min_tokens: int = 1  # of an answer, before the model may end it
     arrivals: NDArray[np.float64] | None = None  # seconds since the earliest, if they are a trace; in any order
     turns: NDArray[np.int32] | None = None  # each one's number in its conversation, from 0; None: there are none
+    messages: Sequence[str] | None = None  # JSON lists: what the chat endpoint gets in place of the prompts
     continued: bool = False  # the prompt of a later turn is what it adds to the last one's prompt and its answer
 
     def __len__(self) -> int:
@@ -113,7 +115,8 @@ class Samples:
             prompts = {name: getattr(self.prompts, name) for name in ("lengths", "ids", "ends", "piece_tokens", "text")}
         else:
             prompts = {"tokens": np.concatenate(self.prompts), "lengths": self.prompt_tokens}
-        some = {"arrivals": self.arrivals, "turns": self.turns}
+        messages = None if self.messages is None else _lines(self.messages)
+        some = {"arrivals": self.arrivals, "turns": self.turns, "messages": messages}
         columns: dict[str, Any] = prompts | {name: column for name, column in some.items() if column is not None}
         with draft_of(self.path) as draft, draft.open("wb") as file:
             np.savez(
@@ -146,6 +149,7 @@ class Samples:
             path=path,
             arrivals=body.get("arrivals"),
             turns=body.get("turns"),
+            messages=body["messages"].tobytes().decode().split("\n") if "messages" in body else None,
             continued=bool(body["continued"]),
         )
 
@@ -156,15 +160,17 @@ def prepare(
     cache_dir: Path,
     make: Callable[..., Iterable[Record]] | None,
     answers: Answers = Answers.none,
+    chat: bool = False,
 ) -> Samples:
     """The samples of `config` as token ids of `model`; made once, then cached on disk.
 
     If the data set has a path, the records are read from there, unless `config.records` has a `path` and so reads the
     file itself. Else `make(tokenizer=…)` yields them; it is given `model=…` and `sessions=…` (whether turns are
-    wanted), too, if it takes them. `answers` are those that later turns of conversations hold. Raises InputError.
+    wanted), too, if it takes them. `answers` are those that later turns of conversations hold; for `chat` these are
+    messages, too. Raises InputError.
     """
     key = hashlib.sha256(FORMAT + OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
-    key.update(answers.name.encode())
+    key.update(answers.name.encode() + b"chat" * chat)
     if config.path:
         key.update(digest(expanded(config.path)))
     key.update(model.fingerprint())
@@ -172,7 +178,7 @@ def prepare(
     if not path.exists():
         tokenizer = model.tokenizer()
         records = _records(config, model, tokenizer, make, answers is not Answers.none)
-        _samples(config, records, tokenizer, path, answers).save()
+        _samples(config, records, tokenizer, path, answers, chat).save()
     return _loaded(path)
 
 
@@ -212,8 +218,9 @@ def _loaded(path: Path) -> Samples:
 class _Rows:
     """The records' contents as columns of numbers, which take a tenth of the memory that objects do."""
 
-    def __init__(self, config: DatasetConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: DatasetConfig, tokenizer: Tokenizer, chat: bool) -> None:
         self._config, self._tokenizer = config, tokenizer
+        self._messages: list[str] | None = [] if chat else None
         self._tokens, self._lengths, self._outputs = array("i"), array("q"), array("q")
         self._ids, self._ends, self._times = array("q"), array("q"), array("d")
         self._turns = array("i")
@@ -239,6 +246,8 @@ class _Rows:
             output = _output_length(record, self._config, self._tokenizer, where)
             if sessions.TURN in record:
                 self._turns.append(record[sessions.TURN])
+            if self._messages is not None:
+                self._messages.append(_messages(record, where))
         if len(self) and made_up != self._made_up:
             raise InputError(f"{where}: texts and mere lengths in one file; write one of them in all records")
         if len(self) and (at_s is None) == bool(self._times):
@@ -261,6 +270,8 @@ class _Rows:
             columns += [lengths, ids, ends, text]
         else:
             prompts = np.split(tokens, np.cumsum(lengths)[:-1])
+        if self._messages is not None:
+            columns.append(_lines(self._messages))
         digest = hashlib.sha256()
         for column in columns:
             digest.update(column.data)
@@ -274,17 +285,18 @@ class _Rows:
             path=path,
             arrivals=times - times.min() if len(times) else None,
             turns=turns if len(turns) else None,
+            messages=self._messages,
             continued=answers is Answers.received,
         )
 
 
 def _samples(
-    config: DatasetConfig, records: Iterable[Any], tokenizer: Tokenizer, path: Path, answers: Answers
+    config: DatasetConfig, records: Iterable[Any], tokenizer: Tokenizer, path: Path, answers: Answers, chat: bool
 ) -> Samples:
     source, count = config.path or config.name, config.count
     if answers is not Answers.none:
         records, count = sessions.taken(records, count, answers is Answers.recorded, source), None
-    rows = _Rows(config, tokenizer)
+    rows = _Rows(config, tokenizer, chat)
     for number, record in enumerate(records, 1):
         if record is not None:  # else it is left out
             rows.add(record, f"dataset {source}, record {number}")
@@ -312,6 +324,20 @@ def _prompt(record: Any, tokenizer: Tokenizer, where: str) -> list[int]:
     if not _is_list_of_ids(ids) or not 0 <= min(ids) <= max(ids) < vocabulary:
         raise InputError(f"{where}: `{name}` must be a list of token ids below the vocabulary's {vocabulary}")
     return ids
+
+
+def _messages(record: Record, where: str) -> str:
+    messages = record[sessions.MESSAGES]
+    instead = "leave the record out, or write scenario.endpoint=completions"
+    if "tools" in record or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+        raise InputError(f"{where}: tools, and scenario.endpoint=chat sends texts only; {instead}")
+    if not messages:
+        raise InputError(f"{where}: an answer right after another; {instead}")
+    return json.dumps(messages)
+
+
+def _lines(texts: Sequence[str]) -> NDArray[np.uint8]:
+    return np.frombuffer("\n".join(texts).encode(), dtype=np.uint8)
 
 
 def _is_list_of_ids(value: Any) -> bool:

@@ -1,7 +1,8 @@
 """Conversations, turn by turn: made-up ones, and what their prompts hold.
 
 A record of a turn has TURN, its number from 0, and in `tok_input` what it adds: the first one's whole prompt, later
-what comes after the last answer. So each prompt begins with the very tokens of the last one and its answer.
+what comes after the last answer. So each prompt begins with the very tokens of the last one and its answer. MESSAGES
+are what it adds as texts, for vLLM's chat endpoint; `output` is the answer's.
 """
 
 import random
@@ -14,7 +15,7 @@ from autotune.data.synthetic import MOST, check_bounds, check_numbers, clipped, 
 from autotune.errors import InputError
 
 MOST_TURNS = 1000
-TURN = "_turn"
+TURN, MESSAGES = "_turn", "_messages"
 
 
 def conversations(
@@ -51,33 +52,40 @@ def conversations(
     check_bounds(("turns_bounds", turns_bounds), ("bounds", bounds), ("output_bounds", output_bounds))
     draw = random.Random(seed)
     system = text(tokenizer, random.Random(f"system {seed}"), system_tokens)
+    rules = [{"role": "system", "content": tokenizer.decode(system)}] if system else []
     for _ in range(count):
         for turn in range(clipped(draw.normalvariate(turns, turns_deviation), turns_bounds)):
             median = later_tokens if turn else first_tokens
             added = text(tokenizer, draw, clipped(median * draw.lognormvariate(0, sigma), bounds))
             output = clipped(draw.normalvariate(output_tokens, output_deviation), output_bounds)
             said = text(tokenizer, draw, output)
-            yield {TURN: turn, "tok_input": added if turn else system + added, "tok_output": said}
+            asks = [{"role": "user", "content": tokenizer.decode(added)}]
+            yield {
+                **{TURN: turn, "tok_input": added if turn else system + added, "tok_output": said},
+                **{MESSAGES: asks if turn else [*rules, *asks], "output": tokenizer.decode(said)},
+            }
 
 
 def taken(records: Iterable[Any], count: int | None, recorded: bool, source: str) -> Iterator[dict[str, Any]]:
     """Yield the turns of the first `count` conversations among `records`; None is all.
 
-    If the answers are the `recorded` ones, a turn's `tok_input` is its whole prompt. Raises InputError for records that
-    are no turns, and for too few conversations.
+    If the answers are the `recorded` ones, a turn has its whole prompt. Raises InputError for records that are no
+    turns, and for too few conversations.
     """
-    found, history = 0, list[int]()
+    found, history, told = 0, list[int](), list[Any]()
     for record in records:
         if not isinstance(record, dict) or TURN not in record:
             raise InputError(f"dataset {source}: no conversations; write dataset=sessions, or dataset=sharegpt")
         if record[TURN] == 0:
             if found == count:
                 return
-            found, history = found + 1, []
+            found, history, told = found + 1, [], []
         if recorded:
             history += record["tok_input"]
-            yield {**record, "tok_input": list(history)}
+            told += record[MESSAGES]
+            yield {**record, "tok_input": list(history), MESSAGES: list(told)}
             history += record["tok_output"]
+            told.append({"role": "assistant", "content": record["output"]})
         else:
             yield record
     if count and found < count:

@@ -11,7 +11,7 @@ from autotune.config.schema import Output
 from autotune.data.models import Model
 from autotune.data.records import read_records, text_field
 from autotune.data.samples import CONVERSATIONS
-from autotune.data.sessions import TURN
+from autotune.data.sessions import MESSAGES, TURN
 from autotune.errors import InputError
 from autotune.system.files import expanded
 from autotune.text import one_line
@@ -72,6 +72,9 @@ def records(
             record = {"tok_input": added, "output": said}
             if sessions:
                 record |= {TURN: turn, "tok_output": tokenizer.encode(said, add_special_tokens=False).ids}
+                record[MESSAGES] = messages[ends[turn - 1] + 1 if turn else 0 : end]
+                if tools and not turn:
+                    record["tools"] = tools
                 before += len(added) + len(record["tok_output"])
             yield record
     _tell(path, found, unanswered, too_long, f"dataset.records.max_prompt_tokens={max_prompt_tokens}")

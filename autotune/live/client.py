@@ -34,11 +34,12 @@ from autotune.live.stream import Client, Stream, completion
 from autotune.system.process import fork
 
 ISSUE = struct.Struct("<IIi")  # to a client process: a request's number, its sample, the number of the one it continues
-MESSAGE = struct.Struct("<BIIIddd")  # from one: the fields of a Message, with its data's length in bytes, then the data
+MESSAGE = struct.Struct("<BIIIIddd")  # from one: a Message's fields, with its data's length in bytes, then the data
 # In place of a request's number: the run begins, forget the warm-up's figures (its sample: whether first tokens are to
 # be reported); the run has ended, drop what is still under way and report.
 BEGIN, END = 0xFFFFFFFF, 0xFFFFFFFE
 RECEIVE_BYTES = 1 << 20
+PROMPT, MESSAGES = "prompt", "messages"  # fields of a request
 ISSUES_BYTES = 2048  # read at a time: among hundreds of requests that begin together, tokens are read in between
 TICK_S = 0.02  # between two measurements of a process's lag
 TICKS = 25  # after which it reports its tokens
@@ -58,6 +59,7 @@ class Message(NamedTuple):
     kind: int  # a MessageKind
     number: int  # the request's
     amount: int
+    prompt: int  # the tokens of a request's prompt, once it has ended
     sent: float  # its last byte
     first: float  # first token read; 0 before
     last: float  # last bytes read
@@ -89,7 +91,7 @@ class Each(Sequence[bytes]):
 
 
 def bodies(samples: Samples) -> Sequence[bytes]:
-    """Each sample's request to /v1/completions, JSON without the model's name; a trace's are made when they are due."""
+    """Each sample's request to vLLM, JSON without the model's name; a trace's are made when they are due."""
     common = {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
 
     def body(number: int) -> bytes:
@@ -97,16 +99,21 @@ def bodies(samples: Samples) -> Sequence[bytes]:
         length = {"max_tokens": tokens, "min_tokens": min(tokens, samples.min_tokens)}
         if samples.ignore_eos:
             length |= {"min_tokens": tokens, "ignore_eos": True}
-        return json.dumps({**common, **length, "prompt": samples.prompts[number].tolist()}).encode()
+        if samples.messages is None:
+            prompt = {PROMPT: samples.prompts[number].tolist()}
+        else:
+            prompt = {MESSAGES: json.loads(samples.messages[number])}
+        return json.dumps({**common, **length, **prompt}).encode()  # the prompt last: later turns put theirs into it
 
     each = Each(body, len(samples))
     return each if samples.arrivals is not None else list(each)
 
 
-def requests(url: str, model: str, bodies: Sequence[bytes], keep_answers: bool) -> Sequence[bytes]:
+def requests(url: str, model: str, bodies: Sequence[bytes], keep_answers: bool, chat: bool = False) -> Sequence[bytes]:
     """HTTP requests to the server at `url`, one for each of `bodies`, with the model's name in it."""
-    head = json.dumps({"model": model, **({"return_token_ids": True} if keep_answers else {})}).encode()[:-1] + b", "
-    each = Each(lambda number: completion(url, head + bodies[number][1:]), len(bodies))
+    ids = {"return_token_ids": True} if keep_answers and not chat else {}
+    head = json.dumps({"model": model, **ids}).encode()[:-1] + b", "
+    each = Each(lambda number: completion(url, head + bodies[number][1:], chat), len(bodies))
     return each if isinstance(bodies, Each) else list(each)
 
 
@@ -199,7 +206,7 @@ class Clients:
         messages = []
         at = 0
         while at + MESSAGE.size <= len(data):
-            kind, number, amount, size, sent, first, last = MESSAGE.unpack_from(data, at)
+            kind, number, amount, prompt, size, sent, first, last = MESSAGE.unpack_from(data, at)
             begin = at + MESSAGE.size
             if begin + size > len(data):
                 break
@@ -209,7 +216,7 @@ class Clients:
             elif kind == MessageKind.REPORT:
                 self.reports[index] = ProcessReport(**json.loads(data[begin:at]))
             else:
-                messages.append(Message(kind, number, amount, sent, first, last, data[begin:at]))
+                messages.append(Message(kind, number, amount, prompt, sent, first, last, data[begin:at]))
         self._unread[index] = data[at:]
         return messages
 
@@ -235,7 +242,9 @@ class _Process:
         self._sock = sock
         self._url, self._requests, self._samples = spec.url, requests, samples
         self._turns: dict[int, int] = {}  # the samples of turns under way that another one continues, by their numbers
-        self._said: dict[int, bytes] = {}  # the prompts and answers of those that have ended, token ids as in JSON
+        self._said: dict[int, bytes] = {}  # the prompts and answers of those that have ended, as in their JSON list
+        self._chat = samples.messages is not None
+        self._list = f'"{MESSAGES if self._chat else PROMPT}": ['.encode()  # no text has this, its quotes are escaped
         self._in_run = self._first_tokens = False
         self._client = Client(
             loop,
@@ -245,6 +254,7 @@ class _Process:
             self._on_end,
             max(1, spec.connections // spec.client_processes),
             spec.keep_answers,
+            self._chat,
         )
         self._unread = b""
         self._out = bytearray()
@@ -288,15 +298,18 @@ class _Process:
         if (said := self._said.pop(follows, None)) is None:
             return request
         _, body = request.split(b"\r\n\r\n", 1)
-        head, added = body.rsplit(b"[", 1)
-        return completion(self._url, head + b"[" + said + added)
+        head, added = body.split(self._list, 1)
+        return completion(self._url, head + self._list + said + added, self._chat)
 
     def _keep(self, stream: Stream, sample: int) -> None:
         """Keep what the next turn's prompt begins with."""
-        assert stream.ids is not None
-        ids = stream.ids[: self._samples.kept(sample, stream.tokens)].tolist()
-        prompt = stream.request.rsplit(b"[", 1)[1].removesuffix(b"]}")
-        self._said[stream.number] = b"%b, %b, " % (prompt, str(ids)[1:-1].encode()) if ids else prompt + b", "
+        prompt = stream.request.split(self._list, 1)[1].removesuffix(b"]}")
+        if stream.ids is None:
+            answer = b'{"role": "assistant", "content": "%b"}' % bytes(stream.said)
+        else:
+            ids = stream.ids[: self._samples.kept(sample, stream.tokens)].tolist()
+            answer = str(ids)[1:-1].encode()
+        self._said[stream.number] = b"%b, %b, " % (prompt, answer) if answer else prompt + b", "
 
     def _on_first_token(self, stream: Stream) -> None:
         if self._first_tokens:
@@ -313,7 +326,7 @@ class _Process:
 
     def _tell(self, kind: MessageKind, stream: Stream, amount: int, data: bytes) -> None:
         times = stream.sent, stream.first, stream.last
-        self._send(MESSAGE.pack(kind, stream.number, amount, len(data), *times) + data)
+        self._send(MESSAGE.pack(kind, stream.number, amount, stream.prompt_tokens, len(data), *times) + data)
 
     def _tick(self, due: float) -> None:
         now = time.perf_counter()
@@ -321,7 +334,7 @@ class _Process:
         if self._in_run:  # else nobody may read it
             self._lags.append(max(0.0, now - due))
         if self._in_run and len(self._lags) % TICKS == 0:
-            self._send(MESSAGE.pack(MessageKind.GENERATED, 0, self._client.events, 0, 0.0, 0.0, 0.0))
+            self._send(MESSAGE.pack(MessageKind.GENERATED, 0, self._client.events, 0, 0, 0.0, 0.0, 0.0))
         self._loop.call_later(TICK_S, self._tick, now + TICK_S)
 
     def _report(self) -> None:
@@ -330,7 +343,7 @@ class _Process:
         most = self._client.most_unsent, self._client.most_waiting
         report = ProcessReport(cpu_s, float(np.percentile(lags, 99)), float(lags.max()), *most)
         data = json.dumps(asdict(report)).encode()
-        self._send(MESSAGE.pack(MessageKind.REPORT, 0, 0, len(data), 0.0, 0.0, 0.0) + data)
+        self._send(MESSAGE.pack(MessageKind.REPORT, 0, 0, 0, len(data), 0.0, 0.0, 0.0) + data)
 
     def _send(self, message: bytes) -> None:
         if not self._out:

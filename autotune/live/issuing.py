@@ -5,7 +5,6 @@ import time
 from array import array
 from collections.abc import Sequence
 
-from autotune.data.samples import Samples
 from autotune.live.client import Clients, Message, MessageKind
 from autotune.live.messages import RunSpec
 from autotune.measure.backend import RequestTiming
@@ -17,20 +16,16 @@ from autotune.measure.traffic import Ask, Traffic
 class Requests:
     """A run's requests, by number."""
 
-    def __init__(self, clients: Clients, spec: RunSpec, samples: Samples) -> None:
+    def __init__(self, clients: Clients, spec: RunSpec) -> None:
         self.decided = False  # scenario.stop ends the run
         scenario = spec.scenario
         self._watch = Watch(spec.total, limits_of(scenario), scenario.over_share)
         self._stop = scenario.stop
-        self._samples = samples
         self.completed: list[RequestTiming] = []
         self.failures: list[str] = []
         self.issued = array("d")  # when each was issued, or was due; on the clock of time.perf_counter, as `sent`
         self.sent = array("d")  # 0 until its answer has ended
         self._asks: dict[int, Ask] = {}  # that are not answered
-        self._said: dict[
-            int, int
-        ] = {}  # by number, of turns that another one continues: tokens by the end of its answer
         self._clients = clients
 
     def send(self, asks: Sequence[Ask]) -> None:
@@ -48,14 +43,11 @@ class Requests:
         for message in messages:
             if message.kind == MessageKind.FIRST_TOKEN:
                 continue
-            ask, samples = self._asks.pop(message.number), self._samples
+            ask = self._asks.pop(message.number)
             self.sent[message.number] = message.sent
             if message.kind == MessageKind.DONE:
-                prompt = int(samples.prompt_tokens[ask.sample]) + self._said.pop(ask.follows, 0)
-                if samples.continued and samples.continues[ask.sample]:
-                    self._said[message.number] = prompt + samples.kept(ask.sample, message.amount)
                 times = ask.at_s, message.first, message.last
-                timing = RequestTiming(ask.sample, *times, message.amount, prompt, ask.session)
+                timing = RequestTiming(ask.sample, *times, message.amount, message.prompt, ask.session)
                 self.completed.append(timing)
                 self._watch.add(timing)
             else:
@@ -69,8 +61,8 @@ class Issuer(Requests):
     A request counts from when it was due: that it was sent late is a part of its latency, and the audit tells.
     """
 
-    def __init__(self, clients: Clients, spec: RunSpec, samples: Samples, traffic: Traffic) -> None:
-        super().__init__(clients, spec, samples)
+    def __init__(self, clients: Clients, spec: RunSpec, traffic: Traffic) -> None:
+        super().__init__(clients, spec)
         self._traffic = traffic
         self._changed = threading.Condition()
         self._began = time.perf_counter()

@@ -79,9 +79,9 @@ SWITCH_S = 5e-4  # the longest that LoadGen's issue thread waits for the thread 
 class Sut(Requests):
     """LoadGen's system under test: hands each query to a client process, and each answer back to LoadGen."""
 
-    def __init__(self, clients: Clients, spec: RunSpec, samples: Samples) -> None:
-        super().__init__(clients, spec, samples)
-        self._spec, self._library = spec, len(samples)
+    def __init__(self, clients: Clients, spec: RunSpec, samples: int) -> None:
+        super().__init__(clients, spec)
+        self._spec, self._library = spec, samples
         self._ids: list[int] = []  # LoadGen's
         self._first_token = spec.scenario.kind is not Kind.Offline
 
@@ -216,7 +216,7 @@ def measure(spec: RunSpec, clients: Clients, samples: Samples) -> None:
     warm, warm_cpu = time.perf_counter(), time.process_time()
     clients.begin(first_tokens=spec.scenario.kind is not Kind.Offline)
     source = None if spec.scenario.by_loadgen else traffic.source(spec.scenario, samples, room=spec.max_model_len)
-    sut = Issuer(clients, spec, samples, Traffic(source)) if source else Sut(clients, spec, samples)
+    sut = Issuer(clients, spec, Traffic(source)) if source else Sut(clients, spec, len(samples))
     threading.Thread(target=publish, args=(sut, clients, spec.scenario, spec.folder), daemon=True).start()
     stopped = run_test(sut, clients, messages)
     run_s, own_cpu_s = time.perf_counter() - warm, time.process_time() - warm_cpu
@@ -351,7 +351,7 @@ def serve(trial: socket.socket, samples: Samples, bodies: Sequence[bytes]) -> No
             clients.close()
             clients = None
         if not clients:
-            ready = requests(spec.url, spec.model, bodies, spec.keep_answers)
+            ready = requests(spec.url, spec.model, bodies, spec.keep_answers, samples.messages is not None)
             asked, clients = asks, Clients(spec, ready, samples)
             del ready  # the client processes have it
         code = ending(fork(partial(run, spec, clients, samples)), trial)

@@ -1,6 +1,7 @@
 """A client for streamed completions, HTTP/1.1 on one event loop.
 
-It counts events, and parses none but the last; where answers are kept, their token ids are parsed once they have ended.
+It counts events, and parses none but the last; where answers are kept, their token ids, or a chat's texts, are parsed
+once they have ended.
 """
 
 import asyncio
@@ -19,7 +20,13 @@ import httptools
 from autotune.live import key
 
 EVENT = b"\ndata: {"  # JSON has no raw newline, so generated text can't look like this
+# In a chat's event, the beginning of what it says of a token: nothing, where a parser keeps the text back. Just before
+# the first token vLLM sends an event with the role, which has none.
+DELTA = re.compile(rb'"delta":\s*\{\s*(?:"(?!role")\w+"|\})')
+DELTA_BYTES = 64  # at least as long as such a beginning
+CONTENT = re.compile(rb'"content":\s*"([^"\\]*(?:\\.[^"\\]*)*)"')  # its text, escaped as in JSON; not that of reasoning
 TOKENS = re.compile(rb'"completion_tokens":\s*(\d+)')
+PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
 # Of one event, with return_token_ids; the first has `prompt_token_ids`, too. In a text their quotes are escaped.
 IDS = re.compile(rb'"token_ids":\s*\[\s*(\d[^\]]*)\]')
 TAIL_BYTES = 512  # enough for the last event, which holds the usage
@@ -28,22 +35,29 @@ KEPT_BYTES = 1 << 16  # of an answer whose events are kept, before they are pars
 ERROR_BYTES = 300  # that are kept of an answer that is an error
 
 
-def completion(url: str, body: bytes) -> bytes:
-    """A POST of `body` (JSON) to vLLM's /v1/completions, ready to send."""
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\n{key.header(url)}\r\n"
+def completion(url: str, body: bytes, chat: bool = False) -> bytes:
+    """A POST of `body` (JSON) to vLLM's /v1/completions, or its chat endpoint, ready to send."""
+    path = "/v1/chat/completions" if chat else "/v1/completions"
+    head = f"POST {path} HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\n{key.header(url)}\r\n"
     return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 class Stream:
     """A request and the progress of its answer. Times are seconds of time.perf_counter(), 0 before."""
 
-    __slots__ = ("_kept", "deadline", "first", "ids", "last", "number", "request", "sent", "status", "tail")
+    __slots__ = (
+        *("_chat", "_keep", "_kept", "deadline", "first", "ids", "last"),
+        *("number", "request", "said", "sent", "status", "tail"),
+    )
 
-    def __init__(self, number: int, request: bytes, keep: bool = False) -> None:
+    def __init__(self, number: int, request: bytes, keep: bool = False, chat: bool = False) -> None:
         self.number = number
         self.request = request
-        self.ids: array[int] | None = array("i") if keep else None  # generated tokens, once `parse` has found them
-        self._kept = bytearray()  # of them, what is not parsed yet
+        self._keep, self._chat = keep, chat
+        # Generated tokens and a chat's text, escaped as in JSON, once `parse` has found them.
+        self.ids: array[int] | None = array("i") if keep and not chat else None
+        self.said = bytearray()
+        self._kept = bytearray()  # what is not parsed yet
         self.deadline = 0.0
         self.sent = self.first = self.last = 0.0  # last byte written; first event, last bytes read
         self.status = 0
@@ -52,7 +66,15 @@ class Stream:
     @property
     def tokens(self) -> int:
         """Generated tokens as the server counts them; 0 unless it reported them with status 200."""
-        counts = TOKENS.findall(self.tail)
+        return self._counted(TOKENS)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The prompt's tokens, likewise."""
+        return self._counted(PROMPT_TOKENS)
+
+    def _counted(self, name: re.Pattern[bytes]) -> int:
+        counts = name.findall(self.tail)
         return int(counts[-1]) if counts and self.status == 200 else 0
 
     @property
@@ -61,21 +83,29 @@ class Stream:
         return self.tail.decode(errors="replace").strip()[:ERROR_BYTES]
 
     def read(self, body: bytes, now: float) -> int:
-        """Take the next bytes of the answer's body; returns the number of events that begin in them."""
-        text = self.tail + body
-        events = text.count(EVENT, max(0, len(self.tail) - len(EVENT) + 1))
+        """Take the next bytes of the answer's body; returns the number of events that begin in them.
+
+        Those of a chat count if they have a token.
+        """
+        text, old = self.tail + body, len(self.tail)
+        if self._chat:
+            events = sum(found.end() > old for found in DELTA.finditer(text, max(0, old - DELTA_BYTES)))
+        else:
+            events = text.count(EVENT, max(0, old - len(EVENT) + 1))
         self.tail = text[-TAIL_BYTES:]
         self.last = now
-        if self.ids is not None:
+        if self._keep:
             self._kept += body
             if not self.first or len(self._kept) > KEPT_BYTES:
                 self.parse()
         return events
 
     def parse(self) -> None:
-        """Find the token ids of the events that are whole."""
-        assert self.ids is not None
+        """Find the token ids, or the text, of the events that are whole."""
         whole, _, self._kept = self._kept.rpartition(b"\n")
+        if self.ids is None:
+            self.said += b"".join(CONTENT.findall(whole))
+            return
         for ids in IDS.findall(whole):
             self.ids.extend(map(int, ids.split(b",")))
 
@@ -84,7 +114,8 @@ class Client:
     """Sends requests to one server, each on a connection that it has to itself until its answer has ended.
 
     There are at most `connections`; requests beyond wait here, in order, and their time-out does not begin before they
-    are sent. With `keep`, streams have the token ids of their answers, which the requests must have asked for.
+    are sent. With `keep`, streams have the token ids of their answers, which the requests must have asked for, or, with
+    `chat`, the texts.
 
     Calls `on_first_token(stream)` at a stream's first event, if it gets one, and `on_end(stream, error)` at its end;
     `error` quotes the server, and is empty for a stream that ended with a count of generated tokens.
@@ -99,6 +130,7 @@ class Client:
         on_end: Callable[[Stream, str], None],
         connections: int = 1024,
         keep: bool = False,
+        chat: bool = False,
     ) -> None:
         parts = urlsplit(url)
         self.loop = loop
@@ -106,7 +138,7 @@ class Client:
         self.events = 0  # so far, of all requests; vLLM puts a token in each
         self.unsent = 0  # bytes of requests that the kernel has not taken yet
         self.most_unsent = self.most_waiting = 0
-        self._keep = keep
+        self._keep, self._chat = keep, chat
         self._connections = connections
         self._waiting: deque[Stream] = deque()
         self._timeout_s = timeout_s
@@ -117,7 +149,7 @@ class Client:
 
     def start(self, number: int, request: bytes) -> None:
         """Send `request`; its stream has this `number`."""
-        self._waiting.append(Stream(number, request, self._keep))
+        self._waiting.append(Stream(number, request, self._keep, self._chat))
         self._send_waiting()
         self.most_waiting = max(self.most_waiting, len(self._waiting))
 
@@ -154,9 +186,9 @@ class Client:
         else:
             connection.close()
         error = "" if stream.tokens else f"vLLM answered {stream.status}: {stream.text}"
-        if stream.ids is not None:
+        if self._keep:
             stream.parse()
-            if not error and len(stream.ids) != stream.tokens:
+            if not error and stream.ids is not None and len(stream.ids) != stream.tokens:
                 error = f"vLLM counted {stream.tokens} tokens and sent the ids of {len(stream.ids)}"
         self._end(stream, error)
 

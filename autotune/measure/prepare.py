@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 
 from autotune.config import overrides, schema, vllm_flags
 from autotune.config.overrides import typed_target
-from autotune.config.schema import Config, Kind, Mode
+from autotune.config.schema import Config, Endpoint, Kind, Mode
 from autotune.data import models, samples
 from autotune.data.models import Model
 from autotune.data.samples import Samples
@@ -55,9 +55,19 @@ def prepare(config: Config) -> Prepared:
         rules.check(config, args)
         if config.scenario.mode is Mode.accuracy and not backend.needs_weights:
             raise InputError("scenario.mode=accuracy: a simulation answers nothing; write backend=live")
+        chat = config.scenario.endpoint is Endpoint.chat
+        if chat and not backend.needs_weights:
+            raise InputError(
+                "scenario.endpoint=chat: a simulation has no chat endpoint; write endpoint=completions, or backend=live"
+            )
         shape = None if backend.needs_weights else _partial(config.model.shape, "model.shape")
         found = models.locate(config.model, cache, _partial(config.model.build, "model.build"), shape)
         model = models.as_served(found, args)
+        if chat and not (model.has_chat_template or args.get("chat_template")):
+            raise InputError(
+                f"scenario.endpoint=chat: {model.path} has no chat template; set engine.args.chat_template=<file>, or "
+                f"write scenario.endpoint=completions"
+            )
         if backend.needs_weights and args.get("load_format") in (None, "auto", "hf", "safetensors"):
             models.check_weights(model)
         return Prepared(model, backend, args)
@@ -117,8 +127,10 @@ def gpu_count(config: Config) -> int:
 def prepare_samples(config: Config, prepared: Prepared) -> Samples:
     """The data set as token ids of the model. Raises InputError."""
     with cache_of(config) as cache:
-        records = records_of(config)
-        loaded = samples.prepare(config.dataset, prepared.model, cache, records, config.scenario.answers)
+        scenario, records = config.scenario, records_of(config)
+        loaded = samples.prepare(
+            config.dataset, prepared.model, cache, records, scenario.answers, scenario.endpoint is Endpoint.chat
+        )
     if isinstance(vocabulary := prepared.model.config.get("vocab_size"), int):
         loaded.check_vocabulary(vocabulary)
     longest = prepared.args.get("max_model_len") or prepared.model.config.get("max_position_embeddings")

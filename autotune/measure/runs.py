@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from autotune.config.schema import MOST_QUERIES, Answers, Config, Kind, ObjectiveConfig, ScenarioConfig, Stop
+from autotune.config.schema import MOST_QUERIES, Answers, Config, Endpoint, Kind, ObjectiveConfig, ScenarioConfig, Stop
 from autotune.data.samples import Samples
 from autotune.errors import BehindError, InputError
 from autotune.measure import bottleneck, early_stopping, max_qps, metrics, objective, price, progress, reuse, traffic
@@ -155,6 +155,8 @@ def _check_load(scenario: ScenarioConfig) -> None:
     in_sessions = scenario.answers is not Answers.none
     if in_sessions and scenario.kind is Kind.Trace:
         raise InputError("scenario.answers: a trace has no turns; leave it out, or write scenario=sessions")
+    if scenario.endpoint is Endpoint.chat and not in_sessions:
+        raise InputError("scenario.endpoint=chat: for scenario=sessions only; leave it out")
     for name in ("max_duration_s", "max_queries") if in_sessions else ("think_s",):
         if value := getattr(scenario, name):
             instead = "conversations are finished; leave it out" if in_sessions else "for scenario=sessions only"

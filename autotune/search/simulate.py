@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import optuna
 
 from autotune.config.overrides import with_fields
-from autotune.config.schema import Config
+from autotune.config.schema import Config, Endpoint
 from autotune.config.vllm_flags import FLAG
 from autotune.data.samples import Samples
 from autotune.errors import StartError
@@ -41,8 +41,8 @@ class Simulation:
 
 
 def simulation(config: Config, backend: dict[str, Any]) -> Simulation:
-    """`config` on `backend`. Raises InputError."""
-    config = replace(config, backend=backend)
+    """`config` on `backend`, its conversations as token ids. Raises InputError."""
+    config = replace(config, backend=backend, scenario=replace(config.scenario, endpoint=Endpoint.completions))
     prepared = prepare(config)
     known = prepared.dry_run().resolved
     return Simulation(config, prepared, prepare_samples(config, prepared), known)
