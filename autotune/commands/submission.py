@@ -54,6 +54,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "submission"  # below the study's folder
 INCOMPLETE = 2  # exit code
+SHOWN = 20  # of the checker's objections
 CHECKER = "tools/submission"  # in a checkout of mlcommons/inference
 
 
@@ -196,13 +197,15 @@ def check_with(checkout: Path, tree: Tree) -> str:
     return "" if done.returncode == 0 else "\n".join(told or said.splitlines()[-5:])
 
 
-def render(runs: Runs, scored: dict[str, dict[str, float]]) -> str:
+def render(tree: Tree, runs: Runs, scored: dict[str, dict[str, float]]) -> str:
     """Each run in a line, under the word that none of it is verified."""
     rows: list[Sequence[str]] = [("unverified", "run", "tokens/s", "LoadGen", "scores")]
     for (name, kind), run in runs.items():
         told = " ".join(f"{key}={value:g}" for key, value in scored.get(name, {}).items()) if kind == "accuracy" else ""
         rate = f"{run.result.metrics['tokens_per_s']:,.1f}" if kind == "performance" else ""
         verdict = run.result.verdict if kind == "performance" else ""
+        if kind in rules.TESTS:
+            told = "passed" if tree_of.passed(tree, name, kind) else "failed"
         rows.append((NAMES[name], kind, rate, verdict, told))
     return "\n".join([UNVERIFIED, "", *aligned(rows, left=True)])
 
@@ -227,11 +230,13 @@ def submit(study: Study, settings: Submission, overrides: Sequence[str]) -> list
     names = list(dict.fromkeys(name for name, _ in runs))
     missing = tree_of.problems(tree, runs, scored)
     unwritten = tree_of.to_fill_in(tree, names)
-    parts = [render(runs, scored), *(["", "It is no submission yet:", *missing] if missing else [])]
+    parts = [render(tree, runs, scored), *(["", "It is no submission yet:", *missing] if missing else [])]
     parts += ["", "A person has to fill in:", *unwritten] if unwritten else []
     if settings.checker:
         said = check_with(expanded(settings.checker), tree)
-        parts += ["", f"MLPerf's own checker ({tree.out}/checker.log): {said or 'no objection'}"]
+        objections = said.splitlines()
+        parts += ["", f"MLPerf's own checker ({tree.out}/checker.log):", *(objections[:SHOWN] or ["no objection"])]
+        parts += [f"and {len(objections) - SHOWN} more"] if len(objections) > SHOWN else []
         missing += [said] if said else []
     text = "\n".join(parts)
     write_whole(tree.out / "summary.txt", f"{text}\n")

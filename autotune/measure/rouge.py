@@ -1,5 +1,6 @@
 """ROUGE of answers, as language/llama3.1-8b/evaluation.py of mlcommons/inference b66003e1 computes it."""
 
+import logging
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
@@ -31,6 +32,7 @@ def scores(
     """Mean F measures in percent, and the answers' length in characters."""
     from rouge_score.rouge_scorer import RougeScorer
 
+    logging.getLogger("absl").setLevel(logging.WARNING)  # it tells which tokenizer it uses
     scorer = RougeScorer(list(NAMES), use_stemmer=True)
     made = ["\n".join(sentences(answer.strip())) for answer in answers]
     wanted = ["\n".join(sentences(reference.strip())) for reference in references]

@@ -245,6 +245,11 @@ def test06(log: Path, name: str, ends: Collection[int]) -> str:
     )
 
 
+def passed(tree: Tree, name: str, test: str) -> bool:
+    """True if the compliance `test` of scenario `name` found nothing."""
+    return "False" not in (tree.scenario(name) / test / "verify_accuracy.txt").read_text()
+
+
 def to_fill_in(tree: Tree, names: Collection[str]) -> list[str]:
     """The fields and pages of the tree that a person still has to write."""
     found = []
