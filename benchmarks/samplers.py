@@ -35,7 +35,8 @@ import torch
 from matplotlib.figure import Figure
 from optuna.trial import TrialState
 
-from autotune.config.command_line import CONF, compose, errors_in_one_line
+from autotune.config import CONF
+from autotune.config.command_line import compose, errors_in_one_line
 from autotune.config.overrides import with_fields
 from autotune.config.schema import Config
 from autotune.measure import progress

@@ -9,7 +9,8 @@ import pytest
 
 from autotune import __version__, commands
 from autotune.commands import NAMES, mistake, usage
-from autotune.config.command_line import CONF, compose
+from autotune.config import CONF
+from autotune.config.command_line import compose
 from autotune.errors import InputError
 
 ALL = f"the commands are {', '.join(NAMES)}"

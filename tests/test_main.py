@@ -28,4 +28,4 @@ def test_study_leaves_its_trials_summary_and_report(autotune: Autotune, tmp_path
 def test_error_is_one_line_and_a_code(autotune: Autotune):
     done = autotune("model=tinyy")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("autotune: In 'config': Could not find 'model/tinyy'")
+    assert done.stderr.startswith("autotune: model=tinyy: there is no such option; did you mean tiny?")

@@ -22,7 +22,7 @@ STUDY = ["-m", "model=tiny", "backend=sim", "tracking=none", "space=none", "n_tr
 # Imports every module, and says which configuration they use.
 IMPORTS_ALL = """
 import importlib, pathlib, pkgutil, autotune
-from autotune.config.command_line import CONF
+from autotune.config import CONF
 for module in pkgutil.walk_packages(autotune.__path__, "autotune."):
     if not module.name.endswith(".__main__"):
         importlib.import_module(module.name)

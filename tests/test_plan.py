@@ -50,12 +50,13 @@ def test_plan_names_the_limit_that_binds(monkeypatch: pytest.MonkeyPatch):
     ("word", "said"),
     [
         ("prior=none", "prior=none: a plan needs a device to simulate; leave it out, or write prior=sim"),
-        ("model=gpt9", "In 'config': Could not find 'model/gpt9'"),
-        ("n_trials=many", "Value 'many' of type 'str' could not be converted to Integer"),
+        ("model.recipe.args.max_num_seq=1", "model.recipe.args.max_num_seq: vLLM has no such flag; did you mean"),
+        ("model=gpt9", "model=gpt9: there is no such option"),
+        ("n_trials=many", "n_trials=many: write a whole number from 1 to 10000000"),
     ],
 )
 def test_what_can_not_be_planned_is_one_line(main: Main, word: str, said: str):
-    done = main("plan", *([] if word.startswith("model=") else ["model=llama8b"]), word)
+    done = main("plan", *([] if word.startswith("model=") else ["model=llama8b"]), "baseline=[defaults,recipe]", word)
     assert (done.returncode, done.stdout) == (1, "")
     assert said in done.stderr and done.stderr.count("\n") == 1
 

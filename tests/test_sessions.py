@@ -128,8 +128,8 @@ def test_conversation_that_can_not_fit_is_refused():
     samples = sampled([[(10, 3), (5, 4), (2, 1)], [(7, 2), (1, 1)]])
     assert samples.least_prompts.tolist() == [10, 18, 24, 7, 10]
     samples.check_fits(25)
-    with pytest.raises(InputError, match=r"record 3: 24 prompt \+ 1 output tokens exceed .*max_prompt_tokens"):
-        samples.check_fits(24)
+    with pytest.raises(InputError, match=r"record 3: 24 prompt \+ 1 output tokens exceed .*smaller dataset.records.x$"):
+        samples.check_fits(24, ["dataset.records.x"])
     natural = replace(samples, ignore_eos=False)  # answers may be shorter
     natural.check_fits(19)
     with pytest.raises(InputError, match=r"record 2: 15 prompt \+ 4 output"):

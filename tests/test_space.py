@@ -4,8 +4,8 @@ from typing import Any, ClassVar
 import optuna
 import pytest
 
-from autotune.config import vllm_flags
-from autotune.config.command_line import CONF, compose
+from autotune.config import CONF, vllm_flags
+from autotune.config.command_line import compose
 from autotune.config.schema import Config, SimConfig
 from autotune.config.vllm_flags import Flag, recorded
 from autotune.errors import InputError

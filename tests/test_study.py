@@ -84,6 +84,12 @@ def test_recipe_within_the_space_is_a_trial_the_sampler_learns_from_and_is_not_r
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (
+            ["only_if.max_num_seqs=async_scheduling"],
+            "only_if.max_num_seqs: no parameter has that name; write its whole",
+        ),
+        (["launcher=slurm", "launcher.cluster=none"], "launcher.cluster=none: AutoExecutor doesn't know"),
+        (["hydra.sweeper.storage=3"], "hydra.sweeper.storage=3: not a URL; write sqlite:///<file>"),
         (["baseline=recipe"], "baseline=recipe: llama8b has none; leave it out, or write model.recipe.args.<flag>="),
         (["baseline=[defaults,best]", *RECIPE], "baseline=best: write false, defaults, recipe, or [defaults,recipe]"),
         (

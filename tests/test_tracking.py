@@ -221,6 +221,8 @@ def mute() -> Iterator[int]:
         ("sqlite:////proc/none/mlflow.db", "No such file or directory; write another"),
         ("sqlite:////dev/full", "it is no file; write another"),
         ("sqlite:///notes.txt", "file is not a database; write another"),
+        ("mlruns", "this MLflow keeps no runs in a folder, but in sqlite:///<file>; write another"),
+        ("file:///tmp/mlruns", "this MLflow keeps no runs in a folder, but in sqlite:///<file>; write another"),
         ("sqlite:///others.db", "it is another program's database; write another"),
     ],
 )
@@ -240,10 +242,15 @@ def test_uri_where_nothing_can_be_logged_is_one_line_before_a_study(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("uri", ["sqlite:///new/mlflow.db", "mlruns", "databricks", "file:///tmp/mlruns"])
+@pytest.mark.parametrize("uri", ["sqlite:///new/mlflow.db", "databricks"])
 def test_what_needs_no_server_is_not_asked(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     tracking.check(config(uri))
+
+
+def test_experiment_has_a_name():
+    with pytest.raises(TrackingError, match=r"tracking\.experiment=: write a name"):
+        tracking.check(TrackingConfig(uri="sqlite:///x.db", experiment=" "))
 
 
 def test_tracking_that_is_off_asks_no_server_and_logs_nothing(trial: Path):

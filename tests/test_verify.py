@@ -334,7 +334,7 @@ def test_hidden_values_have_to_be_given(simulated: Path):
         (Verify("s", trials=["baseline"]), [], r"trials=\[baseline\]: name one besides the baseline"),
         (Verify("s", metric="x"), [], "metric=x: the study's objective has tokens_per_s"),
         (Verify("s", trials=["trial-9"]), [], "trial=trial-9: s has no such trial"),
-        (Verify("s"), ["scenario.sed=1"], "Key 'sed' not in 'ScenarioConfig'"),
+        (Verify("s"), ["scenario.sed=1"], "scenario.sed: there is no such field; did you mean seed"),
         (Verify("s"), ["tracking=none"], r"fields can be changed, not groups; write tracking\.enabled=…"),
     ],
 )
@@ -347,7 +347,7 @@ def test_what_can_not_be_verified_is_said(simulated: Path, settings: Verify, ove
     ("words", "said"),
     [
         (["study=t"], "study=t: no such folder below multirun/; there is s"),
-        (["n=x"], "Value 'x' of type 'str' could not be converted to Integer"),
+        (["n=x"], "n=x: write a whole number from 0 to 2147483647; see --help"),
         (["trials=[]"], "trials=[]: name one besides the baseline: trials=[trial-3]"),
     ],
 )

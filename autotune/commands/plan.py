@@ -53,14 +53,16 @@ def make(config: Config, space: Space) -> Plan:
     if config.prior.backend is None:
         raise InputError("prior=none: a plan needs a device to simulate; leave it out, or write prior=sim")
     simulated = simulation(config, config.prior.backend)
+    recipe = config.model.recipe.args if RECIPE in baselines(config) else {}
+    with vllm_flags.written_in("model.recipe.args"):
+        recipe = {f"{FLAG}{flag}": value for flag, value in simulated.prepared.backend.read(recipe).items()}
     space = check_space(space, config, simulated.prepared.backend, simulated.known)
     began = time.process_time()
     baseline = estimate(simulated, {})
     count = min(MOST, max(LEAST, int(LONG_S / max(1e-3, time.process_time() - began))))
     drawn = in_time(search(simulated, space, optuna.samplers.RandomSampler(seed=config.seed), count))
     trials = in_time(search_best(simulated, space, count))
-    recipe = {f"{FLAG}{flag}": value for flag, value in config.model.recipe.args.items()}
-    results = {BASELINE: baseline} | ({RECIPE: estimate(simulated, recipe)} if RECIPE in baselines(config) else {})
+    results = {BASELINE: baseline} | ({RECIPE: estimate(simulated, recipe)} if recipe else {})
     results |= {f"{TRIAL}{number}": result for number, result in enumerate(trials)}
     study = Study(Path(config.study), config, results)
     device, twin = config.prior.backend["device"]["name"], config.prior.backend.get("twin")

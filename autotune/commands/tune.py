@@ -11,8 +11,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from autotune import sweep
-from autotune.config import schema, words
-from autotune.config.command_line import CONF, errors_in_one_line, register, without_sweep
+from autotune.config import CONF, schema, words
+from autotune.config.command_line import errors_in_one_line, register, without_sweep
 from autotune.config.overrides import typed
 from autotune.config.redact import redact
 from autotune.measure import trial

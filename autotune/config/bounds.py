@@ -42,6 +42,11 @@ def file_name(value: Any) -> str:
     return f"write at most {NAME_BYTES} letters, digits and . _ - + = @, a letter or digit first"
 
 
+def path(value: Any) -> str:
+    """The rule of files, folders and names that others have given."""
+    return "" if str(value).strip() else "write a path or a name"
+
+
 def pairs(value: Any) -> str:
     """The rule of lists of two numbers each, all above 0, and each first one once."""
 

@@ -16,11 +16,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from autotune.config import bounds, overrides, schema, sweeper, words
-from autotune.config.overrides import CONF as CONF
+from autotune.config import CONF, bounds, overrides, schema, sweeper, words
+from autotune.config.advice import told
 from autotune.config.redact import redact
 from autotune.errors import AutotuneError, InputError
-from autotune.text import one_line
 
 SHOW = {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help"}  # Hydra's flags that run nothing
 STARTED = time.localtime()
@@ -124,7 +123,7 @@ def options(kind: type[Options], words: Sequence[str], usage: str | None) -> Opt
         try:
             made = OmegaConf.merge(made, OmegaConf.from_dotlist([word]))
         except (OmegaConfBaseException, YAMLError, ValueError) as error:
-            raise InputError(f"{word}: {one_line(error)}; see --help") from None
+            raise InputError(f"{told(error)}; see --help") from None
     if missing := OmegaConf.missing_keys(made):
         raise InputError(f"{min(missing)}= is missing; see --help")
     options = OmegaConf.to_object(made)
@@ -154,7 +153,7 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (AutotuneError, HydraException, OmegaConfBaseException, YAMLError) as error:
-        sys.exit(f"autotune: {one_line(error)}")
+        sys.exit(f"autotune: {told(error)}")
     except OSError as error:  # a folder in a file's place, no permission, no space, a name that is too long
         if error.filename is None:
             raise

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,15 @@ from typing import Any
 from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from autotune.config import bounds, redact
+from autotune.config import CONF, bounds, redact
+from autotune.config.advice import told
 from autotune.config.schema import Config
 from autotune.config.upgrade import upgraded
 from autotune.errors import InputError
 from autotune.text import one_line
-
-PACKAGE = Path(__file__).parents[1]
-# A wheel has it in the package, a checkout beside it.
-CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
 
 
 def typed(config: DictConfig) -> Config:
@@ -89,7 +85,7 @@ def _as_field(node: Any, name: str, value: Any, key: str) -> Any:
     try:
         typed: Any = OmegaConf.merge(_schema(kind), {name: value})
     except OmegaConfBaseException as error:
-        raise InputError(f"{key}={value}: {one_line(error)}") from None
+        raise InputError(told(error, key.removesuffix(name))) from None
     made = typed[name]
     return OmegaConf.to_object(made) if OmegaConf.is_config(made) else made
 
@@ -102,20 +98,10 @@ def typed_target(node: Mapping[str, Any], group: str) -> tuple[Any, Any]:
     try:
         target_class: Any = get_class(target)
         return target_class, OmegaConf.to_object(OmegaConf.merge(_schema(target_class.Config), dict(node)))
-    except ConfigKeyError as error:
-        raise InputError(f"{group}.{error.full_key}: {target} has no such field; {_field_hint(error)}") from None
     except OmegaConfBaseException as error:
-        raise InputError(f"{group}.{error.full_key}: {one_line(error)}") from None
+        raise InputError(told(error, f"{group}.", of=target)) from None
     except (ImportError, HydraException, ValueError):
         raise InputError(f"{group}._target_={target}: there is no such class; write {group}=… (--help)") from None
-
-
-def _field_hint(error: ConfigKeyError) -> str:
-    """Advice for the key of `error`: the field that it resembles, or all fields."""
-    assert isinstance(error.parent_node, DictConfig)
-    fields = [str(name) for name in error.parent_node if name != "_target_"]
-    close = get_close_matches(str(error.key), fields, 1)
-    return f"did you mean {close[0]}" if close else f"it has {', '.join(fields)}"
 
 
 def check_trusted(config: Config, overrides: Sequence[str], path: Path) -> None:
@@ -169,7 +155,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Config:
         made = _to_object(changed)
     except OmegaConfBaseException as error:
         where = "the command line, or " if overrides else ""
-        raise InputError(f"{where}{path}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{where}{path}: {told(error)}") from None
     except (YAMLError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not the configuration of a trial ({one_line(error)})") from None
     learn_secrets(made)

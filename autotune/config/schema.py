@@ -17,6 +17,7 @@ from autotune.config.bounds import (
     duration,
     file_name,
     pairs,
+    path,
     positive,
     three_seeds,
     within,
@@ -193,7 +194,7 @@ class Recipe:
 @dataclass
 class ModelConfig:
     name: str = bounded(MISSING, file_name)  # short name, used in study names
-    path: str | None = None  # Hugging Face id or local folder
+    path: str | None = bounded(None, path)  # Hugging Face id or local folder
     revision: str | None = None  # git revision on the Hub
     build: Any = None  # its `_target_` makes the model's folder where no path is given
     shape: Any = None  # its `_target_` makes a folder without weights, for a backend that needs none
@@ -205,7 +206,8 @@ class ModelConfig:
 @dataclass
 class DatasetConfig:
     name: str = bounded(MISSING, file_name)
-    path: str | None = None  # a file of records; used instead of `records`, unless these have a `path` of their own
+    # A file of records, used instead of `records`, unless these have a `path` of their own.
+    path: str | None = bounded(None, path)
     records: Any = None  # its `_target_` yields the records where no path is given
     count: int | None = within(None, 1, 1e7)  # samples to use; null is all
     output: Output = Output.reference
@@ -494,13 +496,13 @@ class Config:
     sampler: str = "auto"  # its name; conf/sampler/ sets it
     seed: int = 0  # of the sampler
     rules: Rules = Rules.none  # MLPerf's, that runs keep; conf/rules/ sets what follows from it
-    warm_start: str | None = None  # a study whose best `prior.keep` configurations are tried first
+    warm_start: str | None = bounded(None, path)  # a study whose best `prior.keep` configurations are tried first
     gpus: Any = None  # that trials may lease: a list of indices, or `all`; null: no leases, vLLM takes what it sees
     baseline_gpu: int | None = None  # GPU for the baseline; null is any of `gpus`
     conditions: dict[str, str] = field(default_factory=dict)  # rules between parameters, by name
     only_if: dict[str, str] = field(default_factory=dict)  # parameter → condition without which it is not swept
     secrets: list[str] = field(default_factory=list)  # fields and variables to hide beside those whose names say so
-    cache_dir: str = MISSING  # built models, prepared samples, what is known of the installed vLLM
+    cache_dir: str = bounded(MISSING, path)  # built models, prepared samples, what is known of the installed vLLM
 
     model: ModelConfig = field(default_factory=ModelConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)

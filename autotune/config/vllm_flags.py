@@ -4,7 +4,8 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -113,6 +114,15 @@ def read(args: Mapping[str, Any], flags: Mapping[str, Flag], reader: str) -> dic
             shown = shown if len(shown) < 60 else f"{shown[:60]}…"
             raise InputError(f"{where}={shown}: {reader} {error}") from None
     return made
+
+
+@contextmanager
+def written_in(group: str) -> Iterator[None]:
+    """Name `group` (model.args) in an InputError for a flag that stands there."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(re.sub(f"^{re.escape(FLAG)}", f"{group}.", str(error))) from None
 
 
 def _value(value: Any, flag: Flag) -> Any:

@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from autotune.config.overrides import CONF
+from autotune.config import CONF
 from autotune.config.redact import redact
 from autotune.errors import InputError
 from autotune.text import one_line
@@ -75,7 +75,8 @@ def check(words: Sequence[str]) -> None:
             if own and (key.startswith(("hydra.", "hydra/")) or key == "hydra"):
                 _check_heeded(key)
             if not override.is_delete():
-                where = f"{key}@{override.package or ''}"
+                flag = key.replace("-", "_") if ".args." in key else key  # as vLLM's command line does
+                where = f"{flag}@{override.package or ''}"
                 if where in seen:
                     raise InputError(f"{key} is set twice; write it once")
                 seen.add(where)
@@ -83,14 +84,26 @@ def check(words: Sequence[str]) -> None:
 
 def _is_option(group: str, value: object) -> bool:
     """Tell whether `value` names an option of `group`; of a list, Hydra would let the last one win, save for spaces."""
-    return (isinstance(value, str) and value != "") or (group == "space" and isinstance(value, list))
+    if isinstance(value, list) and group == "space":
+        return all(isinstance(item, str) and item for item in value)
+    return isinstance(value, str) and value != ""
 
 
 def _override(word: str) -> Override:
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:
-        raise InputError(f"{redact(word)}: {redact(one_line(error))}") from None
+        why = re.sub(r"^\w+ while evaluating '.*': ", "", one_line(error))
+        raise InputError(f"{redact(word)}: {redact(why)}{_of_syntax(why)}") from None
+
+
+def _of_syntax(message: str) -> str:
+    """Advice for a word that Hydra's grammar does not take."""
+    if "empty choice" in message or "mismatch type argument" in message:
+        return "; write choice(a,b), with default in it for vLLM's own value"
+    if "token recognition" in message or "no viable alternative" in message or "mismatched input" in message:
+        return "; close each bracket, and quote other signs than letters and digits: '\"a < b\"'"
+    return ""
 
 
 def _check_folders(override: Override) -> None:

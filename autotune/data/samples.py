@@ -85,15 +85,12 @@ class Samples:
         before = ends[first] - self.prompt_tokens[first] - answers[first]
         return np.asarray(ends - answers - before)
 
-    def check_fits(self, max_model_len: int) -> None:
-        """Raise InputError for the first sample longer than `max_model_len` tokens."""
+    def check_fits(self, max_model_len: int, shortening: Sequence[str] = ()) -> None:
+        """Raise InputError for the first sample longer than `max_model_len` tokens; `shortening`: fields that help."""
         too_long = np.flatnonzero(self.least_prompts + self.output_tokens > max_model_len)
         if too_long.size:
             first = int(too_long[0])
-            limit = "leave longer ones out: dataset.records.max_prompt_tokens=…"
-            instead = "leave the record out" if self.arrivals is None else limit
-            if self.turns is not None:
-                instead = "end conversations earlier: dataset.records.max_prompt_tokens or turns_bounds"
+            instead = f"write a smaller {' or '.join(shortening)}" if shortening else "leave the record out"
             raise InputError(
                 f"dataset {self.name}, record {first + 1}: {self.least_prompts[first]} prompt + "
                 f"{self.output_tokens[first]} output tokens exceed max_model_len={max_model_len}; raise "

@@ -53,10 +53,11 @@ class InstalledVllm:
     def check_variable(self, name: str) -> None:
         """Raise InputError for a variable of vLLM's by its name that this vLLM does not know: it would ignore it."""
         if name.startswith("VLLM_") and name not in self.variables:
-            close = get_close_matches(name, self.variables, 1)
-            hint = (
-                f"did you mean {close[0]}?" if close else "see vllm/envs.py; perhaps it is a flag now (engine.args.…)"
-            )
+            rest = {known.removeprefix("VLLM_"): known for known in sorted(self.variables)}
+            longer = [known for known in rest.values() if known.startswith(name)][:3]
+            close = longer or [rest[known] for known in get_close_matches(name.removeprefix("VLLM_"), rest, 1, 0.75)]
+            flag = "see vllm/envs.py; perhaps it is a flag now (engine.args.…)"
+            hint = f"did you mean {', '.join(close)}?" if close else flag
             raise InputError(f"backend.env.{name}: vLLM {self.version} reads no such variable; {hint}")
 
     def command_line(self, args: Mapping[str, Any]) -> list[str]:

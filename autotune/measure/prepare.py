@@ -12,6 +12,7 @@ from tempfile import TemporaryFile
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 
 from autotune.config import overrides, schema, vllm_flags
@@ -51,7 +52,7 @@ def prepare(config: Config) -> Prepared:
     with cache_of(config) as cache:
         backend = backend_of(config, cache)
         check_together(config)
-        args = backend.read(configured_flags(config))
+        args = read_flags(config, backend)
         rules.check(config, args)
         if config.scenario.mode is Mode.accuracy and not backend.needs_weights:
             raise InputError("scenario.mode=accuracy: a simulation answers nothing; write backend=live")
@@ -119,6 +120,17 @@ def configured_flags(config: Config) -> dict[str, Any]:
     return {flag.replace("-", "_"): value for args in layers for flag, value in args.items()}
 
 
+def read_flags(config: Config, backend: Backend) -> dict[str, Any]:
+    """vLLM's flags as configured and as `backend` reads them. Raises InputError, naming the field that has the flag."""
+    made: dict[str, Any] = {}
+    groups = {"engine.args": config.engine.args, "model.args": config.model.args, "scenario.args": config.scenario.args}
+    for group, args in groups.items():
+        with vllm_flags.written_in(group):
+            new = {flag: value for flag, value in args.items() if flag.replace("-", "_") not in made}
+            made = backend.read(new) | made
+    return made
+
+
 def gpu_count(config: Config) -> int:
     """Number of GPUs that a trial takes."""
     return vllm_flags.gpus(configured_flags(config))
@@ -135,7 +147,7 @@ def prepare_samples(config: Config, prepared: Prepared) -> Samples:
         loaded.check_vocabulary(vocabulary)
     longest = prepared.args.get("max_model_len") or prepared.model.config.get("max_position_embeddings")
     if isinstance(longest, int) and longest > 0:  # -1 lets vLLM choose
-        loaded.check_fits(longest)
+        loaded.check_fits(longest, _shortening(config))
     traffic.check(config.scenario, loaded, objective.searches(config.objective))
     rules.check_samples(config, len(loaded))
     check_time(config, loaded)
@@ -155,14 +167,29 @@ def records_of(config: Config) -> Callable[..., Any] | None:
     return _partial(config.dataset.records, "dataset.records")
 
 
+def _shortening(config: Config) -> list[str]:
+    """The fields of the data set's records that bound how long they are."""
+    records = config.dataset.records or {}
+    used = records if config.dataset.path is None or "path" in records else {}
+    return [
+        f"dataset.records.{name}" for name in used if name in ("max_prompt_tokens", "prompt_bounds", "turns_bounds")
+    ]
+
+
 def _partial(node: Any, where: str) -> Callable[..., Any] | None:
     """The function that `node._target_` names with the arguments that stand beside it, checked by its signature."""
     if node is None:
         return None
     if not isinstance(node, dict) or "_target_" not in node:
         raise InputError(f"{where}={node}: write a _target_, and its arguments beside it")
-    made = instantiate({**node, "_partial_": True}, _convert_="all", _execution_whitelist_=WHITELIST)
-    assert isinstance(made, partial)
+    try:
+        made = instantiate({**node, "_partial_": True}, _convert_="all", _execution_whitelist_=WHITELIST)
+    except HydraException:
+        made = None
+    if not isinstance(made, partial):
+        raise InputError(
+            f"{where}._target_={node['_target_']}: write a function of autotune's own, as conf/ names them"
+        )
     parameters, hints = signature(made.func).parameters, get_type_hints(made.func)
     is_open = any(one.kind is Parameter.VAR_KEYWORD for one in parameters.values())
     for name, value in made.keywords.items():

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from autotune.config.overrides import CONF
+from autotune.config import CONF
 from autotune.config.schema import (
     Answers,
     BenchmarkConfig,

@@ -75,6 +75,8 @@ log = logging.getLogger(__name__)
 def check(config: TrackingConfig) -> None:
     """Raise TrackingError within seconds if nothing answers at tracking.uri, or no file can be there."""
     where = f"tracking.uri={redact(config.uri)}"
+    if config.enabled and not config.experiment.strip():
+        raise TrackingError("tracking.experiment=: write a name")
     try:
         if config.enabled:
             _check_at(config.uri)
@@ -112,7 +114,13 @@ def _check_at(uri: str) -> None:
         _check_database(uri, SERVERS[kind])
     elif kind == "sqlite":
         _check_sqlite(_file(uri))
-    elif kind not in (*OTHERS, *FILES, *(plugin.name for plugin in entry_points(group="mlflow.tracking_store"))):
+    elif kind in FILES and uri != "databricks":
+        from mlflow import environment_variables  # takes a while, too
+
+        allowed = getattr(environment_variables, "MLFLOW_ALLOW_FILE_STORE", None)
+        if allowed and not allowed.get():
+            raise ValueError("this MLflow keeps no runs in a folder, but in sqlite:///<file>")
+    elif kind and kind not in (*OTHERS, *(plugin.name for plugin in entry_points(group="mlflow.tracking_store"))):
         raise TrackingError(f"tracking.uri={redact(uri)}: MLflow knows no {kind}://; write http://… or sqlite:///…")
 
 

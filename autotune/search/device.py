@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from autotune.config.overrides import CONF
+from autotune.config import CONF
 from autotune.config.schema import Config, Device
 from autotune.config.vllm_flags import FLAG
 

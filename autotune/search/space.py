@@ -166,17 +166,35 @@ def _distribution(override: Override, name: str) -> BaseDistribution:
         raise InputError(
             f"{override.input_line}: {name} can't be swept; sweep a flag ({FLAG}…) or a field of {', '.join(SWEPT[1:])}"
         )
-    sweep: Any = override.value()
-    ends = [value for end in ("start", "stop", "end") if (value := getattr(sweep, end, None)) is not None]
-    if not all(math.isfinite(value) for value in ends):
-        raise InputError(f"{override.input_line}: write two numbers")
-    if override.is_range_sweep() and sweep.step and abs(ends[1] - ends[0]) > MOST_POINTS * abs(sweep.step):
-        raise InputError(f"{override.input_line}: more than {MOST_POINTS} steps; write interval(…) or a larger step")
+    if wrong := _wrong_ends(override):
+        raise InputError(f"{override.input_line}: {wrong}")
     try:
         return distribution_of(override)
     except (ArithmeticError, AssertionError, ValueError, TypeError, NotImplementedError) as error:
         why = one_line(error) or "write choice(…), range(…) or interval(…)"
         raise InputError(f"{override.input_line}: {why}") from None
+
+
+def _wrong_ends(override: Override) -> str:
+    """Advice for a sweep whose numbers or tags mean nothing; empty for one that is right."""
+    sweep: Any = override.value()
+    ends = [value for end in ("start", "stop", "end") if (value := getattr(sweep, end, None)) is not None]
+    step = getattr(sweep, "step", None)
+    if not all(math.isfinite(value) for value in ends):
+        return "write two numbers"
+    if sweep.tags - {"log"}:
+        return "the only tag is log: tag(log, interval(…))"
+    if sweep.tags and not override.is_interval_sweep():
+        return "write a log scale as tag(log, interval(…)) or tag(log, int(interval(…)))"
+    if sweep.tags and ends[0] <= 0:
+        return "a log scale begins above 0"
+    if step == 0:
+        return "write a step above 0"
+    if ends and (ends[1] < ends[0] if step is None else (ends[1] - ends[0]) * step <= 0):
+        return "write the smaller number first"
+    if step and abs(ends[1] - ends[0]) > MOST_POINTS * abs(step):
+        return f"more than {MOST_POINTS} steps; write interval(…) or a larger step"
+    return ""
 
 
 def value_of(choice: Any) -> Any:
@@ -299,6 +317,10 @@ def check_space(space: Space, config: Config, backend: Any, known: Mapping[str, 
     expressions |= {f"only_if.{name}": expression for name, expression in space.only_if.items()}
     nameable = {*known, *backend.flags, *recorded()}
     nameable |= {part for key in space.parameters for part in (key.rpartition(".")[2], key.removeprefix(FLAG))}
+    for key in space.only_if:
+        known_flag = key.startswith(FLAG) and key.removeprefix(FLAG).partition(".")[0] in nameable
+        if not known_flag and key not in space.parameters and key.partition(".")[0] not in SWEPT[1:]:
+            raise InputError(f"only_if.{key}: no parameter has that name; write its whole key: {FLAG}<flag>")
     for where, expression in expressions.items():
         names = names_in(expression, where)
         for name in names:

@@ -147,7 +147,10 @@ class Cluster(Launcher):
         logs = folder / LOGS
         logs.mkdir(parents=True, exist_ok=True)
         logs.chmod(0o700)  # submitit pickles the trials there, secrets included
-        executor = submitit.AutoExecutor(logs, cluster=self._cluster)
+        try:
+            executor = submitit.AutoExecutor(logs, cluster=self._cluster)
+        except ValueError as error:
+            raise InputError(f"launcher.cluster={self._cluster}: {one_line(error)}; write slurm") from None
         parameters = {**({"gpus_per_node": gpus} if self._asks_for_gpus else {}), **self._parameters}
         if node:
             parameters["slurm_nodelist"] = node

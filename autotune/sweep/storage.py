@@ -76,9 +76,12 @@ def _database(url: str, study: str, held: ExitStack) -> SingleWriterStorage:
 def _with_driver(url: str) -> sqlalchemy.URL:
     try:
         at = sqlalchemy.make_url(url)
-    except ValueError:  # which may quote a part of the password
+    except (ValueError, sqlalchemy.exc.ArgumentError):  # which may quote a part of the password
         where = f"hydra.sweeper.storage={redact(url)}"
-        raise InputError(f"{where}: not a URL; write %2F, %3A and %40 for a password's /, : and @") from None
+        raise InputError(
+            f"{where}: not a URL; write sqlite:///<file>, journal://<file> or "
+            "postgresql://<user>:<password>@<host>/<name>; write %2F, %3A and %40 for a password's /, : and @"
+        ) from None
     return at.set(drivername=f"{at.drivername}+{DRIVERS[at.drivername]}") if at.drivername in DRIVERS else at
 
 

@@ -25,7 +25,7 @@ from autotune.config.bounds import seconds
 from autotune.config.overrides import typed, with_fields, with_values
 from autotune.config.redact import redact
 from autotune.config.schema import DEFAULTS, RECIPE, BudgetOf, Config, Duplicates, Rules, baselines
-from autotune.config.vllm_flags import FLAG
+from autotune.config.vllm_flags import FLAG, written_in
 from autotune.errors import InputError
 from autotune.measure import progress, rules
 from autotune.measure.accuracy import SAME
@@ -135,7 +135,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
         results = results_in(folder)
         facts = {**prepared.backend.facts, "dataset_checksum": samples.checksum}
         check_configuration(folder, results, config, space.parameters, facts)
-        url = sweeper["storage"] or f"sqlite:///{folder}/study.db"
+        url = str(sweeper["storage"] or f"sqlite:///{folder}/study.db")
         with storage.opened(url, sweeper["study_name"]) as trials:
             record = Record(trials, sweeper["study_name"], space, config.objective)
             begun = len(record.trials) or len(results)
@@ -179,7 +179,9 @@ def references(config: Config) -> dict[str, dict[str, Any]]:
 def check_recipe(config: Config, prepared: Prepared) -> None:
     """Raise InputError for a recipe that is asked for, and that vLLM refuses."""
     params = references(config).get(RECIPE, {})
-    refusal = prepared.dry_run(prepared.backend.read(swept_flags(params, prepared.args))).refusal if params else ""
+    with written_in("model.recipe.args"):
+        read = prepared.backend.read(swept_flags(params, prepared.args))
+    refusal = prepared.dry_run(read).refusal if params else ""
     if refusal:
         raise InputError(f"baseline={RECIPE}: vLLM refuses {shorten(params)}: {refusal}; leave it out")
 
