@@ -20,8 +20,8 @@ import yaml
 
 from autotune.commands import submission
 from autotune.commands.submission import Submission
+from autotune.config import CONF
 from autotune.config.command_line import compose
-from autotune.config.overrides import CONF
 from autotune.config.schema import BenchmarkConfig, LiveConfig
 from autotune.data.models import Model
 from autotune.data.samples import Samples
