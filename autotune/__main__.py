@@ -3,6 +3,9 @@
 It imports nothing but the command that is asked for: a study's own imports take a second.
 """
 
+import logging
+import os
+import select
 import sys
 import traceback
 from importlib import import_module
@@ -13,9 +16,26 @@ from autotune.config.redact import install, redact
 from autotune.system.loopback import keep_off_proxies
 
 UNEXPECTED = 70  # exit code: EX_SOFTWARE in sysexits.h
+UNREAD = 141  # exit code of a command that SIGPIPE ends
 
 
 def main() -> None:
+    try:
+        run()
+        sys.stdout.flush()
+    except KeyboardInterrupt:  # while a command still imports what it needs
+        sys.exit(130)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            sys.exit(UNREAD)
+        with NamedTemporaryFile("w", prefix="autotune-", suffix=".log", delete=False) as log:
+            log.write(redact(traceback.format_exc()))
+        print(f"autotune: unexpected {type(error).__name__}; please report it with {log.name}", file=sys.stderr)
+        sys.exit(UNEXPECTED)
+
+
+def run() -> None:
+    logging.raiseExceptions = False  # a run goes on when nobody reads what it logs any more
     keep_off_proxies()
     install(sys.argv[1:])
     if "--version" in sys.argv:
@@ -27,15 +47,17 @@ def main() -> None:
         return
     if not name and (mistake := commands.mistake(sys.argv[1:])):
         sys.exit(f"autotune: {mistake}")
-    try:
-        import_module(f"autotune.commands.{name or 'tune'}").main()
-    except KeyboardInterrupt:  # while a command still imports what it needs
-        sys.exit(130)
-    except Exception as error:
-        with NamedTemporaryFile("w", prefix="autotune-", suffix=".log", delete=False) as log:
-            log.write(redact(traceback.format_exc()))
-        print(f"autotune: unexpected {type(error).__name__}; please report it with {log.name}", file=sys.stderr)
-        sys.exit(UNEXPECTED)
+    import_module(f"autotune.commands.{name or 'tune'}").main()
+
+
+def nobody_reads() -> bool:
+    """True if what is printed is read no more, as in `autotune --help | head`; the rest is dropped then."""
+    printed = select.poll()
+    printed.register(sys.stdout.fileno(), 0)
+    if not printed.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 if __name__ == "__main__":

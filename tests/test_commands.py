@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from autotune import __version__, commands
+from autotune.__main__ import UNREAD
 from autotune.commands import NAMES, mistake, usage
 from autotune.config import CONF
 from autotune.config.command_line import compose
@@ -54,6 +55,14 @@ def test_help_of_a_command_imports_nothing_of_it():
     done = run("export", "--help")
     assert done.returncode == 0 and "autotune export study=demo" in done.stdout
     assert not {"hydra", "omegaconf", "optuna", "mlflow"} & imported(done)
+
+
+def test_help_ends_quietly_when_nobody_reads_it():
+    command = [sys.executable, "-m", "autotune", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(60) == UNREAD
 
 
 def test_version():
