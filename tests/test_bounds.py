@@ -113,6 +113,7 @@ def test_field_takes_the_type_that_the_schema_gives_it(config: Config):
         ("scenario.args.max_num_seqs=choice(1,2)", "can't be swept"),
         ("objective.metrics=choice(a,b)", "can't be swept"),
         ("launcher.n_jobs=choice(1,2)", "can't be swept"),
+        ("dataset.path=choice(none.jsonl,b)", "dataset.path=none.jsonl: no such file"),
         ("model.path=choice(a,b)", "can't be swept"),
         ("backend._target_=choice(a,b)", "can't be swept"),
         ("backend.devic.tflops=choice(1,2)", "backend.devic.tflops: there is no such field"),

@@ -209,6 +209,8 @@ def test_cfg_job_shows_the_composed_trial(main: Main):
             ["backend=sim", "backend.device.link=1"],
             "backend.device.link: there is no such field; did you mean link_s?",
         ),
+        (["--cfg", "foo"], "argument --cfg/-c: invalid choice: 'foo'"),
+        (["--foo"], "unrecognized arguments: --foo; see "),
         (["model=custom"], "no model: write model=smollm2"),
     ],
 )
@@ -246,6 +248,7 @@ def test_wrong_field_or_value_is_refused(arguments: list[str], words: str):
         (["engine.args.kv_cache_dtype=fp9"], "accepts auto, "),
         (["model.args.max_num_seq=1"], "model.args.max_num_seq: vLLM"),
         (["scenario.args.max_num_seqs=a"], "scenario.args.max_num_seqs=a: vLLM"),
+        (["dataset.records.seed=a"], "dataset.records.seed=a: write a whole number"),
         (["dataset.records._target_=os.system"], "dataset.records._target_=os.system: write a function of autotune's"),
         (["engine.args.port=1"], "set by autotune itself; write backend.port instead"),
         (["dataset.path=none.json"], "dataset.path=none.json: No such file"),

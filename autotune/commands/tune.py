@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from autotune import sweep
 from autotune.config import CONF, schema, words
-from autotune.config.command_line import errors_in_one_line, register, without_sweep
+from autotune.config.command_line import errors_in_one_line, register, without_sweep, without_usage
 from autotune.config.overrides import typed
 from autotune.config.redact import redact
 from autotune.measure import trial
@@ -64,7 +64,7 @@ def main() -> None:
     interrupt.install()
     register()
     sweep.register()
-    with errors_in_one_line():
+    with errors_in_one_line(), without_usage():
         words.check(sys.argv[1:])
         sys.argv[1:] = without_sweep(sys.argv[1:])
         with words.naming_files(words.split_config_dir(sys.argv[1:])[0]):

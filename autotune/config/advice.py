@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from autotune.config import CONF, schema
@@ -58,9 +58,10 @@ def _field(key: str, node: DictConfig) -> str:
     name = key.rpartition(".")[2]
     own = [str(field) for field in node if field not in ("_target_", "hydra")]
     group = key.partition(".")[0]
-    if key in _keys():
+    known = _keys() if "." in key or OmegaConf.get_type(node) is schema.Config else ()  # else a command's options
+    if key in known:
         return f"another option of {group} has it, this one has {', '.join(own) or 'none'}"
-    elsewhere = [other for other in _keys() if other.rpartition(".")[2] == name]
+    elsewhere = [other for other in known if other.rpartition(".")[2] == name]
     if close := get_close_matches(name, own, 1) or elsewhere[:1]:
         return f"did you mean {close[0]}?"
     return f"it has {', '.join(own)}" if own else "it has none"

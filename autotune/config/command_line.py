@@ -100,6 +100,18 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
+@contextmanager
+def without_usage() -> Iterator[None]:
+    """Raise InputError for flags that Hydra's parser does not take: it would print a usage of its own."""
+    before: Any = argparse.ArgumentParser.error
+    own: Any = Parser.error
+    argparse.ArgumentParser.error = own  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.error = before  # type: ignore[method-assign]
+
+
 def show_help(usage: str | None, words: Sequence[str]) -> None:
     """Print `usage` and exit, if `words` ask for it."""
     if {"--help", "-h"} & set(words):

@@ -9,7 +9,7 @@ from inspect import Parameter, signature
 from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryFile
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.errors import HydraException
@@ -196,11 +196,16 @@ def _partial(node: Any, where: str) -> Callable[..., Any] | None:
         if name not in parameters and not is_open:
             raise InputError(f"{where}.{name}: no such argument; did you mean {_closest(name, parameters)}?")
         if name in parameters and not _is_a(hints[name], value):
-            raise InputError(f"{where}.{name}={value}: write {KINDS.get(hints[name], hints[name])}")
+            raise InputError(f"{where}.{name}={value}: write {_in_words(hints[name])}")
     needed = [name for name, one in parameters.items() if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
     if missing := [name for name in needed if name not in made.keywords and name not in GIVEN]:
         raise InputError(f"{where}.{missing[0]} is missing; write a value")
     return made
+
+
+def _in_words(hint: Any) -> str:
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return " or ".join("null" if kind is NoneType else KINDS.get(kind, str(kind)) for kind in kinds)
 
 
 def _closest(name: str, names: Iterable[str]) -> str:

@@ -23,6 +23,7 @@ from autotune.measure.prepare import backend_of, cache_of
 from autotune.measure.prepare import check as check_config
 from autotune.search.conditions import holds, names_in
 from autotune.search.hydra_private import distribution_of
+from autotune.system.files import expanded
 from autotune.text import one_line
 
 log = logging.getLogger(__name__)
@@ -310,6 +311,8 @@ def check_space(space: Space, config: Config, backend: Any, known: Mapping[str, 
         for value in [] if name.startswith(FLAG) else map(value_of, ends(distribution)):
             changed = with_fields(config, {name: value})
             check_config(changed)
+            if name == "dataset.path" and value is not None and not expanded(value).is_file():
+                raise InputError(f"{name}={value}: no such file")
         if name.startswith(VARIABLE):
             with cache_of(config) as folder:
                 backend_of(changed, folder)
