@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -41,6 +41,12 @@ from tests.test_loadgen import Server
 SAMPLES = 512  # instead of 13,368
 LEAST_S = 1.0  # instead of 600
 CHECKOUT = os.environ.get("AUTOTUNE_MLPERF_INFERENCE", "")  # of github.com/mlcommons/inference
+with suppress(ImportError):  # the extra `mlperf`
+    from absl import logging as absl_logging
+
+    # ROUGE's logger would keep, and close when logging is set up anew, what pytest has in stderr's place.
+    absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
 WORDS = ("storm", "river", "council", "market", "village", "doctor", "season", "border", "engine", "harvest")
 
 
