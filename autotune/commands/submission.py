@@ -23,7 +23,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from omegaconf import MISSING, OmegaConf
 from autotune.commands import verify
 from autotune.commands.verify import Repeat
 from autotune.config import bounds
-from autotune.config.command_line import compose, errors_in_one_line, options
+from autotune.config.command_line import compose, errors_in_one_line, options, own_and_overrides
 from autotune.config.overrides import check_trusted, with_fields
 from autotune.config.schema import Check, Config, Mode, Output, Rules, TrackingConfig
 from autotune.data import samples
@@ -247,14 +247,13 @@ def submit(study: Study, settings: Submission, overrides: Sequence[str]) -> list
 def main() -> None:
     interrupt.install()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    own_keys = {field.name for field in fields(Submission)}
-    own = [word for word in sys.argv[1:] if word.partition("=")[0] in own_keys or "=" not in word]
+    own, overrides = own_and_overrides(Submission, sys.argv[1:])
     with errors_in_one_line():
         settings = options(Submission, own, __doc__)
         bounds.check(settings)
         if settings.division is Rules.none:
             raise InputError("division=none: write closed or open")
-        missing = submit(load(settings.study), settings, [word for word in sys.argv[1:] if word not in own])
+        missing = submit(load(settings.study), settings, overrides)
     sys.exit(INCOMPLETE if missing else 0)
 
 

@@ -22,13 +22,13 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from autotune.config.command_line import errors_in_one_line, options
+from autotune.config.command_line import errors_in_one_line, options, own_and_overrides
 from autotune.config.overrides import check, check_trusted, with_fields
 from autotune.config.redact import HIDDEN
 from autotune.config.schema import Config
@@ -410,12 +410,11 @@ def verify(study: Study, settings: Verify, overrides: Sequence[str]) -> Verdict:
 def main() -> None:
     interrupt.install()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    own_keys = {field.name for field in fields(Verify)}
-    own = [word for word in sys.argv[1:] if word.partition("=")[0] in own_keys or "=" not in word]
+    own, overrides = own_and_overrides(Verify, sys.argv[1:])
     with errors_in_one_line():
         settings = options(Verify, own, __doc__)
         study = load(settings.study)
-        verdict = verify(study, settings, [word for word in sys.argv[1:] if word not in own])
+        verdict = verify(study, settings, overrides)
         print(f"\n{render(verdict)}\nEvery repeat: {study.folder / FOLDER}/")
         print(f"Into the report: autotune report study={settings.study}")
     sys.exit(0 if verdict.winner else NO_BETTER)

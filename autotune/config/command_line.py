@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -141,6 +142,13 @@ def options(kind: type[Options], words: Sequence[str], usage: str | None) -> Opt
     options = OmegaConf.to_object(made)
     assert isinstance(options, kind)
     return options
+
+
+def own_and_overrides(kind: type[Any], words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command's `words`: those for its own options, the fields of the dataclass `kind`, and overrides of a study."""
+    keys = {field.name for field in fields(kind)}
+    own = [word for word in words if word.partition("=")[0] in keys or "=" not in word]
+    return own, [word for word in words if word not in own]
 
 
 def load_as_key(words: Sequence[str]) -> list[str]:

@@ -106,8 +106,8 @@ class Sessions:
         self.cut = 0  # conversations that ended for want of room
         self._samples, self._room, self._so_far = samples, room if samples.continued else None, dict[int, int]()
         self._scenario, self._continues, self._at, self._of = scenario, samples.continues, at, of
-        self._turns = np.diff(np.append(np.flatnonzero(samples.turns == 0), len(samples)))
         self._firsts = np.flatnonzero(samples.turns == 0)
+        self._turns = np.diff(np.append(self._firsts, len(samples)))
         self._order = itertools.islice(self._shuffled(), at, None, of)
         self._closed = scenario.kind in (Kind.SingleStream, Kind.ClosedLoop)
         self._asked = 0
@@ -162,9 +162,8 @@ class Sessions:
 
     def _pause_s(self, ask: Ask) -> float:
         mean_s = 0.0 if self._scenario.kind is Kind.Offline else self._scenario.think_s
-        draw = random.Random(
-            f"{self._scenario.seed} {ask.session} {ask.sample}"
-        )  # the same in whatever order they come
+        # Each turn has a draw of its own: the same in whatever order answers come.
+        draw = random.Random(f"{self._scenario.seed} {ask.session} {ask.sample}")
         return draw.expovariate(1 / mean_s) if mean_s else 0.0
 
     def _shuffled(self) -> Iterator[tuple[int, int]]:

@@ -366,7 +366,7 @@ class TwinSampler(BaseSampler):
         self._simulated.search(self._study, began_s + SEARCHED * self._proposal_s)
         known = [self._simulated.result(params) for params, _ in self._residuals]
         new = (one for one in self._ranked() if key(one.params) not in tried)
-        other = [one for one in new if not any(self._alike(one, seen) for seen in known)] or good
+        other = [one for one in new if not any(_alike(one, seen) for seen in known)] or good
         points = [one.params for one in distinct(other, self._space, SHORTLIST)]
         if not points:
             return self._to_tpe("knows no other configuration that runs; TPE is asked")
@@ -388,13 +388,6 @@ class TwinSampler(BaseSampler):
             return self._to_tpe("expects nothing better; TPE is asked now and then")
         return dict(points[int(np.median(scores[:, : len(points)], axis=0).argmax())])
 
-    def _alike(self, one: Result, other: Result) -> bool:
-        """Tell whether two configurations do the same on the twin: a trial of the one says all of the other."""
-        if not other.complete or _unmodelled(one.params) != _unmodelled(other.params):
-            return False
-        here, there = ([*end.values, *(end.metrics.get(name, 0.0) for name in SHOWN)] for end in (one, other))
-        return np.allclose(here, there, rtol=ALIKE, atol=0)
-
     def _informative(self, params: Params, tried: Sequence[Params]) -> dict[str, Any]:
         """Return `params`, of flags that the twin does not model with the choices that were `tried` least.
 
@@ -403,8 +396,9 @@ class TwinSampler(BaseSampler):
         if len(self._residuals) >= TO_CORRECT:
             return dict(params)
         random, changed = np.random.default_rng((self._seed, len(tried))), dict(params)
+        unmodelled = _unmodelled(params)
         for name, distribution in self._space.parameters.items():
-            if name in _unmodelled(params) and isinstance(distribution, CategoricalDistribution):
+            if name in unmodelled and isinstance(distribution, CategoricalDistribution):
                 choices = [distribution.choices[at] for at in random.permutation(len(distribution.choices))]
                 used = Counter(key({name: one.get(name, DEFAULT)}) for one in tried)
                 changed[name] = min(choices, key=lambda choice: used[key({name: choice})])
@@ -425,6 +419,14 @@ class TwinSampler(BaseSampler):
             log.info("twin: %s", why)
         self._said = why
         return {}
+
+
+def _alike(one: Result, other: Result) -> bool:
+    """Tell whether two configurations do the same on the twin: a trial of the one says all of the other."""
+    if not other.complete or _unmodelled(one.params) != _unmodelled(other.params):
+        return False
+    here, there = ([*end.values, *(end.metrics.get(name, 0.0) for name in SHOWN)] for end in (one, other))
+    return np.allclose(here, there, rtol=ALIKE, atol=0)
 
 
 def _unmodelled(params: Params) -> dict[str, Any]:
