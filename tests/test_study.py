@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from autotune.errors import InputError
 from autotune.measure.result import Result
-from autotune.results.study import ON_SHARED, results_in
+from autotune.results.study import ON_SHARED, load, results_in
 from tests.standin import FLATTERED
 from tests.studies import SEQS, asked, autotune, study, trials
 
@@ -287,6 +287,7 @@ def test_best_trial_on_a_shared_server_is_measured_on_one_of_its_own_before_it_w
     assert counted.values == fresh.values and counted.params == {SEQS: 64}
     assert "1 trials shared 1 server" in said and f"trial-1 on a server of its own: {fresh.values[0]:.4g}" in said
     assert json.loads(counted.facts[ON_SHARED]) == [pytest.approx(FLATTERED * fresh.values[0])]
+    assert load(str(tmp_path / "multirun/s")).config_of("trial-1").backend["bounds"] is None  # it is verified alone
 
 
 def test_shared_server_that_flatters_a_trial_does_not_make_it_win(tmp_path: Path):

@@ -331,6 +331,28 @@ def test_rouge_of_a_text_with_itself_and_its_length():
     assert rouge.cleaned("It is n't so , he said .") == "It isn't so, he said."
 
 
+def by_line(text: str) -> list[str]:
+    return text.split(" / ")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        # C.-Y. Lin, ROUGE (2004): 3.1, where the stemmer makes "kill" of "killed", and 3.2, of two sentences.
+        ("police kill the gunman", "police killed the gunman", [1, 1, 1, 1]),
+        ("the gunman kill police", "police killed the gunman", [1, 1 / 3, 2 / 4, 2 / 4]),
+        ("w1 w2 w6 w7 w8 / w1 w3 w8 w9 w5", "w1 w2 w3 w4 w5", [8 / 15, 2 / 13, 8 / 15, 8 / 15]),
+        # Its sentences the other way round: w2 is found within its sentence, and not in a sequence through both.
+        ("w1 w3 w8 w9 w5 / w1 w2 w6 w7 w8", "w1 w2 w3 w4 w5", [8 / 15, 2 / 13, 6 / 15, 8 / 15]),
+    ],
+)
+def test_rouge_is_that_of_its_authors_examples(answer: str, reference: str, expected: list[float]):
+    pytest.importorskip("rouge_score")
+    found = rouge.scores([answer, "x y"], [reference, "x y"], by_line)
+    assert [found[name] for name in rouge.NAMES] == [round(50 * (1 + value), 4) for value in expected]
+    assert found["gen_len"] == len("\n".join(by_line(answer))) + 3 and found["gen_num"] == 2
+
+
 def by_mlperfs_checker(tree: Tree) -> str:
     """What MLPerf's own checker of CHECKOUT objects to, with the sizes of this test in its constants."""
     name = str(tree.benchmark.name)

@@ -168,6 +168,7 @@ class BenchmarkConfig:
     round: str | None = None  # the last one that has it
     system_type: str | None = None  # datacenter or edge
     samples: int | None = within(None, 1, MOST_QUERIES)  # of a performance run
+    dataset: str = "dataset.path=<MLPerf's own file>"  # words that choose its data set
     accuracy_samples: int | None = within(None, 1, MOST_QUERIES)
     performance: Generation = field(default_factory=Generation)
     accuracy: Generation = field(default_factory=Generation)

@@ -26,9 +26,9 @@ from autotune.config.schema import (
 )
 from autotune.errors import InputError
 
-# In LoadGen's own mlperf.conf, of v6.1: of the order of loading, that of issuing, the times.
-SEEDS = [2085463073848966840, 2747215439041700203, 16159082839903944936]
-LEAST_S = 600.0
+CLOSED: Any = OmegaConf.load(CONF / "rules" / "closed.yaml")
+SEEDS: list[int] = list(CLOSED.scenario.seeds)  # of the order of loading, that of issuing, the times
+LEAST_S = float(CLOSED.scenario.min_duration_s)
 RECORDS = CONF / "benchmark"
 TESTS: dict[str, dict[str, Any]] = {  # compliance tests: lines of their audit.config, compliance/<test>/audit.config
     "TEST06": {
@@ -100,7 +100,7 @@ def of_scenario(config: Config) -> BenchmarkScenario:
 def check_samples(config: Config, samples: int) -> None:
     """Raise InputError for a data set of so many `samples` where the rules ask for another number."""
     if config.rules is Rules.closed and (broken := _samples(config, samples)):
-        raise InputError(f"rules=closed: {broken[0]}; write dataset.path=<MLPerf's own file>, or rules=open")
+        raise InputError(f"rules=closed: {broken[0]}; write {config.benchmark.dataset}, or rules=open")
 
 
 def deviations(config: Config, flags: Mapping[str, Any], samples: int | None = None) -> list[str]:

@@ -11,7 +11,7 @@ from statistics import mode
 
 import numpy as np
 
-from autotune.config.overrides import read
+from autotune.config.overrides import read, with_fields
 from autotune.config.schema import RECIPE as RECIPE
 from autotune.config.schema import Config, ObjectiveConfig
 from autotune.errors import InputError
@@ -118,11 +118,14 @@ class Study:
         return [name for name, is_beaten in zip(self.ranked, beaten, strict=True) if not is_beaten]
 
     def config_of(self, trial: str, overrides: Sequence[str] = ()) -> Config:
-        """The configuration of `trial`, secrets hidden, changed by `overrides` (backend.env.HF_TOKEN=…).
+        """The configuration of `trial` on its own, secrets hidden, changed by `overrides` (backend.env.HF_TOKEN=…).
 
         Raises InputError.
         """
-        return read(_config_file(self.folder, trial), overrides)
+        config = read(_config_file(self.folder, trial), overrides)
+        # What the study told it of others: with whom it shares a server, the best load before it.
+        told = {"backend.bounds": None, "scenario.search.best": None} if "bounds" in config.backend else {}
+        return with_fields(config, told)
 
     def chosen(self, trial: str | None) -> str:
         """`trial`, or the best one. Raises InputError if there is no such trial, or no best one."""
