@@ -66,6 +66,8 @@ PHASES = {"start": SKY, "warmup": YELLOW, "run": BLUE, "accuracy": GREEN, "stop"
 LEAST = 4  # trials that importance is computed of
 FOREST = 200  # trials that fANOVA's forest is grown of: its time goes with them
 GPU = {"gpu_utilization": "GPU busy", "gpu_j_per_token": "J/token"}  # of a trial, by metric
+HOVER = "<br>%{hovertext}<extra></extra>"  # ends what is shown under the pointer
+STACKED: dict[str, Any] = {"barmode": "stack", "legend": {"traceorder": "normal"}}
 CURVES = 5  # trials whose load curves are drawn, besides the baseline
 
 
@@ -139,21 +141,13 @@ def history(study: optuna.Study, metric: str, references: Mapping[str, Result]) 
     """Draw each trial's value and the best so far, with what they are compared with."""
     _complete(study, 1)
     figure = visualization.plot_optimization_history(study, target_name=label(metric))
-    figure.update_xaxes(title_text="trial")
     figure.update_traces(name="best so far", selector={"name": "Best Value"})
     values = {name: one.metrics[metric] for name, one in references.items() if metric in one.metrics}
     for side, (name, value) in zip(("left", "right"), values.items(), strict=False):
-        figure.add_hline(
-            value,
-            line={"dash": "dash", "color": VERMILLION},
-            annotation={
-                "text": f"{name} {value:,.4g}",
-                "font": {"color": VERMILLION},
-                "bgcolor": "rgba(255,255,255,.8)",
-            },
-            annotation_position=f"bottom {side}",
-        )
-    return finished(figure)
+        words = {"text": f"{name} {value:,.4g}", "font": {"color": VERMILLION}, "bgcolor": "rgba(255,255,255,.8)"}
+        line = {"dash": "dash", "color": VERMILLION}
+        figure.add_hline(value, line=line, annotation=words, annotation_position=f"bottom {side}")
+    return finished(figure, x="trial")
 
 
 def importances(study: optuna.Study) -> dict[str, dict[str, float]]:
@@ -164,7 +158,8 @@ def importances(study: optuna.Study) -> dict[str, dict[str, float]]:
     trials = _complete(study, LEAST)
     if len({trial.values[0] for trial in trials}) == 1:
         raise NotDrawnError("every trial measured the same value: no parameter mattered")
-    varied = [name for name, distribution in _distributions(trials).items() if not distribution.single()]
+    known = {name: distribution for trial in trials for name, distribution in trial.distributions.items()}
+    varied = [name for name, distribution in known.items() if not distribution.single()]
     if not varied:
         raise NotDrawnError("no parameter was varied")
     some = optuna.create_study(direction=study.direction)
@@ -188,12 +183,10 @@ def _importance(study: optuna.Study, evaluator: Any, params: list[str]) -> dict[
 
 def importance(name: str, shares: Mapping[str, float]) -> go.Figure:
     """Draw the shares of one evaluator as bars."""
-    rows = list(shares.items())[::-1]
-    texts = [f"{share:.0%}" for _, share in rows]
-    bar = go.Bar(x=[share for _, share in rows], y=[key for key, _ in rows], text=texts, orientation="h")
-    figure = go.Figure(bar)
-    figure.update_xaxes(tickformat=".0%", rangemode="tozero", title_text=name)
-    return finished(figure, height=90 + 26 * len(rows))
+    params, values = list(shares)[::-1], list(shares.values())[::-1]
+    bars = go.Bar(x=values, y=params, text=[f"{share:.0%}" for share in values], orientation="h")
+    axis = {"tickformat": ".0%", "rangemode": "tozero", "title_text": name}
+    return finished([bars], x=axis, height=90 + 26 * len(params))
 
 
 def slice_of(study: optuna.Study, param: str, metric: str) -> go.Figure:
@@ -228,56 +221,48 @@ def front(study: optuna.Study, metrics: Sequence[str], limits: Mapping[str, floa
 
 def load_curve(results: Mapping[str, Result], metric: str, limit: float | None, unit: str) -> go.Figure:
     """Draw a latency over the offered load, a line for each trial of several runs; hollow: INVALID."""
-    figure = go.Figure()
+    lines = []
     for name, result in results.items():
-        runs = sorted(
-            (run for run in result.runs if metric in run.metrics and run.role != BURST), key=lambda run: run.qps
+        known = [run for run in result.runs if metric in run.metrics and run.role != BURST]
+        runs = sorted(known, key=lambda run: run.qps)
+        lines.append(
+            go.Scatter(
+                x=[run.qps for run in runs],
+                y=[run.metrics[metric] for run in runs],
+                name=name,
+                mode="lines+markers",
+                marker={"symbol": ["circle" if run.verdict == "VALID" else "circle-open" for run in runs], "size": 8},
+                line={"dash": "dash"} if name in REFERENCES else {},
+                hovertext=[f"{name}: {run.verdict} {'; '.join(run.reasons)}<br>{changes(result)}" for run in runs],
+                hovertemplate=f"%{{x:.4g}} {unit}: %{{y:,.4g}} ms{HOVER}",
+            )
         )
-        figure.add_scatter(
-            x=[run.qps for run in runs],
-            y=[run.metrics[metric] for run in runs],
-            name=name,
-            mode="lines+markers",
-            marker={"symbol": ["circle" if run.verdict == "VALID" else "circle-open" for run in runs], "size": 8},
-            line={"dash": "dash"} if name in REFERENCES else {},
-            hovertext=[f"{name}: {run.verdict} {'; '.join(run.reasons)}<br>{changes(result)}" for run in runs],
-            hovertemplate=f"%{{x:.4g}} {unit}: %{{y:,.4g}} ms<br>%{{hovertext}}<extra></extra>",
-        )
-    return _loads(figure, metric, limit, unit)
+    return _over_load(lines, metric, limit, unit)
 
 
 def load_points(results: Mapping[str, Result], key: str, metric: str, limit: float | None, unit: str) -> go.Figure:
     """Draw the same for a study that swept the load, a parameter with this key: a point for each trial."""
-    figure = go.Figure()
+    traces = []
     for verdict, symbol, colour in (("VALID", "circle", BLUE), ("INVALID", "circle-open", VERMILLION)):
         some = {name: one for name, one in results.items() if (one.verdict == "VALID") == (verdict == "VALID")}
-        figure.add_scatter(
-            x=[result.params[key] for result in some.values()],
-            y=[result.metrics[metric] for result in some.values()],
-            name=verdict,
-            mode="markers",
-            marker={"symbol": symbol, "color": colour},
-            hovertext=[f"{name}<br>{changes(result)}" for name, result in some.items()],
-            hovertemplate=f"%{{x:.4g}} {unit}: %{{y:,.4g}} ms<br>%{{hovertext}}<extra></extra>",
-        )
-    return _loads(figure, metric, limit, unit)
+        dots = [(one.params[key], one.metrics[metric], told(name, one)) for name, one in some.items()]
+        traces.append(_dots(dots, f"%{{x:.4g}} {unit}: %{{y:,.4g}} ms", name=verdict, symbol=symbol, color=colour))
+    return _over_load(traces, metric, limit, unit)
 
 
-def _loads(figure: go.Figure, metric: str, limit: float | None, unit: str) -> go.Figure:
-    figure.update_xaxes(title_text=f"offered load, {unit}")
-    figure.update_yaxes(title_text=label(metric), rangemode="tozero")
+def _over_load(traces: list[go.Scatter], metric: str, limit: float | None, unit: str) -> go.Figure:
+    axis = {"title_text": label(metric), "rangemode": "tozero"}
+    figure = finished(traces, x=f"offered load, {unit}", y=axis)
     if limit is not None:
         _limit(figure, "y", limit)
-    return finished(figure)
+    return figure
 
 
 def _limit(figure: go.Figure, axis: str, value: float) -> None:
     line = {"dash": "dot", "color": VERMILLION}
     annotation = {"text": f"limit {value:g} ms", "font": {"color": VERMILLION}}
-    if axis == "y":
-        figure.add_hline(value, line=line, annotation=annotation, annotation_position="top left")
-    else:
-        figure.add_vline(value, line=line, annotation=annotation, annotation_position="top left")
+    add = figure.add_hline if axis == "y" else figure.add_vline
+    add(value, line=line, annotation=annotation, annotation_position="top left")
 
 
 def bounds(results: Mapping[str, Result], metric: str) -> go.Figure:
@@ -285,105 +270,70 @@ def bounds(results: Mapping[str, Result], metric: str) -> go.Figure:
     bound = {name: result for name, result in results.items() if result.bound and metric in result.metrics}
     if not bound:
         raise NotDrawnError("no trial knows its bottleneck")
-    counts = Counter(result.bound for result in bound.values())
-    figure = go.Figure()
+    counts, boxes = Counter(result.bound for result in bound.values()), []
     for kind, count in counts.most_common():
         some = {name: result for name, result in bound.items() if result.bound == kind}
-        figure.add_box(
-            x=[result.metrics[metric] for result in some.values()],
-            name=f"{kind} ({count})",
-            orientation="h",
-            boxpoints="all",
-            pointpos=0,
-            fillcolor="rgba(0,0,0,0)",
-            line={"color": "rgba(0,0,0,0)"},
-            marker={"color": BLUE, "opacity": 0.6},
-            hovertext=[f"{name}<br>{changes(result)}" for name, result in some.items()],
-            hovertemplate="%{x:,.4g}<br>%{hovertext}<extra></extra>",
-            hoveron="points",
-            showlegend=False,
+        boxes.append(
+            go.Box(
+                x=[result.metrics[metric] for result in some.values()],
+                name=f"{kind} ({count})",
+                orientation="h",
+                boxpoints="all",
+                pointpos=0,
+                fillcolor="rgba(0,0,0,0)",
+                line={"color": "rgba(0,0,0,0)"},
+                marker={"color": BLUE, "opacity": 0.6},
+                hovertext=[f"{name}<br>{changes(result)}" for name, result in some.items()],
+                hovertemplate=f"%{{x:,.4g}}{HOVER}",
+                hoveron="points",
+                showlegend=False,
+            )
         )
-    figure.update_xaxes(title_text=label(metric))
-    figure.update_yaxes(autorange="reversed")
-    return finished(figure, height=110 + 45 * len(counts))
+    return finished(boxes, x=label(metric), y={"autorange": "reversed"}, height=110 + 45 * len(counts))
 
 
 def caching(results: Mapping[str, Result]) -> go.Figure:
     """Draw the share of prompt tokens that were found in the KV cache over what running requests took of it at most."""
     known = {name: one for name, one in results.items() if {"prefix_hit_share", "kv_use_max"} <= one.metrics.keys()}
-    figure = go.Figure()
-    figure.add_scatter(
-        x=[one.metrics["kv_use_max"] for one in known.values()],
-        y=[one.metrics["prefix_hit_share"] for one in known.values()],
-        mode="markers",
-        marker={
-            "symbol": ["x" if _lost(one) >= LOST else "circle" for one in known.values()],
-            "color": BLUE,
-            "size": 8,
-        },
-        hovertext=[f"{name}: {_lost(one):.0%} computed again<br>{changes(one)}" for name, one in known.items()],
-        hovertemplate="KV use %{x:.0%}, found %{y:.1%}<br>%{hovertext}<extra></extra>",
-    )
-    figure.update_xaxes(title_text="KV cache that running requests took, at most", tickformat=".0%", rangemode="tozero")
-    figure.update_yaxes(title_text="prompt tokens found in it", tickformat=".0%", rangemode="tozero")
-    return finished(figure, height=380)
-
-
-def _lost(result: Result) -> float:
-    return result.metrics.get("prefix_lost_share", 0.0)
+    lost = {name: one.metrics.get("prefix_lost_share", 0.0) for name, one in known.items()}
+    dots = [
+        (
+            one.metrics["kv_use_max"],
+            one.metrics["prefix_hit_share"],
+            told(f"{name}: {lost[name]:.0%} computed again", one),
+        )
+        for name, one in known.items()
+    ]
+    symbols = ["x" if share >= LOST else "circle" for share in lost.values()]
+    traces = [_dots(dots, "KV use %{x:.0%}, found %{y:.1%}", symbol=symbols, color=BLUE)]
+    axis = {"tickformat": ".0%", "rangemode": "tozero"}
+    taken = axis | {"title_text": "KV cache that running requests took, at most"}
+    return finished(traces, x=taken, y=axis | {"title_text": "prompt tokens found in it"}, height=380)
 
 
 def fleets(found: Sequence[Fleet], unit: str) -> go.Figure:
     """Draw the GPUs that serve the load, by parallelism."""
     if not found:
         raise NotDrawnError("nothing that was tried serves the load within the limits")
-    figure = go.Figure()
-    figure.add_bar(
+    bars = go.Bar(
         x=[fleet.gpus for fleet in found],
         y=[fleet.parallelism for fleet in found],
         orientation="h",
         text=[f"{fleet.servers} × {fleet.gpus // fleet.servers}" for fleet in found],
         hovertext=[f"{fleet.name}: {fleet.each:.4g} {unit} each" for fleet in found],
-        hovertemplate="%{x} GPUs<br>%{hovertext}<extra></extra>",
+        hovertemplate=f"%{{x}} GPUs{HOVER}",
     )
-    figure.update_xaxes(title_text="GPUs (servers × GPUs of each)", rangemode="tozero")
-    figure.update_yaxes(autorange="reversed")
-    return finished(figure, height=150 + 35 * len(found))
-
-
-def add_dots(
-    figure: go.Figure, results: Mapping[str, Result], points: Mapping[str, tuple[float, float | None]], hover: str
-) -> None:
-    """Add a dot for each trial, those that hold the limits apart from those that broke one."""
-    for feasible, label, colour, symbol in (
-        (True, "holds the limits", BLUE, "circle"),
-        (False, "broke one", GREY, "x"),
-    ):
-        some = {name: result for name, result in results.items() if result.feasible == feasible}
-        figure.add_scatter(
-            x=[points[name][0] for name in some],
-            y=[points[name][1] for name in some],
-            name=label,
-            mode="markers",
-            marker={"color": colour, "symbol": symbol, "size": 8},
-            hovertext=[f"{name}<br>{changes(result)}" for name, result in some.items()],
-            hovertemplate=f"{hover}<br>%{{hovertext}}<extra></extra>",
-            showlegend=bool(some),
-        )
+    axis = {"title_text": "GPUs (servers × GPUs of each)", "rangemode": "tozero"}
+    return finished([bars], x=axis, y={"autorange": "reversed"}, height=150 + 35 * len(found))
 
 
 def costs(results: Mapping[str, Result], per_gpu_hour: float) -> go.Figure:
     """Draw the cost of a million output tokens over the throughput of a GPU, a dot for each trial."""
     if not results:
         raise NotDrawnError("no trial completed")
-    figure = go.Figure()
-    points = {
-        name: (result.metrics["tokens_per_s_per_gpu"], cost(result, per_gpu_hour)) for name, result in results.items()
-    }
-    add_dots(figure, results, points, "%{y:,.4g} for a million tokens")
-    figure.update_xaxes(title_text="tokens/s of a GPU")
-    figure.update_yaxes(title_text="cost per million output tokens", rangemode="tozero")
-    return finished(figure)
+    points = {name: (one.metrics["tokens_per_s_per_gpu"], cost(one, per_gpu_hour)) for name, one in results.items()}
+    axis = {"title_text": "cost per million output tokens", "rangemode": "tozero"}
+    return finished(_by_limits(results, points, "%{y:,.4g} for a million tokens"), x="tokens/s of a GPU", y=axis)
 
 
 def phases(results: Mapping[str, Result]) -> go.Figure:
@@ -391,37 +341,30 @@ def phases(results: Mapping[str, Result]) -> go.Figure:
     timed = {name: result for name, result in results.items() if result.phases}
     if not timed:
         raise NotDrawnError("no trial got as far as to take time")
-    figure = go.Figure()
-    for phase, colour in PHASES.items():
-        seconds = [max(0.0, result.phases.get(phase, 0.0)) for result in timed.values()]
-        if any(seconds):
-            figure.add_bar(x=list(timed), y=seconds, name=phase, marker={"color": colour, "line": {"width": 0}})
-    figure.update_layout(barmode="stack", bargap=0.1, legend={"traceorder": "normal"})
-    figure.update_xaxes(type="category", nticks=12)
-    figure.update_yaxes(title_text="seconds")
-    return finished(figure)
+    seconds = {phase: [max(0.0, one.phases.get(phase, 0.0)) for one in timed.values()] for phase in PHASES}
+    bars = [
+        go.Bar(x=list(timed), y=seconds[phase], name=phase, marker={"color": colour, "line": {"width": 0}})
+        for phase, colour in PHASES.items()
+        if any(seconds[phase])
+    ]
+    return finished(bars, x={"type": "category", "nticks": 12}, y="seconds", **STACKED, bargap=0.1)
 
 
 def expectations(results: Mapping[str, Result], metric: str, at: int) -> go.Figure:
     """Draw what each trial measured over what was expected of it; `at` is the metric's place in the objective."""
-    figure = go.Figure()
     points = {name: (result.expected["values"][at], result.values[at]) for name, result in results.items()}
-    add_dots(figure, results, points, "expected %{x:,.4g}, measured %{y:,.4g}")
-    seen = [value for result in results.values() for value in (result.expected["values"][at], result.values[at])]
+    seen = [value for point in points.values() for value in point]
     ends = [min(seen), max(seen)]
-    figure.add_scatter(
-        x=ends, y=ends, name="as expected", mode="lines", line={"dash": "dot", "color": GREY}, hoverinfo="skip"
-    )
-    figure.update_xaxes(title_text=f"expected {label(metric)}")
-    figure.update_yaxes(title_text=f"measured {label(metric)}")
-    return finished(figure)
+    line = {"dash": "dot", "color": GREY}
+    diagonal = go.Scatter(x=ends, y=ends, name="as expected", mode="lines", line=line, hoverinfo="skip")
+    dots = _by_limits(results, points, "expected %{x:,.4g}, measured %{y:,.4g}")
+    return finished([*dots, diagonal], x=f"expected {label(metric)}", y=f"measured {label(metric)}")
 
 
 def step_errors(errors: Mapping[str, Sequence[Mapping[str, Any]]], fitted_to: str) -> go.Figure:
     """Draw the error of the twin for each kind of step, by trial."""
-    figure = go.Figure()
-    for name, rows in errors.items():
-        figure.add_bar(
+    bars = [
+        go.Bar(
             x=[row["error"] for row in rows],
             y=[row["kind"] for row in rows],
             name=f"{name} ({'fitted to' if name == fitted_to else 'not fitted to'})",
@@ -430,30 +373,52 @@ def step_errors(errors: Mapping[str, Sequence[Mapping[str, Any]]], fitted_to: st
             hovertext=[f"{row['steps']:,} steps, median {row['measured_s'] * 1e3:.1f} ms" for row in rows],
             hovertemplate="%{x:.1%} (%{hovertext})<extra></extra>",
         )
+        for name, rows in errors.items()
+    ]
     kinds = sorted({row["kind"] for rows in errors.values() for row in rows}, key=lambda kind: (len(kind), kind))
-    figure.update_xaxes(tickformat=".1%", rangemode="tozero", title_text="error of a step's time, median")
-    figure.update_yaxes(categoryorder="array", categoryarray=kinds, autorange="reversed")
-    return finished(figure, height=130 + 30 * len(kinds) * len(errors), barmode="group")
+    axis = {"tickformat": ".1%", "rangemode": "tozero", "title_text": "error of a step's time, median"}
+    order = {"categoryorder": "array", "categoryarray": kinds, "autorange": "reversed"}
+    return finished(bars, x=axis, y=order, height=130 + 30 * len(kinds) * len(errors), barmode="group")
 
 
 def parts(bars: Mapping[Any, Mapping[str, float]], title: str) -> go.Figure:
     """Draw seconds by part, stacked, as ms; a bar is named by a tuple: a trial, or a kind of step and a trial."""
-    figure = go.Figure()
     names = [list(names) for names in zip(*bars, strict=True)]
-    for part, (words, colour) in PARTS.items():
-        shown = [bar.get(part, 0.0) * 1e3 for bar in bars.values()]
-        figure.add_bar(
-            x=shown,
+    traces = [
+        go.Bar(
+            x=[bar.get(part, 0.0) * 1e3 for bar in bars.values()],
             y=names if len(names) > 1 else names[0],
             name=words,
             orientation="h",
             marker={"color": colour, "line": {"width": 0}},
             hovertemplate=f"{words}: %{{x:.3g}} ms<extra></extra>",
         )
-    figure.update_layout(barmode="stack", legend={"traceorder": "normal"})
-    figure.update_xaxes(title_text=title)
-    figure.update_yaxes(autorange="reversed")
-    return finished(figure, height=190 + 45 * len(bars))
+        for part, (words, colour) in PARTS.items()
+    ]
+    return finished(traces, x=title, y={"autorange": "reversed"}, height=190 + 45 * len(bars), **STACKED)
+
+
+def _dots(dots: Sequence[tuple[float, float | None, str]], hover: str, name: str = "", **marker: Any) -> go.Scatter:
+    """Dots at x and y, each with its words under `hover`."""
+    x, y, words = zip(*dots, strict=True) if dots else ((), (), ())
+    template = f"{hover}{HOVER}"
+    return go.Scatter(
+        x=x, y=y, hovertext=words, hovertemplate=template, name=name, mode="markers", marker={"size": 8, **marker}
+    )
+
+
+def _by_limits(
+    results: Mapping[str, Result], points: Mapping[str, tuple[float, float | None]], hover: str
+) -> list[go.Scatter]:
+    """Dots of the trials that hold the limits, and of those that broke one."""
+    traces = []
+    for feasible, words, colour, symbol in (
+        (True, "holds the limits", BLUE, "circle"),
+        (False, "broke one", GREY, "x"),
+    ):
+        dots = [(*points[name], told(name, one)) for name, one in results.items() if one.feasible == feasible]
+        traces.append(_dots(dots, hover, words, color=colour, symbol=symbol).update(showlegend=bool(dots)))
+    return traces
 
 
 def spread(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:
@@ -474,11 +439,14 @@ def drawn(draw: Callable[[], go.Figure]) -> go.Figure | str:
         return f"could not be drawn: {type(error).__name__}: {error}"
 
 
-def finished(figure: go.Figure, height: int = 360, **layout: Any) -> go.Figure:
-    """Give `figure` the report's style; it becomes as wide as its place."""
-    figure.update_layout(template=TEMPLATE, title=None, width=None, height=height, **layout)
-    if not layout:
-        figure.update_layout(margin=TEMPLATE.layout.margin)
+def finished(made: Any, x: Any = "", y: Any = "", height: int = 360, **layout: Any) -> go.Figure:
+    """A figure of traces, or Optuna's, in the report's style and as wide as its place; `x` and `y`: titles, or more."""
+    figure = go.Figure(made)
+    margin = TEMPLATE.layout.margin
+    figure.update_layout(template=TEMPLATE, title=None, width=None, height=height, margin=margin, **layout)
+    for axis, update in ((x, figure.update_xaxes), (y, figure.update_yaxes)):
+        if axis:
+            update(axis if isinstance(axis, dict) else {"title_text": axis})
     return figure
 
 
@@ -486,6 +454,11 @@ def label(metric: str) -> str:
     """A metric's heading, with its unit."""
     named = summary.HEADINGS | GPU
     return named.get(metric, metric.replace("_ms", " ms").replace("_per_s", "/s").replace("_", " "))
+
+
+def told(trial: str, result: Result) -> str:
+    """A trial and its parameters, one on each line, for hover."""
+    return "<br>".join([trial, changes(result)])
 
 
 def changes(result: Result) -> str:
@@ -497,10 +470,6 @@ def latency_limits(scenario: ScenarioConfig) -> dict[str, float]:
     """Limits by the metric that they are of, ms; the loosest of those that depend on the prompt's length."""
     held = {f"{limit.name}_p99_ms": limit.loosest * 1e3 for limit in limits_of(scenario)}
     return {metric: limit for metric, limit in held.items() if limit < math.inf}
-
-
-def _distributions(trials: Sequence[FrozenTrial]) -> dict[str, BaseDistribution]:
-    return {name: distribution for trial in trials for name, distribution in trial.distributions.items()}
 
 
 def _complete(study: optuna.Study, least: int) -> list[FrozenTrial]:

@@ -7,7 +7,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -62,18 +62,20 @@ class Plot:
 class Section:
     title: str
     text: str = ""
+    draws: InitVar[Sequence[Callable[[], go.Figure]]] = ()
     small: bool = False  # plots that are read side by side
     rows: list[list[str]] = field(default_factory=list)  # of a table, its headings first
     plots: list[Plot] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # reasons why a plot is not here
 
-    def add(self, draw: Callable[[], go.Figure]) -> None:
-        made = drawn(draw)
-        if isinstance(made, str):
-            self.missing += [made] if made not in self.missing else []
-        else:
-            body = made.to_json().replace("<", "\\u003c")  # it stands within a script element
-            self.plots.append(Plot(body, made.layout.height))
+    def __post_init__(self, draws: Sequence[Callable[[], go.Figure]]) -> None:
+        for draw in draws:
+            made = drawn(draw)
+            if isinstance(made, str):
+                self.missing += [made] if made not in self.missing else []
+            else:
+                body = made.to_json().replace("<", "\\u003c")  # it stands within a script element
+                self.plots.append(Plot(body, made.layout.height))
 
 
 def write(study: Study) -> Path:
@@ -223,77 +225,68 @@ def sections(study: Study) -> list[Section]:
 
 def history(alone: Mapping[str, optuna.Study], references: Mapping[str, Result]) -> Section:
     """`alone` has the study as it is in each of the objective's metrics, here and below."""
-    section = Section("Optimisation history", "Grey trials broke a limit. The line is the best so far.")
-    for metric, study in alone.items():
-        section.add(partial(figures.history, study, metric, references))
-    return section
+    draws = [partial(figures.history, study, metric, references) for metric, study in alone.items()]
+    return Section("Optimisation history", "Grey trials broke a limit. The line is the best so far.", draws)
 
 
 def importances(alone: Mapping[str, optuna.Study]) -> tuple[Section, dict[str, list[str]]]:
     """The section, and the parameters by metric, the most important first."""
-    section = Section(
-        "Parameter importance",
-        "fANOVA: how much of the variation over all trials a parameter explains. PED-ANOVA: how much it tells the best "
-        "tenth of the trials from the others. Both say little after a few trials.",
-    )
-    several, ranked = len(alone) > 1, {}
+    draws, missing, ranked = [], [], {}
     for metric, study in alone.items():
+        of = label(metric) if len(alone) > 1 else ""
         try:
             shares = figures.importances(study)
         except Exception as why:
             shares = {}
-            section.missing.append(f"{label(metric)}: {why}" if several else str(why))
-        for name, found in shares.items():
-            section.add(partial(figures.importance, f"{name} of {label(metric)}" if several else name, found))
-        ranked[metric] = list(shares.popitem()[1]) if shares else _parameters(study)
-    return section, ranked
+            missing.append(f"{of}: {why}" if of else str(why))
+        draws += [partial(figures.importance, f"{name} of {of}" if of else name, one) for name, one in shares.items()]
+        complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        params = dict.fromkeys(name for trial in complete for name in trial.params)
+        ranked[metric] = list(shares.popitem()[1] if shares else params)
+    text = (
+        "fANOVA: how much of the variation over all trials a parameter explains. PED-ANOVA: how much it tells the best "
+        "tenth of the trials from the others. Both say little after a few trials."
+    )
+    return Section("Parameter importance", text, draws, missing=missing), ranked
 
 
 def slices(alone: Mapping[str, optuna.Study], ranked: Mapping[str, Sequence[str]]) -> Section:
-    section = Section(
-        "One parameter at a time",
-        "Darker dots came first; grey ones broke a limit. optuna-dashboard draws contours and parallel coordinates.",
-        small=True,
-    )
-    for metric, study in alone.items():
-        for param in ranked[metric][:SLICES]:
-            section.add(partial(figures.slice_of, study, param, metric))
-        if not ranked[metric]:
-            section.missing = ["no parameter was varied in a trial that completed"]
-    return section
+    text = "Darker dots came first; grey ones broke a limit. optuna-dashboard draws contours and parallel coordinates."
+    shown = [(metric, param) for metric in alone for param in ranked[metric][:SLICES]]
+    draws = [partial(figures.slice_of, alone[metric], param, metric) for metric, param in shown]
+    missing = [] if all(ranked.values()) else ["no parameter was varied in a trial that completed"]
+    return Section("One parameter at a time", text, draws, small=True, missing=missing)
 
 
 def front(study: Study, limits: Mapping[str, float]) -> Section:
-    objective = study.config.objective
-    several = len(objective.metrics) > 1
-    metrics, directions = (objective.metrics, objective.directions) if several else trade_off(study.config)
-    section = Section(
-        "Pareto front" if several else "Throughput against latency", "Hover to see the whole configuration."
-    )
-    section.add(lambda: figures.front(figures.optuna_study(study, metrics, directions), metrics, limits))
-    return section
+    metrics, directions = study.objective.metrics, study.objective.directions
+    title = "Pareto front"
+    if len(metrics) == 1:
+        title = "Throughput against latency"
+        metrics, directions = trade_off(study.config)
+
+    def draw() -> go.Figure:
+        return figures.front(figures.optuna_study(study, metrics, directions), metrics, limits)
+
+    return Section(title, "Hover to see the whole configuration.", [draw])
 
 
 def load(study: Study, limits: Mapping[str, float]) -> Section:
     """Latency over the offered load, of the best trials that ran at several loads, or of a study that swept it."""
-    section = Section("Latency over load", f"Hollow marks: {study.config.scenario.verdict_by} said INVALID.")
-    trials = by_value(study)
+    scenario, trials = study.config.scenario, by_value(study)
+    key, unit = f"scenario.{scenario.load_field}", scenario.load_unit
     several = {name: result for name, result in trials if len({run.qps for run in result.runs}) > 1}
-    scenario = study.config.scenario
-    key = f"scenario.{scenario.load_field}"
     swept = {name: result for name, result in trials if key in result.params}
+    metrics = {metric: limits.get(metric) for metric in limits or ("ttft_p99_ms", "tpot_p99_ms")}
+    draws: list[Callable[[], go.Figure]] = []
     if several:
-        some = {name: result for name, result in several.items() if name not in REFERENCES}
-        some = dict(list(some.items())[: figures.CURVES])
-        shown = {name: several[name] for name in REFERENCES if name in several} | some
-        for metric in list(limits) or ["ttft_p99_ms", "tpot_p99_ms"]:
-            section.add(partial(figures.load_curve, shown, metric, limits.get(metric), scenario.load_unit))
+        best = [name for name in several if name not in REFERENCES][: figures.CURVES]
+        shown = {name: several[name] for name in (*REFERENCES, *best) if name in several}
+        draws = [partial(figures.load_curve, shown, metric, limit, unit) for metric, limit in metrics.items()]
     elif swept:
-        for metric in list(limits) or ["ttft_p99_ms", "tpot_p99_ms"]:
-            section.add(partial(figures.load_points, swept, key, metric, limits.get(metric), scenario.load_unit))
-    else:
-        section.missing = ["every trial ran at one load (space=load sweeps it)"]
-    return section
+        draws = [partial(figures.load_points, swept, key, metric, limit, unit) for metric, limit in metrics.items()]
+    missing = [] if draws else ["every trial ran at one load (space=load sweeps it)"]
+    return Section("Latency over load", f"Hollow marks: {scenario.verdict_by} said INVALID.", draws, missing=missing)
 
 
 def turns(study: Study) -> list[Section]:
@@ -313,19 +306,21 @@ def turns(study: Study) -> list[Section]:
 def costs(study: Study) -> list[Section]:
     """The section on costs, and on the GPUs that serve `target_load`; none where neither was asked for."""
     config, wanted, priced = study.config, study.config.target_load, study.config.price_per_gpu_hour
-    if not (wanted or priced):
-        return []
-    section = Section("GPUs and cost", f"At {priced:g} for a GPU's hour. " if priced else "")
+    text = f"At {priced:g} for a GPU's hour. " if priced else ""
+    rows, missing, draws = [], [], []
     if wanted:
+        unit = config.scenario.load_unit
         found = fleet.fleets(study.complete.items(), config, wanted)
-        section.text += f"{fleet.caption(config, wanted)}. " if found else ""
-        section.rows = fleet.rows(found, config.scenario.load_unit) if found else []
-        section.missing += [] if found else fleet.render(found, config, wanted)
-        section.add(partial(figures.fleets, found, config.scenario.load_unit))
+        if found:
+            text += f"{fleet.caption(config, wanted)}. "
+            rows = fleet.rows(found, unit)
+        else:
+            missing = fleet.render(found, config, wanted)
+        draws.append(partial(figures.fleets, found, unit))
     if priced:
-        section.text += "A million tokens out pay for the whole server, the prompts included."
-        section.add(partial(figures.costs, study.complete, priced))
-    return [section]
+        text += "A million tokens out pay for the whole server, the prompts included."
+        draws.append(partial(figures.costs, study.complete, priced))
+    return [Section("GPUs and cost", text, draws, rows=rows, missing=missing)] if draws else []
 
 
 def by_value(study: Study) -> list[tuple[str, Result]]:
@@ -346,44 +341,36 @@ def trade_off(config: Config) -> tuple[list[str], list[str]]:
 def bounds(study: Study) -> Section:
     seen = {result.bound for result in study.results.values() if result.bound}
     kinds = [f"{kind}: {BOUNDS.get(kind, kind)}." for kind in sorted(seen)]
-    section = Section("Bottleneck of each trial", " ".join(["What limited its throughput.", *kinds]))
-    section.add(partial(figures.bounds, study.complete, study.config.objective.metrics[0]))
-    return section
+    text = " ".join(["What limited its throughput.", *kinds])
+    draw = partial(figures.bounds, study.complete, study.objective.metrics[0])
+    return Section("Bottleneck of each trial", text, [draw])
 
 
 def caching(study: Study) -> list[Section]:
     """The section on what the prefix cache held; none where no trial found anything there."""
     if not any(result.metrics.get("prefix_hit_share") for result in study.complete.values()):
         return []
-    section = Section(
-        "Prefix cache",
+    text = (
         "The share of the prompt tokens that were in the KV cache. Crosses: a tenth of them or more had been "
-        "there, were evicted, and were computed again.",
+        "there, were evicted, and were computed again."
     )
-    section.add(partial(figures.caching, study.complete))
-    return [section]
+    return [Section("Prefix cache", text, [partial(figures.caching, study.complete)])]
 
 
 def expectations(study: Study) -> list[Section]:
     """The section on what was expected of trials and of their steps, and what came; none where nothing was expected."""
-    told = left_in(study.folder / TWIN)
+    twin = left_in(study.folder / TWIN)
     pairs = {name: result for name, result in study.swept.items() if result.complete and result.expected.get("values")}
-    if not pairs and not told.get("errors"):
-        return []
-    section = Section("Expected and measured")
-    for at, metric in enumerate(study.objective.metrics if pairs else []):
-        section.text += f"{label(metric)}: {_agreement(list(pairs.values()), at)} "
-        section.add(partial(figures.expectations, pairs, metric, at))
-    if errors := told.get("errors"):
-        named = (
-            told["device_of"] or f"none is named, so {told['device']} by default; write prior=sim with the right one"
-        )
-        section.text += (
-            f"The twin of the server is fitted to the steps of {next(iter(errors))}, and begins with the constants of "
-            f"{told['device']} ({named})."
-        )
-        section.add(partial(figures.step_errors, errors, next(iter(errors))))
-    return [section]
+    metrics = study.objective.metrics if pairs else []
+    text = "".join(f"{label(metric)}: {_agreement(list(pairs.values()), at)} " for at, metric in enumerate(metrics))
+    draws = [partial(figures.expectations, pairs, metric, at) for at, metric in enumerate(metrics)]
+    if errors := twin.get("errors"):
+        fitted_to, device = next(iter(errors)), twin["device"]
+        named = twin["device_of"] or f"none is named, so {device} by default; write prior=sim with the right one"
+        text += f"The twin of the server is fitted to the steps of {fitted_to}, and begins with the constants of "
+        text += f"{device} ({named})."
+        draws.append(partial(figures.step_errors, errors, fitted_to))
+    return [Section("Expected and measured", text, draws)] if draws else []
 
 
 def _agreement(results: Sequence[Result], at: int) -> str:
@@ -405,22 +392,25 @@ def _agreement(results: Sequence[Result], at: int) -> str:
 
 def steps(study: Study) -> list[Section]:
     """The section on what the steps of the best trial and of the baseline consist of; none where none were recorded."""
-    told = left_in(study.folder / TWIN)
-    if not told:
+    twin = left_in(study.folder / TWIN)
+    if not twin:
         return []
-    section = Section("What a step consists of", missing=[told["missing"]] if "missing" in told else [])
-    if accounts := told.get("accounts"):
-        section.text = _difference(accounts)
-        by_token = {(name,): _by_token(account) for name, account in accounts.items()}
-        section.add(lambda: figures.parts(by_token, "engine, ms for 1,000 tokens"))
-        by_step = {
-            (words, name): _by_step(account[kind])
-            for kind, words in (("prefill", "with prefill"), ("decode", "decode"))
-            for name, account in accounts.items()
-            if kind in account
-        }
-        section.add(lambda: figures.parts(by_step, "ms of a step, mean"))
-    return [section]
+    title = "What a step consists of"
+    accounts: dict[str, Account] = twin.get("accounts", {})
+    if not accounts:
+        return [Section(title, missing=[twin["missing"]] if "missing" in twin else [])]
+    by_token = {(name,): _by_token(account) for name, account in accounts.items()}
+    by_step = {
+        (words, name): _by_step(account[kind])
+        for kind, words in (("prefill", "with prefill"), ("decode", "decode"))
+        for name, account in accounts.items()
+        if kind in account
+    }
+    draws = [
+        partial(figures.parts, by_token, "engine, ms for 1,000 tokens"),
+        partial(figures.parts, by_step, "ms of a step, mean"),
+    ]
+    return [Section(title, _difference(accounts), draws)]
 
 
 Account = Mapping[str, Mapping[str, Any]]  # by kind of step, as sim/account.py has it
@@ -478,9 +468,7 @@ def phases(study: Study) -> Section:
     whole = sum(total.values())
     shares = [f"{phase} {seconds / whole:.0%}" for phase, seconds in total.items() if seconds > 0]
     text = f"{_duration(whole)} in all: {', '.join(shares)}.{starts(study)}" if whole else ""
-    section = Section("Where the time went", text)
-    section.add(partial(figures.phases, study.results))
-    return section
+    return Section("Where the time went", text, [partial(figures.phases, study.results)])
 
 
 def starts(study: Study) -> str:
@@ -551,11 +539,6 @@ def facts(study: Study) -> list[tuple[str, str]]:
         found.append(("ran", f"{first} to {last}"))
     versions = [(key.replace("_", " "), ", ".join(values)) for key, values in named.items() if any(values)]
     return found + versions
-
-
-def _parameters(study: optuna.Study) -> list[str]:
-    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    return list(dict.fromkeys(name for trial in complete for name in trial.params))
 
 
 def _figure(value: Any) -> str:
