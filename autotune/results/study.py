@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mode
+from typing import Any
 
 import numpy as np
 
 from autotune.config.overrides import read, with_fields
+from autotune.config.schema import DEFAULTS, Config, ObjectiveConfig, baselines
 from autotune.config.schema import RECIPE as RECIPE
-from autotune.config.schema import Config, ObjectiveConfig
+from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
 from autotune.measure import objective
 from autotune.measure.result import Result, State
@@ -141,6 +143,12 @@ class Study:
         if len(self.objective.metrics) > 1 and len(self.front) > 1:
             raise InputError(f"study={self.name} has a Pareto front; choose from it: trial={' | '.join(self.front)}")
         return self.best
+
+
+def references(config: Config) -> dict[str, dict[str, Any]]:
+    """The parameters of what a study runs first, to compare with, by the trial's name. Raises InputError."""
+    recipe = {f"{FLAG}{flag}": value for flag, value in config.model.recipe.args.items()}
+    return {BASELINE if word == DEFAULTS else word: recipe if word == RECIPE else {} for word in baselines(config)}
 
 
 def load(name: str, key: str = "study") -> Study:

@@ -11,26 +11,9 @@ from autotune.config.vllm_flags import FLAG
 from autotune.data.samples import Samples
 from autotune.errors import InputError
 from autotune.measure import accuracy
-from autotune.measure.accuracy import (
-    CONSTRAINT,
-    FOLDER,
-    GAP,
-    LOSSY,
-    NLL,
-    NOT_SCORED,
-    NUMERICS,
-    OVER,
-    PASSED,
-    REFUSED,
-    SAME,
-    SPECULATION,
-    UNKNOWN,
-    Judgement,
-    Scores,
-)
 from autotune.measure.prepare import Prepared
 from autotune.measure.result import Result
-from autotune.results.study import BASELINE
+from autotune.results.study import BASELINE, references
 from autotune.search.space import VARIABLE, Space, swept_flags, value_of
 
 log = logging.getLogger(__name__)
@@ -41,7 +24,7 @@ def decided(config: Config, space: Space, prepared: Prepared, folder: Path) -> A
     recipe = config.model.recipe.args if RECIPE in baselines(config) else {}
     swept = {key.removeprefix(FLAG): one for key, one in space.parameters.items() if key.startswith((FLAG, VARIABLE))}
     deciding = [name for name in [*swept, *recipe] if name.startswith(VARIABLE) or accuracy.is_numeric(name)]
-    deciding += [name for name, one in swept.items() if name == SPECULATION and LOSSY in str(one)]
+    deciding += [name for name, one in swept.items() if name == accuracy.SPECULATION and accuracy.LOSSY in str(one)]
     none = replace(config.accuracy, check=Check.none)
     if config.accuracy.check is Check.none or (config.accuracy.check is Check.auto and not deciding):
         return none
@@ -52,7 +35,7 @@ def decided(config: Config, space: Space, prepared: Prepared, folder: Path) -> A
     if why_not:
         log.warning("answers are not checked: %s", why_not)
         return none
-    return replace(config.accuracy, check=Check.nll, kept_in=str(folder / FOLDER))
+    return replace(config.accuracy, check=Check.nll, kept_in=str(folder / accuracy.FOLDER))
 
 
 class Gate:
@@ -61,12 +44,12 @@ class Gate:
     def __init__(self, config: Config, prepared: Prepared, samples: Samples, folder: Path) -> None:
         self._config = config
         self._prepared = prepared
-        self._folder = folder / FOLDER
+        self._folder = folder / accuracy.FOLDER
         self._on = config.accuracy.check is Check.nll
         if self._on:
             self._folder.mkdir(exist_ok=True)
             self._texts = accuracy.digest(accuracy.texts(samples, config.accuracy))
-        self._found: dict[str, Scores] = {}  # by numerics
+        self._found: dict[str, accuracy.Scores] = {}  # by numerics
         self._refused: dict[str, str] = {}  # trial whose answers were refused, by numerics
 
     def refusal(self, params: Mapping[str, Any]) -> str:
@@ -77,62 +60,63 @@ class Gate:
     def awaits(self, result: Result, results: Mapping[str, Result], running: Collection[str]) -> bool:
         """True if the baseline is among the trials that run, and `result` can't be judged before it has ended."""
         name, numerics = self._reference(results) if self._on else ("", "")
-        return name in running and result.complete and result.facts.get(NUMERICS, numerics) != numerics
+        return name in running and result.complete and result.facts.get(accuracy.NUMERICS, numerics) != numerics
 
     def judge(self, results: Mapping[str, Result], anew: bool = False) -> list[str]:
         """Judge those of `results` that have no verdict yet, or all of them `anew`; returns whose verdict changed."""
         changed = []
         for name, result in results.items():
-            before = result.accuracy, result.constraints.get(CONSTRAINT)
+            before = result.accuracy, result.constraints.get(accuracy.CONSTRAINT)
             if result.complete and (anew or not result.accuracy or self.waits(result)):
                 self._judge(name, result, results)
-                changed += [name] if (result.accuracy, result.constraints.get(CONSTRAINT)) != before else []
+                changed += [name] if (result.accuracy, result.constraints.get(accuracy.CONSTRAINT)) != before else []
         return changed
 
     def waits(self, result: Result) -> bool:
         """True if the verdict on `result` may still change, as that on the baseline does."""
-        return result.accuracy.startswith(UNKNOWN)
+        return result.accuracy.startswith(accuracy.UNKNOWN)
 
     def _judge(self, name: str, result: Result, results: Mapping[str, Result]) -> None:
-        result.constraints.pop(CONSTRAINT, None)
+        result.constraints.pop(accuracy.CONSTRAINT, None)
         if not self._on:
             result.accuracy = ""
             return
-        numerics = result.facts[NUMERICS] if NUMERICS in result.facts else self._numerics(result.params)
+        numerics = (
+            result.facts[accuracy.NUMERICS] if accuracy.NUMERICS in result.facts else self._numerics(result.params)
+        )
         name_of_reference, reference = self._reference(results)
         if numerics == reference:
-            result.accuracy = SAME
+            result.accuracy = accuracy.SAME
             return
         scores, baseline = self._scores(numerics), self._scores(reference)
         if scores and baseline and scores.compares_with(baseline):
             self._note(name, numerics, result, accuracy.judged(scores, baseline, self._config.accuracy.margin))
             return
         lacking = result if baseline else results.get(name_of_reference)
-        why = lacking.facts.get(NOT_SCORED, "") if lacking else ""
+        why = lacking.facts.get(accuracy.NOT_SCORED, "") if lacking else ""
         what = "its answers" if baseline else "the baseline's answers"
-        result.accuracy = f"{UNKNOWN}: {what} have no scores{why and f' ({why})'}"
-        result.constraints[CONSTRAINT] = 1.0
+        result.accuracy = f"{accuracy.UNKNOWN}: {what} have no scores{why and f' ({why})'}"
+        result.constraints[accuracy.CONSTRAINT] = 1.0
 
-    def _note(self, name: str, numerics: str, result: Result, found: Judgement) -> None:
-        for metric, difference in ((NLL, found.nll), (GAP, found.gap)):
-            result.metrics[f"{metric}{OVER}"] = difference.mean
-            result.intervals[f"{metric}{OVER}"] = [difference.low, difference.high]
-        result.constraints[CONSTRAINT] = found.over
-        result.accuracy = f"{REFUSED if found.over > 0 else PASSED}: {found.words}"
+    def _note(self, name: str, numerics: str, result: Result, found: accuracy.Judgement) -> None:
+        for metric, difference in ((accuracy.NLL, found.nll), (accuracy.GAP, found.gap)):
+            result.metrics[f"{metric}{accuracy.OVER}"] = difference.mean
+            result.intervals[f"{metric}{accuracy.OVER}"] = [difference.low, difference.high]
+        result.constraints[accuracy.CONSTRAINT] = found.over
+        result.accuracy = f"{accuracy.REFUSED if found.over > 0 else accuracy.PASSED}: {found.words}"
         if found.over > 0:
             self._refused.setdefault(numerics, name)
 
     def _reference(self, results: Mapping[str, Result]) -> tuple[str, str]:
         """The baseline's name and numerics: vLLM's defaults, unless the recipe alone stands for them."""
         name = RECIPE if baselines(self._config) == [RECIPE] else BASELINE
-        if name in results and NUMERICS in results[name].facts:
-            return name, results[name].facts[NUMERICS]
-        recipe = self._config.model.recipe.args if name == RECIPE else {}
-        return name, self._numerics({f"{FLAG}{flag}": value for flag, value in recipe.items()})
+        if name in results and accuracy.NUMERICS in results[name].facts:
+            return name, results[name].facts[accuracy.NUMERICS]
+        return name, self._numerics(references(self._config).get(name, {}))
 
-    def _scores(self, numerics: str) -> Scores | None:
+    def _scores(self, numerics: str) -> accuracy.Scores | None:
         if numerics not in self._found:
-            if (scores := Scores.load(self._folder / accuracy.file_name(numerics, self._texts))) is None:
+            if (scores := accuracy.Scores.load(self._folder / accuracy.file_name(numerics, self._texts))) is None:
                 return None
             self._found[numerics] = scores
         return self._found[numerics]

@@ -6,8 +6,10 @@ next one is asked. Trials report through files in their folders, so a job can ou
 
 import json
 import logging
+import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,12 +26,11 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.config.bounds import seconds
 from autotune.config.overrides import typed, with_fields, with_values
 from autotune.config.redact import redact
-from autotune.config.schema import DEFAULTS, RECIPE, BudgetOf, Config, Duplicates, Rules, baselines
+from autotune.config.schema import RECIPE, BudgetOf, Config, Duplicates, Rules
 from autotune.config.vllm_flags import FLAG, written_in
 from autotune.errors import InputError
 from autotune.measure import progress, rules
 from autotune.measure.accuracy import SAME
-from autotune.measure.backend import DryRunOutcome
 from autotune.measure.objective import searches
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
 from autotune.measure.result import Result, State
@@ -44,6 +45,7 @@ from autotune.results.study import (
     canaries_in,
     certified,
     load,
+    references,
     result_in,
     results_in,
 )
@@ -149,7 +151,10 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
             # Each trial is composed from this study, and must not make up a name of its own.
             overrides = [*fixed, f"study={config.study}"]
             judge = Gate(config, prepared, samples, folder)
-            study = Sweep(record, config, composed, overrides, prepared, defaults, launcher, folder, judge).run(results)
+            if defaults.refusal:
+                log.warning("vLLM refuses the configuration even without a sweep: %s", defaults.refusal)
+            known = defaults.resolved
+            study = Sweep(record, config, composed, overrides, prepared, known, launcher, folder, judge).run(results)
     if not study.complete:
         sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
 
@@ -167,13 +172,6 @@ def ended_in(folder: Path, results: Mapping[str, Result]) -> Mapping[str, "Ended
     from autotune.search import twin  # SciPy takes a while to import, and only sampler=twin asks
 
     return twin.ended_in(folder, results)
-
-
-def references(config: Config) -> dict[str, dict[str, Any]]:
-    """The parameters of what runs first, to compare with, by the trial's name."""
-    recipe = {f"{FLAG}{flag}": value for flag, value in config.model.recipe.args.items()}
-    made = {DEFAULTS: (BASELINE, {}), RECIPE: (RECIPE, recipe)}
-    return dict(made[word] for word in baselines(config))
 
 
 def check_recipe(config: Config, prepared: Prepared) -> None:
@@ -228,67 +226,55 @@ def check_rules(space: Space, config: Config, prepared: Prepared) -> None:
                 raise InputError(f"{name}: its value {broken[0]}; leave it out of the space, or write rules=open")
 
 
+@dataclass
 class Sweep:
     """The trials of one study, from the first question to the summary."""
 
-    def __init__(
-        self,
-        record: Record,
-        config: Config,
-        composed: DictConfig,
-        overrides: list[str],
-        prepared: Prepared,
-        defaults: DryRunOutcome,
-        launcher: Launcher,
-        folder: Path,
-        judge: Gate,
-    ) -> None:
-        """`defaults` are vLLM's flags without a sweep, resolved."""
-        self._record = record
-        self._config = config
-        self._composed = composed
-        self._overrides = overrides
-        self._prepared = prepared
-        self._launcher = launcher
-        self._folder = folder
-        self._gate = judge
-        self._budget_s = seconds(config.budget) if config.budget else None
-        if defaults.refusal:
-            log.warning("vLLM refuses the configuration even without a sweep: %s", defaults.refusal)
-        self._known = defaults.resolved
-        self._start_with = None
-        if prepared.backend.shares and launcher.shares:
-            self._start_with = shared_start(record.space, self._known)
-        self._lookup = Lookup(prepared, record.space, self._known)
-        self._defaults = {name: default_of(name, self._known) for name in record.space.parameters}
-        self._n_trials = config.n_trials
-        if record.is_grid:
-            self._n_trials = record.space.grid_size
-            log.info("grid: %d points", self._n_trials)
-        self._running: list[Running] = []
-        self._ended: list[tuple[PendingTrial, Result, str]] = []  # that the gate can't judge before the baseline ends
-        self._results: dict[str, Result] = {}  # of what has ended, by folder
-        self._references = references(config)
-        self._wanted: list[str] = []  # of these, still to be run
-        self._count = 0  # of n_trials, in flight or ended
-        self._engine_s = 0.0  # start and run of the trials that ended
-        self._began = time.monotonic()
-        self._in_flight: set[str] = set()  # names of trials, from when they are asked until they have ended
-        self._repeats: list[tuple[PendingTrial, str]] = []  # trials that repeat one in flight, and its name
-        self._exhausted = False  # the sampler has nothing new
-        self._failed: list[str] = []  # reasons of the last trials, as long as they fail
-        self._failed_on: dict[str, int] = {}  # the same by node
+    record: Record
+    config: Config
+    composed: DictConfig
+    overrides: list[str]
+    prepared: Prepared
+    known: Mapping[str, Any]  # vLLM's flags without a sweep, resolved
+    launcher: Launcher
+    folder: Path
+    gate: Gate
+    running: list[Running] = field(default_factory=list)
+    # Trials that have ended, which the gate can't judge before the baseline ends; with their nodes.
+    ended: list[tuple[PendingTrial, Result, str]] = field(default_factory=list)
+    results: dict[str, Result] = field(default_factory=dict)  # of what has ended, by folder
+    wanted: list[str] = field(default_factory=list)  # references that are still to be run
+    count: int = 0  # of n_trials, in flight or ended
+    engine_s: float = 0.0  # start and run of the trials that ended
+    # Trials from when they are asked until they have ended, with those that repeat them.
+    in_flight: dict[str, list[PendingTrial]] = field(default_factory=dict)
+    exhausted: bool = False  # the sampler has nothing new
+    failed: list[str] = field(default_factory=list)  # reasons of the last trials, as long as they fail
+    failed_on: Counter[str] = field(default_factory=Counter)  # the same by node
+
+    def __post_init__(self) -> None:
+        space = self.record.space
+        self.began = time.monotonic()
+        self.budget_s = seconds(self.config.budget) if self.config.budget else math.inf
+        shares = self.prepared.backend.shares and self.launcher.shares
+        self.start_with = shared_start(space, self.known) if shares else None
+        self.lookup = Lookup(self.prepared, space, self.known)
+        self.defaults = {name: default_of(name, self.known) for name in space.parameters}
+        self.references = references(self.config)
+        self.n_trials = space.grid_size if self.record.is_grid else self.config.n_trials
+        if self.record.is_grid:
+            log.info("grid: %d points", self.n_trials)
 
     def run(self, results: dict[str, Result]) -> FinishedStudy:
         """Go on from the `results` of an earlier process, if any, to the end; returns what was measured."""
-        config = self._config
+        config = self.config
         with (
-            beside.study(config.tracking, config.study, self._folder) as self._tracker,
+            beside.study(config.tracking, config.study, self.folder) as self.tracker,
             interrupt.deferred(),  # neither the storage nor a job's start is cut off midway, nor what is written last
         ):
             try:
                 self._resume(results)
-                with Display(self._n_trials, config.objective) as self._display:
+                with Display(self.n_trials, config.objective) as self.display:
                     self._run_trials()
                     self._certify()
             except (KeyboardInterrupt, SystemExit):
@@ -300,14 +286,14 @@ class Sweep:
 
     def _end(self) -> FinishedStudy:
         """Leave nothing running, and write what was measured; the storage or the disk may be what ended the study."""
-        for one in self._running:
+        for one in self.running:
             one.job.cancel()
-        self._attempt("a server that trials shared may still run", self._launcher.close)
+        self._attempt("a server that trials shared may still run", self.launcher.close)
         self._attempt("the last trials were not recorded", self._abandon)
-        study = FinishedStudy(self._folder, self._config, results_in(self._folder), canaries_in(self._folder))
+        study = FinishedStudy(self.folder, self.config, results_in(self.folder), canaries_in(self.folder))
         self._attempt("no summary", lambda: log.info("\n%s", summary.render(study)))
         self._attempt("no summary.txt", summary.write, study)
-        self._attempt(f"no report, `autotune report study={self._config.study}` writes it", self._write_report, study)
+        self._attempt(f"no report, `autotune report study={self.config.study}` writes it", self._write_report, study)
         return study
 
     def _attempt(self, otherwise: str, work: Callable[..., object], *arguments: Any) -> None:
@@ -328,16 +314,16 @@ class Sweep:
         """Keep the launcher's n_jobs trials in flight until n_trials were run or the budget is spent."""
         self._start(self._canaries())
         while True:
-            if any(one.pending.node for one in self._running):  # nothing else runs before the nodes are known
+            if any(one.pending.node for one in self.running):  # nothing else runs before the nodes are known
                 self._end_some()
                 continue
             pending: list[PendingTrial] = []
-            while len(self._running) + len(pending) < self._launcher.n_jobs and (next_one := self._ask()):
+            while len(self.running) + len(pending) < self.launcher.n_jobs and (next_one := self._ask()):
                 pending.append(next_one)
                 if next_one.trial is None:  # the baseline need not wait for a sampler that takes seconds to begin
                     self._start([pending.pop()])
             self._start(pending)
-            if not self._running:
+            if not self.running:
                 return
             self._end_some()
 
@@ -349,42 +335,42 @@ class Sweep:
                 return
             log.info("%s is the best; it shared a server, and is measured again on one of its own", name)
             self._start([PendingTrial(f"{FRESH}{name}", study.results[name].params, None)])
-            while self._running:
+            while self.running:
                 self._end_some()
 
     def _end_some(self) -> None:
         """Finish the trials that have ended; wait a moment if none has."""
         interrupt.check()
-        ended = [one for one in self._running if one.job.done()]
+        ended = [one for one in self.running if one.job.done()]
         for one in ended:
-            self._running.remove(one)
+            self.running.remove(one)
             if not one.job.lost or not self._again(one.pending):
-                self._ended.append((one.pending, self._result_of(one), one.job.node))
-        runs = {one.pending.name for one in self._running}
-        awaiting = [one for one in self._ended if self._gate.awaits(one[1], self._results, runs)]
-        ready, self._ended = [one for one in self._ended if one not in awaiting], awaiting
+                self.ended.append((one.pending, self._result_of(one), one.job.node))
+        runs = {one.pending.name for one in self.running}
+        awaiting = [one for one in self.ended if self.gate.awaits(one[1], self.results, runs)]
+        ready, self.ended = [one for one in self.ended if one not in awaiting], awaiting
         for pending, result, node in ready:
             self._finish(pending, result, node)
-        for one in self._running:
+        for one in self.running:
             self._watch(one)
-        self._display.show(self._running, self._so_far(), self._count)
+        self.display.show(self.running, self._so_far(), self.count)
         if not ended:
-            self._running[0].job.wait(POLL_S)
+            self.running[0].job.wait(POLL_S)
 
     def _again(self, pending: PendingTrial) -> bool:
         """Finish a trial that ended with what had started it, or queue it again, once; False if that was done."""
         if pending.trial is None or AGAIN in pending.trial.user_attrs:
             return False
-        self._lookup.remove(pending.name)
-        self._count -= 1
-        for one in [pending, *self._repeats_of(pending.name)]:
+        self.lookup.remove(pending.name)
+        self.count -= 1
+        for one in [pending, *self.in_flight.pop(pending.name, [])]:
             assert one.trial
-            self._settle(self._record.trials[one.trial.number])
+            self._settle(self.record.trials[one.trial.number])
         return True
 
     def _result_of(self, one: Running) -> Result:
         """The result that a trial left in its folder, or the reason why it left none."""
-        result = result_in(self._folder / one.pending.name) or Result(reason=one.job.reason())
+        result = result_in(self.folder / one.pending.name) or Result(reason=one.job.reason())
         if one.pruned and not result.complete:
             result.state, result.reason = State.pruned, "ended early by the pruner"
         elif result.state is State.interrupted:  # by a time limit of the cluster, say, and not by the study
@@ -395,28 +381,28 @@ class Sweep:
 
     def _canaries(self) -> list[PendingTrial]:
         """A short baseline for each node that has not shown yet what it can."""
-        known = canaries_in(self._folder)
-        return [PendingTrial(f"{CANARY}{node}", {}, None, node) for node in self._launcher.nodes() if node not in known]
+        known = canaries_in(self.folder)
+        return [PendingTrial(f"{CANARY}{node}", {}, None, node) for node in self.launcher.nodes() if node not in known]
 
     def _ask(self) -> PendingTrial | None:
         """The baseline, then what the sampler suggests and vLLM accepts; None if nothing more is to be run now."""
-        if self._wanted:
-            self._prepared.backend.prepare_dry_runs()  # while the baseline starts, not once it has ended
-            return self._claimed(self._pending(self._wanted.pop(0)))
+        if self.wanted:
+            self.prepared.backend.prepare_dry_runs()  # while the baseline starts, not once it has ended
+            return self._claimed(self._pending(self.wanted.pop(0)))
         refused = looked_up = 0  # in a row
-        while not self._exhausted and self._count < self._n_trials and not self._spent():
-            if len(self._repeats) >= DUPLICATES_IN_A_ROW:  # wait for what they repeat
+        while not self.exhausted and self.count < self.n_trials and not self._spent():
+            if sum(map(len, self.in_flight.values())) >= DUPLICATES_IN_A_ROW:  # wait for what they repeat
                 return None
-            trial, params = self._record.ask(self._known)
+            trial, params = self.record.ask(self.known)
             pending = PendingTrial(f"{TRIAL}{trial.number}", params, trial)
-            refusal, point = self._lookup.check(params)
+            refusal, point = self.lookup.check(params)
             interrupt.check()
-            if (earlier := None if refusal else self._lookup.trial_at(point)) and self._repeat(pending, earlier):
+            if (earlier := None if refusal else self.lookup.trial_at(point)) and self._repeat(pending, earlier):
                 looked_up += 1
-                self._exhausted = looked_up == DUPLICATES_IN_A_ROW and not self._record.is_grid
-                if self._exhausted:
+                self.exhausted = looked_up == DUPLICATES_IN_A_ROW and not self.record.is_grid
+                if self.exhausted:
                     log.info("stopping: %d proposals in a row were already measured", looked_up)
-            elif refusal := refusal or self._gate.refusal(params):
+            elif refusal := refusal or self.gate.refusal(params):
                 self._refuse(pending, refusal)
                 refused += 1
                 if refused == REFUSALS_IN_A_ROW:
@@ -424,62 +410,53 @@ class Sweep:
                         f"{refused} combinations in a row can't be run; the last: {refusal}; narrow the space"
                     )
             else:
-                self._count += 1
-                log.info("%s (%d of %d): %s", pending.name, self._count, self._n_trials, shorten(params))
+                self.count += 1
+                log.info("%s (%d of %d): %s", pending.name, self.count, self.n_trials, shorten(params))
                 return self._claimed(pending)
         return None
 
     def _claimed(self, pending: PendingTrial) -> PendingTrial:
         """`pending`, whose configuration no other trial runs until it has ended."""
-        if self._config.duplicates is Duplicates.lookup:
-            self._in_flight.add(pending.name)
-            self._lookup.add(pending.name, pending.params)
+        if self.config.duplicates is Duplicates.lookup:
+            self.in_flight[pending.name] = []
+            self.lookup.add(pending.name, pending.params)
         return pending
 
     def _spent(self) -> bool:
         """True once the budget is spent: running trials may end, and no new one begins."""
-        if self._budget_s is None:
-            return False
-        engine = self._config.budget_of is BudgetOf.engine
-        return (self._engine_s if engine else time.monotonic() - self._began) >= self._budget_s
+        engine = self.config.budget_of is BudgetOf.engine
+        return (self.engine_s if engine else time.monotonic() - self.began) >= self.budget_s
 
     def _repeat(self, pending: PendingTrial, earlier: str) -> bool:
         """Answer with what `earlier` measures, now or once it has; False if its result is gone."""
-        if earlier in self._in_flight:
+        if earlier in self.in_flight:
             log.info("%s repeats %s, which runs: %s", pending.name, earlier, shorten(pending.params))
-            self._repeats.append((pending, earlier))
-        elif result := result_in(self._folder / earlier):
+            self.in_flight[earlier].append(pending)
+        elif result := result_in(self.folder / earlier):
             self._answer(pending, earlier, result)
         else:
-            self._lookup.remove(earlier)
+            self.lookup.remove(earlier)
             return False
         return True
 
     def _answer(self, pending: PendingTrial, earlier: str, result: Result) -> None:
         """Finish a trial with the `result` of `earlier`: it takes no engine time and is none of the n_trials."""
         log.info("%s repeats %s: %s", pending.name, earlier, shorten(pending.params))
-        self._count += self._record.is_grid
+        self.count += self.record.is_grid
         now = time.time()
         facts = {**result.facts, "duplicate_of": earlier}
         known = replace(result, phases={}, runs=[], duplicate_of=earlier, expected={}, facts=facts)
         self._finish(pending, replace(known, started_at=now, ended_at=now))
 
-    def _repeats_of(self, name: str) -> list[PendingTrial]:
-        """The trials that repeat `name`, which has ended; they wait no more."""
-        self._in_flight.discard(name)
-        repeats = [pending for pending, earlier in self._repeats if earlier == name]
-        self._repeats = [(pending, earlier) for pending, earlier in self._repeats if earlier != name]
-        return repeats
-
     def _refuse(self, pending: PendingTrial, reason: str) -> None:
         """Record a combination that took no GPU: infeasible to the sampler, and none of the study's n_trials."""
-        self._count += self._record.is_grid
+        self.count += self.record.is_grid
         log.info("%s refused: %s (%s)", pending.name, reason, shorten(pending.params))
         now = time.time()
         result = Result(State.refused, reason, params=pending.params, started_at=now, ended_at=now)
         assert pending.trial
-        self._record.tell(pending.trial, result)
-        result.save(self._folder / pending.name)
+        self.record.tell(pending.trial, result)
+        result.save(self.folder / pending.name)
 
     # Running
 
@@ -487,156 +464,154 @@ class Sweep:
         specs = []
         for one in pending:
             changed = {name: value_of(value) for name, value in one.params.items() if not name.startswith(FLAG)}
-            flags = swept_flags(one.params, self._prepared.args)
+            flags = swept_flags(one.params, self.prepared.args)
             changed |= {f"{FLAG}{flag}": value for flag, value in flags.items()}
             if one.node:
                 changed = CANARY_RUN
             elif one.name.startswith(FRESH):
-                if searches(self._config.objective):
+                if searches(self.config.objective):
                     changed["scenario.search.start_qps"] = self._best()
-            elif one.trial is None and self._config.baseline_gpu is not None:
-                changed["gpus"] = [self._config.baseline_gpu]
-            elif one.trial and self._start_with is not None:
-                changed["backend.bounds"] = self._start_with
-                if searches(self._config.objective) and (best := self._best()):
+            elif one.trial is None and self.config.baseline_gpu is not None:
+                changed["gpus"] = [self.config.baseline_gpu]
+            elif one.trial and self.start_with is not None:
+                changed["backend.bounds"] = self.start_with
+                if searches(self.config.objective) and (best := self._best()):
                     changed["scenario.search.best"] = best
-            folder = self._folder / one.name
+            folder = self.folder / one.name
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "result.json").unlink(missing_ok=True)
             progress.begin(folder)
-            overrides = [*self._overrides, *(f"{key}={as_override(value)}" for key, value in changed.items())]
-            config = with_values(self._composed, changed, self._config)
+            overrides = [*self.overrides, *(f"{key}={as_override(value)}" for key, value in changed.items())]
+            config = with_values(self.composed, changed, self.config)
             specs.append(TrialSpec(config, overrides, folder, one.node))
         if specs:
-            for one, job in zip(pending, self._launcher.submit(specs), strict=True):
-                self._running.append(Running(one, job, progress.Reader(self._folder / one.name)))
+            for one, job in zip(pending, self.launcher.submit(specs), strict=True):
+                self.running.append(Running(one, job, progress.Reader(self.folder / one.name)))
 
     def _best(self) -> float | None:
         """The value of the best trial so far, the baseline among them; None if none is feasible."""
         served = self._so_far().served
-        return self._results[served].values[0] if served else None
+        return self.results[served].values[0] if served else None
 
     def _so_far(self) -> FinishedStudy:
-        return FinishedStudy(self._folder, self._config, self._results)
+        return FinishedStudy(self.folder, self.config, self.results)
 
     def _watch(self, one: Running) -> None:
         """Read a trial's progress; stop the trial if the pruner has seen enough."""
-        name = self._record.watched
+        name = self.record.watched
         for entry in one.progress.new():
             one.phase = entry.get("phase", one.phase)
             if one.pending.trial is None or one.pruned or name not in entry.get("values", {}):
                 continue
-            if self._record.report(one.pending.trial, entry["values"][name], entry["step"]):
+            if self.record.report(one.pending.trial, entry["values"][name], entry["step"]):
                 one.pruned = True
-                progress.stop(self._folder / one.pending.name)
+                progress.stop(self.folder / one.pending.name)
                 log.info("%s: pruned at %s %.4g", one.pending.name, name, entry["values"][name])
 
     # Telling
 
     def _finish(self, pending: PendingTrial, result: Result, node: str = "") -> None:
         """Keep the result of a trial that has ended, and tell Optuna and MLflow."""
-        folder = self._folder / pending.name
+        folder = self.folder / pending.name
         result.params = pending.params
         if pending.name == BASELINE:
-            result.defaults = self._defaults
+            result.defaults = self.defaults
         elif pending.trial and not result.duplicate_of:
             result.expected = pending.trial.user_attrs.get(EXPECTED, {})
         if pending.name.startswith(FRESH):
             trial = pending.name.removeprefix(FRESH)
-            self._results[trial] = certified(self._results[trial], result)
+            self.results[trial] = certified(self.results[trial], result)
         else:
-            self._results[pending.name] = result
+            self.results[pending.name] = result
         result.save(folder)
         self._judge()
-        self._engine_s += result.engine_s
+        self.engine_s += result.engine_s
         if result.state is State.pruned:
             log.info("%s: %s", pending.name, result.reason)
         else:
             estimated = " (estimated)" if result.estimated else ""
-            log.info("%s: %s%s", pending.name, summary.outcome(result, self._config.objective.metrics), estimated)
+            log.info("%s: %s%s", pending.name, summary.outcome(result, self.config.objective.metrics), estimated)
         if pending.node:
             if not result.complete:
                 log.warning("%s: its canary failed: %s", pending.node, result.reason)
-                self._launcher.set_aside(pending.node)
+                self.launcher.set_aside(pending.node)
             return
         if pending.trial is None and not pending.name.startswith(FRESH):
-            self._record.tell_reference(pending.name, result)
+            self.record.tell_reference(pending.name, result)
         elif pending.trial:
-            self._record.tell(pending.trial, result)
+            self.record.tell(pending.trial, result)
         if not result.complete:
-            self._lookup.remove(pending.name)
-        for repeat in self._repeats_of(pending.name):
+            self.lookup.remove(pending.name)
+        for repeat in self.in_flight.pop(pending.name, []):
             self._answer(repeat, pending.name, result)
         if not result.duplicate_of:
             self._count_failures(result, result.facts.get("node", node))
-        if not self._gate.waits(result):  # else MLflow gets it at the study's end
-            self._tracker.log_trial(folder)
+        if not self.gate.waits(result):  # else MLflow gets it at the study's end
+            self.tracker.log_trial(folder)
 
     def _judge(self, anew: bool = False) -> None:
         """Have the gate judge what has ended: the baseline's end may decide on what has ended before."""
-        for name in self._gate.judge(self._results, anew):
-            result = self._results[name]
+        for name in self.gate.judge(self.results, anew):
+            result = self.results[name]
             if result.accuracy != SAME:
                 log.info("%s: accuracy: %s", name, result.accuracy or "not checked")
-            result.save(self._folder / (f"{FRESH}{name}" if ON_SHARED in result.facts else name))
+            result.save(self.folder / (f"{FRESH}{name}" if ON_SHARED in result.facts else name))
 
     def _count_failures(self, result: Result, node: str) -> None:
         """Count failures in a row; sets aside a node on which nothing works. Raises InputError after max_failures."""
         if result.state in (State.complete, State.pruned):
-            self._failed.clear()
-            self._failed_on.pop(node, None)
+            self.failed.clear()
+            self.failed_on.pop(node, None)
             return
-        self._failed.append(result.reason)
-        self._failed_on[node] = self._failed_on.get(node, 0) + 1
-        if node and self._failed_on[node] == NODE_FAILURES:
+        self.failed.append(result.reason)
+        self.failed_on[node] += 1
+        if node and self.failed_on[node] == NODE_FAILURES:
             log.warning("%s: %d trials failed on it in a row", node, NODE_FAILURES)
-            self._launcher.set_aside(node)
-        if len(self._failed) >= self._config.max_failures:
-            reasons = "; ".join(dict.fromkeys(self._failed))
-            raise InputError(f"max_failures={self._config.max_failures} trials failed in a row: {reasons}")
+            self.launcher.set_aside(node)
+        if len(self.failed) >= self.config.max_failures:
+            reasons = "; ".join(dict.fromkeys(self.failed))
+            raise InputError(f"max_failures={self.config.max_failures} trials failed in a row: {reasons}")
 
     # Going on after an earlier process
 
     def _resume(self, results: dict[str, Result]) -> None:
         """Finish what ended meanwhile, watch what still runs, queue again what was interrupted."""
-        self._results = results
+        self.results = results
         self._judge(anew=True)
-        known_s = sum(result.engine_s for result in [*self._results.values(), *canaries_in(self._folder).values()])
-        fresh = not self._record.trials and not self._record.is_grid
-        for name, result in self._results.items():
-            if result.complete and not result.duplicate_of and self._config.duplicates is Duplicates.lookup:
-                self._lookup.add(name, result.params)
-        for trial in self._record.trials:
+        known_s = sum(result.engine_s for result in [*self.results.values(), *canaries_in(self.folder).values()])
+        fresh = not self.record.trials and not self.record.is_grid
+        for name, result in self.results.items():
+            if result.complete and not result.duplicate_of and self.config.duplicates is Duplicates.lookup:
+                self.lookup.add(name, result.params)
+        for trial in self.record.trials:
             if trial.state.is_finished():
-                self._count += self._record.counts(trial)
+                self.count += self.record.counts(trial)
             elif trial.state is TrialState.RUNNING:
                 self._take_up(trial)
-        missing = [name for name in self._references if not self._record.has_reference(name)]
-        self._wanted = [name for name in missing if not self._take_up(name)]
-        self._engine_s = known_s  # what was told just now is part of it
-        if self._config.warm_start and fresh:
-            self._enqueue_warm_start(self._config.warm_start)
-        if self._config.prior.backend and self._config.prior.keep and fresh:
-            self._enqueue_prior()
+        missing = [name for name in self.references if not self.record.has_reference(name)]
+        self.wanted = [name for name in missing if not self._take_up(name)]
+        self.engine_s = known_s  # what was told just now is part of it
+        if fresh:
+            self._enqueue_first()
 
     def _take_up(self, one: FrozenTrial | str) -> bool:
         """Watch or finish a trial of an earlier process, or one of the references; False if it is lost."""
         name = one if isinstance(one, str) else f"{TRIAL}{one.number}"
-        job = self._launcher.attach(self._folder / name)
+        job = self.launcher.attach(self.folder / name)
         if not job:
             return self._settle(one)
         log.info("%s still runs; watching it again", name)
         pending = self._claimed(self._pending(one))
-        self._running.append(Running(pending, job, progress.Reader(self._folder / name)))
-        self._count += pending.trial is not None
+        self.running.append(Running(pending, job, progress.Reader(self.folder / name)))
+        self.count += pending.trial is not None
         return True
 
     def _settle(self, one: FrozenTrial | str) -> bool:
         """Finish a trial that nothing runs any more if it has completed, or queue it again; True if it has."""
         pending = self._pending(one)
-        result = result_in(self._folder / pending.name)
+        result = result_in(self.folder / pending.name)
         if result and result.complete:
-            self._count += pending.trial is not None
+            self.count += pending.trial is not None
             self._finish(pending, result)
             return True
         if not isinstance(one, str):
@@ -645,40 +620,40 @@ class Sweep:
 
     def _pending(self, one: FrozenTrial | str) -> PendingTrial:
         if isinstance(one, str):
-            return PendingTrial(one, self._references[one], None)
-        return PendingTrial(f"{TRIAL}{one.number}", dict(one.params), self._record.reopen(one.number))
+            return PendingTrial(one, self.references[one], None)
+        return PendingTrial(f"{TRIAL}{one.number}", dict(one.params), self.record.reopen(one.number))
 
     def _interrupted(self, pending: PendingTrial, number: int, result: Result) -> None:
         """Mark a trial as interrupted, and queue its parameters again, once; it counts for nothing."""
         result.state, result.params = State.interrupted, pending.params
-        result.save(self._folder / pending.name)
-        self._record.queue_again(number)
+        result.save(self.folder / pending.name)
+        self.record.queue_again(number)
         log.info("%s was interrupted; queued again", pending.name)
 
-    def _enqueue_warm_start(self, name: str) -> None:
-        """Queue the best configurations of another study."""
-        best = warm_start.best(name, self._record.space, self._config.prior.keep)
-        for result in best:
-            self._record.enqueue(result.params, warm_start=name)
-        log.info("warm_start: the first %d trials are the best of study %s", len(best), name)
-
-    def _enqueue_prior(self) -> None:
-        """Queue the best configurations of a simulation of this study."""
-        candidates = prior.best(self._config, self._record.space)
-        for one in candidates:
-            self._record.enqueue(one.params, **{EXPECTED: {"values": one.values, "feasible": one.feasible}})
-        simulated = self._config.prior.trials
-        log.info("prior: the first %d trials are the best of %d simulated ones", len(candidates), simulated)
+    def _enqueue_first(self) -> None:
+        """Queue the best configurations of another study, and of a simulation of this one."""
+        settings, space = self.config.prior, self.record.space
+        if name := self.config.warm_start:
+            best = warm_start.best(name, space, settings.keep)
+            for result in best:
+                self.record.enqueue(result.params, warm_start=name)
+            log.info("warm_start: the first %d trials are the best of study %s", len(best), name)
+        if settings.backend and settings.keep:
+            candidates = prior.best(self.config, space)
+            for one in candidates:
+                self.record.enqueue(one.params, **{EXPECTED: {"values": one.values, "feasible": one.feasible}})
+            message = "prior: the first %d trials are the best of %d simulated ones"
+            log.info(message, len(candidates), settings.trials)
 
     def _abandon(self) -> None:
         """Keep what has completed of the trials that ran, queue the rest again; a cluster's jobs end a little later."""
         deadline = time.monotonic() + ENDING_S
-        left = {one.pending.name: one.job for one in self._running}
+        left = {one.pending.name: one.job for one in self.running}
         while left and time.monotonic() < deadline:
             left = {name: job for name, job in left.items() if not job.done()}
             for job in left.values():
                 job.wait(POLL_S)
-        for trial in self._record.trials:
+        for trial in self.record.trials:
             if trial.state is TrialState.RUNNING and f"{TRIAL}{trial.number}" not in left:
                 self._settle(trial)
 
