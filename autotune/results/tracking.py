@@ -74,12 +74,13 @@ log = logging.getLogger(__name__)
 
 def check(config: TrackingConfig) -> None:
     """Raise TrackingError within seconds if nothing answers at tracking.uri, or no file can be there."""
+    if not config.enabled:
+        return
     where = f"tracking.uri={redact(config.uri)}"
-    if config.enabled and not config.experiment.strip():
+    if not config.experiment.strip():
         raise TrackingError("tracking.experiment=: write a name")
     try:
-        if config.enabled:
-            _check_at(config.uri)
+        _check_at(config.uri)
     except ImportError as error:
         raise TrackingError(f"{where}: {error}; install it, or name another driver: postgresql+psycopg://…") from None
     except (OSError, HTTPException, ValueError, sqlite3.Error) as error:
@@ -149,27 +150,24 @@ def _check_sqlite(file: Path) -> None:
 
 
 class Tracker:
-    """Logs trials below one parent run, or does nothing when tracking is off."""
+    """Logs trials, those of a study below one parent run."""
 
     def __init__(self, config: TrackingConfig, study: str | None, folder: Path) -> None:
-        self._enabled = config.enabled
+        """Connect, and begin or find the parent run of `study`, which `folder` holds. Raises TrackingError."""
         self._uri = redact(config.uri)
         self._parent: str | None = None
-        if not self._enabled:
-            return
         with self._errors():
             self._client, self._experiment = _connected(config)
             if study is not None:
                 known = self._logged_run(folder)
-                self._parent = known or self._create(folder, study, {"autotune.study": study}, time.time())
+                self._parent = known or self._create(study, {"autotune.study": study}, time.time())
+                _remember(folder, self._uri, self._parent)
 
     def log_trial(self, folder: Path, result: Result) -> None:
         """Log a trial once, named by what it changed: parameters, metrics, series, data set, artifacts.
 
         Raises TrackingError.
         """
-        if not self._enabled:
-            return
         from mlflow.entities import Metric, Param, RunTag
 
         with self._errors():
@@ -178,7 +176,7 @@ class Tracker:
             tags = _tags(result, folder)
             if self._parent:
                 tags |= {"mlflow.parentRunId": self._parent, "study": folder.parent.name}
-            run = self._create(folder, shorten(result.params) or folder.name, tags, result.started_at, keep=False)
+            run = self._create(shorten(result.params) or folder.name, tags, result.started_at)
             ended = int(result.ended_at * 1000)
             figures = result.metrics | {f"phase_{phase}_s": value for phase, value in result.phases.items()}
             figures |= {f"start_{part}_s": value for part, value in result.start.items()}
@@ -297,15 +295,13 @@ class Tracker:
             with self._errors():
                 self._client.set_terminated(self._parent, status)
 
-    def _create(self, folder: Path, name: str, tags: dict[str, str], started: float, keep: bool = True) -> str:
-        source = {"mlflow.user": getpass.getuser(), "mlflow.source.name": "autotune", "mlflow.source.type": "LOCAL"}
-        tags = {"mlflow.runName": name[:250], **source, **{key: str(value) for key, value in tags.items() if value}}
-        tags = {key: value[:5000] for key, value in tags.items()}
-        run = self._client.create_run(self._experiment, start_time=int(started * 1000), tags=tags)
-        if keep:
-            _remember(folder, self._uri, run.info.run_id)
-        run_id: str = run.info.run_id
-        return run_id
+    def _create(self, name: str, tags: dict[str, str], started: float) -> str:
+        """The id of a new run."""
+        own = {"mlflow.user": getpass.getuser(), "mlflow.source.name": "autotune", "mlflow.source.type": "LOCAL"}
+        own |= {"mlflow.runName": name[:250]}
+        texts = {key: str(value)[:5000] for key, value in (own | tags).items() if value}
+        run = self._client.create_run(self._experiment, start_time=int(started * 1000), tags=texts)
+        return str(run.info.run_id)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

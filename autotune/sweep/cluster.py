@@ -49,19 +49,14 @@ class Cluster(Launcher):
     """
 
     Config = ClusterConfig
-    shares = True
 
     def __init__(self, config: ClusterConfig, gpus: Any) -> None:
         if gpus is not None:
             raise InputError(f"gpus={gpus}: on a cluster it is the cluster that gives out GPUs; leave gpus=null")
         if config.cluster == "slurm" and not shutil.which("sbatch"):
             raise InputError("launcher=slurm: no sbatch here; start the study on a node that can submit jobs")
-        self.n_jobs = config.n_jobs
-        self._cluster = config.cluster
-        self.shares = config.cluster == "slurm"
-        self._run = run_noted if config.cluster == "slurm" else worker.run_job
-        self._array = config.array
-        self._canary = config.canary
+        self._config, self.n_jobs = config, config.n_jobs
+        self.shares = self._is_slurm = config.cluster == "slurm"
         self._parameters = {name: value for name, value in config.parameters.items() if value is not None}
         for name, number in (("timeout_min", minutes), ("mem_gb", gigabytes)):
             if isinstance(value := self._parameters.get(name), str):
@@ -84,8 +79,9 @@ class Cluster(Launcher):
         for (gpus, node), group in alike.items():
             executor = self._executor(group[0].folder.parent, gpus, node)
             try:
-                with as_new_job(), executor.batch() if self._array and len(group) > 1 else nullcontext():
-                    submitted = [executor.submit(self._run, trial) for trial in group]
+                main = run_noted if self._is_slurm else worker.run_job
+                with as_new_job(), executor.batch() if self._config.array and len(group) > 1 else nullcontext():
+                    submitted = [executor.submit(main, trial) for trial in group]
                 ids = [job.job_id for job in submitted]
             except submitit.core.utils.FailedJobError as error:
                 raise InputError(f"launcher: the cluster refuses the job: {one_line(error)}") from None
@@ -117,10 +113,10 @@ class Cluster(Launcher):
                 subprocess.run(["scancel", job_id], capture_output=True)
 
     def nodes(self) -> list[str]:
-        return self._usable() if self._canary else []
+        return self._usable() if self._config.canary else []
 
     def _usable(self) -> list[str]:
-        if self._cluster != "slurm":
+        if not self._is_slurm:
             return []
         partition = self._parameters.get("slurm_partition")
         command = ["sinfo", "--Node", "--noheader", "--format=%N", *([f"--partition={partition}"] if partition else [])]
@@ -133,24 +129,22 @@ class Cluster(Launcher):
             self._excluded.append(node)
 
     def attach(self, folder: Path) -> Job | None:
-        if self._cluster != "slurm" or not (folder / JOB).exists():
-            return None
-        if not (job_id := left_in(folder / JOB).get("id")):
+        if not self._is_slurm or not (job_id := left_in(folder / JOB).get("id")):
             return None
         job = self._job(folder, submitit.SlurmJob(folder.parent / LOGS, job_id))
         return None if job.done() else job
 
     def _job(self, folder: Path, job: Any) -> "SlurmJob | ClusterJob":
-        return SlurmJob(folder, job, self._queue) if self._cluster == "slurm" else ClusterJob(folder, job)
+        return SlurmJob(folder, job, self._queue) if self._is_slurm else ClusterJob(folder, job)
 
     def _executor(self, folder: Path, gpus: int, node: str) -> Any:
         logs = folder / LOGS
         logs.mkdir(parents=True, exist_ok=True)
         logs.chmod(0o700)  # submitit pickles the trials there, secrets included
         try:
-            executor = submitit.AutoExecutor(logs, cluster=self._cluster)
+            executor = submitit.AutoExecutor(logs, cluster=self._config.cluster)
         except ValueError as error:
-            raise InputError(f"launcher.cluster={self._cluster}: {one_line(error)}; write slurm") from None
+            raise InputError(f"launcher.cluster={self._config.cluster}: {one_line(error)}; write slurm") from None
         parameters = {**({"gpus_per_node": gpus} if self._asks_for_gpus else {}), **self._parameters}
         if node:
             parameters["slurm_nodelist"] = node
@@ -194,23 +188,26 @@ def run_noted(one: TrialSpec) -> str:
 def time_left_s(job: str) -> float:
     """Seconds until SLURM ends `job`; 0 if it does not say."""
     left = subprocess.run(["squeue", "-h", "-j", job, "-o", "%L"], capture_output=True, text=True).stdout.strip()
-    if left == "UNLIMITED":
-        return math.inf
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", left)
-    days, hours, mins, secs = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
-    return ((24 * days + hours) * 60 + mins) * 60 + secs
+    return math.inf if left == "UNLIMITED" else seconds(left) or 0.0
 
 
 def minutes(limit: str) -> int:
-    """SLURM's forms of a time limit (`90`, `90:00`, `1:30:00`, `2-12`, `2-12:00:00`) in minutes. Raises InputError."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit.strip())
-    if not found:
+    """SLURM's time `limit` in minutes. Raises InputError."""
+    if (found := seconds(limit.strip())) is None:
         raise InputError(f"launcher.parameters.timeout_min={limit}: write minutes, or days-hours:minutes:seconds")
+    return math.ceil(found / 60)
+
+
+def seconds(text: str) -> int | None:
+    """SLURM's forms of a time (`90`, `90:00`, `1:30:00`, `2-12`, `2-12:00:00`) in seconds; None for anything else."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not found:
+        return None
     days, *parts = (int(part) if part else None for part in found.groups())
     given = [part for part in parts if part is not None]
     # Without days, the last of two parts and of three is seconds, and a single one is minutes.
     hours, mins, secs = (*given, 0, 0)[:3] if days is not None or len(given) == 3 else (0, *given, 0)[:3]
-    return 1440 * (days or 0) + 60 * hours + mins + math.ceil(secs / 60)
+    return ((24 * (days or 0) + hours) * 60 + mins) * 60 + secs
 
 
 def gigabytes(memory: str) -> float:
