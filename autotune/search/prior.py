@@ -1,5 +1,6 @@
-"""The first trials of a study, chosen by a simulation instead of at random."""
+"""The first trials of a study: the best of a simulation of it, or of another study, instead of random ones."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,10 +9,14 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from autotune.config.schema import FITTED, HOST, Config
+from autotune.errors import InputError
 from autotune.measure import objective
 from autotune.measure.result import Result
+from autotune.results.study import load
 from autotune.search.simulate import Simulation, estimate, on_twin, search_best, simulation, twin_of
-from autotune.search.space import Space, scaled
+from autotune.search.space import Space, contains, describe, scaled
+
+log = logging.getLogger(__name__)
 
 APART = 0.1  # of a parameter's range, in which two configurations differ to be distinct
 CANDIDATES = 30  # distinct configurations that are simulated on other devices
@@ -90,6 +95,34 @@ def _complementary(scores: NDArray[np.float64], count: int) -> list[int]:
 
 def _over(result: Result) -> float:
     return sum(max(0.0, value) for value in result.constraints.values())
+
+
+def warm_start(name: str, space: Space, count: int) -> list[Result]:
+    """The `count` best distinct trials of study `name` that fit, their parameters cut to those of `space`.
+
+    What does not fit is logged in one line. Raises InputError if there is no such study, or nothing of it fits.
+    """
+    study = load(name, "warm_start")
+    left_out: dict[str, None] = {}
+    fitting: list[Result] = []
+    for trial in study.ranked:
+        result = study.results[trial]
+        shared = {key: value for key, value in result.params.items() if key in space.parameters}
+        wrong = [key for key, value in shared.items() if not contains(space.parameters[key], value)]
+        for key, value in result.params.items():
+            if key not in shared:
+                left_out[f"{key} is not swept here"] = None
+            elif key in wrong:
+                left_out[f"{trial}'s {key}={value} is outside {describe(space.parameters[key])}"] = None
+        if shared and not wrong:
+            result.params = shared
+            fitting.append(result)
+    found = distinct(fitting, space, count)
+    if left_out:
+        log.info("warm_start=%s: %s", name, "; ".join(left_out))
+    if not found:
+        raise InputError(f"warm_start={name}: none of its {len(study.ranked)} feasible trials lies within this space")
+    return found
 
 
 def distinct(ranked: Iterable[Result], space: Space, count: int) -> list[Result]:

@@ -20,16 +20,15 @@ from typing import TYPE_CHECKING, Any
 import optuna
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig
-from optuna.distributions import CategoricalDistribution, distribution_to_json
+from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.config.bounds import seconds
-from autotune.config.overrides import typed, with_fields, with_values
-from autotune.config.redact import redact
-from autotune.config.schema import RECIPE, BudgetOf, Config, Duplicates, Rules
-from autotune.config.vllm_flags import FLAG, written_in
+from autotune.config.overrides import typed, with_values
+from autotune.config.schema import BudgetOf, Config, Duplicates
+from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
-from autotune.measure import progress, rules
+from autotune.measure import progress
 from autotune.measure.accuracy import SAME
 from autotune.measure.objective import searches
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
@@ -44,27 +43,25 @@ from autotune.results.study import (
     TRIAL,
     canaries_in,
     certified,
-    load,
     references,
     result_in,
     results_in,
 )
 from autotune.results.study import Study as FinishedStudy
-from autotune.search import prior, warm_start
+from autotune.search import prior
 from autotune.search.pruners import make_pruner
 from autotune.search.samplers import chosen, make_sampler
-from autotune.search.space import Space, check_space, default_of, parse, shared_start, swept_flags, value_of
+from autotune.search.space import check_space, default_of, parse, shared_start, swept_flags, value_of
 from autotune.sweep import storage
+from autotune.sweep.checks import check_configuration, check_found, check_secrets, check_together, check_trials
 from autotune.sweep.display import Display
 from autotune.sweep.gate import Gate, decided
 from autotune.sweep.launchers import Job, Launcher, make_launcher
 from autotune.sweep.lookup import Lookup
 from autotune.sweep.record import AGAIN, EXPECTED, Record
-from autotune.sweep.resume import check_configuration, check_trials
 from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
 from autotune.system.files import log_to, write_whole
-from autotune.system.leases import devices
 from autotune.text import one_line, shorten
 
 if TYPE_CHECKING:
@@ -119,9 +116,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     samples = prepare_samples(config, prepared)
     defaults = prepared.dry_run()
     space = check_space(space, config, prepared.backend, defaults.resolved)
-    check_values(space, config, prepared)
-    check_gpus(config)
-    check_recipe(config, prepared)
+    check_together(space, config, prepared)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     launcher, pruner = make_launcher(config), make_pruner(config)
     sampler, composed.sampler = chosen(sweeper["sampler"], config, space)  # it can be made, before there is a folder
@@ -129,10 +124,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     folder = Path(job.hydra.sweep.dir)
     config = replace(config, sampler=composed.sampler, accuracy=decided(config, space, prepared, folder))
     composed.accuracy = config.accuracy
-    if config.resume and not folder.exists():
-        raise InputError(f"resume=true: there is no study in {folder}; write study=<its name>")
-    if config.warm_start and not folder.exists():
-        load(config.warm_start, "warm_start")  # says now that it does not exist
+    check_found(config, folder)
     with storage.disk_errors(folder), opened(folder):
         results = results_in(folder)
         facts = {**prepared.backend.facts, "dataset_checksum": samples.checksum}
@@ -151,9 +143,9 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
             # Each trial is composed from this study, and must not make up a name of its own.
             overrides = [*fixed, f"study={config.study}"]
             judge = Gate(config, prepared, samples, folder)
+            known = defaults.resolved
             if defaults.refusal:
                 log.warning("vLLM refuses the configuration even without a sweep: %s", defaults.refusal)
-            known = defaults.resolved
             study = Sweep(record, config, composed, overrides, prepared, known, launcher, folder, judge).run(results)
     if not study.complete:
         sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
@@ -172,58 +164,6 @@ def ended_in(folder: Path, results: Mapping[str, Result]) -> Mapping[str, "Ended
     from autotune.search import twin  # SciPy takes a while to import, and only sampler=twin asks
 
     return twin.ended_in(folder, results)
-
-
-def check_recipe(config: Config, prepared: Prepared) -> None:
-    """Raise InputError for a recipe that is asked for, and that vLLM refuses."""
-    params = references(config).get(RECIPE, {})
-    with written_in("model.recipe.args"):
-        read = prepared.backend.read(swept_flags(params, prepared.args))
-    refusal = prepared.dry_run(read).refusal if params else ""
-    if refusal:
-        raise InputError(f"baseline={RECIPE}: vLLM refuses {shorten(params)}: {refusal}; leave it out")
-
-
-def check_secrets(space: Space) -> None:
-    """Raise InputError for a parameter whose values are secrets."""
-    for name, one in space.parameters.items():
-        if isinstance(one, CategoricalDistribution) and any(redact(item, name) != item for item in one.choices):
-            raise InputError(f"{name}: a secret can't be swept, as every trial tells its parameters; set it once")
-
-
-def check_gpus(config: Config) -> None:
-    """Raise InputError if the baseline's GPU is none of the study's."""
-    if config.baseline_gpu is not None and config.gpus is not None and config.baseline_gpu not in devices(config.gpus):
-        raise InputError(f"baseline_gpu={config.baseline_gpu}: gpus={config.gpus} does not hold it; write one of them")
-
-
-def check_values(space: Space, config: Config, prepared: Prepared) -> None:
-    """Raise InputError for fixed flags, and for values of swept objects, that vLLM's command line does not take.
-
-    Also for any value that breaks a rule of MLPerf's.
-    """
-    check_rules(space, config, prepared)
-    objects = [
-        {name: choice}
-        for name, distribution in space.parameters.items()
-        for choice in getattr(distribution, "choices", ())
-        if isinstance(value_of(choice), dict) or name.count(".") > FLAG.count(".")
-    ]
-    for params in [{}, *objects]:
-        outcome = prepared.dry_run(swept_flags(params, prepared.args))
-        if not outcome.readable:
-            raise InputError(f"engine.args: vLLM can't read {shorten(params) or 'a flag'}: {outcome.refusal}")
-
-
-def check_rules(space: Space, config: Config, prepared: Prepared) -> None:
-    """Raise InputError for a parameter with a value that breaks a rule of MLPerf's closed division."""
-    if config.rules is not Rules.closed:
-        return
-    for name, one in space.parameters.items():
-        for choice in getattr(one, "choices", None) or (getattr(one, "low", None), getattr(one, "high", None)):
-            changed = config if name.startswith(FLAG) else with_fields(config, {name: value_of(choice)})
-            if broken := rules.deviations(changed, prepared.args | swept_flags({name: choice}, prepared.args)):
-                raise InputError(f"{name}: its value {broken[0]}; leave it out of the space, or write rules=open")
 
 
 @dataclass
@@ -634,7 +574,7 @@ class Sweep:
         """Queue the best configurations of another study, and of a simulation of this one."""
         settings, space = self.config.prior, self.record.space
         if name := self.config.warm_start:
-            best = warm_start.best(name, space, settings.keep)
+            best = prior.warm_start(name, space, settings.keep)
             for result in best:
                 self.record.enqueue(result.params, warm_start=name)
             log.info("warm_start: the first %d trials are the best of study %s", len(best), name)

@@ -1,4 +1,4 @@
-"""Checks before a study goes on: the same configuration, and the same trials in its storage as in its folder."""
+"""Checks before a study begins: its parts fit together. And before it goes on: it is the same study."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from autotune.config.overrides import typed_target
+from autotune.config.overrides import typed_target, with_fields
 from autotune.config.redact import redact
-from autotune.config.schema import Config
+from autotune.config.schema import RECIPE, Config, Rules
+from autotune.config.vllm_flags import FLAG, written_in
 from autotune.errors import InputError
+from autotune.measure import rules
+from autotune.measure.prepare import Prepared
 from autotune.measure.result import Result
-from autotune.results.study import BASELINE, REFERENCES, TRIAL, config_in
+from autotune.results.study import BASELINE, REFERENCES, TRIAL, config_in, load, references
+from autotune.search.space import Space, swept_flags, value_of
+from autotune.system.leases import devices
+from autotune.text import shorten
 
 # Fields that decide what is asked, or how trials are run, but not what a trial measures.
 FREE = (
@@ -24,14 +31,72 @@ FREE = (
     *("backend.bounds", "scenario.search.best", "accuracy.check", "accuracy.margin", "accuracy.kept_in"),
     *("backend.start_timeout_s", "backend.stop_timeout_s", "backend.run_timeout_s"),
 )
-FACTS = (
-    "vllm",
-    "torch",
-    "loadgen",
-    "environment",
-    "simulated",
-    "dataset_checksum",
-)  # of a result, that decide what it measured
+# Facts of a result that decide what it measured.
+FACTS = ("vllm", "torch", "loadgen", "environment", "simulated", "dataset_checksum")
+
+
+def check_secrets(space: Space) -> None:
+    """Raise InputError for a parameter whose values are secrets."""
+    for name, one in space.parameters.items():
+        if isinstance(one, CategoricalDistribution) and any(redact(item, name) != item for item in one.choices):
+            raise InputError(f"{name}: a secret can't be swept, as every trial tells its parameters; set it once")
+
+
+def check_together(space: Space, config: Config, prepared: Prepared) -> None:
+    """Raise InputError for values that vLLM or MLPerf's rules don't take, and for a baseline that can't be run."""
+    check_rules(space, config, prepared)
+    check_values(space, prepared)
+    check_gpus(config)
+    check_recipe(config, prepared)
+
+
+def check_rules(space: Space, config: Config, prepared: Prepared) -> None:
+    """Raise InputError for a parameter with a value that breaks a rule of MLPerf's closed division."""
+    if config.rules is not Rules.closed:
+        return
+    for name, one in space.parameters.items():
+        for choice in getattr(one, "choices", None) or (getattr(one, "low", None), getattr(one, "high", None)):
+            changed = config if name.startswith(FLAG) else with_fields(config, {name: value_of(choice)})
+            if broken := rules.deviations(changed, prepared.args | swept_flags({name: choice}, prepared.args)):
+                raise InputError(f"{name}: its value {broken[0]}; leave it out of the space, or write rules=open")
+
+
+def check_values(space: Space, prepared: Prepared) -> None:
+    """Raise InputError for fixed flags, and for values of swept objects, that vLLM's command line does not take."""
+    objects = [
+        {name: choice}
+        for name, distribution in space.parameters.items()
+        for choice in getattr(distribution, "choices", ())
+        if isinstance(value_of(choice), dict) or name.count(".") > FLAG.count(".")
+    ]
+    for params in [{}, *objects]:
+        outcome = prepared.dry_run(swept_flags(params, prepared.args))
+        if not outcome.readable:
+            raise InputError(f"engine.args: vLLM can't read {shorten(params) or 'a flag'}: {outcome.refusal}")
+
+
+def check_gpus(config: Config) -> None:
+    """Raise InputError if the baseline's GPU is none of the study's."""
+    if config.baseline_gpu is not None and config.gpus is not None and config.baseline_gpu not in devices(config.gpus):
+        raise InputError(f"baseline_gpu={config.baseline_gpu}: gpus={config.gpus} does not hold it; write one of them")
+
+
+def check_recipe(config: Config, prepared: Prepared) -> None:
+    """Raise InputError for a recipe that is asked for, and that vLLM refuses."""
+    params = references(config).get(RECIPE, {})
+    with written_in("model.recipe.args"):
+        read = prepared.backend.read(swept_flags(params, prepared.args))
+    refusal = prepared.dry_run(read).refusal if params else ""
+    if refusal:
+        raise InputError(f"baseline={RECIPE}: vLLM refuses {shorten(params)}: {refusal}; leave it out")
+
+
+def check_found(config: Config, folder: Path) -> None:
+    """Raise InputError for a study that is to go on in `folder`, or one to begin with, that is not there."""
+    if config.resume and not folder.exists():
+        raise InputError(f"resume=true: there is no study in {folder}; write study=<its name>")
+    if config.warm_start and not folder.exists():
+        load(config.warm_start, "warm_start")
 
 
 def check_configuration(
