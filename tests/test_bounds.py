@@ -51,6 +51,7 @@ def config() -> Config:
         ("n_trials", [0, -1]),
         ("max_failures", [0]),
         ("baseline_gpu", [-1]),
+        ("gpus", ["foo", 2, [], [-1], ["a"], [0, 0], [True], [10**21], {}]),
         ("dataset.records.count", [math.nan]),
         ("budget", ["1.2.3h", "-1h", "nan", "inf", "1e99h", "5 parsecs", "", "90", "0h", "9" * 400 + "h", "1h 2m"]),
         ("objective.metrics", [[], ["throughput"], ["tokens_per_s", "tokens_per_s"], ["ttft_p99_upper_ms"]]),

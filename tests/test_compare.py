@@ -71,6 +71,7 @@ def test_other_objective_is_said(first: Path, tmp_path: Path):
     [
         (["s"], "name two studies or more"),
         (["s", "r"], "study=r: no such folder below multirun/; there is s"),
+        (["s", "multirun/s/space.json"], "study=multirun/s/space.json: a file; write the name of a study"),
         (["s", "s", "format=xml"], "format=xml: write one of text, json; see --help"),
         (["s", "s", "output=."], "output=.: Is a directory; write a file's path"),
     ],

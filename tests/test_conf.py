@@ -249,6 +249,7 @@ def test_wrong_field_or_value_is_refused(arguments: list[str], words: str):
         (["model.args.max_num_seq=1"], "model.args.max_num_seq: vLLM"),
         (["scenario.args.max_num_seqs=a"], "scenario.args.max_num_seqs=a: vLLM"),
         (["dataset.records.seed=a"], "dataset.records.seed=a: write a whole number"),
+        (["dataset.records.seed=-1"], "dataset.records.seed=-1: write a whole number from 0"),
         (["dataset.records._target_=os.system"], "dataset.records._target_=os.system: write a function of autotune's"),
         (["engine.args.port=1"], "set by autotune itself; write backend.port instead"),
         (["dataset.path=none.json"], "dataset.path=none.json: No such file"),
@@ -257,7 +258,6 @@ def test_wrong_field_or_value_is_refused(arguments: list[str], words: str):
         (["dataset.path=long.jsonl"], "record 1: 5000 prompt + 2 output tokens exceed max_model_len=4096"),
         (["model.path=no/such/model"], "neither a local folder nor a Hub id"),
         (["model.path=./nothing"], "no model there; a model's folder holds a config.json"),
-        (["gpus=2"], "write a list of indices, gpus=[0,1], or gpus=all"),
     ],
 )
 def test_bad_input_is_refused_before_a_server_starts(
@@ -271,6 +271,15 @@ def test_bad_input_is_refused_before_a_server_starts(
     with pytest.raises(InputError, match=re.escape(words)):
         trial.run(config, [], tmp_path / "trial")
     assert not (tmp_path / "trial/server.log").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["gpus=foo"], ["model.path=/none"], ["dataset.path=/none"], ["-m", "hydra.sweeper.storage=foo://x"]]
+)
+def test_what_is_refused_leaves_no_folder(main: Main, tmp_path: Path, words: list[str]):
+    done = main(*words, "model=llama8b", "backend=sim", "tracking=none", "study=s")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.glob("**/s"))
 
 
 def test_tracking_server_that_does_not_answer_is_refused():

@@ -115,17 +115,6 @@ def test_more_gpus_than_there_are_is_an_input_error():
         pass
 
 
-@pytest.mark.parametrize("gpus", ["0,1", [], [-1], ["a"]])
-def test_malformed_gpus_say_what_to_write(gpus: object):
-    with pytest.raises(InputError, match=r"gpus=\[0,1\]"):
-        leases.devices(gpus)
-
-
-def test_gpu_named_twice_is_not_waited_for():
-    with pytest.raises(InputError, match="names a GPU twice"):
-        leases.devices([0, 0])
-
-
 def test_visible_devices_without_indices_say_what_to_write(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f3a")
     with pytest.raises(InputError, match=r"holds no indices; write gpus=\[0,1\]"):

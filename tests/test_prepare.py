@@ -56,7 +56,7 @@ def records(tokenizer: Tokenizer, option: str, **changes: Any) -> list[Any]:
         ("synthetic", {"seed": None}, "seed is missing; write a value"),
         ("synthetic", {"_target_": None}, "write a _target_"),
         ("sharegpt", {"turns": 5}, "turns=5: write a text"),
-        ("sharegpt", {"max_prompt_tokens": "many"}, r"max_prompt_tokens=many: write a whole number or null"),
+        ("sharegpt", {"max_prompt_tokens": "many"}, r"max_prompt_tokens=many: write a whole number from 0 or null"),
         ("cnn_dailymail", {"expected": "all"}, "expected=all: write a whole number"),
     ],
 )

@@ -52,6 +52,7 @@ BROKEN += [
     '{"state": "complete", "values": [NaN]}',
     '{"metrics": {"a": "b"}}',
     '{"state": []}',
+    "null",
 ]
 
 

@@ -92,6 +92,11 @@ def test_requests_that_failed_and_prompts_that_are_too_long_are_left_out_and_cou
     assert "1 requests left out, longer than dataset.records.max_prompt_tokens=100" in caplog.text
 
 
+def test_bound_of_0_tokens_is_a_bound(model: Model):
+    with pytest.raises(InputError, match="no records"):
+        load(model, *FORMS["Azure 2023"], records={"max_prompt_tokens": 0})
+
+
 def test_texts_with_times_are_a_trace_and_those_without_are_refused(model: Model):
     batch = {"custom_id": "1", "at_s": 2, "body": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}}
     found = load(model, "t.jsonl", lines({"at_s": 3, "prompt": "Hello", "output_tokens": 4}, batch))

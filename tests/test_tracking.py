@@ -217,8 +217,8 @@ def mute() -> Iterator[int]:
         ("mysql+pymysql://me:***@127.0.0.1:{mute}/x", "no MLflow server answers ("),
         ("mssql+none://x/y", "Can't load plugin"),
         ("htp://host", "MLflow knows no htp://; write http://… or sqlite:///…"),
-        ("sqlite:////proc/mlflow.db", "unable to open database file; write another"),
-        ("sqlite:////proc/none/mlflow.db", "No such file or directory; write another"),
+        ("sqlite:////proc/mlflow.db", "no file can be made in /proc"),
+        ("sqlite:////proc/none/mlflow.db", "no file can be made in /proc"),
         ("sqlite:////dev/full", "it is no file; write another"),
         ("sqlite:///notes.txt", "file is not a database; write another"),
         ("mlruns", "this MLflow keeps no runs in a folder, but in sqlite:///<file>; write another"),
@@ -375,6 +375,11 @@ def test_reason_of_the_process_reaches_the_study(uri: str, trial: Path, caplog: 
         process.log_trial(trial)
     (said,) = caplog.messages
     assert said.startswith("MLflow lacks 1 of 1 trials") and "delete it" in said
+
+
+def test_check_makes_neither_a_folder_nor_a_file(tmp_path: Path):
+    tracking.check(config(f"sqlite:///{tmp_path}/none/such/mlflow.db"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -327,9 +327,6 @@ def test_hidden_values_have_to_be_given(simulated: Path):
 @pytest.mark.parametrize(
     ("settings", "overrides", "said"),
     [
-        (Verify("s", k=0), [], "k=0: write 1 or more"),
-        (Verify("s", n=1), [], "n=1: write n=2 or more; a single repeat shows no spread"),
-        (Verify("s", confidence=95), [], "confidence=95: write a number between 0 and 1, such as 0.95"),
         (Verify("s", trials=[]), [], r"trials=\[\]: name one besides the baseline"),
         (Verify("s", trials=["baseline"]), [], r"trials=\[baseline\]: name one besides the baseline"),
         (Verify("s", metric="x"), [], "metric=x: the study's objective has tokens_per_s"),
@@ -347,7 +344,11 @@ def test_what_can_not_be_verified_is_said(simulated: Path, settings: Verify, ove
     ("words", "said"),
     [
         (["study=t"], "study=t: no such folder below multirun/; there is s"),
-        (["n=x"], "n=x: write a whole number from 0 to 2147483647; see --help"),
+        (["n=x"], "n=x: write a whole number from 2 to 1000; see --help"),
+        (["n=1"], "n=1: write a number from 2 to 1000"),
+        (["k=0"], "k=0: write a number from 1 to 1000"),
+        (["confidence=95"], "confidence=95.0: write a number from 0.5 to 0.9999"),
+        (["seed=-1"], "seed=-1: write a number from 0"),
         (["trials=[]"], "trials=[]: name one besides the baseline: trials=[trial-3]"),
     ],
 )

@@ -31,6 +31,8 @@ from tests.conftest import Main
         ("n_trials=3 n_trials=4", "n_trials is set twice; write it once"),
         ("model=tiny model=smollm2", "model is set twice; write it once"),
         ("engine.args.x=1 +engine.args.x=choice(1,2)", "engine.args.x is set twice; write it once"),
+        ("resume=2", "resume=2: write true or false"),
+        ("backend.steps=-1", "backend.steps=-1: write true or false"),
         ("n_trials=[", "n_trials=[: no viable alternative"),
         ("backend.env.HF_TOKEN=hf_planted[", "backend.env.HF_TOKEN=***: "),
         ("=3", "=3: write key=value"),

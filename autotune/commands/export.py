@@ -33,6 +33,7 @@ import yaml
 from omegaconf import MISSING
 
 from autotune.config import vllm_flags
+from autotune.config.bounds import within
 from autotune.config.command_line import compose, errors_in_one_line, options, write_out
 from autotune.config.overrides import check_trusted
 from autotune.config.redact import HIDDEN
@@ -67,7 +68,7 @@ class Export:
     trial: str | None = None
     output: str | None = None
     host: str | None = None
-    port: int = 8000
+    port: int = within(8000, 1, 65535)
     image: str | None = None
     python: str | None = None
 

@@ -16,11 +16,11 @@ from autotune.config.command_line import errors_in_one_line, register, without_s
 from autotune.config.overrides import typed
 from autotune.config.redact import redact
 from autotune.measure import trial
-from autotune.measure.prepare import prepare
+from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result
 from autotune.results import beside, summary, tracking
 from autotune.system import interrupt
-from autotune.system.files import write_whole
+from autotune.system.files import unless_refused, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +35,13 @@ def job(composed: DictConfig) -> float | list[float]:
 
 
 def single(composed: DictConfig) -> float | list[float]:
-    config, overrides, folder = inputs(composed)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with unless_refused(folder):
+        config, overrides, _ = inputs(composed)
+        prepare_samples(config, prepare(config))
+        tracking.check(config.tracking)
     for file in (folder / (HydraConfig.get().output_subdir or "")).glob("*.yaml"):
         write_whole(file, redact(file.read_text()))  # Hydra's own, with hydra.output_subdir=.hydra
-    prepare(config)
-    tracking.check(config.tracking)
     tracker = beside.TrackingProcess(config.tracking, None, folder)  # ends with this process, too
     result = trial.run(config, overrides, folder)
     log.info(summary.single(result, config, folder))

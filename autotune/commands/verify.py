@@ -28,6 +28,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
+from autotune.config.bounds import within
 from autotune.config.command_line import errors_in_one_line, options, own_and_overrides
 from autotune.config.overrides import check, check_trusted, with_fields
 from autotune.config.redact import HIDDEN
@@ -57,11 +58,11 @@ NO_BETTER = 2  # exit code
 @dataclass
 class Verify:
     study: str = MISSING
-    k: int = 3
+    k: int = within(3, 1, 1000)
     trials: list[str] | None = None
-    n: int = 5
+    n: int = within(5, 2, 1000)  # a single repeat shows no spread
     metric: str | None = None
-    confidence: float = 0.95
+    confidence: float = within(0.95, 0.5, 0.9999)
     seed: int = 0
 
 
@@ -123,12 +124,6 @@ def compared(study: Study, settings: Verify) -> list[str]:
         raise InputError(
             f"study={study.name}: vLLM's defaults are not there to compare with ({why}); run it with baseline=defaults"
         )
-    if settings.k < 1:
-        raise InputError(f"k={settings.k}: write 1 or more")
-    if settings.n < 2:
-        raise InputError(f"n={settings.n}: write n=2 or more; a single repeat shows no spread")
-    if not 0 < settings.confidence < 1:
-        raise InputError(f"confidence={settings.confidence:g}: write a number between 0 and 1, such as 0.95")
     ranked = study.ranked_by(metric_index(study, settings))
     if settings.trials is None and not ranked:
         raise InputError(f"study={study.name}: no trial is feasible; name some: trials=[trial-3,trial-9]")

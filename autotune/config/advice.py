@@ -58,7 +58,7 @@ def _field(key: str, node: DictConfig) -> str:
     name = key.rpartition(".")[2]
     own = [str(field) for field in node if field not in ("_target_", "hydra")]
     group = key.partition(".")[0]
-    known = _keys() if "." in key or OmegaConf.get_type(node) is schema.Config else ()  # else a command's options
+    known = known_keys() if "." in key or OmegaConf.get_type(node) is schema.Config else ()  # else a command's options
     if key in known:
         return f"another option of {group} has it, this one has {', '.join(own) or 'none'}"
     elsewhere = [other for other in known if other.rpartition(".")[2] == name]
@@ -68,12 +68,12 @@ def _field(key: str, node: DictConfig) -> str:
 
 
 @cache
-def _keys() -> tuple[str, ...]:
-    """Every key of a Config and of what its open nodes hold, the shorter ones first."""
+def known_keys() -> dict[str, Any]:
+    """Every key of a Config and of what its open nodes hold, the shorter ones first, with its type."""
 
-    def below(kind: Any, at: str) -> Iterator[str]:
+    def below(kind: Any, at: str) -> Iterator[tuple[str, Any]]:
         for name, hint in get_type_hints(kind).items():
-            yield f"{at}{name}"
+            yield f"{at}{name}", hint
             if is_dataclass(hint):
                 yield from below(hint, f"{at}{name}.")
 
@@ -82,11 +82,11 @@ def _keys() -> tuple[str, ...]:
         "launcher.": (schema.LocalConfig, schema.ClusterConfig),
     }
     found = [*below(schema.Config, "")]
-    found += [key for at, kinds in groups.items() for kind in kinds for key in below(kind, at)]
-    found.sort(key=lambda key: (key.count("."), key.startswith("backend.device")))
-    flags = [f"{FLAG}{flag}" for flag in recorded()]
-    at = next(number for number, key in enumerate(found) if key.count(".") > 1)
-    return tuple(dict.fromkeys([*found[:at], *flags, *found[at:]]))
+    found += [one for at, kinds in groups.items() for kind in kinds for one in below(kind, at)]
+    found.sort(key=lambda one: (one[0].count("."), one[0].startswith("backend.device")))
+    flags = [(f"{FLAG}{flag}", Any) for flag in recorded()]
+    at = next(number for number, (key, _) in enumerate(found) if key.count(".") > 1)
+    return dict([*found[:at], *flags, *found[at:]])
 
 
 def _instead(why: OmegaConfBaseException, key: str) -> str:

@@ -13,6 +13,7 @@ MOST = 2.0**31 - 1  # also the largest seed: NumPy takes twice that, and repeats
 DAY_S = 86400.0
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY_S}
 LONGEST_S = 1000 * DAY_S
+MOST_GPUS = 9999
 NAME_BYTES = 200  # a file's name may have 255, and some get an ending
 
 
@@ -57,6 +58,14 @@ def pairs(value: Any) -> str:
     if lists and all(right(one) for pair in value for one in pair) and len({pair[0] for pair in value}) == len(value):
         return ""
     return f"write pairs of numbers above 0, at most {MOST:.10g}, each first one once: [[1024,500],[8192,2000]]"
+
+
+def gpus(value: Any) -> str:
+    """The rule of GPUs: a list of indices, each once, or `all`."""
+    lists = isinstance(value, list) and all(type(gpu) is int and 0 <= gpu <= MOST_GPUS for gpu in value)
+    if value == "all" or (lists and 0 < len(value) == len(set(value))):
+        return ""
+    return f"write a list of indices up to {MOST_GPUS}, each once, gpus=[0,1], or gpus=all"
 
 
 def three_seeds(value: Any) -> str:

@@ -21,6 +21,7 @@ from autotune.config import CONF, bounds, overrides, schema, sweeper, words
 from autotune.config.advice import told
 from autotune.config.redact import redact
 from autotune.errors import AutotuneError, InputError
+from autotune.text import one_line
 
 SHOW = {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help"}  # Hydra's flags that run nothing
 STARTED = time.localtime()
@@ -141,6 +142,7 @@ def options(kind: type[Options], words: Sequence[str], usage: str | None) -> Opt
         raise InputError(f"{min(missing)}= is missing; see --help")
     options = OmegaConf.to_object(made)
     assert isinstance(options, kind)
+    bounds.check(options)
     return options
 
 
@@ -173,7 +175,7 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (AutotuneError, HydraException, OmegaConfBaseException, YAMLError) as error:
-        sys.exit(f"autotune: {told(error)}")
+        sys.exit(f"autotune: {one_line(told(error))}")
     except OSError as error:  # a folder in a file's place, no permission, no space, a name that is too long
         if error.filename is None:
             raise

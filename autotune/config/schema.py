@@ -16,6 +16,7 @@ from autotune.config.bounds import (
     bounded,
     duration,
     file_name,
+    gpus,
     pairs,
     path,
     positive,
@@ -498,7 +499,8 @@ class Config:
     seed: int = 0  # of the sampler
     rules: Rules = Rules.none  # MLPerf's, that runs keep; conf/rules/ sets what follows from it
     warm_start: str | None = bounded(None, path)  # a study whose best `prior.keep` configurations are tried first
-    gpus: Any = None  # that trials may lease: a list of indices, or `all`; null: no leases, vLLM takes what it sees
+    # That trials may lease: a list of indices, or `all`; null: no leases, vLLM takes what it sees.
+    gpus: Any = field(default=None, metadata={"rule": gpus})
     baseline_gpu: int | None = None  # GPU for the baseline; null is any of `gpus`
     conditions: dict[str, str] = field(default_factory=dict)  # rules between parameters, by name
     only_if: dict[str, str] = field(default_factory=dict)  # parameter → condition without which it is not swept

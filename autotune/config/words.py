@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from autotune.config import CONF
+from autotune.config.advice import known_keys
 from autotune.config.redact import redact
 from autotune.errors import InputError
 from autotune.text import one_line
@@ -70,6 +71,8 @@ def check(words: Sequence[str]) -> None:
                 raise InputError(f"{word}: write key=value")
             if key in GROUPS and not override.is_sweep_override() and not _is_option(key, override.value()):
                 raise InputError(f"{word}: write the name of a file in conf/{key}")
+            if type(override.value()) is int and override.value() not in (0, 1) and known_keys().get(key) is bool:
+                raise InputError(f"{word}: write true or false")  # which OmegaConf takes it for
             if key == "hydra.searchpath":
                 _check_folders(override)
             if own and (key.startswith(("hydra.", "hydra/")) or key == "hydra"):

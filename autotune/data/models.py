@@ -99,6 +99,8 @@ def locate(
     without weights. Raises InputError if the model does not exist or can't be read.
     """
     if shape:
+        if config.path:
+            _check_folder("model.path", config.path)
         folder = _built(shape, config.name, config.shape, cache_dir)
         return Model(config.path or str(folder), config.revision, folder)
     if config.path:
@@ -160,9 +162,15 @@ def _found(where: str, path: str, revision: str | None, patterns: list[str]) -> 
     folder = expanded(path)
     if folder.is_dir():
         return folder
-    if folder.exists() or path.startswith(("/", "./", "../", "~")):
-        raise InputError(f"{where}={path}: no model there; a model's folder holds a config.json and a tokenizer")
+    _check_folder(where, path)
     return _download(f"{where}={path}", path, revision, patterns)
+
+
+def _check_folder(where: str, path: str) -> None:
+    """Raise InputError if `path` is no Hub id, and no folder."""
+    folder = expanded(path)
+    if not folder.is_dir() and (folder.exists() or path.startswith(("/", "./", "../", "~"))):
+        raise InputError(f"{where}={path}: no model there; a model's folder holds a config.json and a tokenizer")
 
 
 def _download(where: str, path: str, revision: str | None, patterns: list[str]) -> Path:

@@ -76,7 +76,7 @@ def records(
         elif not (made := _lengths(row, form, piece_tokens or form.piece_tokens, where)).output_tokens:
             left_out["without output tokens: they failed"] += 1
             yield None
-        elif max_prompt_tokens and made.prompt_tokens > max_prompt_tokens:
+        elif max_prompt_tokens is not None and made.prompt_tokens > max_prompt_tokens:
             left_out[f"longer than dataset.records.max_prompt_tokens={max_prompt_tokens}"] += 1
             yield None
         else:

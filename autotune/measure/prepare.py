@@ -27,7 +27,7 @@ from autotune.measure.backend import Backend, DryRunOutcome
 from autotune.system.files import expanded
 
 WHITELIST = ("autotune.*",)  # where the functions lie that a `_target_` in conf/ may name
-KINDS = {int: "a whole number", float: "a finite number", str: "a text", tuple[int, int]: "two whole numbers"}
+KINDS = {int: "a whole number from 0", float: "a finite number", str: "a text", tuple[int, int]: "two whole numbers"}
 GIVEN = ("tokenizer", "model", "folder", "sessions")  # arguments that these functions get beside those in conf/
 
 
@@ -219,4 +219,6 @@ def _is_a(hint: Any, value: Any) -> bool:
     if get_origin(hint) is tuple:
         kinds = get_args(hint)
         return isinstance(value, list | tuple) and len(value) == len(kinds) and all(map(_is_a, kinds, value))
+    if hint is int:
+        return type(value) is int and value >= 0
     return type(value) in (int, float) and isfinite(value) if hint is float else type(value) is hint

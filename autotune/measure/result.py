@@ -136,6 +136,8 @@ class Result:
         """The result in a result.json of this version or an earlier one. Raises ValueError, TypeError or KeyError."""
         own: Any = cls
         known = _kinds(own)
+        if not isinstance(body, dict):
+            raise TypeError(f"it holds {json.dumps(body)[:40]}")
         for name in known.keys() & body.keys():
             if not _fits(body[name], known[name]):
                 raise ValueError(f"`{name}` is {str(body[name])[:40]}")

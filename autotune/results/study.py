@@ -157,6 +157,8 @@ def load(name: str, key: str = "study") -> Study:
     Raises InputError, which says `key`, if there is none, or nothing has ended in it.
     """
     folder = MULTIRUN / name if (MULTIRUN / name).is_dir() else Path(name)
+    if folder.is_file():
+        raise InputError(f"{key}={name}: a file; write the name of a study below {MULTIRUN}/, or its folder")
     if not folder.is_dir():
         known = sorted(path.name for path in MULTIRUN.glob("*") if any(path.glob("*/result.json")))
         close = difflib.get_close_matches(name, known, n=3) or known[-3:]

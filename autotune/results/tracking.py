@@ -18,6 +18,7 @@ from contextlib import closing, contextmanager
 from http.client import HTTPException
 from importlib.metadata import entry_points
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -139,8 +140,14 @@ def _check_database(uri: str, driver: dict[str, Any]) -> None:
 
 def _check_sqlite(file: Path) -> None:
     """Raise OSError, sqlite3.Error or ValueError unless `file` is a database of MLflow's, or one can be made there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.exists() and not file.is_file():
+    if not file.exists():
+        there = next(folder for folder in file.absolute().parents if folder.exists())
+        try:
+            TemporaryFile(dir=there).close()
+        except OSError as error:
+            raise ValueError(f"no file can be made in {there} ({error.strerror})") from None
+        return
+    if not file.is_file():
         raise ValueError("it is no file")
     with closing(sqlite3.connect(file, timeout=ANSWER_S)) as database:
         database.execute("BEGIN IMMEDIATE")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from autotune.search.twin import Ended
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # some samplers are
+warnings.filterwarnings("ignore", "Constraints have been set, but CmaEs")  # its values are penalised instead
 
 AUTO = "auto"  # a name that stands for another sampler's
 LIVE = "autotune.live.backend.LiveBackend"

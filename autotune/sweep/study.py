@@ -61,7 +61,7 @@ from autotune.sweep.lookup import Lookup
 from autotune.sweep.record import AGAIN, EXPECTED, Record
 from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
-from autotune.system.files import log_to, write_whole
+from autotune.system.files import LOCK, LOG, log_to, unless_refused, write_whole
 from autotune.text import one_line, shorten
 
 if TYPE_CHECKING:
@@ -106,8 +106,9 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
 
     Raises InputError before the first trial; exits with 1 if no trial completed.
     """
-    if not sweeper["study_name"]:
-        raise InputError("hydra.sweeper.study_name=: write the study's name in Optuna's storage, or leave it out")
+    for key, value in {"sweeper.study_name": sweeper["study_name"], "sweep.dir": job.hydra.sweep.dir}.items():
+        if not str(value).strip():
+            raise InputError(f"hydra.{key}=: write a name, or leave it out")
     space, fixed = parse(sweeper["params"] or {}, arguments, job.conditions, job.only_if)
     composed = config_loader.load_sweep_config(job, fixed)
     config = typed(composed)
@@ -155,7 +156,11 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
 def opened(folder: Path) -> Iterator[None]:
     """Make a study's folder if it is missing, and keep it for this process alone, with a log of the block in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with storage.lock(folder / ".lock", str(folder)), log_to(folder / "autotune.log", "%(asctime)s %(message)s"):
+    with (
+        storage.lock(folder / LOCK, str(folder)),
+        unless_refused(folder),
+        log_to(folder / LOG, "%(asctime)s %(message)s"),
+    ):
         yield
 
 
@@ -203,7 +208,7 @@ class Sweep:
         self.references = references(self.config)
         self.n_trials = space.grid_size if self.record.is_grid else self.config.n_trials
         if self.record.is_grid:
-            log.info("grid: %d points", self.n_trials)
+            log.info("grid: %d points, each once: it does not heed n_trials", self.n_trials)
 
     def run(self, results: dict[str, Result]) -> FinishedStudy:
         """Go on from the `results` of an earlier process, if any, to the end; returns what was measured."""

@@ -10,12 +10,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from autotune.errors import InputError
+from autotune.errors import AutotuneError, InputError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 log = logging.getLogger(__name__)
+
+LOG, LOCK = "autotune.log", ".lock"  # in the folder of a trial or a study, before anything else
 
 Row = TypeVar("Row", bound="DataclassInstance")
 
@@ -61,6 +63,20 @@ def left_in(path: Path) -> dict[str, Any]:
     except InputError as error:
         log.warning("%s; left out", error)
         return {}
+
+
+@contextmanager
+def unless_refused(folder: Path) -> Iterator[None]:
+    """Remove `folder` if the block ends with an AutotuneError, and nothing was done in it."""
+    try:
+        yield
+    except AutotuneError:
+        left = list(folder.iterdir())
+        if {path.name for path in left} <= {LOG, LOCK}:
+            for path in left:
+                path.unlink()
+            folder.rmdir()
+        raise
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -28,11 +28,9 @@ class Lease:
 
 def devices(gpus: Any) -> list[int]:
     """Indices of the GPUs that `gpus` (a list or `all`) names. Raises InputError."""
+    if gpus is None:
+        raise InputError("gpus=null: this launcher needs them; write gpus=[0,1], or gpus=all")
     if gpus != "all":
-        if not isinstance(gpus, list) or not gpus or not all(type(gpu) is int and gpu >= 0 for gpu in gpus):
-            raise InputError(f"gpus={gpus}: write a list of indices, gpus=[0,1], or gpus=all")
-        if len(set(gpus)) < len(gpus):
-            raise InputError(f"gpus={gpus}: names a GPU twice; write each index once")
         return list(gpus)
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         if not all(index.strip().isdigit() for index in visible.split(",")):
