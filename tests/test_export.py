@@ -214,8 +214,8 @@ def test_front_has_to_be_chosen_from(study: Path):
         ),
         (["study=s", "frmat=vllm"], "frmat: there is no such field; did you mean format?"),
         (["s"], "s: write key=value, or --help"),
-        (["study=s", "format=vllm", "port=x"], "port=x: write a whole number from 0 to 2147483647"),
-        (["study=s", "format=vllm", "port=70000"], "port=70000: write 1 to 65535"),
+        (["study=s", "format=vllm", "port=x"], "port=x: write a whole number from 1 to 65535"),
+        (["study=s", "format=vllm", "port=70000"], "port=70000: write a number from 1 to 65535"),
         (["study=s", "format=vllm"], "study=s: no such folder below multirun/"),
     ],
 )

@@ -244,8 +244,6 @@ def diff(config: Config, result: Result, python: str | None) -> str:
 
 def text(options: Export) -> str:
     """The file that `options` ask for. Raises InputError."""
-    if not 0 < options.port < 2**16:
-        raise InputError(f"port={options.port}: write 1 to 65535")
     study = load(options.study)
     trial = study.chosen(options.trial)
     if options.format is Format.diff:
