@@ -25,7 +25,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,11 +38,12 @@ from autotune.measure.result import Result, State
 from autotune.measure.slot import Slot
 from autotune.measure.steps import Steps
 from autotune.measure.trial import measure
+from autotune.results.study import BASELINE
 from autotune.search import prior
 from autotune.search.samplers import make_sampler
 from autotune.search.simulate import ask
 from autotune.search.space import swept_flags
-from autotune.search.twin import Ended, TwinSampler
+from autotune.search.twin import TwinSampler
 from autotune.sim.backend import SimBackend
 
 GOOD = (0.05, 0.02)  # shares below the grid's best
@@ -124,8 +124,10 @@ def run(load: Workload, truth: Truth, arm: str, number: int) -> Run:
     seed = zlib.crc32(f"{load.name} {arm} {number}".encode()) >> 1  # 31 bits
     random = np.random.default_rng(seed)
     config = replace(load.config, seed=seed)
-    ended = {"baseline": Ended(Result(State.interrupted), partial(steps_of, load, {}))}
-    sampler = make_sampler(sampler_config(arm.split("+")[0], seed), load.space, config, lambda: ended)
+    ended = {BASELINE: Result(State.interrupted)}
+    sampler = make_sampler(sampler_config(arm.split("+")[0], seed), load.space, config, ended)
+    if isinstance(sampler, TwinSampler):
+        sampler._steps_of = lambda name, one: steps_of(load, one.params) if one.complete or name == BASELINE else None
     study = optuna.create_study(sampler=sampler, direction="maximize")
     if arm.endswith("+prior"):
         for one in prior.best(config, load.space):
@@ -146,8 +148,7 @@ def run(load: Workload, truth: Truth, arm: str, number: int) -> Run:
         taken_s += found.engine_s
         least = min(least, load.regret(load.points[key(load.space, found.params)]))
         until = [min(one, taken_s / average_s) if least <= good else one for one, good in zip(until, GOOD, strict=True)]
-        steps = partial(steps_of, load, found.params) if found.complete else None
-        ended[str(len(ended))] = Ended(found, steps)
+        ended[str(len(ended))] = found
     return Run(until, longest_s)
 
 

@@ -17,7 +17,7 @@ from autotune.measure.result import Result, State
 from autotune.results.study import results_in
 from autotune.search.samplers import LIVE, chosen, make_sampler
 from autotune.search.space import Space, parse
-from autotune.search.twin import Ended, Params, TwinSampler, encoded, ended_in, key
+from autotune.search.twin import Params, TwinSampler, encoded, key
 from autotune.sweep import storage
 from autotune.sweep.record import Record
 from tests.studies import SEQS, composed, configured, study
@@ -42,18 +42,22 @@ def asked(sampler: TwinSampler, running: int = 0) -> Params:
     return trial.relative_params
 
 
-def trial(params: Params, value: float, expected: float, state: State = State.complete) -> Ended:
+def trial(params: Params, value: float, expected: float, state: State = State.complete) -> Result:
     words = {"values": [expected], "feasible": True}
-    return Ended(Result(state, values=[value], params=dict(params), expected=words, phases={"run": 1.0}))
+    return Result(state, values=[value], params=dict(params), expected=words, phases={"run": 1.0})
+
+
+def named_by_number(results: list[Result]) -> dict[str, Result]:
+    return {f"trial-{number}": one for number, one in enumerate(results)}
 
 
 def test_twin_asks_for_what_is_good_on_it():
-    params = asked(TwinSampler(CONFIG, SPACE, dict, **QUICK))
+    params = asked(TwinSampler(CONFIG, SPACE, {}, **QUICK))
     assert params[SEQS] == 128
 
 
 def test_trials_side_by_side_are_asked_for_different_configurations():
-    sampler = TwinSampler(CONFIG, SPACE, dict, **QUICK)
+    sampler = TwinSampler(CONFIG, SPACE, {}, **QUICK)
     made = optuna.create_study(sampler=sampler, direction="maximize")
     points = [key(SPACE.suggest(made.ask(), {})) for _ in range(3)]
     assert len(set(points)) == 3
@@ -62,7 +66,7 @@ def test_trials_side_by_side_are_asked_for_different_configurations():
 def test_configuration_that_would_do_what_a_measured_one_did_is_not_asked_for():
     space, _ = parse({}, [f"{SEQS}=choice(2,64,128,256)"], {}, {})  # there are 64 requests
     ended = {"trial-0": trial({SEQS: 128}, 100.0, 100.0)}
-    sampler = TwinSampler(CONFIG, space, lambda: ended, **QUICK)
+    sampler = TwinSampler(CONFIG, space, ended, **QUICK)
     made = optuna.create_study(sampler=sampler, direction="maximize")
     assert space.suggest(made.ask(), {})[SEQS] == 2
 
@@ -71,9 +75,9 @@ def test_twin_that_is_wrong_leaves_the_choice_to_tpe(caplog: pytest.LogCaptureFi
     points = [{SEQS: seqs, TOKENS: 1024, BACKEND: "default"} for seqs in (2, 8, 32, 128)]
     right = [trial(params, 100.0 * value, 100.0 * value) for value, params in enumerate(points, 1)]
     wrong = [trial(params, 500 - 100.0 * value, 100.0 * value) for value, params in enumerate(points, 1)]
-    assert asked(TwinSampler(CONFIG, SPACE, lambda: dict(enumerate(right)), **QUICK))
+    assert asked(TwinSampler(CONFIG, SPACE, named_by_number(right), **QUICK))
     caplog.set_level("INFO")
-    assert not asked(TwinSampler(CONFIG, SPACE, lambda: dict(enumerate(wrong)), **QUICK))
+    assert not asked(TwinSampler(CONFIG, SPACE, named_by_number(wrong), **QUICK))
     assert "left aside for TPE, as it was off by" in caplog.text
 
 
@@ -82,12 +86,12 @@ def test_trials_that_fail_where_the_twin_saw_them_run_make_it_wrong():
     ended = [
         trial(one, 100.0, 100.0, State.failed if number % 2 else State.complete) for number, one in enumerate(points)
     ]
-    assert not asked(TwinSampler(CONFIG, SPACE, lambda: dict(enumerate(ended)), **QUICK))
+    assert not asked(TwinSampler(CONFIG, SPACE, named_by_number(ended), **QUICK))
 
 
 def test_flag_that_the_twin_does_not_model_is_learned_as_a_factor():
-    ended: dict[str, Ended] = {}
-    sampler = TwinSampler(CONFIG, SPACE, lambda: ended, **QUICK)
+    ended: dict[str, Result] = {}
+    sampler = TwinSampler(CONFIG, SPACE, ended, **QUICK)
     for seqs in (2, 8, 32):
         for backend, factor in (("default", 1.0), ("FLASHINFER", 1.3)):
             params = {SEQS: seqs, TOKENS: 1024, BACKEND: backend}
@@ -100,15 +104,15 @@ def test_flag_that_the_twin_does_not_model_is_learned_as_a_factor():
 
 
 def test_choice_of_a_flag_that_is_not_modelled_is_tried_before_one_that_the_baseline_has_shown():
-    baseline = Ended(Result(State.complete, values=[1.0], phases={"run": 1.0}))
-    assert asked(TwinSampler(CONFIG, SPACE, lambda: {"baseline": baseline}, **QUICK))[BACKEND] == "FLASHINFER"
+    baseline = Result(State.complete, values=[1.0], phases={"run": 1.0})
+    assert asked(TwinSampler(CONFIG, SPACE, {"baseline": baseline}, **QUICK))[BACKEND] == "FLASHINFER"
 
 
 def test_broken_steps_cost_the_twin_their_trial_only(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "trial-0").mkdir()
     (tmp_path / "trial-0/steps.parquet").write_text("nothing")
     Result("complete", values=[100.0], params={SEQS: 8, TOKENS: 1024, BACKEND: "default"}).save(tmp_path / "trial-0")
-    assert asked(TwinSampler(CONFIG, SPACE, lambda: ended_in(tmp_path, results_in(tmp_path)), **QUICK))[SEQS] == 128
+    assert asked(TwinSampler(CONFIG, SPACE, results_in(tmp_path), tmp_path, **QUICK))[SEQS] == 128
     assert "trial-0/steps.parquet: not a file of recorded steps" in caplog.text
 
 
@@ -158,7 +162,7 @@ def test_parameters_are_numbers_from_0_to_1():
 
 
 def test_enqueued_trial_costs_no_simulation():
-    sampler = TwinSampler(CONFIG, SPACE, dict, **QUICK)
+    sampler = TwinSampler(CONFIG, SPACE, {}, **QUICK)
     made = optuna.create_study(sampler=sampler)
     made.enqueue_trial({SEQS: 8})
     assert not made.ask().relative_params
@@ -166,7 +170,7 @@ def test_enqueued_trial_costs_no_simulation():
 
 def test_twin_without_a_prior_leaves_the_first_trials_to_tpe(caplog: pytest.LogCaptureFixture):
     caplog.set_level("INFO")
-    sampler = TwinSampler(replace(CONFIG, prior=replace(CONFIG.prior, backend=None)), SPACE, dict, **QUICK)
+    sampler = TwinSampler(replace(CONFIG, prior=replace(CONFIG.prior, backend=None)), SPACE, {}, **QUICK)
     assert not asked(sampler) and not sampler.expected({SEQS: 8})
     assert "twin: waits for the first steps; TPE is asked" in caplog.text
 
@@ -186,7 +190,7 @@ def test_storage_is_not_locked_while_the_twin_computes(tmp_path: Path, monkeypat
 
     with storage.opened(f"sqlite:///{tmp_path}/study.db", "s") as opened:
         record = Record(opened, "s", SPACE, CONFIG.objective)
-        sampler = TwinSampler(CONFIG, SPACE, dict, **QUICK)
+        sampler = TwinSampler(CONFIG, SPACE, {}, **QUICK)
         record.use(sampler, optuna.pruners.NopPruner())
         monkeypatch.setattr(Record, "_transaction", transaction)
         monkeypatch.setattr(sampler, "_chosen", choose)
@@ -199,7 +203,7 @@ def test_storage_is_not_locked_while_the_twin_computes(tmp_path: Path, monkeypat
 def test_error_leaves_the_study_to_tpe(caplog: pytest.LogCaptureFixture):
     """As where the objective is something that no simulation knows."""
     metric = replace(CONFIG.objective, metrics=["gpu_power_w"])
-    sampler = TwinSampler(replace(CONFIG, objective=metric), SPACE, dict, **QUICK)
+    sampler = TwinSampler(replace(CONFIG, objective=metric), SPACE, {}, **QUICK)
     assert not asked(sampler) and not asked(sampler)
     assert caplog.text.count("twin: left aside for TPE: InputError: objective.metrics: ") == 1
 

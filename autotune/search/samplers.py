@@ -1,9 +1,11 @@
 """The sampler that `sampler=` names."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import optuna
 from hydra.errors import InstantiationException
@@ -15,13 +17,11 @@ from autotune.config import bounds
 from autotune.config.schema import Config
 from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
+from autotune.measure.result import Result
 from autotune.search.optuna_private import Grid, use_compiled_log_ndtr
 from autotune.search.space import Space
 from autotune.sim.flags import MODELLED
 from autotune.text import one_line
-
-if TYPE_CHECKING:
-    from autotune.search.twin import Ended
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # some samplers are
 warnings.filterwarnings("ignore", "Constraints have been set, but CmaEs")  # its values are penalised instead
@@ -48,7 +48,7 @@ def chosen(sampler: Any, config: Config, space: Space) -> tuple[Any, str]:
     why = _unlike_twin(config, space)
     if not why:
         try:
-            instantiate(twin, _execution_whitelist_=WHITELIST)(config, space, dict)
+            instantiate(twin, _execution_whitelist_=WHITELIST)(config, space, {})
         except InputError as error:
             why = one_line(error)
     return (sampler, f"tpe ({AUTO}: {why})") if why else (twin, f"twin ({AUTO})")
@@ -72,13 +72,14 @@ def make_sampler(
     sampler: Any,
     space: Space,
     config: Config | None = None,
-    ended: Callable[[], Mapping[str, "Ended"]] = dict,
+    results: Mapping[str, Result] = MappingProxyType({}),
+    folder: Path | None = None,
     begun: int = 0,
 ) -> optuna.samplers.BaseSampler:
     """The sampler of a `sampler` group for `space`. Raises InputError for what it can't be made with.
 
-    A twin simulates the study's `config`, and learns from what `ended` gives. `begun` trials exist already: a seed is
-    moved on by them, or the sampler would suggest its first ones again. A grid keeps its seed: that is its order.
+    A twin simulates the study's `config`, and learns from its `results` and what they left in `folder`. `begun` trials
+    exist already: a seed is moved on by them, or the sampler would suggest its first ones again; a grid's is its order.
     """
     for name, value in sampler.items():
         rule = bounds.number(above=0, most=MOST) if name in ABOVE_0 else bounds.number(LEAST.get(name, 0), MOST)
@@ -103,7 +104,7 @@ def make_sampler(
         made = Grid(space.grid, space.restarting, **made.keywords)
     elif isinstance(made, partial):
         try:
-            made = made(config, space, ended)
+            made = made(config, space, results, folder)
         except InputError as error:
             raise InputError(f"sampler=twin simulates: {error}; or write another sampler") from None
     found: optuna.samplers.BaseSampler = made

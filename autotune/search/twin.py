@@ -12,8 +12,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -68,26 +67,6 @@ TO_CORRECT = 3  # … once there are so many
 TO_JUDGE = 4  # trials after which the twin may be called wrong:
 WRONG = 0.1  # its scores are off by this standard deviation …
 UNEXPLAINED = 0.75  # … and by this share of the trials' own
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A trial that has ended, and what reads its engine's steps if they were recorded."""
-
-    result: Result
-    steps: Callable[[], Steps] | None = None
-
-
-def ended_in(folder: Path, results: Mapping[str, Result]) -> dict[str, Ended]:
-    """The trials of a study that have ended, by name: its `results` so far, without canaries, whose runs are short."""
-    found = {}
-    for name, result in results.items():
-        if name.startswith(CANARY):
-            continue
-        file = folder / name / NAME
-        recorded = result.complete and not result.duplicate_of and file.exists()
-        found[name] = Ended(result, partial(read, file, name) if recorded else None)
-    return found
 
 
 class Simulated:
@@ -159,18 +138,19 @@ class TwinSampler(BaseSampler):
         self,
         config: Config,
         space: Space,
-        ended: Callable[[], Mapping[str, Ended]],
+        results: Mapping[str, Result],
+        folder: Path | None = None,
         seed: int | None = None,
         proposal_s: float = 5.0,
         draws: int = 4,
         tpe: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Prepare a sampler; `ended` gives the study's trials that have ended.
+        """Prepare a sampler; `results` grow as the study's trials end, which record their steps below its `folder`.
 
         A proposal takes `proposal_s` of this process' time. Before there are steps, the device of
         `config.prior.backend` is the twin; without one TPE is asked, which `tpe` configures. Raises InputError.
         """
-        self._config, self._space, self._ended = config, space, ended
+        self._config, self._space, self._all, self._folder = config, space, results, folder
         self._proposal_s, self._draws, self._seed = proposal_s, draws, seed or 0
         self._other = TPESampler(seed=seed, **{"constant_liar": True, **tpe})
         self._twin: Twin | None = None
@@ -266,18 +246,19 @@ class TwinSampler(BaseSampler):
 
     def _chosen(self, pending: Sequence[Params]) -> dict[str, Any]:
         began_s = time.process_time()
-        ended = self._learn()
-        results = [one.result for one in ended.values()]
+        results = {name: one for name, one in self._all.items() if not name.startswith(CANARY)}  # whose runs are short
+        self._learn(results)
         if not self._twin:
             return self._to_tpe("waits for the first steps; TPE is asked")
-        if why := self._why_wrong(results):
+        measured = list(results.values())
+        if why := self._why_wrong(measured):
             return self._to_tpe(why)
-        return dict(self._propose(results, pending, began_s))
+        return dict(self._propose(measured, pending, began_s))
 
-    def _learn(self) -> Mapping[str, Ended]:
-        """Fit the twin to the steps of the trials that have ended meanwhile; returns all that have."""
-        ended = self._ended()
-        new = {name: steps for name, one in ended.items() if name not in self._looked_at and (steps := _steps_of(one))}
+    def _learn(self, results: Mapping[str, Result]) -> None:
+        """Fit the twin to the steps of the trials that have ended meanwhile."""
+        unseen = {name: one for name, one in results.items() if name not in self._looked_at}
+        new = {name: steps for name, one in unseen.items() if (steps := self._steps_of(name, one))}
         self._looked_at |= new.keys()
         for name, steps in new.items():
             if (
@@ -287,16 +268,26 @@ class TwinSampler(BaseSampler):
             ):
                 self._fitted[name] = steps
         if new.keys() & self._fitted.keys():
-            self._fit(ended, new)
+            self._fit(results, new)
         if self._twin:
-            self._residuals = self._compared([one.result for one in ended.values()])
-        return ended
+            self._residuals = self._compared(list(results.values()))
 
-    def _fit(self, ended: Mapping[str, Ended], new: Iterable[str]) -> None:
+    def _steps_of(self, name: str, result: Result) -> Steps | None:
+        """The steps of a trial, if they were recorded; a broken file costs the twin that trial only."""
+        file = self._folder / name / NAME if self._folder else None
+        if not (file and file.exists() and result.complete and not result.duplicate_of):
+            return None
+        try:
+            return read(file, name)
+        except InputError as error:
+            log.warning("twin: %s", error)
+            return None
+
+    def _fit(self, results: Mapping[str, Result], new: Iterable[str]) -> None:
         """Fit the twin; `new` trials' steps have come."""
         chosen = [*self._fitted.values()]
         if not self._twin:  # no device was told: the one that these steps are of
-            first = ended[next(iter(self._fitted))].result
+            first = results[next(iter(self._fitted))]
             device = device_of(self._config, first.facts)[0]
             self._begin(simulated(as_started(device, chosen[0].args, first.params)))
         try:
@@ -433,15 +424,6 @@ def _unmodelled(params: Params) -> dict[str, Any]:
     """The flags among `params` that the twin does not model."""
     flags = {name: value for name, value in params.items() if name.startswith(FLAG)}
     return {name: value for name, value in flags.items() if name.removeprefix(FLAG) not in MODELLED}
-
-
-def _steps_of(one: Ended) -> Steps | None:
-    """The steps of a trial; a broken file costs the twin that trial only, and is named in the log."""
-    try:
-        return one.steps() if one.steps else None
-    except InputError as error:
-        log.warning("twin: %s", error)
-        return None
 
 
 def score(config: Config, result: Result) -> float:

@@ -13,9 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from hydra.core.config_loader import ConfigLoader
@@ -63,9 +62,6 @@ from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
 from autotune.system.files import LOCK, LOG, log_to, unless_refused, write_whole
 from autotune.text import one_line, shorten
-
-if TYPE_CHECKING:
-    from autotune.search.twin import Ended
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +130,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
         with storage.opened(url, sweeper["study_name"]) as trials:
             record = Record(trials, sweeper["study_name"], space, config.objective)
             begun = len(record.trials) or len(results)
-            ended = partial(ended_in, folder, results)
-            record.use(make_sampler(sampler, space, config, ended, begun), pruner)
+            record.use(make_sampler(sampler, space, config, results, folder, begun), pruner)
             if results and not record.trials:
                 record.rebuild(results)
             check_trials(record.trials, folder, results)
@@ -162,13 +157,6 @@ def opened(folder: Path) -> Iterator[None]:
         log_to(folder / LOG, "%(asctime)s %(message)s"),
     ):
         yield
-
-
-def ended_in(folder: Path, results: Mapping[str, Result]) -> Mapping[str, "Ended"]:
-    """The trials of a study that have ended, with their steps; `results` grow as it goes on."""
-    from autotune.search import twin  # SciPy takes a while to import, and only sampler=twin asks
-
-    return twin.ended_in(folder, results)
 
 
 @dataclass
