@@ -1,6 +1,7 @@
 """Text for people to read."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -14,6 +15,14 @@ def one_line(error: object) -> str:
     lines = [line.strip() for line in text.splitlines()]
     kept = [line for line in lines if line and not line.startswith(tuple(noise))]
     return "; ".join(kept).replace(":; ", ": ").replace("'.; ", "': ").replace("'; '", "', '")
+
+
+def by_kind(reasons: Iterable[str]) -> list[list[int]]:
+    """Places of `reasons` that differ in nothing but digits, the most frequent kind first."""
+    kinds: dict[str, list[int]] = {}
+    for at, reason in enumerate(reasons):
+        kinds.setdefault(re.sub(r"\d", "", reason), []).append(at)
+    return sorted(kinds.values(), key=len, reverse=True)
 
 
 def aligned(rows: Sequence[Sequence[str]], left: bool = False) -> list[str]:

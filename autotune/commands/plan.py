@@ -32,7 +32,7 @@ from autotune.results.summary import change
 from autotune.search.device import device_of
 from autotune.search.simulate import estimate, search, search_best, simulation
 from autotune.search.space import Space, check_space, parse
-from autotune.text import shorten
+from autotune.text import by_kind, shorten
 
 MOST, LEAST = 200, 15  # random points of the space, and as many trials of the simulated study
 LONG_S = 35.0  # of CPU that either may take; then they are fewer
@@ -129,14 +129,8 @@ def _share(part: Sequence[Result], whole: Sequence[Result]) -> str:
 
 def _reasons(drawn: Sequence[Result]) -> list[tuple[str, int]]:
     """Reasons why points of the space can't run, the most frequent first; those that differ in numbers count as one."""
-    examples: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    for result in drawn:
-        if result.reason:
-            kind = "".join(letter for letter in result.reason if not letter.isdigit())
-            examples.setdefault(kind, result.reason)
-            counts[kind] += 1
-    return [(examples[kind], count) for kind, count in counts.most_common(4)]
+    reasons = [result.reason for result in drawn if result.reason]
+    return [(reasons[kind[0]], len(kind)) for kind in by_kind(reasons)[:4]]
 
 
 def _binding(runs: Sequence[Result]) -> str:

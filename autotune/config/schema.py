@@ -11,18 +11,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from autotune.config.bounds import (
-    DAY_S,
-    bounded,
-    duration,
-    file_name,
-    gpus,
-    pairs,
-    path,
-    positive,
-    three_seeds,
-    within,
-)
+from autotune.config.bounds import DAY_S, bounded, duration, file_name, gpus, pairs, path, positive, three_seeds, within
 from autotune.errors import InputError
 
 

@@ -33,7 +33,7 @@ from autotune.results.figures import drawn, label
 from autotune.results.study import BASELINE, REFERENCES, TWIN, Study
 from autotune.results.summary import HEADINGS, outcome
 from autotune.system.files import left_in, write_whole
-from autotune.text import shorten
+from autotune.text import by_kind, shorten
 
 PAGE = "report.html"
 SLICES = 8  # parameters that are drawn one by one, the most important first
@@ -188,17 +188,17 @@ def interval(result: Result, metric: str) -> str:
 
 def cards(study: Study) -> list[tuple[str, str, str]]:
     """The figures at a glance: name, value, and what to compare it with."""
-    result, found = study.results.get(study.served or ""), []
-    others = [name for name in REFERENCES if name in study.complete and name != study.served]
-    references = {name: study.results[name].metrics for name in others}
-    wanted = list(dict.fromkeys([*study.config.objective.metrics, *HEADINGS]))
-    for metric in wanted if result else []:
-        assert result
-        if metric in result.metrics:
-            limit = figures.latency_limits(study.config.scenario).get(metric)
-            words = [f"{name} {_figure(known[metric])}" for name, known in references.items() if metric in known]
-            words += [f"limit {limit:g}"] if limit is not None else []
-            found.append((label(metric), _figure(result.metrics[metric]), ", ".join(words)))
+    if study.served is None:
+        return []
+    metrics, limits = study.results[study.served].metrics, figures.latency_limits(study.config.scenario)
+    others = {name: study.complete[name].metrics for name in REFERENCES if name in study.complete}
+    others.pop(study.served, None)
+    found = []
+    for metric in dict.fromkeys([*study.objective.metrics, *HEADINGS]):
+        if metric in metrics:
+            words = [f"{name} {_figure(known[metric])}" for name, known in others.items() if metric in known]
+            words += [f"limit {limits[metric]:g}"] if metric in limits else []
+            found.append((label(metric), _figure(metrics[metric]), ", ".join(words)))
     return found
 
 
@@ -481,15 +481,10 @@ def starts(study: Study) -> str:
 
 def failures(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
     """Reasons why trials did not complete, with the trials, the most frequent first; numbers in them are ignored."""
-    kinds: dict[str, tuple[str, list[tuple[str, str]]]] = {}
-    for name, result in study.results.items():
-        if result.complete or result.state is State.interrupted:
-            continue
-        why = f"refused: {result.reason}" if result.state is State.refused else result.reason
-        params = REFERENCES.get(name) or shorten(result.params)
-        kind = "".join(letter for letter in why if not letter.isdigit())
-        kinds.setdefault(kind, (why, []))[1].append((name, params))
-    return sorted(kinds.values(), key=lambda item: -len(item[1]))
+    left = {name: one for name, one in study.results.items() if not one.complete and one.state is not State.interrupted}
+    trials = [(name, REFERENCES.get(name) or shorten(result.params)) for name, result in left.items()]
+    reasons = [f"{'refused: ' if one.state is State.refused else ''}{one.reason}" for one in left.values()]
+    return [(reasons[kind[0]], [trials[at] for at in kind]) for kind in by_kind(reasons)]
 
 
 def table(study: Study) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class Study:
         return self.best
 
 
-def references(config: Config) -> dict[str, dict[str, Any]]:
+def reference_params(config: Config) -> dict[str, dict[str, Any]]:
     """The parameters of what a study runs first, to compare with, by the trial's name. Raises InputError."""
     recipe = {f"{FLAG}{flag}": value for flag, value in config.model.recipe.args.items()}
     return {BASELINE if word == DEFAULTS else word: recipe if word == RECIPE else {} for word in baselines(config)}

@@ -17,7 +17,7 @@ from autotune.errors import InputError
 from autotune.measure import rules
 from autotune.measure.prepare import Prepared
 from autotune.measure.result import Result
-from autotune.results.study import BASELINE, REFERENCES, TRIAL, config_in, load, references
+from autotune.results.study import BASELINE, REFERENCES, TRIAL, config_in, load, reference_params
 from autotune.search.space import Space, swept_flags, value_of
 from autotune.system.leases import devices
 from autotune.text import shorten
@@ -83,7 +83,7 @@ def check_gpus(config: Config) -> None:
 
 def check_recipe(config: Config, prepared: Prepared) -> None:
     """Raise InputError for a recipe that is asked for, and that vLLM refuses."""
-    params = references(config).get(RECIPE, {})
+    params = reference_params(config).get(RECIPE, {})
     with written_in("model.recipe.args"):
         read = prepared.backend.read(swept_flags(params, prepared.args))
     refusal = prepared.dry_run(read).refusal if params else ""

@@ -13,7 +13,7 @@ from autotune.errors import InputError
 from autotune.measure import accuracy
 from autotune.measure.prepare import Prepared
 from autotune.measure.result import Result
-from autotune.results.study import BASELINE, references
+from autotune.results.study import BASELINE, reference_params
 from autotune.search.space import VARIABLE, Space, swept_flags, value_of
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class Gate:
         name = RECIPE if baselines(self._config) == [RECIPE] else BASELINE
         if name in results and accuracy.NUMERICS in results[name].facts:
             return name, results[name].facts[accuracy.NUMERICS]
-        return name, self._numerics(references(self._config).get(name, {}))
+        return name, self._numerics(reference_params(self._config).get(name, {}))
 
     def _scores(self, numerics: str) -> accuracy.Scores | None:
         if numerics not in self._found:

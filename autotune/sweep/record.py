@@ -102,8 +102,7 @@ class Record:
 
     def reopen(self, number: int) -> optuna.Trial:
         """The trial that an earlier process began under this number."""
-        study_id = self._storage.get_study_id_from_name(self._study.study_name)
-        return optuna.Trial(self._study, self._storage.get_trial_id_from_study_id_trial_number(study_id, number))
+        return optuna.Trial(self._study, self._id(number))
 
     def queue_again(self, number: int) -> None:
         """Fail a trial that was interrupted, so that it counts for nothing, and ask for its parameters once more."""
@@ -113,11 +112,9 @@ class Record:
             params = self._study.sampler.point(frozen)
         if params and not any(other.user_attrs.get(AGAIN) == number for other in self.trials):
             self.enqueue(params, **{**frozen.user_attrs, AGAIN: number})
-        study_id = self._storage.get_study_id_from_name(self._study.study_name)
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
         # Not through optuna.Trial, which would have the sampler choose anew.
-        self._storage.set_trial_user_attr(trial_id, LOST, True)
-        self._storage.set_trial_user_attr(trial_id, "reason", "interrupted: the process that ran it ended")
+        self._storage.set_trial_user_attr(self._id(number), LOST, True)
+        self._storage.set_trial_user_attr(self._id(number), "reason", "interrupted: the process that ran it ended")
         self._study.tell(number, state=TrialState.FAIL)
 
     def rebuild(self, results: Mapping[str, Result]) -> None:
@@ -194,6 +191,12 @@ class Record:
         if {LOST, BASELINE} & trial.user_attrs.keys():
             return False
         return self.is_grid or not {"refused", DUPLICATE} & trial.user_attrs.keys()
+
+    def _id(self, number: int) -> int:
+        """The storage's number of the trial that has this `number` in the study."""
+        study = self._storage.get_study_id_from_name(self._study.study_name)
+        found: int = self._storage.get_trial_id_from_study_id_trial_number(study, number)
+        return found
 
     def _transaction(self) -> AbstractContextManager[None]:
         return self._storage.transaction() if isinstance(self._storage, SingleWriterStorage) else nullcontext()

@@ -42,7 +42,7 @@ from autotune.results.study import (
     TRIAL,
     canaries_in,
     certified,
-    references,
+    reference_params,
     result_in,
     results_in,
 )
@@ -193,7 +193,7 @@ class Sweep:
         self.start_with = shared_start(space, self.known) if shares else None
         self.lookup = Lookup(self.prepared, space, self.known)
         self.defaults = {name: default_of(name, self.known) for name in space.parameters}
-        self.references = references(self.config)
+        self.references = reference_params(self.config)
         self.n_trials = space.grid_size if self.record.is_grid else self.config.n_trials
         if self.record.is_grid:
             log.info("grid: %d points, each once: it does not heed n_trials", self.n_trials)
@@ -330,7 +330,7 @@ class Sweep:
             pending = PendingTrial(f"{TRIAL}{trial.number}", params, trial)
             refusal, point = self.lookup.check(params)
             interrupt.check()
-            if (earlier := None if refusal else self.lookup.trial_at(point)) and self._repeat(pending, earlier):
+            if (earlier := None if refusal else self.lookup.names.get(point)) and self._repeat(pending, earlier):
                 looked_up += 1
                 self.exhausted = looked_up == DUPLICATES_IN_A_ROW and not self.record.is_grid
                 if self.exhausted:
