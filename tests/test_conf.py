@@ -212,6 +212,8 @@ def test_cfg_job_shows_the_composed_trial(main: Main):
         (["--cfg", "foo"], "argument --cfg/-c: invalid choice: 'foo'"),
         (["--foo"], "unrecognized arguments: --foo; see "),
         (["model=custom"], "no model: write model=smollm2"),
+        (["study=a/b"], "study=a/b: write at most 200 letters, digits and"),
+        (["scenario.qps=${foo}"], "scenario.qps: Interpolation key 'foo' not found"),
     ],
 )
 def test_wrong_configuration_is_one_line(main: Main, arguments: list[str], words: str):

@@ -64,6 +64,12 @@ def test_output_and_environment_reach_the_command(tmp_path: Path):
     assert (tmp_path / "log").read_text() == "yes\n"
 
 
+def test_program_that_is_not_there_is_named(tmp_path: Path):
+    with GuardedProcess(["/none/srun", "vllm"], tmp_path / "log", {}, stop_timeout_s=1) as process:
+        assert process.wait(10) == 1
+    assert (tmp_path / "log").read_text() == "/none/srun: No such file or directory\n"
+
+
 @pytest.mark.parametrize(("command", "code"), [("exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)])
 def test_exit_code_or_signal_comes_through(tmp_path: Path, command: str, code: int):
     with guarded(tmp_path, command) as process:

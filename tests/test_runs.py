@@ -234,6 +234,15 @@ def test_users_without_a_closed_loop_are_refused():
         runs.check(configured(*SIMULATED, "scenario=interactive", "scenario.users=8"))
 
 
+def test_setting_of_loadgens_for_traffic_that_it_does_not_send_is_refused():
+    with pytest.raises(InputError, match=r"scenario\.equal_issue: a setting of LoadGen's, .*; leave it out"):
+        runs.check(configured(*SIMULATED, "scenario=trace", "scenario.equal_issue=true"))
+
+
+def test_longest_part_of_a_trace_is_no_least_one():
+    runs.check(configured(*SIMULATED[:2], "scenario=trace", "scenario.max_queries=5", "scenario.max_duration_s=5"))
+
+
 def test_run_that_its_time_out_would_cut_off_is_refused():
     config = configured("model=tiny", "scenario=custom", "scenario.min_duration_s=7200")
     with pytest.raises(InputError, match=r"backend\.run_timeout_s=7200: a run lasts 7200 s or more; write more"):

@@ -12,11 +12,12 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
 from autotune.config import CONF, schema
 from autotune.config.bounds import ANY_NUMBER, NAME_BYTES, Rule
 from autotune.config.vllm_flags import FLAG, recorded
+from autotune.errors import InputError
 from autotune.text import one_line
 
 
@@ -32,6 +33,8 @@ def told(error: BaseException, prefix: str = "", of: str = "") -> str:
     why = error.__cause__ if isinstance(error, HydraException) else error
     if not isinstance(why, OmegaConfBaseException) or not why.full_key:
         return one_line(error)
+    if isinstance(why, InterpolationResolutionError):
+        return one_line(error) if str(why).startswith(InputError.__name__) else f"{why.full_key}: {one_line(error)}"
     key = f"{prefix}{why.full_key}"
     if isinstance(why, (ConfigKeyError, ConfigAttributeError)) and isinstance(why.parent_node, DictConfig):
         return f"{key}: {of or 'there'} {'has' if of else 'is'} no such field; {_field(key, why.parent_node)}"

@@ -184,6 +184,9 @@ def _from_csv(lines: Iterator[str], path: Path, delimiter: str) -> Iterator[Reco
     csv.field_size_limit(sys.maxsize)
     rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
+        names = rows.fieldnames or ()
+        if twice := [name for name in names if name and names.count(name) > 1]:
+            raise InputError(f"{path}, line 1: two columns are called {twice[0]!r}; leave one out")
         for number, row in enumerate(rows, 1):
             if None in row:
                 raise InputError(f"{path}, record {number}: more cells than the header has names")

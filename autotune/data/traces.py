@@ -157,5 +157,7 @@ def _text(row: Record, encode: Callable[[], Encode], where: str) -> Record:
     if limit is not None:
         record.setdefault("output_tokens", limit)
     if row.get("messages") is not None:
-        record["tok_input"] = encode()(messages_of(row, where), row.get("tools"), where)
+        if not (messages := messages_of(row, where)):
+            raise InputError(f"{where}: `messages` is empty; write one, or leave the record out")
+        record["tok_input"] = encode()(messages, row.get("tools"), where)
     return record

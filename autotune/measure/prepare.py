@@ -51,9 +51,9 @@ def prepare(config: Config) -> Prepared:
     """Check `config`, and locate or build its model. Raises InputError."""
     with cache_of(config) as cache:
         backend = backend_of(config, cache)
-        check_together(config)
         args = read_flags(config, backend)
-        rules.check(config, args)
+        rules.check(config, args)  # first: what rules set need not go together with a scenario that they don't have
+        check_together(config)
         if config.scenario.mode is Mode.accuracy and not backend.needs_weights:
             raise InputError("scenario.mode=accuracy: a simulation answers nothing; write backend=live")
         chat = config.scenario.endpoint is Endpoint.chat

@@ -128,7 +128,7 @@ def check(config: Config) -> None:
     _check_load(scenario)
     for unit in ("duration_s", "queries"):
         least, most = (getattr(scenario, f"{end}_{unit}") for end in ("min", "max"))
-        if 0 < most < least:
+        if 0 < most < least and scenario.kind is not Kind.Trace:
             raise InputError(f"scenario.max_{unit}={most:g}: write scenario.min_{unit}={least:g} or more, or 0")
     queries = planned(scenario)
     if queries > MOST_QUERIES and not searches:
@@ -155,6 +155,9 @@ def _check_load(scenario: ScenarioConfig) -> None:
     in_sessions = scenario.answers is not Answers.none
     if in_sessions and scenario.kind is Kind.Trace:
         raise InputError("scenario.answers: a trace has no turns; leave it out, or write scenario=sessions")
+    own = ("equal_issue", "benchmark", "seeds")
+    if found := [name for name in own if getattr(scenario, name) and not scenario.by_loadgen]:
+        raise InputError(f"scenario.{found[0]}: a setting of LoadGen's, which does not send this traffic; leave it out")
     if scenario.endpoint is Endpoint.chat and not in_sessions:
         raise InputError("scenario.endpoint=chat: for scenario=sessions only; leave it out")
     for name in ("max_duration_s", "max_queries") if in_sessions else ("think_s",):

@@ -5,6 +5,7 @@ Each raises NotDrawnError where a study has nothing to draw, with the reason for
 
 import json
 import math
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,6 @@ from typing import Any
 import optuna
 import plotly.graph_objects as go
 import plotly.io
-from optuna import visualization
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -33,6 +33,13 @@ from autotune.results import summary
 from autotune.results.fleet import Fleet, cost
 from autotune.results.study import REFERENCES, SPACE, TRIAL, Study
 from autotune.system.files import left_in
+
+not_needed: Any = sys.modules.setdefault("matplotlib", None)  # type: ignore[arg-type]
+try:  # Optuna would import it, too: that takes a second, and much longer where it has to look for fonts
+    from optuna import visualization
+finally:
+    if not_needed is None:
+        del sys.modules["matplotlib"]
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 

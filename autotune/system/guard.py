@@ -102,7 +102,10 @@ def main() -> int:
         os.set_inheritable(0, True)
         for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP):  # Python ignores them; nohup the last
             signal.signal(number, signal.SIG_DFL)
-        os.execvp(sys.argv[2], sys.argv[2:])
+        try:
+            os.execvp(sys.argv[2], sys.argv[2:])
+        except OSError as error:
+            sys.exit(f"{sys.argv[2]}: {error.strerror}")
     return code
 
 
