@@ -193,56 +193,39 @@ def _shadow(config: Any, wanted: dict[str, Any]) -> Any:
     return shadow
 
 
-def _counted(used: set[Any], captured: set[Any]) -> dict[str, Any]:
-    if missing := used - captured:
+def _counted(owner: Any, made: dict[Any, Any], captured: dict[Any, Any]) -> dict[str, Any]:
+    """Count the graphs of the tables `made`; those that `owner` had `captured` at its first change are all there are."""
+    if not hasattr(owner, "autotune_captured"):
+        owner.autotune_captured = set().union(*captured.values())
+    used = set().union(*made.values())
+    if missing := used - owner.autotune_captured:
         raise ValueError(f"{len(missing)} were not captured, one of them {next(iter(missing))}")
-    return {
-        "graphs": len(used),
-        "captured": len(captured),
-        "largest_graph": max((graph.num_tokens for graph in used), default=0),
-    }
+    largest = max((graph.num_tokens for graph in used), default=0)
+    return {"graphs": len(used), "captured": len(owner.autotune_captured), "largest_graph": largest}
 
 
 def _manager_table(runner: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     """Fill the table of vLLM's model runner V2, `_candidates`, by its own `_init_candidates`."""
     manager = runner.cudagraph_manager
-    names = ("vllm_config", "compilation_config", "max_num_reqs", "_candidates", "_capture_descs")
-    kept = {name: getattr(manager, name) for name in names}
-    if not hasattr(manager, "autotune_captured"):
-        manager.autotune_captured = {graph for graphs in manager._capture_descs.values() for graph in graphs}
-    try:
-        manager.vllm_config = _shadow(runner.vllm_config, wanted)
-        manager.compilation_config = manager.vllm_config.compilation_config
-        manager.max_num_reqs = wanted["max_num_seqs"]
-        manager._candidates, manager._capture_descs = {}, {}
-        manager._init_candidates()
-        used = {graph for graphs in manager._capture_descs.values() for graph in graphs}
-        counted = _counted(used, manager.autotune_captured)
-        kept["_candidates"] = manager._candidates
-        return counted
-    finally:
-        for name, value in kept.items():
-            setattr(manager, name, value)
+    filled = copy.copy(manager)
+    filled.vllm_config = _shadow(runner.vllm_config, wanted)
+    filled.compilation_config = filled.vllm_config.compilation_config
+    filled.max_num_reqs = wanted["max_num_seqs"]
+    filled._candidates, filled._capture_descs = {}, {}
+    filled._init_candidates()
+    counted = _counted(manager, filled._capture_descs, manager._capture_descs)
+    manager._candidates = filled._candidates
+    return counted
 
 
 def _dispatcher_table(runner: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     """Fill the table of vLLM's model runner V1, `cudagraph_keys`, by its own `initialize_cudagraph_keys`."""
     dispatcher = runner.cudagraph_dispatcher
-    names = ("vllm_config", "compilation_config", "cudagraph_keys", "_bs_to_padded_graph_size")
-    kept = {name: getattr(dispatcher, name) for name in names}
-    if not hasattr(dispatcher, "autotune_captured"):
-        dispatcher.autotune_captured = {graph for graphs in dispatcher.cudagraph_keys.values() for graph in graphs}
-    undo = True
-    try:
-        dispatcher.vllm_config = _shadow(runner.vllm_config, wanted)
-        dispatcher.compilation_config = dispatcher.vllm_config.compilation_config
-        dispatcher.cudagraph_keys = {mode: set() for mode in kept["cudagraph_keys"]}
-        dispatcher.initialize_cudagraph_keys(dispatcher.cudagraph_mode, dispatcher.uniform_decode_query_len)
-        used = {graph for graphs in dispatcher.cudagraph_keys.values() for graph in graphs}
-        counted = _counted(used, dispatcher.autotune_captured)
-        undo = False
-        return counted
-    finally:
-        if undo:
-            for name, value in kept.items():
-                setattr(dispatcher, name, value)
+    filled = copy.copy(dispatcher)
+    filled.vllm_config = _shadow(runner.vllm_config, wanted)
+    filled.compilation_config = filled.vllm_config.compilation_config
+    filled.cudagraph_keys = {mode: set() for mode in dispatcher.cudagraph_keys}
+    filled.initialize_cudagraph_keys(filled.cudagraph_mode, filled.uniform_decode_query_len)
+    counted = _counted(dispatcher, filled.cudagraph_keys, dispatcher.cudagraph_keys)
+    vars(dispatcher).update(vars(filled), autotune_captured=dispatcher.autotune_captured)
+    return counted
