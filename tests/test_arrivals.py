@@ -29,14 +29,13 @@ class Null:
         if not self.offline:
             lg.FirstTokenComplete([lg.QuerySampleResponse(query.id, 0, 0) for query in queries])
         lg.QuerySamplesComplete([lg.QuerySampleResponse(query.id, 0, 0, 2) for query in queries])
-    def flush(self): pass
 for file, samples in zip(sys.argv[1::2], sys.argv[2::2]):
     if child := os.fork():
         os.waitpid(child, 0)
         continue
     run = RunSpec.load(Path(file))
     null = Null(run.scenario)
-    start_test(null, run.scenario, int(samples), run.folder)
+    start_test(null.issue, run.scenario, int(samples), run.folder)
     print(json.dumps(null.seen), flush=True)
     os._exit(0)
 """

@@ -21,7 +21,7 @@ import pytest
 from autotune.config.schema import Kind, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.live.backend import read_requests
-from autotune.live.client import Clients, MessageKind, bodies, requests
+from autotune.live.client import Clients, MessageKind, bodies
 from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import RunSpec
 from autotune.measure import loadgen_log, metrics
@@ -515,7 +515,7 @@ def test_answers_wait_in_the_client_while_nobody_reads_them(tmp_path: Path, url:
     count, tokens = 40, 3000
     samples = sampled(tmp_path, [OK], [tokens])
     spec = asked(tmp_path, url, Kind.Offline, keep_answers=True, connections=2)
-    clients = Clients(spec, requests(url, "m", bodies(samples), keep_answers=True), samples)
+    clients = Clients(spec, bodies(samples), samples)
     clients.begin(first_tokens=True)
     clients.send([(number, 0, -1) for number in range(count)])
     time.sleep(0.5)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import uvloop
 
 from autotune.live.stream import Client, Stream, completion
 
@@ -73,7 +74,7 @@ def ask(
         server.close()
         return streams, errors, client
 
-    return asyncio.run(run())
+    return uvloop.run(run())
 
 
 async def read_request(reader: asyncio.StreamReader) -> bytes:
@@ -213,7 +214,7 @@ def test_server_that_is_not_there_is_told():
         client.start(0, b"GET / HTTP/1.1\r\n\r\n")
         return await asyncio.wait_for(ended.get(), 5)
 
-    assert "Connection refused" in asyncio.run(run())
+    assert "Connection refused" in uvloop.run(run())
 
 
 def test_request_past_its_time_is_given_up():
@@ -341,4 +342,4 @@ def test_many_that_wait_for_a_server_that_is_gone_end_one_after_another():
             await asyncio.sleep(0.01)
         return errors
 
-    assert all("Connection refused" in error for error in asyncio.run(asyncio.wait_for(run(), 10)))
+    assert all("Connection refused" in error for error in uvloop.run(asyncio.wait_for(run(), 10)))

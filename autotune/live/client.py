@@ -77,21 +77,11 @@ class ProcessReport:
     waiting: int  # requests that waited for a connection, at most
 
 
-class Each(Sequence[bytes]):
-    """`count` texts, each made by its number when it is asked for: those of a long trace would fill the memory."""
+def bodies(samples: Samples) -> Callable[[int], bytes]:
+    """A function that has each sample's request to vLLM by its number: JSON without the model's name.
 
-    def __init__(self, make: Callable[[int], bytes], count: int) -> None:
-        self._make, self._count = make, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._make(index) if index < self._count else [][index]
-
-
-def bodies(samples: Samples) -> Sequence[bytes]:
-    """Each sample's request to vLLM, JSON without the model's name; a trace's are made when they are due."""
+    All are made now, but a trace's only when they are due: they would fill the memory.
+    """
     common = {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
 
     def body(number: int) -> bytes:
@@ -105,25 +95,16 @@ def bodies(samples: Samples) -> Sequence[bytes]:
             prompt = {MESSAGES: json.loads(samples.messages[number])}
         return json.dumps({**common, **length, **prompt}).encode()  # the prompt last: later turns put theirs into it
 
-    each = Each(body, len(samples))
-    return each if samples.arrivals is not None else list(each)
-
-
-def requests(url: str, model: str, bodies: Sequence[bytes], keep_answers: bool, chat: bool = False) -> Sequence[bytes]:
-    """HTTP requests to the server at `url`, one for each of `bodies`, with the model's name in it."""
-    ids = {"return_token_ids": True} if keep_answers and not chat else {}
-    head = json.dumps({"model": model, **ids}).encode()[:-1] + b", "
-    each = Each(lambda number: completion(url, head + bodies[number][1:], chat), len(bodies))
-    return each if isinstance(bodies, Each) else list(each)
+    return body if samples.arrivals is not None else list(map(body, range(len(samples)))).__getitem__
 
 
 class Clients:
-    """Client processes for a run's server, which send requests out of `requests`, one for each sample.
+    """Client processes for a run's server, which send the requests of `samples`, whose `bodies` are made.
 
     They serve run after run, each of which may be made by a fork of the process that started them.
     """
 
-    def __init__(self, spec: RunSpec, requests: Sequence[bytes], samples: Samples) -> None:
+    def __init__(self, spec: RunSpec, bodies: Callable[[int], bytes], samples: Samples) -> None:
         count = spec.client_processes
         self.reports: dict[int, ProcessReport] = {}  # by process, once the run has ended
         self._generated = [0] * count
@@ -132,7 +113,7 @@ class Clients:
         for _ in range(count):
             ours, theirs = socket.socketpair()
             with theirs:
-                self._pids.append(fork(partial(_work, theirs, spec, requests, samples)))
+                self._pids.append(fork(partial(_work, theirs, spec, bodies, samples)))
             self._socks.append(ours)
         self._unread = [b""] * count
         self._next = 0
@@ -221,9 +202,9 @@ class Clients:
         return messages
 
 
-def _work(sock: socket.socket, spec: RunSpec, requests: Sequence[bytes], samples: Samples) -> None:
+def _work(sock: socket.socket, spec: RunSpec, bodies: Callable[[int], bytes], samples: Samples) -> None:
     loop = uvloop.new_event_loop()
-    _Process(loop, sock, spec, requests, samples)
+    _Process(loop, sock, spec, bodies, samples)
     loop.run_forever()
 
 
@@ -235,15 +216,17 @@ class _Process:
         loop: asyncio.AbstractEventLoop,
         sock: socket.socket,
         spec: RunSpec,
-        requests: Sequence[bytes],
+        bodies: Callable[[int], bytes],
         samples: Samples,
     ) -> None:
         self._loop = loop
         self._sock = sock
-        self._url, self._requests, self._samples = spec.url, requests, samples
+        self._url, self._bodies, self._samples = spec.url, bodies, samples
         self._turns: dict[int, int] = {}  # the samples of turns under way that another one continues, by their numbers
         self._said: dict[int, bytes] = {}  # the prompts and answers of those that have ended, as in their JSON list
         self._chat = samples.messages is not None
+        ids = {"return_token_ids": True} if spec.keep_answers and not self._chat else {}
+        self._before = json.dumps({"model": spec.model, **ids}).encode()[:-1] + b", "
         self._list = f'"{MESSAGES if self._chat else PROMPT}": ['.encode()  # no text has this, its quotes are escaped
         self._in_run = self._first_tokens = False
         self._client = Client(
@@ -294,12 +277,11 @@ class _Process:
     def _request(self, number: int, sample: int, follows: int) -> bytes:
         if self._samples.continued and self._samples.continues[sample]:
             self._turns[number] = sample
-        request = self._requests[sample]
-        if (said := self._said.pop(follows, None)) is None:
-            return request
-        _, body = request.split(b"\r\n\r\n", 1)
-        head, added = body.split(self._list, 1)
-        return completion(self._url, head + self._list + said + added, self._chat)
+        body = self._bodies(sample)
+        if (said := self._said.pop(follows, None)) is not None:
+            head, added = body.split(self._list, 1)
+            body = head + self._list + said + added
+        return completion(self._url, self._before + body[1:], self._chat)
 
     def _keep(self, stream: Stream, sample: int) -> None:
         """Keep what the next turn's prompt begins with."""

@@ -194,7 +194,7 @@ def _shadow(config: Any, wanted: dict[str, Any]) -> Any:
 
 
 def _counted(owner: Any, made: dict[Any, Any], captured: dict[Any, Any]) -> dict[str, Any]:
-    """Count the graphs of the tables `made`; those that `owner` had `captured` at its first change are all there are."""
+    """Count the graphs of the tables `made`; all were `captured` by `owner` before its first change, or it raises."""
     if not hasattr(owner, "autotune_captured"):
         owner.autotune_captured = set().union(*captured.values())
     used = set().union(*made.values())

@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import mlperf_loadgen as lg
 import numpy as np
@@ -36,7 +35,7 @@ from autotune.config.schema import Kind, Mode, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
 from autotune.live import audit, key, metrics_page
-from autotune.live.client import Clients, Message, MessageKind, bodies, requests
+from autotune.live.client import Clients, Message, MessageKind, bodies
 from autotune.live.issuing import Issuer, Requests
 from autotune.live.messages import PATH_BYTES, STOP, ClientReport, RunSpec
 from autotune.live.metrics_page import Totals
@@ -87,16 +86,13 @@ class Sut(Requests):
 
     def run(self) -> None:
         """Run LoadGen to its end; its logs go to the run's folder."""
-        start_test(self, self._spec.scenario, self._library, self._spec.folder)
+        start_test(self.issue, self._spec.scenario, self._library, self._spec.folder)
 
     def issue(self, queries: list[lg.QuerySample]) -> None:
         """Send `queries`. LoadGen calls it on its issue thread; an error there ends the process."""
         self._ids += [query.id for query in queries]
         now = time.perf_counter()
         self.send([Ask(now, query.index) for query in queries])
-
-    def flush(self) -> None:
-        """Do nothing: no query is held back."""
 
     def on_messages(self, messages: Sequence[Message]) -> None:
         """Pass the clients' messages on to LoadGen, which times them as they come, then record them for ourselves."""
@@ -124,16 +120,10 @@ def answer(message: Message) -> bytes:
     return NO_ANSWER if message.kind == MessageKind.FAILED else message.data or NO_ANSWER
 
 
-class Issued(Protocol):
-    """The part of a system under test that LoadGen calls."""
-
-    def issue(self, queries: list[lg.QuerySample]) -> None: ...
-
-    def flush(self) -> None: ...
-
-
-def start_test(sut: Issued, scenario: ScenarioConfig, samples: int, folder: Path) -> None:
-    """Run LoadGen over a library of so many `samples`; its logs, and its configuration if it has one, go to `folder`.
+def start_test(
+    issue: Callable[[list[lg.QuerySample]], None], scenario: ScenarioConfig, samples: int, folder: Path
+) -> None:
+    """Run LoadGen, which calls `issue`, over a library of so many `samples`; its logs and settings go to `folder`.
 
     Once in a process: LoadGen reads its settings only then.
     """
@@ -142,7 +132,7 @@ def start_test(sut: Issued, scenario: ScenarioConfig, samples: int, folder: Path
     log.log_output.copy_summary_to_stdout = False
     log.enable_trace = False
     library = lg.ConstructQSL(samples, samples, lambda _: None, lambda _: None)
-    system = lg.ConstructSUT(sut.issue, sut.flush)
+    system = lg.ConstructSUT(issue, lambda: None)  # nothing is held back, to be flushed
     # A path of its own, where only a compliance test puts one: LoadGen would obey one in the working folder.
     audit = folder / "audit.config"
     if scenario.audit:
@@ -335,8 +325,8 @@ def run(spec: RunSpec, clients: Clients, samples: Samples) -> None:
         os._exit(1)
 
 
-def serve(trial: socket.socket, samples: Samples, bodies: Sequence[bytes]) -> None:
-    """Make the runs that are asked for through `trial`, one at a time; `bodies` are the requests of `samples`.
+def serve(trial: socket.socket, samples: Samples, ready: Callable[[int], bytes]) -> None:
+    """Make the runs that are asked for through `trial`, one at a time; `ready` has the requests of `samples`.
 
     The client processes stay for the next run, unless it is for another server, or this one failed.
     """
@@ -350,10 +340,7 @@ def serve(trial: socket.socket, samples: Samples, bodies: Sequence[bytes]) -> No
         if clients and asks != asked:
             clients.close()
             clients = None
-        if not clients:
-            ready = requests(spec.url, spec.model, bodies, spec.keep_answers, samples.messages is not None)
-            asked, clients = asks, Clients(spec, ready, samples)
-            del ready  # the client processes have it
+        clients, asked = clients or Clients(spec, ready, samples), asks
         code = ending(fork(partial(run, spec, clients, samples)), trial)
         if code:
             clients.close()

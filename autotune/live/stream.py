@@ -5,14 +5,14 @@ once they have ended.
 """
 
 import asyncio
-import errno
-import os
 import re
 import socket
 import time
 from array import array
 from collections import deque
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
@@ -30,16 +30,21 @@ PROMPT_TOKENS = re.compile(rb'"prompt_tokens":\s*(\d+)')
 # Of one event, with return_token_ids; the first has `prompt_token_ids`, too. In a text their quotes are escaped.
 IDS = re.compile(rb'"token_ids":\s*\[\s*(\d[^\]]*)\]')
 TAIL_BYTES = 512  # enough for the last event, which holds the usage
-RECEIVE_BYTES = 4096  # some twenty events; Python allocates as much for each read
 KEPT_BYTES = 1 << 16  # of an answer whose events are kept, before they are parsed in mid-stream to save memory
 ERROR_BYTES = 300  # that are kept of an answer that is an error
+CLOSED = "ConnectionError: the server closed the connection in mid-answer"
 
 
 def completion(url: str, body: bytes, chat: bool = False) -> bytes:
     """A POST of `body` (JSON) to vLLM's /v1/completions, or its chat endpoint, ready to send."""
+    return b"%bContent-Length: %d\r\n\r\n%b" % (_head(url, chat), len(body), body)
+
+
+@cache
+def _head(url: str, chat: bool) -> bytes:
     path = "/v1/chat/completions" if chat else "/v1/completions"
     head = f"POST {path} HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\n{key.header(url)}\r\n"
-    return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    return f"{head}Content-Type: application/json\r\n".encode()
 
 
 class Stream:
@@ -134,7 +139,7 @@ class Client:
     ) -> None:
         parts = urlsplit(url)
         self.loop = loop
-        self.address = (parts.hostname, parts.port or 80)
+        self.address = (str(parts.hostname), parts.port or 80)
         self.events = 0  # so far, of all requests; vLLM puts a token in each
         self.unsent = 0  # bytes of requests that the kernel has not taken yet
         self.most_unsent = self.most_waiting = 0
@@ -199,25 +204,13 @@ class Client:
             self._idle.remove(connection)
         elif connection.used and not stream.status:  # the server closed it, idle for too long, as we took it
             del self._running[stream]
-            self._run_anew(stream)
+            self._run(stream, Connection(self))
         else:
             self._end(stream, f"request failed: {error}")
 
     def _send_waiting(self) -> None:
         while self._waiting and len(self._running) < self._connections:
-            stream = self._waiting.popleft()
-            if self._idle:
-                self._run(stream, self._idle.pop())
-            else:
-                self._run_anew(stream)
-
-    def _run_anew(self, stream: Stream) -> None:
-        try:
-            connection = Connection(self)
-        except OSError as error:  # too many open files
-            self._on_end(stream, f"request failed: {_named(error)}")
-        else:
-            self._run(stream, connection)
+            self._run(self._waiting.popleft(), self._idle.pop() if self._idle else Connection(self))
 
     def _run(self, stream: Stream, connection: "Connection") -> None:
         stream.deadline = time.perf_counter() + self._timeout_s
@@ -226,111 +219,92 @@ class Client:
 
     def _end(self, stream: Stream, error: str) -> None:
         del self._running[stream]
-        if self._waiting:  # later, as sending may fail at once, and so end the next stream
-            self.loop.call_soon(self._send_waiting)
         self._on_end(stream, error)
+        self._send_waiting()
 
 
-class Connection:
-    """One socket; one request at a time."""
+class Connection(asyncio.Protocol):
+    """A connection, opened for its first request; one request at a time."""
 
-    __slots__ = (
-        *("_client", "_sock", "_fd", "_connected", "_stream", "_to_send"),
-        *("_framed", "_now", "_parser", "used"),
-    )
+    __slots__ = ("_client", "_framed", "_now", "_opening", "_parser", "_stream", "_transport", "_unsent", "used")
 
     def __init__(self, client: Client) -> None:
         self.used = False  # whether it has carried an answer
         self._client = client
-        self._sock = socket.socket()
-        self._sock.setblocking(False)
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # Else each read sends an acknowledgement, a third of the read's cost; vLLM waits for none (TCP_NODELAY).
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
-        self._fd = self._sock.fileno()
-        self._connected = False
+        self._transport: Any = None
         self._stream: Stream | None = None
-        self._to_send = memoryview(b"")
+        self._unsent = 0  # bytes of its request
         self._parser: httptools.HttpResponseParser | None = None  # of one answer
         self._framed = False  # whether the answer says where its body ends; else the connection's end does
         self._now = 0.0
+        self._opening: asyncio.Task[None] | None = client.loop.create_task(self._open())
 
     def send(self, stream: Stream) -> None:
         self._stream = stream
         self._parser, self._framed = httptools.HttpResponseParser(self), False
-        self._to_send = memoryview(stream.request)
-        self._client.unsent += len(stream.request)
-        if self._connected:
-            self._write()
-            return
-        code = self._sock.connect_ex(self._client.address)
-        if code == errno.EINPROGRESS:
-            self._client.loop.add_writer(self._fd, self._on_connected)
-        else:
-            self._begin(code)
+        if self._transport:
+            self._write(stream)
 
     def close(self) -> None:
-        self._client.unsent -= len(self._to_send)
-        self._client.loop.remove_reader(self._fd)
-        self._client.loop.remove_writer(self._fd)
-        self._sock.close()
-        self._parser = None  # they refer to each other, and nothing collects cycles here
+        """Close it; nothing more is heard of it."""
+        if self._opening:
+            self._opening.cancel()
+        if self._transport:
+            self._transport.abort()
+        self._client.unsent -= self._unsent
+        self._unsent, self._stream = 0, None
+        self._transport = self._parser = self._opening = None  # they refer to it, and nothing collects cycles here
 
-    def _on_connected(self) -> None:
-        self._client.loop.remove_writer(self._fd)
-        self._begin(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+    async def _open(self) -> None:
+        try:
+            await self._client.loop.create_connection(lambda: self, *self._client.address)
+            self._opening = None
+        except OSError as error:
+            self._lose(_named(error))
 
-    def _begin(self, code: int) -> None:
-        if code:
-            self._lose(_named(OSError(code, os.strerror(code))))
-            return
-        self._connected = True
-        self._client.loop.add_reader(self._fd, self._on_readable)
-        self._write()
-
-    def _write(self) -> None:
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        transport.set_write_buffer_limits(0)  # resume_writing tells that the kernel has taken all
+        # Else each read sends an acknowledgement, a third of the read's cost; vLLM waits for none (TCP_NODELAY).
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
         assert self._stream
-        try:
-            sent = self._sock.send(self._to_send)
-        except BlockingIOError:
-            sent = 0
-        except OSError as error:
-            self._lose(_named(error))
-            return
-        self._to_send = self._to_send[sent:]
-        self._client.unsent -= sent
-        if not self._to_send:
-            self._stream.sent = time.perf_counter()
-            return
+        self._write(self._stream)
+
+    def _write(self, stream: Stream) -> None:
+        self._transport.write(stream.request)
+        self._unsent = self._transport.get_write_buffer_size()
+        if not self._unsent:
+            stream.sent = time.perf_counter()
+        self._client.unsent += self._unsent
         self._client.most_unsent = max(self._client.most_unsent, self._client.unsent)
-        self._client.loop.add_writer(self._fd, self._on_writable)
 
-    def _on_writable(self) -> None:
-        self._client.loop.remove_writer(self._fd)
-        self._write()
+    def resume_writing(self) -> None:
+        self._client.unsent -= self._unsent
+        self._unsent = 0
+        if self._stream:
+            self._stream.sent = time.perf_counter()
 
-    def _on_readable(self) -> None:
-        try:
-            data = self._sock.recv(RECEIVE_BYTES)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._lose(_named(error))
-            return
+    def data_received(self, data: bytes) -> None:
         self._now = time.perf_counter()
-        stream = self._stream
-        if not data and stream and stream.status and not self._framed:
+        if not self._parser or not self._stream:
+            self._lose(CLOSED)
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError:  # an error of our own
+            raise
+        except httptools.HttpParserError:
+            if self._stream:  # else the answer has ended before this
+                self._lose(f"no HTTP in the answer: {data[:80]!r}")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if not self._transport:  # we have closed it
+            return
+        if not error and self._stream and self._stream.status and not self._framed:
+            self._now = time.perf_counter()
             self._end(keep=False)
-        elif not data or not stream or not self._parser:
-            self._lose("ConnectionError: the server closed the connection in mid-answer")
         else:
-            try:
-                self._parser.feed_data(data)
-            except httptools.HttpParserCallbackError:  # an error of our own
-                raise
-            except httptools.HttpParserError:
-                if self._stream:  # else the answer has ended before this
-                    self._lose(f"no HTTP in the answer: {data[:80]!r}")
+            self._lose(_named(error) if error else CLOSED)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._framed |= name.lower() in (b"content-length", b"transfer-encoding")
@@ -354,9 +328,8 @@ class Connection:
         self._client.finish(stream, self, keep)
 
     def _lose(self, error: str) -> None:
-        stream, self._stream = self._stream, None
-        self._client.lose(stream, self, error)
+        self._client.lose(self._stream, self, error)
 
 
-def _named(error: OSError) -> str:
+def _named(error: Exception) -> str:
     return f"{type(error).__name__} {error}"
