@@ -1,6 +1,7 @@
 """Prompts of which only the lengths are known, and which pieces they share: made when they are asked for."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -19,6 +20,7 @@ class Lengths(NamedTuple):
     piece_tokens: int  # of each piece
 
 
+@dataclass(eq=False)
 class MadeUp(Sequence[Tokens]):
     """Prompts of chosen lengths, the same each time.
 
@@ -26,17 +28,15 @@ class MadeUp(Sequence[Tokens]):
     other ids, and what has none, differ from the first few tokens on, so that nothing else is found in a prefix cache.
     """
 
-    def __init__(
-        self,
-        lengths: NDArray[np.int64],  # tokens of each prompt
-        ids: NDArray[np.int64],  # of all prompts' pieces, one prompt after another; 0, 1, 2, …
-        ends: NDArray[np.int64],  # of each prompt's in `ids`
-        piece_tokens: int,
-        text: Tokens,  # they are made of
-    ) -> None:
-        self.lengths, self.ids, self.ends, self.piece_tokens, self.text = lengths, ids, ends, piece_tokens, text
-        self._alphabet, self._twice = np.unique(text), np.concatenate([text, text])
-        names = 2 * max(len(lengths), int(ids.max(initial=0)) + 1)
+    lengths: NDArray[np.int64]  # tokens of each prompt
+    ids: NDArray[np.int64]  # of all prompts' pieces, one prompt after another; 0, 1, 2, …
+    ends: NDArray[np.int64]  # of each prompt's in `ids`
+    piece_tokens: int
+    text: Tokens  # they are made of
+
+    def __post_init__(self) -> None:
+        self._alphabet, self._twice = np.unique(self.text), np.concatenate([self.text, self.text])
+        names = 2 * max(len(self), int(self.ids.max(initial=0)) + 1)
         digits = next(digits for digits in range(1, 64) if len(self._alphabet) ** digits >= names)
         self._powers = len(self._alphabet) ** np.arange(digits)
 

@@ -7,7 +7,7 @@ import json
 import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -108,47 +108,28 @@ class Samples:
                 )
 
     def save(self) -> None:
+        body = {field.name: getattr(self, field.name) for field in fields(self)}
+        del body["path"], body["prompts"]
         if isinstance(self.prompts, MadeUp):
-            prompts = {name: getattr(self.prompts, name) for name in ("lengths", "ids", "ends", "piece_tokens", "text")}
+            body |= {field.name: getattr(self.prompts, field.name) for field in fields(MadeUp)}
         else:
-            prompts = {"tokens": np.concatenate(self.prompts), "lengths": self.prompt_tokens}
-        messages = None if self.messages is None else _lines(self.messages)
-        some = {"arrivals": self.arrivals, "turns": self.turns, "messages": messages}
-        columns: dict[str, Any] = prompts | {name: column for name, column in some.items() if column is not None}
+            body |= {"tokens": np.concatenate(self.prompts), "lengths": self.prompt_tokens}
+        if self.messages is not None:
+            body["messages"] = _lines(self.messages)
         with draft_of(self.path) as draft, draft.open("wb") as file:
-            np.savez(
-                file,
-                name=self.name,
-                checksum=self.checksum,
-                output_tokens=self.output_tokens,
-                ignore_eos=self.ignore_eos,
-                continued=self.continued,
-                min_tokens=self.min_tokens,
-                **columns,
-            )
+            np.savez(file, **{name: value for name, value in body.items() if value is not None})
 
     @classmethod
     def load(cls, path: Path) -> "Samples":
-        body = np.load(path)
+        columns = np.load(path)
+        body = {name: value if value.ndim else value.item() for name, value in columns.items()}
         if "text" in body:
-            prompts: Sequence[Tokens] = MadeUp(
-                body["lengths"], body["ids"], body["ends"], int(body["piece_tokens"]), body["text"]
-            )
+            prompts: Sequence[Tokens] = MadeUp(*(body.pop(field.name) for field in fields(MadeUp)))
         else:
-            prompts = np.split(body["tokens"], np.cumsum(body["lengths"])[:-1])
-        return cls(
-            name=str(body["name"]),
-            checksum=str(body["checksum"]),
-            prompts=prompts,
-            output_tokens=body["output_tokens"],
-            ignore_eos=bool(body["ignore_eos"]),
-            min_tokens=int(body["min_tokens"]),
-            path=path,
-            arrivals=body.get("arrivals"),
-            turns=body.get("turns"),
-            messages=body["messages"].tobytes().decode().split("\n") if "messages" in body else None,
-            continued=bool(body["continued"]),
-        )
+            prompts = np.split(body.pop("tokens"), np.cumsum(body.pop("lengths"))[:-1])
+        if "messages" in body:
+            body["messages"] = body["messages"].tobytes().decode().split("\n")
+        return cls(path=path, prompts=prompts, **body)
 
 
 def prepare(
