@@ -34,10 +34,11 @@ from null_server import MODEL
 from autotune.config.schema import Answers, Kind, ScenarioConfig, Stop
 from autotune.data.models import build_shape
 from autotune.data.samples import Samples
-from autotune.live.backend import read_requests
 from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import RunSpec
 from autotune.measure import loadgen_log
+from autotune.measure.backend import RequestTiming
+from autotune.system.files import read_rows
 
 ROOT = Path(__file__).parent.parent
 CACHE = Path(os.environ.get("AUTOTUNE_CACHE", Path.home() / ".cache" / "autotune")) / "benchmarks"
@@ -260,7 +261,7 @@ def queue(requests: int = 13_368) -> bool:
         folder = Path(scratch)
         client(ours(folder, server, requests, 4), folder, lambda _: None)
         report = json.loads((folder / "client.json").read_text())
-        completed = len(read_requests(folder / "requests.csv"))
+        completed = len(read_rows(folder / "requests.csv", RequestTiming))
         most = server.get("stats")["most_connections"]
     print(
         f"{requests:,} requests at once: {completed:,} completed, {report['failed']} failed; {most:,} connections at "
@@ -280,7 +281,7 @@ def latency(qps: float = 500.0, seconds: float = 20.0) -> bool:
         )
         client(command, folder, lambda _: None)
         report = json.loads((folder / "client.json").read_text())
-        requests = read_requests(folder / "requests.csv")
+        requests = read_rows(folder / "requests.csv", RequestTiming)
         figures = loadgen_log.read(folder / "mlperf_log_detail.txt").figures
         # The k-th request for a sample, by the time it was issued, is the server's k-th; the warm-up's come first.
         times: dict[int, list[tuple[float, float]]] = defaultdict(list)
@@ -358,7 +359,7 @@ def turns(qps: float = 125.0, seconds: float = 20.0, turns: int = 4, added: int 
         )
         client([sys.executable, __file__, "run", str(samples.path), str(folder)], folder, lambda _: None)
         report = json.loads((folder / "client.json").read_text())
-        longest = max(request.prompt_tokens for request in read_requests(folder / "requests.csv"))
+        longest = max(request.prompt_tokens for request in read_rows(folder / "requests.csv", RequestTiming))
     late, cpu = (report["figures"][f"client_{name}"] for name in ("lateness_p99_ms", "cpu"))
     print(
         f"{qps:g} conversations/s of {turns} turns of {added} tokens and answers of 16, prompts to {longest:,}: "

@@ -22,8 +22,9 @@ from client import MODEL, null_server, shape, tree, verdict
 from autotune.config.schema import DatasetConfig, Kind, ScenarioConfig, Stop
 from autotune.data import samples, traces
 from autotune.data.models import Model
-from autotune.live.backend import read_requests
 from autotune.live.messages import RunSpec
+from autotune.measure.backend import RequestTiming
+from autotune.system.files import read_rows
 
 COUNT, QPS = 1_000_000, 500.0
 MOST_MB, FIRST_S, LATE_MS = 500, 10.0, 1.0
@@ -68,7 +69,7 @@ def main() -> None:
         began = time.perf_counter()
         command = [sys.executable, client.__file__, "run", str(loaded.path), str(folder)]
         client.client(command, folder, lambda process: peaks.append(most_mb(process)))
-        requests = read_requests(folder / "requests.csv")
+        requests = read_rows(folder / "requests.csv", RequestTiming)
         report = json.loads((folder / "client.json").read_text())
     first_s = min(request.issued for request in requests) - began
     late = report["figures"]["client_lateness_p99_ms"]

@@ -20,11 +20,12 @@ import pytest
 
 from autotune.config.schema import Kind, ScenarioConfig
 from autotune.data.samples import Samples
-from autotune.live.backend import read_requests
 from autotune.live.client import Clients, MessageKind, bodies
 from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import RunSpec
 from autotune.measure import loadgen_log, metrics
+from autotune.measure.backend import RequestTiming
+from autotune.system.files import read_rows
 from autotune.system.process import GuardedProcess
 
 TOKENS = 4
@@ -214,7 +215,7 @@ def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: Kind
     enough = 64  # SingleStream's early stopping at p90 needs as many
     done = run(tmp_path, url, kind, [OK] * 30, min_queries=enough)
     assert done.code == 0, done.log
-    requests = read_requests(tmp_path / "requests.csv")
+    requests = read_rows(tmp_path / "requests.csv", RequestTiming)
     assert len(requests) >= enough
     assert all(r.output_tokens == TOKENS and r.issued <= r.first_token <= r.last_token for r in requests)
     if kind is Kind.ClosedLoop:  # LoadGen has none
@@ -244,7 +245,7 @@ def test_failed_requests_are_counted_and_the_run_ends(tmp_path: Path, url: str, 
     assert done.code == 0, done.log
     report = json.loads((tmp_path / "client.json").read_text())
     assert report["failed"] > 0 and len(report["errors"]) <= 5
-    assert report["failed"] + len(read_requests(tmp_path / "requests.csv")) >= 20
+    assert report["failed"] + len(read_rows(tmp_path / "requests.csv", RequestTiming)) >= 20
     assert re.search(words, report["errors"][0])
 
 
@@ -257,7 +258,7 @@ def test_failing_warmup_ends_the_run_in_one_line(tmp_path: Path, url: str):
 def test_latencies_are_what_the_server_took(tmp_path: Path, url: str):
     done = run(tmp_path, url, Kind.SingleStream, [SLOW], lengths=[6], min_queries=3)
     assert done.code == 0, done.log
-    requests = read_requests(tmp_path / "requests.csv")
+    requests = read_rows(tmp_path / "requests.csv", RequestTiming)
     for request in requests:
         assert TTFT_S <= request.ttft < TTFT_S + 0.1
         # A first token that is read late shortens the rest.
@@ -273,7 +274,7 @@ def test_tokens_are_counted_for_each_sample_on_its_own(tmp_path: Path, url: str)
     lengths = [2, 3, 9]
     done = run(tmp_path, url, Kind.Offline, [OK] * 3, lengths)
     assert done.code == 0, done.log
-    requests = read_requests(tmp_path / "requests.csv")
+    requests = read_rows(tmp_path / "requests.csv", RequestTiming)
     assert {request.sample for request in requests} == {0, 1, 2}
     assert all(request.output_tokens == lengths[request.sample] for request in requests)
     duration = metrics.from_requests(requests, ())["duration_s"]
@@ -307,7 +308,7 @@ def test_caches_are_reset_between_warmup_and_run(tmp_path: Path, url: str):
     paths = [path for path, _ in Streaming.received]
     rounds = [paths[at : at + 4] for at in range(0, 4 * paths.count("/reset_prefix_cache"), 4)]
     assert rounds == [["/v1/completions"] * 3 + ["/reset_prefix_cache"]] * len(rounds)
-    assert len(paths) == 4 * len(rounds) + len(read_requests(tmp_path / "requests.csv"))
+    assert len(paths) == 4 * len(rounds) + len(read_rows(tmp_path / "requests.csv", RequestTiming))
 
 
 @pytest.mark.slow
@@ -328,7 +329,7 @@ def test_users_of_a_closed_loop_wait_for_their_answers(tmp_path: Path, url: str)
     settings = {"users": 3, "ramp_s": 0.05, "min_duration_s": 0.5, "min_queries": 4}
     done = run(tmp_path, url, Kind.ClosedLoop, [SLOW] * 5, **settings)
     assert done.code == 0, done.log
-    requests = read_requests(tmp_path / "requests.csv")
+    requests = read_rows(tmp_path / "requests.csv", RequestTiming)
     ends = sorted(one.last_token for one in requests)
     begins = sorted(one.issued for one in requests)
     assert len(requests) >= 6 and all(one.prompt_tokens == 2 for one in requests)
@@ -349,7 +350,7 @@ def test_trace_is_sent_at_its_times(tmp_path: Path, url: str):
         load.begin(asked(tmp_path, url, Kind.Trace, from_s=0.2, to_s=1.0, scale=2.0))
         done = ended(load, tmp_path)
     assert done.code == 0, done.log
-    requests = sorted(read_requests(tmp_path / "requests.csv"), key=lambda one: (one.issued, one.sample))
+    requests = sorted(read_rows(tmp_path / "requests.csv", RequestTiming), key=lambda one: (one.issued, one.sample))
     assert [one.sample for one in requests] == [2, 4, 3, 0]
     assert np.diff([one.issued for one in requests]) == pytest.approx([0.0, 0.15, 0.15], abs=1e-6)
     report = json.loads((tmp_path / "client.json").read_text())
@@ -362,7 +363,7 @@ def test_run_that_can_pass_no_more_is_stopped(tmp_path: Path, url: str):
     assert done.code == 0, done.log
     report = json.loads((tmp_path / "client.json").read_text())
     assert report["stopped"]
-    assert 0 < len(read_requests(tmp_path / "requests.csv")) < 500
+    assert 0 < len(read_rows(tmp_path / "requests.csv", RequestTiming)) < 500
 
 
 @pytest.mark.slow
@@ -384,7 +385,7 @@ def test_broken_limit_makes_the_run_invalid(tmp_path: Path, url: str):
 def test_client_processes_share_the_requests(tmp_path: Path, url: str, kind: Kind):
     done = run(tmp_path, url, kind, [OK] * 30, min_queries=64, client_processes=3, warmup_requests=4)
     assert done.code == 0, done.log
-    assert len(read_requests(tmp_path / "requests.csv")) >= 64
+    assert len(read_rows(tmp_path / "requests.csv", RequestTiming)) >= 64
     report = json.loads((tmp_path / "client.json").read_text())
     assert report["failed"] == 0 and len(report["processes"]) == 3
     assert all(process["cpu_s"] > 0 for process in report["processes"])
@@ -449,7 +450,7 @@ def test_cancelled_run_ends_at_once_and_the_next_one_is_none_the_wiser(tmp_path:
         assert before.serving.is_running() and not any(one.is_running() for one in (before.run, *before.clients))
         load.begin(asked(tmp_path / "next", url, Kind.Server))
         assert ended(load, tmp_path / "next") == Ended(0, "")
-        assert len(read_requests(tmp_path / "next" / "requests.csv")) == 20
+        assert len(read_rows(tmp_path / "next" / "requests.csv", RequestTiming)) == 20
         load.cancel()  # there is nothing to end
         load.begin(asked(tmp_path / "last", url, Kind.Server))
         assert ended(load, tmp_path / "last") == Ended(0, "")
@@ -463,7 +464,7 @@ def test_audit_config_in_the_working_folder_changes_nothing(tmp_path: Path, url:
     folder.mkdir()
     done = run(folder, url, Kind.Server, [OK] * 30, min_queries=20)
     assert done.code == 0, done.log
-    assert len(read_requests(folder / "requests.csv")) == 20
+    assert len(read_rows(folder / "requests.csv", RequestTiming)) == 20
 
 
 @pytest.mark.slow
@@ -476,7 +477,7 @@ def test_next_run_has_the_clients_of_one_that_was_stopped(tmp_path: Path, url: s
         for kind in (Kind.Offline, Kind.Server, Kind.SingleStream, Kind.ClosedLoop):
             load.begin(asked(tmp_path / kind.name, url, kind, client_processes=2))
             assert ended(load, tmp_path / kind.name) == Ended(0, "")
-            requests = read_requests(tmp_path / kind.name / "requests.csv")
+            requests = read_rows(tmp_path / kind.name / "requests.csv", RequestTiming)
             assert len(requests) == 20 and all(request.output_tokens == TOKENS for request in requests)
         assert len(clients) == 2 and all(client.is_running() for client in clients)
 
@@ -552,5 +553,5 @@ def test_more_requests_at_once_than_connections_are_all_answered(tmp_path: Path)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/stats") as answer:
             stats = json.load(answer)
     report = json.loads((tmp_path / "client.json").read_text())
-    assert report["failed"] == 0 and len(read_requests(tmp_path / "requests.csv")) == count
+    assert report["failed"] == 0 and len(read_rows(tmp_path / "requests.csv", RequestTiming)) == count
     assert stats["most_connections"] <= RunSpec.connections and report["figures"]["client_waiting"] > 0

@@ -19,7 +19,6 @@ from autotune.data.samples import Samples
 from autotune.data.samples import prepare as prepare_samples_of
 from autotune.data.sessions import TURN, conversations, taken
 from autotune.errors import InputError
-from autotune.live.backend import read_requests
 from autotune.live.load_generator import LoadGenerator
 from autotune.measure import metrics
 from autotune.measure.backend import RequestTiming
@@ -31,6 +30,7 @@ from autotune.sim.backend import SimBackend, simulate
 from autotune.sim.cost import Cost
 from autotune.sim.flags import resolve
 from autotune.sim.shape import Shape
+from autotune.system.files import read_rows
 from tests.conftest import Main
 from tests.studies import configured
 from tests.test_loadgen import OK, REFUSED, TOKENS, Streaming, asked, serving
@@ -301,7 +301,7 @@ def test_prompts_hold_the_answers_that_were_received(tmp_path: Path, processes: 
         load.begin(asked(tmp_path, url, Kind.Server, client_processes=processes, total=12, **settings))
         assert load.wait(60) == 0, load.last_line()
     Streaming.most = None
-    requests = read_requests(tmp_path / "requests.csv")
+    requests = read_rows(tmp_path / "requests.csv", RequestTiming)
     assert len(requests) == 12 and len({one.session for one in requests}) == 4
     kept = TOKENS if ignore_eos else TOKENS - 1
     for first in range(0, 12, 3):
@@ -328,7 +328,7 @@ def test_messages_hold_the_answers_that_were_received(tmp_path: Path, answers: A
     bodies = [body for path, body in Streaming.received if path == "/v1/chat/completions"]
     assert len(bodies) == 6 and not any("prompt" in body or "return_token_ids" in body for body in bodies)
     assert all(body["min_tokens"] == body["max_tokens"] == TOKENS for body in bodies)
-    requests = {one.sample: one for one in read_requests(tmp_path / "requests.csv")}
+    requests = {one.sample: one for one in read_rows(tmp_path / "requests.csv", RequestTiming)}
     answer = {"role": "assistant", "content": "x\n" * TOKENS}
     for first in (0, 3):
         for number in range(first, first + 3):
@@ -346,7 +346,7 @@ def test_conversation_that_has_no_room_left_is_cut_and_counted(tmp_path: Path):
         load.begin(asked(tmp_path, url, Kind.Server, total=6, **settings))
         assert load.wait(60) == 0, load.last_line()
     assert json.loads((tmp_path / "client.json").read_text())["figures"]["sessions_cut"] == 2
-    assert sorted(one.sample for one in read_requests(tmp_path / "requests.csv")) == [0, 1, 3, 4]
+    assert sorted(one.sample for one in read_rows(tmp_path / "requests.csv", RequestTiming)) == [0, 1, 3, 4]
 
 
 def test_failed_turn_ends_its_conversation(tmp_path: Path):
@@ -358,7 +358,7 @@ def test_failed_turn_ends_its_conversation(tmp_path: Path):
         load.begin(asked(tmp_path, url, Kind.Server, total=6, **settings))
         assert load.wait(60) == 0, load.last_line()
     assert json.loads((tmp_path / "client.json").read_text())["failed"] == 1
-    requests = read_requests(tmp_path / "requests.csv")
+    requests = read_rows(tmp_path / "requests.csv", RequestTiming)
     assert sorted(one.sample for one in requests) == [3, 4, 5]
     figures = metrics.of_sessions(requests, samples)
     assert figures["sessions"] == figures["sessions_completed"] == 1

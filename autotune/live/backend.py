@@ -1,6 +1,5 @@
 """The live backend: a vLLM server for each trial, fresh or shared with others, and LoadGen runs against it."""
 
-import csv
 import importlib.metadata
 import json
 import logging
@@ -35,6 +34,7 @@ from autotune.measure.limits import known_to_loadgen, limits_of
 from autotune.measure.metrics import from_requests
 from autotune.measure.objective import LOADED
 from autotune.measure.slot import Slot
+from autotune.system.files import read_rows
 from autotune.system.host import hardware
 from autotune.system.leases import Lease
 
@@ -258,7 +258,7 @@ class LiveEngine:
         """Read the run's files and judge it. Raises MeasureError if every request failed."""
         folder, scenario = spec.folder, spec.scenario
         client = ClientReport(**json.loads((folder / "client.json").read_text()))
-        requests = read_requests(folder / "requests.csv")
+        requests = read_rows(folder / "requests.csv", RequestTiming)
         total = spec.total if client.stopped else len(requests) + client.failed
         if not requests:
             raise MeasureError(f"every request failed: {client.errors[0]}")
@@ -300,20 +300,3 @@ class LiveEngine:
 def since(began: float, states: list[S]) -> list[S]:
     """The states from `began` on, with their times counted from it."""
     return [replace(state, time_s=state.time_s - began) for state in states if state.time_s >= began]
-
-
-def read_requests(path: Path) -> list[RequestTiming]:
-    """The requests in requests.csv at `path`."""
-    with path.open(newline="") as file:
-        return [
-            RequestTiming(
-                int(row["sample"]),
-                float(row["issued"]),
-                float(row["first_token"]),
-                float(row["last_token"]),
-                int(row["output_tokens"]),
-                int(row.get("prompt_tokens") or 0),
-                int(row.get("session") or -1),
-            )
-            for row in csv.DictReader(file)
-        ]

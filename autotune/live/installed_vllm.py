@@ -127,10 +127,7 @@ class Probe:
         raise InputError(f"vLLM does not answer; see `echo '\"flags\"' | {self.python} {PROBE} answer`")
 
 
-@functools.cache
-def open_probe(python: str, env: Env) -> Probe:
-    """The probe of `python` with `env`, one in a process: vLLM takes seconds to import."""
-    return Probe(python, env)
+open_probe = functools.cache(Probe)  # one in a process: vLLM takes seconds to import
 
 
 @functools.cache

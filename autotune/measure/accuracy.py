@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit  # scipy.stats takes a second to import
 
 from autotune.config.redact import redact
 from autotune.config.schema import AccuracyConfig, Check
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
 from autotune.measure.backend import Scorer
+from autotune.measure.paired import Difference, paired_difference
 from autotune.system.files import left_in, write_whole
 
 FOLDER = "accuracy"  # in a study's folder: the scores of each numerics
@@ -35,7 +35,7 @@ NUMERICS, NOT_SCORED = "numerics", "not_scored"  # facts of a result; the second
 SAME, PASSED, REFUSED, UNKNOWN = "same numerics", "passed", "refused", "unknown"
 ANSWERED = 4  # of so many texts one is answered, with at most
 ANSWER_TOKENS = 64  # tokens; a quarter of 256 texts is then 4,096
-ONE_SIDED = 0.95  # confidence of each end of an interval
+CONFIDENCE = 0.9  # of an interval: 0.95 of each of its ends
 # Flags that decide what a server computes. What changes the order of sums only (batches, block sizes, CUDA graphs,
 # tensor parallelism) is none: it moves the NLL by 0.0002 nats. deepep_low_latency sends activations in fp8.
 NUMERIC = re.compile(
@@ -168,24 +168,8 @@ def _mean(found: NDArray[np.float64]) -> float:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """The mean of paired differences, and bounds of it (Student's t), nats a token."""
-
-    mean: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float], baseline: Sequence[float]) -> "Difference":
-        differences = np.subtract(values, baseline)
-        mean, count = float(differences.mean()), len(differences)
-        half = float(stdtrit(count - 1, ONE_SIDED) * differences.std(ddof=1) / count**0.5)
-        return cls(mean, mean - half, mean + half)
-
-
-@dataclass(frozen=True)
 class Judgement:
-    """The test that a server is not worse than the baseline's by more than a margin."""
+    """The test that a server is not worse than the baseline's by more than a margin, nats a token."""
 
     nll: Difference
     gap: Difference
@@ -204,4 +188,5 @@ class Judgement:
 
 def judged(scores: Scores, baseline: Scores, margin: float) -> Judgement:
     """Compare `scores`, text by text, with those of the baseline's numerics. Raises ValueError for fewer texts."""
-    return Judgement(Difference.of(scores.nll, baseline.nll), Difference.of(scores.gap, baseline.gap), margin)
+    nll = paired_difference(scores.nll, baseline.nll, CONFIDENCE)
+    return Judgement(nll, paired_difference(scores.gap, baseline.gap, CONFIDENCE), margin)

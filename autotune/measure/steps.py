@@ -4,7 +4,7 @@ import json
 import logging
 import lzma
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def read_all(given: Iterable[str]) -> list[Steps]:
         for file in files:
             name = str(file.parent.relative_to(shared)) if path.is_dir() else file.name.split(".")[0]
             steps = read(file, name)
-            found.append(Steps(steps.name, steps.table, {**steps.args, **flags}, steps.model, steps.kv_tokens))
+            found.append(replace(steps, args={**steps.args, **flags}))
     return found
 
 

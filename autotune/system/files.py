@@ -95,6 +95,14 @@ def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
         table.writerows(dataclasses.astuple(row) for row in rows)
 
 
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """The dataclasses of `kind` in a file of `write_rows`; columns that it lacks, or has empty, have their defaults."""
+    types: list[tuple[str, Any]] = [(field.name, field.type) for field in dataclasses.fields(kind)]
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file)
+        return [kind(**{name: of(row[name]) for name, of in types if row.get(name)}) for row in rows]
+
+
 @contextmanager
 def log_to(path: Path, pattern: str = "%(message)s") -> Iterator[None]:
     """Copy everything that is logged within the block to `path`."""
