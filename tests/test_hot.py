@@ -16,6 +16,7 @@ from autotune.config.schema import LiveConfig
 from autotune.data.models import Model
 from autotune.errors import StartError, StoppedError
 from autotune.live import hot, recording
+from autotune.live.server import Server
 from autotune.measure.prepare import prepare
 from autotune.measure.result import Result
 from autotune.measure.slot import Slot
@@ -51,8 +52,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         log.write_text(f"start {len(flags)}\n")
         scratch = log.parent / f"scratch-{len(flags)}"
         recording.steps_folder(scratch).mkdir(parents=True)
-        process = SimpleNamespace(exit_code=lambda: None)
-        yield SimpleNamespace(start={"import": 9.0}, log=log, process=process, scratch=scratch, command=[], url="")
+        process: Any = SimpleNamespace(exit_code=lambda: None)
+        yield Server("", "", process, [], log, scratch, start={"import": 9.0}, kv_tokens=None)
         flags.append({"ended": len(flags)})
 
     @contextmanager
@@ -82,12 +83,12 @@ def trial(tmp_path: Path, rates: list[float]) -> Callable[..., str]:
         config = LiveConfig(_target_="", bounds={"max_num_seqs": 64})
         rate = lambda _: rates.pop(0) if rates else 1.0  # noqa: E731
         model: Any = Model("m", None, tmp_path)
-        with hot.serving(config, cast(Any, vllm), model, args, folder, slot, rate) as served:
-            served.server.log.open("a").write(f"requests of {folder.name}\n")
+        with hot.Sharing(config, cast(Any, vllm), model, folder, slot, rate).serving(args) as server:
+            server.log.open("a").write(f"requests of {folder.name}\n")
             if error:
                 raise error
-        Result("complete", values=[1.0], facts={"server": served.told}).save(folder)  # type: ignore[arg-type]
-        return served.told
+        Result("complete", values=[1.0], facts={"server": server.told}).save(folder)  # type: ignore[arg-type]
+        return server.told
 
     return run
 

@@ -129,7 +129,6 @@ class Referee:
                 load=load,
                 folder=folder,
                 has_metrics=False,
-                kv_tokens=None,
                 resolved={},
             )
         server.shutdown()

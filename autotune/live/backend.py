@@ -21,7 +21,6 @@ from autotune.data.samples import Samples
 from autotune.errors import MeasureError
 from autotune.live import audit, gpu, hot, metrics_page, recording, scoring
 from autotune.live.gpu import Gpus, GpuState
-from autotune.live.hot import Served
 from autotune.live.installed_vllm import find_vllm
 from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import WARMUP_ROUNDS, ClientReport, RunSpec
@@ -90,33 +89,32 @@ class LiveBackend:
                 log.warning("other processes on %s: they change what is measured", others)
             facts = self.facts | hardware() | ({"gpu_shared_with": others} if others else {})
 
-            def engine(served: Served) -> LiveEngine:
+            def engine(server: Server) -> LiveEngine:
                 return LiveEngine(
-                    server=served.server,
+                    server=server,
                     samples=samples,
                     config=self.config,
                     gpus=gpus,
-                    facts=facts | {"server": served.told},
+                    facts=facts | {"server": server.told},
                     command=self.command(model, args),
-                    start=served.start,
+                    start=server.start,
                     load=load,
                     folder=folder,
                     has_metrics=not args.get("disable_log_stats"),
-                    kv_tokens=served.kv_tokens,
                     resolved=self.dry_run(model, args).resolved,
                 )
 
-            def rate(served: Served) -> float:
+            def rate(server: Server) -> float:
                 run_folder = folder / hot.REFERENCE.name
                 run_folder.mkdir(exist_ok=True)
-                run = engine(served).run(hot.REFERENCE, run_folder)
-                recording.forget(served.server.scratch)
+                run = engine(server).run(hot.REFERENCE, run_folder)
+                recording.forget(server.scratch)
                 return from_requests(run.requests, ())["samples_per_s"]
 
-            with hot.serving(self.config, self.vllm, model, args, folder, slot, rate) as served:
+            with hot.Sharing(self.config, self.vllm, model, folder, slot, rate).serving(args) as server:
                 if not args.get("disable_log_stats"):
-                    metrics_page.check(served.server.url)
-                yield engine(served)
+                    metrics_page.check(server.url)
+                yield engine(server)
 
     def command(self, model: Model, args: Mapping[str, Any]) -> list[str]:
         """`vllm serve …` as a user types it for the same configuration."""
@@ -150,7 +148,6 @@ class LiveEngine:
     load: LoadGenerator
     folder: Path  # the trial's
     has_metrics: bool  # vLLM's; false with its disable_log_stats
-    kv_tokens: int | None  # that the KV cache holds
     resolved: Mapping[str, Any]  # vLLM's flags
     estimated: bool = False
     ended: float | None = None  # the last run, on time.monotonic's clock
@@ -180,7 +177,7 @@ class LiveEngine:
     def recorded(self) -> Recording | None:
         if not self.config.steps:
             return None
-        return recording.read(self.server.scratch, self.kv_tokens)
+        return recording.read(self.server.scratch, self.server.kv_tokens)
 
     def _spec(self, scenario: ScenarioConfig, folder: Path) -> RunSpec:
         total = 0  # not known

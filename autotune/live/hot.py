@@ -8,8 +8,8 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from autotune.config.redact import redact
 from autotune.config.schema import Hot, Kind, LiveConfig, ScenarioConfig
 from autotune.data.models import Model
 from autotune.errors import BehindError, MeasureError, StartError, StoppedError
-from autotune.live import key, recording, vllm_log
+from autotune.live import key, recording
 from autotune.live.gate import CHANGE
 from autotune.live.installed_vllm import InstalledVllm
 from autotune.live.server import Server, serve
@@ -47,16 +47,6 @@ class UnprovenError(ChangeError):
     """The server can't be changed, or did not become what it should: this vLLM is another than those that are known."""
 
 
-@dataclass(frozen=True)
-class Served:
-    """A server that has the flags of a trial."""
-
-    server: Server
-    start: dict[str, float]  # seconds that the trial waited for it, by part
-    kv_tokens: int | None  # of its KV cache; None if vLLM has not said
-    told: str = "fresh"  # what a result's facts say of it
-
-
 @dataclass
 class Shared:
     """A server that stays in a slot."""
@@ -73,9 +63,9 @@ class Shared:
     since: list[Path] = field(default_factory=list)  # folders of the trials since then
 
     @property
-    def served(self) -> Served:
+    def served(self) -> Server:
         told = f"shared: started by {self.trial}, changed {self.changes} times"
-        return Served(self.server, self.start, self.kv_tokens, told)
+        return replace(self.server, start=self.start, kv_tokens=self.kv_tokens, told=told)
 
     def memory(self) -> int:
         """Bytes that its processes hold."""
@@ -86,56 +76,44 @@ class Shared:
         return held
 
 
-@contextmanager
-def serving(
-    config: LiveConfig,
-    vllm: InstalledVllm,
-    model: Model,
-    args: Mapping[str, Any],
-    folder: Path,
-    slot: Slot,
-    rate: Callable[[Served], float],
-) -> Iterator[Served]:
-    """Serve `model` with the flags `args` until the block ends: by the slot's server, if it can be changed to that.
-
-    `rate` makes the run REFERENCE on a server: requests/s. Raises StartError.
-    """
-    shared = None
-    if slot.shares and config.bounds is not None and config.hot is Hot.auto:
-        try:
-            shared = Sharing(config, vllm, model, folder, slot, rate).changed(args)
-        except BaseException:
-            slot.drop()
-            raise
-    if shared is None:
-        slot.drop()
-        with serve(config, vllm, model, args, folder / "vllm.log", slot.lease) as server:
-            yield Served(server, server.start, vllm_log.kv_tokens(server.log))
-        return
-    stays = False
-    try:
-        yield shared.served
-        stays = True
-    except (StoppedError, BehindError):  # the next change waits for the requests that are left
-        stays = True
-        raise
-    finally:
-        _keep_log(shared, folder)
-        shared.since.append(folder)
-        if not stays:
-            slot.drop()
-
-
 @dataclass(frozen=True)
 class Sharing:
-    """Means of a trial to share the server in its slot."""
+    """A trial, and what it needs to share the server in its slot."""
 
     config: LiveConfig
     vllm: InstalledVllm
     model: Model
     folder: Path  # the trial's
     slot: Slot
-    rate: Callable[[Served], float]
+    rate: Callable[[Server], float]  # makes the run REFERENCE on a server: requests/s
+
+    @contextmanager
+    def serving(self, args: Mapping[str, Any]) -> Iterator[Server]:
+        """Serve the model with `args`, by the slot's server if it can be changed to that. Raises StartError."""
+        stays = False
+        try:
+            shares = self.slot.shares and self.config.bounds is not None and self.config.hot is Hot.auto
+            shared = self.changed(args) if shares else None
+            if shared is None:
+                self.slot.drop()
+                with self._serve(args, "vllm.log") as server:
+                    yield server
+                return
+            try:
+                yield shared.served
+                stays = True
+            except (StoppedError, BehindError):  # the next change waits for the requests that are left
+                stays = True
+                raise
+            finally:
+                _keep_log(shared, self.folder)
+                shared.since.append(self.folder)
+        finally:
+            if not stays:
+                self.slot.drop()
+
+    def _serve(self, args: Mapping[str, Any], log: str, changeable: bool = False) -> AbstractContextManager[Server]:
+        return serve(self.config, self.vllm, self.model, args, self.folder / log, self.slot.lease, changeable)
 
     def changed(self, args: Mapping[str, Any]) -> Shared | None:
         """The slot's server, or a new one that stays there, changed to the flags `args`; None if it can't be."""
@@ -152,9 +130,8 @@ class Sharing:
     def _started(self, args: Mapping[str, Any]) -> Shared | None:
         flags = {**args, **{name: most(args.get(name), bound) for name, bound in (self.config.bounds or {}).items()}}
         self.vllm.probe()  # its import of vLLM goes on while the server starts
-        log_file, lease = self.folder / "server.log", self.slot.lease
         try:
-            server = self.slot.keep(serve(self.config, self.vllm, self.model, flags, log_file, lease, changeable=True))
+            server = self.slot.keep(self._serve(flags, "server.log", changeable=True))
         except StartError as error:
             self.slot.shares = False
             log.warning("trials share no server: with the most of what is swept, %s", error)

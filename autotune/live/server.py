@@ -69,7 +69,9 @@ class Server:
     command: list[str]
     log: Path
     scratch: Path  # folder of its own, which ends with it
-    start: dict[str, float]  # seconds from launch to healthy, by part
+    start: dict[str, float]  # seconds that the trial waited for it, by part
+    kv_tokens: int | None  # that its KV cache holds; None if vLLM has not said
+    told: str = "fresh"  # what a result's facts say of it
 
     def check_alive(self) -> None:
         """Raise MeasureError if the server has ended."""
@@ -122,7 +124,7 @@ def serve(
                 _await_healthy(url, name, process, log, config.start_timeout_s)
                 taken_s = time.monotonic() - started
                 parts = vllm_log.parts(log, datetime.now(), taken_s)
-                yield Server(url, name, process, command, log, Path(scratch), parts)
+                yield Server(url, name, process, command, log, Path(scratch), parts, vllm_log.kv_tokens(log))
         finally:
             write_whole(log, redact(log.read_text(errors="replace")))
 
