@@ -1,7 +1,6 @@
 """The rules that name a server's bottleneck, and the figures of its state."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -53,9 +52,3 @@ def test_figures_are_of_the_run_alone():
     assert found["preemptions"] == 1 and found["kv_use_max"] == 0.3 and found["running_mean"] == 3
     assert found["prefix_hit_share"] == 0.05
     assert found["step_ms"] == pytest.approx(20) and found["tokens_per_step"] == 20
-
-
-def test_series_is_written_with_its_names(tmp_path: Path):
-    bottleneck.write(BUSY, tmp_path)
-    lines = (tmp_path / "server.csv").read_text().splitlines()
-    assert lines[0].startswith("time_s,running,waiting,kv_use") and len(lines) == 1 + len(BUSY)

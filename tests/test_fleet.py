@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from autotune.config.schema import Config
-from autotune.measure import price
+from autotune.measure import metrics
 from autotune.measure.result import Result, State
 from autotune.results import fleet
 from tests.studies import configured
@@ -35,9 +35,9 @@ RESULTS = [
 
 
 def test_a_million_tokens_cost_what_the_gpus_do_while_they_come():
-    found = price.per_million(RATES, gpus=2, per_gpu_hour=3.6)
+    found = metrics.per_million(RATES, gpus=2, per_gpu_hour=3.6)
     assert found == pytest.approx({"cost_per_million_output_tokens": 2.0, "cost_per_million_input_tokens": 0.5})
-    assert price.per_million({"tokens_per_s": 0.0}, 1, 1.0) == {}
+    assert metrics.per_million({"tokens_per_s": 0.0}, 1, 1.0) == {}
 
 
 def test_each_parallelism_serves_the_load_with_its_best_feasible_trial():

@@ -20,7 +20,7 @@ from autotune.data.samples import Samples
 from autotune.errors import InputError
 from autotune.measure import traffic, trial
 from autotune.measure.backend import RequestTiming
-from autotune.measure.reuse import begun_before
+from autotune.measure.metrics import begun_before
 from autotune.sim.kv_cache import prefix_keys
 
 

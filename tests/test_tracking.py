@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 from autotune.commands import log
 from autotune.config.schema import Config, DatasetConfig, ModelConfig, TrackingConfig
 from autotune.errors import TrackingError
-from autotune.live import gpu
 from autotune.live.gpu import GpuState
 from autotune.measure import series
 from autotune.measure.result import Result, RunRecord
 from autotune.results import beside, tracking
+from autotune.system.files import write_rows
 from autotune.system.host import recorded
 from tests.slurm_cluster import wait_for
 
@@ -101,7 +101,8 @@ def test_what_a_trial_showed_over_time_is_a_series_by_second(uri: str, trial: Pa
     entries = [{"time": began, "phase": "run"}, {"time": began + 2, "step": 0, "values": {"tokens_per_s": 7.0}}]
     (trial / "progress.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     (trial / "server.csv").write_text("time_s,running,kv_use\n0.5,3,0.25\n1.5,4,\n")
-    gpu.write([GpuState(1.0, 0, 310.0, 60, 1980, 1.0, 5000.0, slowed=False, power_capped=True)], trial)
+    state = GpuState(1.0, 0, 310.0, 60, 1980, 1.0, 5000.0, slowed=False, power_capped=True)
+    write_rows(trial / "gpu.csv", GpuState, [state])
     (trial / "system.jsonl").write_text(json.dumps({"time": began - 20, "cpu_utilization_percentage": 12.0}) + "\n")
     follow(uri, trial.parent)
     client, run = MlflowClient(uri), runs(uri)["trial-0"].info.run_id

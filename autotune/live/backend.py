@@ -25,7 +25,7 @@ from autotune.live.installed_vllm import find_vllm
 from autotune.live.load_generator import LoadGenerator
 from autotune.live.messages import WARMUP_ROUNDS, ClientReport, RunSpec
 from autotune.live.server import DYING_S, Server, inherited
-from autotune.measure import loadgen_log, progress, traffic
+from autotune.measure import loadgen_log, progress, series, traffic
 from autotune.measure.backend import DryRunOutcome, Measurement, Recording, RequestTiming
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.early_stopping import watched
@@ -33,9 +33,8 @@ from autotune.measure.limits import known_to_loadgen, limits_of
 from autotune.measure.metrics import from_requests
 from autotune.measure.objective import LOADED
 from autotune.measure.slot import Slot
-from autotune.system.files import read_rows
+from autotune.system.files import read_rows, write_rows
 from autotune.system.host import hardware
-from autotune.system.leases import Lease
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ class LiveBackend:
     ) -> Iterator["LiveEngine"]:
         progress.phase(folder, "start")
         with LoadGenerator(samples, folder / "clients.log") as load:
-            gpus = gpus_of(slot.lease, args)
+            gpus = Gpus(vllm_flags.gpus(args), slot.lease.visible if slot.lease else None)
             if others := "" if slot.server else gpus.others():
                 log.warning("other processes on %s: they change what is measured", others)
             facts = self.facts | hardware() | ({"gpu_shared_with": others} if others else {})
@@ -126,12 +125,6 @@ def connections(flags: Mapping[str, Any]) -> int:
     """The most connections to a server with vLLM's resolved `flags`: enough that as many requests wait there as run."""
     running = (flags.get("max_num_seqs") or 0) * (flags.get("data_parallel_size") or 1)
     return max(RunSpec.connections, 2 * running)
-
-
-def gpus_of(lease: Lease | None, args: Mapping[str, Any]) -> Gpus:
-    """The GPUs that a server with vLLM's flags `args` takes."""
-    count = vllm_flags.gpus(args)
-    return Gpus(count, ",".join(map(str, lease.gpus))) if lease else Gpus(count)
 
 
 @dataclass
@@ -277,7 +270,7 @@ class LiveEngine:
         states, gpu_states = since(client.began, states), since(client.began, gpu_states)
         figures = client.figures | gpu.figures(gpu_states)
         if gpu_states:
-            gpu.write(gpu_states, folder)
+            write_rows(folder / series.GPU, GpuState, gpu_states)
             figures["gpu_j_per_token"] = figures["gpu_energy_j"] / sum(request.output_tokens for request in requests)
         if slowed := figures.get("gpu_slowed_share"):
             log.warning("the GPU was slowed down by heat or its protection for %.0f %% of the run", slowed * 100)

@@ -3,13 +3,9 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pynvml
-
-from autotune.measure import series
-from autotune.system.files import write_rows
 
 # nvml.h, nvmlClocksEventReasons. SLOWED is by heat or by the hardware's protection, POWER_CAPPED by the power limit,
 # which a healthy GPU reaches under load.
@@ -35,7 +31,8 @@ class GpuState:
 class Gpus:
     """The first `count` GPUs that a process with `visible` as CUDA_VISIBLE_DEVICES sees; none without NVML."""
 
-    def __init__(self, count: int, visible: str | None = os.environ.get("CUDA_VISIBLE_DEVICES")) -> None:
+    def __init__(self, count: int, visible: str | None = None) -> None:
+        visible = visible or os.environ.get("CUDA_VISIBLE_DEVICES")
         self._handles: list[Any] = []
         try:
             pynvml.nvmlInit()
@@ -73,11 +70,6 @@ def figures(states: Sequence[GpuState]) -> dict[str, float]:
         "gpu_slowed_share": sum(state.slowed for state in states) / count,
         "gpu_power_capped_share": sum(state.power_capped for state in states) / count,
     }
-
-
-def write(states: Sequence[GpuState], folder: Path) -> None:
-    """Write `states` to gpu.csv in `folder`, a row each."""
-    write_rows(folder / series.GPU, GpuState, states)
 
 
 def _handle(name: str) -> Any:

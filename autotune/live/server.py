@@ -131,7 +131,7 @@ def serve(
 
 def _environment(config: LiveConfig, url: str, scratch: Path, lease: Lease | None, changeable: bool) -> dict[str, str]:
     """Variables of the server's environment beside ours; what vLLM is to find there is put into `scratch`."""
-    devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, lease.gpus))} if lease else {}
+    devices = {"CUDA_VISIBLE_DEVICES": lease.visible} if lease else {}
     env = {**ENV, "TMPDIR": str(scratch), **devices, **config.env}
     _share_inductor(scratch)
     env |= key.gated(url, scratch, config.env.get("PYTHONPATH", os.environ.get("PYTHONPATH", "")))

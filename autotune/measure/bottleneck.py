@@ -2,11 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from autotune.measure import series
-from autotune.system.files import write_rows
 
 MOST = 0.5  # a rule holds if it does at this share of the observations
 KV_FULL = 0.9  # share of the KV cache: the next request may need more blocks than are left above the watermark
@@ -32,11 +28,6 @@ class ServerState:
     external_hits: float = 0.0  # prompt tokens that a KV connector had
     stored_bytes: float = 0.0  # that were offloaded …
     loaded_bytes: float = 0.0  # … and came back
-
-
-def write(states: Sequence[ServerState], folder: Path) -> None:
-    """Write `states` to server.csv in `folder`, a row each."""
-    write_rows(folder / series.SERVER, ServerState, states)
 
 
 def figures(states: Sequence[ServerState]) -> dict[str, float]:

@@ -31,9 +31,11 @@ def queries_needed(over: int) -> int:
     return bisect_left(range(most), CONFIDENCE - 1, lo=over + 1, key=lambda queries: -chance(over, queries))
 
 
-def allowed(queries: int) -> int:
-    """Most of `queries` that may exceed the limit; -1 if they are too few to pass at all."""
-    return bisect_left(range(queries + 1), 1 - CONFIDENCE, key=lambda over: chance(over, queries)) - 1
+def allowed(queries: int, effect: float = 1.0) -> int:
+    """Most of `queries` with this design effect that may exceed the limit; -1 if they are too few to pass at all."""
+    worth = int(queries / effect)
+    most = bisect_left(range(worth + 1), 1 - CONFIDENCE, key=lambda over: chance(over, worth)) - 1
+    return int(most * effect) if most >= 0 else -1
 
 
 def design_effect(over: Sequence[int], sizes: Sequence[int]) -> float:
@@ -52,19 +54,13 @@ def design_effect(over: Sequence[int], sizes: Sequence[int]) -> float:
     return max(1.0, float(variance * n / (share * (1 - share))))
 
 
-def allowed_of(total: int, effect: float) -> int:
-    """Most of `total` queries with this design effect that may exceed the limit; -1 if they are too few to pass."""
-    most = allowed(int(total / effect))
-    return int(most * effect) if most >= 0 else -1
-
-
 def upper_bound(latencies: Sequence[float] | NDArray[np.float64], total: int, effect: float = 1.0) -> float | None:
     """The lowest limit that a run of `total` queries passes: with 99 % confidence, p99 is below it.
 
     If the run was stopped and `latencies` are those of the queries that ended, it can't pass any lower limit than this.
     None if `total` is too few for the test, or too few have ended.
     """
-    over = allowed_of(total, effect)
+    over = allowed(total, effect)
     return float(np.sort(latencies)[-1 - over]) if 0 <= over < len(latencies) else None
 
 
@@ -122,7 +118,7 @@ class Watch:
         """The reason why a limit does not hold; empty if it does."""
         over, turns = self.over[number], list(self._sessions.values())
         effect = design_effect([counts[1 + number] for counts in turns], [counts[0] for counts in turns])
-        most = self.allowed if effect == 1 else allowed_of(self._total, effect)
+        most = self.allowed if effect == 1 else allowed(self._total, effect)
         if most < 0:  # results.cc (PerfConstraintsMet) looks at the latency of rank int(0.99 n), whatever n is
             most = self._total - int(PERCENTILE * self._total) - 1 if effect == 1 else 0
         if over <= most:

@@ -1,11 +1,12 @@
-"""Figures from per-request timings."""
+"""Figures from per-request timings, and what they cost."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit  # scipy.stats would make each trial start a second later
 
+from autotune.data.prompts import MadeUp
 from autotune.data.samples import Samples
 from autotune.measure import early_stopping
 from autotune.measure.backend import RequestTiming
@@ -14,7 +15,14 @@ from autotune.measure.limits import LatencyLimit, within
 Floats = NDArray[np.float64]
 PERCENTILES = (50, 90, 95, 97, 99, 99.9)
 BY_TURN = ("p50", "p99", "p99.9")  # of those, for each turn of conversations
+BLOCK = 16  # tokens; vLLM's usual size
 MOST_TURNS = 10  # that have figures of their own; the last one's are those of all later turns, too
+
+# Metrics of a cost, and the rate of tokens that are taken to pay for all of it.
+PER_MILLION = {
+    "cost_per_million_output_tokens": "tokens_per_s",
+    "cost_per_million_input_tokens": "prompt_tokens_per_s",
+}
 
 
 def p99(values: Floats) -> float:
@@ -100,3 +108,31 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, list[float] | Non
         return mean, None
     half = float(stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / len(values) ** 0.5)
     return mean, [mean - half, mean + half]
+
+
+def begun_before(requests: Iterable[RequestTiming], samples: Samples, block_size: int = BLOCK) -> int:
+    """The prompt tokens, in whole blocks, with which an earlier prompt of these requests began: at least so many.
+
+    It is known of traces with ids of their pieces, and of a conversation's earlier turns.
+    """
+    sent = sorted(requests, key=lambda request: request.issued)
+    if isinstance(samples.prompts, MadeUp) and len(samples.prompts.ids):
+        common = samples.prompts.begun_before(np.array([request.sample for request in sent]))
+    else:
+        last: dict[int, int] = {}  # the prompt of each conversation's last turn
+        common = np.zeros(len(sent), dtype=np.int64)
+        for number, request in enumerate(sent):
+            if request.session >= 0:
+                common[number] = last.get(request.session, 0)
+                last[request.session] = request.prompt_tokens
+    most = np.array([request.prompt_tokens - 1 for request in sent])  # a prompt's last token is always computed
+    return int((np.minimum(common, most) // block_size * block_size).sum())
+
+
+def per_million(metrics: Mapping[str, float], gpus: int, per_gpu_hour: float) -> dict[str, float]:
+    """Costs of a million tokens on a server with these `metrics` on so many `gpus`, in the price's currency.
+
+    Each is the whole cost: that of a million output tokens includes the prompts that they took.
+    """
+    rates = {name: metrics.get(rate, 0.0) for name, rate in PER_MILLION.items()}
+    return {name: gpus * per_gpu_hour / 3600 / rate * 1e6 for name, rate in rates.items() if rate}

@@ -14,11 +14,13 @@ import numpy as np
 from autotune.config.schema import MOST_QUERIES, Answers, Config, Endpoint, Kind, ObjectiveConfig, ScenarioConfig, Stop
 from autotune.data.samples import Samples
 from autotune.errors import BehindError, InputError
-from autotune.measure import bottleneck, early_stopping, max_qps, metrics, objective, price, progress, reuse, traffic
+from autotune.measure import bottleneck, early_stopping, max_qps, metrics, objective, progress, series, traffic
 from autotune.measure.arrivals import OFFLINE_SLACK
 from autotune.measure.backend import Engine, Measurement, RequestTiming
+from autotune.measure.bottleneck import ServerState
 from autotune.measure.limits import limits_of
 from autotune.measure.result import Result, RunRecord
+from autotune.system.files import write_rows
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ def one(scenario: ScenarioConfig, engine: Engine, flags: Mapping[str, Any], fold
     for phase, seconds in measured.phases.items():
         result.phases[phase] = result.phases.get(phase, 0.0) + seconds
     if measured.server:
-        bottleneck.write(measured.server, folder)
+        write_rows(folder / series.SERVER, ServerState, measured.server)
     held = limits_of(scenario)
     figures = metrics.from_requests(measured.requests, held, measured.total)
     if scenario.answers is not Answers.none:
@@ -73,8 +75,8 @@ def one(scenario: ScenarioConfig, engine: Engine, flags: Mapping[str, Any], fold
     figures |= {**measured.loadgen, **bottleneck.figures(measured.server), **measured.figures}
     figures["failed_requests"] = measured.failed
     if (looked_for := figures.get("prefix_query_tokens", 0)) > 0:
-        hits, block = figures["prefix_hit_tokens"], flags.get("block_size") or reuse.BLOCK
-        again = reuse.begun_before(measured.requests, engine.samples, block)
+        hits, block = figures["prefix_hit_tokens"], flags.get("block_size") or metrics.BLOCK
+        again = metrics.begun_before(measured.requests, engine.samples, block)
         figures["prefix_hit_share"] = hits / looked_for
         figures["prefix_lost_share"] = max(0.0, again - hits) / looked_for
     if any(reason.startswith(CLIENT) for reason in measured.reasons):
@@ -136,8 +138,8 @@ def check(config: Config) -> None:
             f"scenario.qps={scenario.qps:g}: {queries:.3g} queries in {scenario.min_duration_s:g} s; lower it or "
             f"scenario.min_duration_s, to at most {MOST_QUERIES} queries"
         )
-    known = measured(scenario, searches) | ({*price.PER_MILLION} if config.price_per_gpu_hour else set())
-    if costs := [name for name in config.objective.metrics if name in price.PER_MILLION and name not in known]:
+    known = measured(scenario, searches) | ({*metrics.PER_MILLION} if config.price_per_gpu_hour else set())
+    if costs := [name for name in config.objective.metrics if name in metrics.PER_MILLION and name not in known]:
         raise InputError(f"objective.metrics: {costs[0]} needs price_per_gpu_hour=…")
     if missing := [name for name in config.objective.metrics if name not in known and not OBSERVED.match(name)]:
         close = get_close_matches(missing[0], known, 1)

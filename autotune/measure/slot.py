@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
-from autotune.system.leases import Lease, are_awaited, lease_for
+from autotune.system.leases import Lease, are_awaited, devices, lease
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class Slot:
         """
         if self._leased_for != (gpus, count):
             self.close()
-            self.lease = self._lease_held.enter_context(lease_for(gpus, count))
+            self.lease = None if gpus is None else self._lease_held.enter_context(lease(devices(gpus), count))
             self._leased_for = gpus, count
         try:
             yield

@@ -8,7 +8,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,41 +33,35 @@ class Ask(NamedTuple):
     said: int = 0  # the tokens of its answer, once it has one
 
 
-class Source(Protocol):
-    """The requests of a run; `total` says how many, None if that depends on the answers."""
+class Source:
+    """The requests of a run."""
 
-    total: int | None
+    total: int | None = None  # None: it depends on the answers
 
     def first(self) -> Iterator[Ask]:
         """Yield the asks that wait for no answer, in order of time."""
+        raise NotImplementedError
 
     def after(self, ask: Ask, number: int, now: float) -> Ask | None:
         """The ask that the answer to `ask` brings about, which came `now`; `number` is the request's. None: none."""
-
-
-class Schedule:
-    """Requests whose `times`, in order, and `samples` are known in advance."""
-
-    def __init__(self, times: Sequence[float] | Floats, samples: Sequence[int] | Indices) -> None:
-        self.total: int | None = len(times)
-        self._times, self._samples = times, samples
-
-    def first(self) -> Iterator[Ask]:
-        """Yield all of them."""
-        return (Ask(float(at_s), int(sample)) for at_s, sample in zip(self._times, self._samples, strict=True))
-
-    def after(self, ask: Ask, number: int, now: float) -> Ask | None:
-        """None: an answer brings nothing about."""
         return None
 
 
-class Users:
+class Schedule(Source):
+    """Requests whose `times`, in order, and `samples` are known in advance."""
+
+    def __init__(self, times: Sequence[float] | Floats, samples: Sequence[int] | Indices) -> None:
+        self.total, self._times, self._samples = len(times), times, samples
+
+    def first(self) -> Iterator[Ask]:
+        return (Ask(float(at_s), int(sample)) for at_s, sample in zip(self._times, self._samples, strict=True))
+
+
+class Users(Source):
     """Every `of`-th user of a closed loop: each begins on the ramp, and goes on when its last request is answered.
 
     One whose request fails sends no more. Nobody sends another request once the run is long enough.
     """
-
-    total: int | None = None
 
     def __init__(self, scenario: ScenarioConfig, samples: int, at: int, of: int) -> None:
         self._begin = ramp(scenario, at, of)
@@ -92,7 +86,7 @@ class Users:
         return Ask(at_s, next(self._order))
 
 
-class Sessions:
+class Sessions(Source):
     """Every `of`-th conversation, a turn of which is due when the last one has been answered, after a pause to think.
 
     They come in a shuffled order, none again before all have come. As a Server's they begin at Poisson times until the
@@ -112,7 +106,6 @@ class Sessions:
         self._closed = scenario.kind in (Kind.SingleStream, Kind.ClosedLoop)
         self._asked = 0
         self._begin: list[Ask] = []
-        self.total: int | None = None
         if not self._closed:
             self._begin, self.total = self._arrivals()
 

@@ -17,14 +17,13 @@ from autotune.config.redact import redact
 from autotune.config.schema import Config
 from autotune.data.samples import Samples
 from autotune.errors import BehindError, MeasureError, StoppedError
-from autotune.measure import accuracy, objective, price, progress, rules, runs, series
+from autotune.measure import accuracy, metrics, objective, progress, rules, runs, series
 from autotune.measure.backend import DryRunOutcome, Engine, Recording, Scorer
 from autotune.measure.prepare import Prepared, gpu_count, prepare, prepare_samples
 from autotune.measure.result import Result, State
 from autotune.measure.runs import RunResult
 from autotune.measure.slot import Slot
 from autotune.system.host import git_revision, recorded
-from autotune.system.leases import leased
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ def _measure(config: Config, result: Result, folder: Path, slot: Slot) -> None:
             slot.leased(config.gpus, gpu_count(config)),
             prepared.backend.start(prepared.model, prepared.args, loaded, folder, slot) as engine,
         ):
-            result.facts |= leased(slot.lease)
+            result.facts |= {"leased_gpus": slot.lease.visible} if slot.lease else {}
             every_s = config.tracking.system_metrics_s if config.tracking.enabled and not engine.estimated else 0.0
             try:
                 with recorded(folder / series.SYSTEM, every_s):
@@ -156,7 +155,7 @@ def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Pa
         if name in run.metrics:
             result.metrics[f"{name}_per_gpu"] = run.metrics[name] / vllm_flags.gpus(flags)
     if config.price_per_gpu_hour:
-        result.metrics |= price.per_million(run.metrics, vllm_flags.gpus(flags), config.price_per_gpu_hour)
+        result.metrics |= metrics.per_million(run.metrics, vllm_flags.gpus(flags), config.price_per_gpu_hour)
     result.verdict, result.reasons = run.measured.verdict, run.measured.reasons
     result.verdict_by = config.scenario.verdict_by
     result.values = objective.values(config.objective, result.metrics)

@@ -7,12 +7,12 @@ from typing import Any
 
 from autotune.config.schema import Config, Kind
 from autotune.config.vllm_flags import FLAG, PARALLEL, gpus
-from autotune.measure import objective, price
+from autotune.measure import metrics, objective
 from autotune.measure.result import Result
 from autotune.text import aligned, shorten
 
 WORDS = {"tensor_parallel_size": "TP", "pipeline_parallel_size": "PP", "data_parallel_size": "DP"}
-COST = next(iter(price.PER_MILLION))
+COST = next(iter(metrics.PER_MILLION))
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def holds(result: Result, config: Config) -> float:
 
 def cost(result: Result, per_gpu_hour: float) -> float | None:
     """The cost of a million output tokens."""
-    return price.per_million(result.metrics, gpus(result.args), per_gpu_hour).get(COST)
+    return metrics.per_million(result.metrics, gpus(result.args), per_gpu_hour).get(COST)
 
 
 def fleets(results: Iterable[tuple[str, Result]], config: Config, load: float) -> list[Fleet]:

@@ -4,7 +4,7 @@ The GPU's time of a step is the twin's word, part by part. What is left of the t
 the GPU waited for it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,7 @@ class Share:
 
 def account(twin: Twin, steps: Steps) -> dict[str, Share]:
     """Shares of the longest run in `steps`, of steps with a prefill and of those that only decode; no idle time."""
-    run = longest_run(steps)
-    rows = Steps(steps.name, steps.table[run], steps.args, steps.model, steps.kv_tokens)
+    rows = replace(steps, table=steps.table[longest_run(steps)])
     recorded = Recorded(rows, Cost(twin.device, twin.shape, resolve(rows.args, twin.device, twin.shape)))
     constants = prior(recorded.cost) * twin.factors
     work = recorded.work._replace(by_size=size_factor(twin.by_size, recorded.work.tokens))

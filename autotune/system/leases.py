@@ -25,6 +25,11 @@ class Lease:
     gpus: tuple[int, ...]
     files: tuple[int, ...]  # descriptors of the locks; a process that inherits them holds the lease, too
 
+    @property
+    def visible(self) -> str:
+        """The value for CUDA_VISIBLE_DEVICES."""
+        return ",".join(map(str, self.gpus))
+
 
 def devices(gpus: Any) -> list[int]:
     """Indices of the GPUs that `gpus` (a list or `all`) names. Raises InputError."""
@@ -75,16 +80,6 @@ def lease(gpus: Sequence[int], count: int) -> Iterator[Lease]:
         yield Lease(tuple(taken), tuple(file.fileno() for file in taken.values()))
 
 
-@contextmanager
-def lease_for(gpus: Any, count: int) -> Iterator[Lease | None]:
-    """Lease `count` of the GPUs that `gpus` (a list or `all`) names; null leases none. Raises InputError."""
-    if gpus is None:
-        yield None
-        return
-    with lease(devices(gpus), count) as granted:
-        yield granted
-
-
 def are_awaited() -> bool:
     """True if a trial of this user, or of one who shares the folder, has been waiting for GPUs for a moment."""
     folder, deadline = _folder(), time.monotonic() + QUEUE_S
@@ -100,11 +95,6 @@ def are_awaited() -> bool:
             time.sleep(POLL_S)
     finally:
         os.close(folder)
-
-
-def leased(lease: Lease | None) -> dict[str, str]:
-    """The entry `leased_gpus` for a result's `facts`; none without a lease."""
-    return {"leased_gpus": ",".join(map(str, lease.gpus))} if lease else {}
 
 
 def _folder() -> int:
