@@ -53,6 +53,11 @@ class Model:
     tokenizer_mode: str | None = None  # vLLM's
     trusted: bool = False  # code that comes with the tokenizer may run
 
+    @property
+    def words(self) -> list[str]:
+        """It, as `vllm serve` is told of it."""
+        return [self.path, *(["--revision", self.revision] if self.revision else [])]
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """Its config.json; what it says of the text part of a model of several stands beside the rest."""

@@ -95,7 +95,7 @@ class LiveBackend:
                     config=self.config,
                     gpus=gpus,
                     facts=facts | {"server": server.told},
-                    command=self.command(model, args),
+                    command=["vllm", "serve", *model.words, *self.vllm.command_line(redact(args))],
                     start=server.start,
                     load=load,
                     folder=folder,
@@ -114,11 +114,6 @@ class LiveBackend:
                 if not args.get("disable_log_stats"):
                     metrics_page.check(server.url)
                 yield engine(server)
-
-    def command(self, model: Model, args: Mapping[str, Any]) -> list[str]:
-        """`vllm serve …` as a user types it for the same configuration."""
-        revision = ["--revision", model.revision] if model.revision else []
-        return ["vllm", "serve", model.path, *revision, *self.vllm.command_line(redact(args))]
 
 
 def connections(flags: Mapping[str, Any]) -> int:

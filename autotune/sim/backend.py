@@ -110,14 +110,8 @@ class SimBackend:
             cost = self._cost(shape, flags)
         if missing := out_of_memory(cost):
             raise StartError(missing, cost.start_s)
-        revision = ["--revision", model.revision] if model.revision else []
-        command = [
-            "vllm",
-            "serve",
-            model.path,
-            *revision,
-            *vllm_flags.command_line(redact(args), vllm_flags.recorded()),
-        ]
+        words = vllm_flags.command_line(redact(args), vllm_flags.recorded())
+        command = ["vllm", "serve", *model.words, *words]
         if self.config.pace:
             pass_time(cost.start_s, self.config.pace, "start", folder)
         yield SimEngine(cost, samples, cost.start(), command, self.facts, self.config, folder)

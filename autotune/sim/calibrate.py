@@ -93,7 +93,8 @@ class Case:
         return Cost(device, self.shape, resolve(self.args, device, self.shape))
 
 
-def run() -> None:
+@errors_in_one_line()
+def main() -> None:
     parser = Parser(
         prog="autotune calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -238,11 +239,6 @@ def as_yaml(device: Device, cases: Sequence[Case]) -> str:
         shown = ", ".join(f"{metric.removesuffix('_ms')} {error:+.1%}" for metric, error in by_metric.items())
         lines.append(f"#   {name}: {shown}")
     return "\n".join(lines) + "\n" + from_steps.device_yaml(device)
-
-
-def main() -> None:
-    with errors_in_one_line():
-        run()
 
 
 if __name__ == "__main__":
