@@ -24,7 +24,7 @@ from autotune.measure.early_stopping import watched
 from autotune.measure.limits import limits_of, within
 from autotune.measure.objective import LOADED
 from autotune.measure.slot import Slot
-from autotune.sim.client import Arriving, SimClient
+from autotune.sim.client import SimClient
 from autotune.sim.cost import GIB, Cost
 from autotune.sim.engine import serve
 from autotune.sim.flags import AUTO, HARMLESS, MODELLED, Flags, refusal, resolve
@@ -173,7 +173,7 @@ def simulate(
 
     Where there is one replica, what would come after `stop` has ended the run may be left out.
     """
-    flags, device = cost.flags, cost.device
+    flags = cost.flags
     blocks = cost.kv_tokens() // flags.block_size - 1  # vLLM keeps one for itself
     caching, size = flags.enable_prefix_caching, flags.block_size
     # What the prompts of a trace or of a conversation share is exact: blocks are found one by one.
@@ -187,10 +187,8 @@ def simulate(
 
     count = flags.data_parallel_size
     sources = [traffic.source(scenario, samples, at, count, flags.max_model_len) for at in range(count)]
-    clients = [
-        SimClient(scenario, one, device, Arriving(samples, known, size), stop if count == 1 else Stop.never)
-        for one in sources
-    ]
+    until = stop if count == 1 else Stop.never
+    clients = [SimClient(scenario, one, samples, cost.device, known, size, until) for one in sources]
     replicas = [Scheduler(flags, KvCache(blocks, size, caching, span)) for _ in range(count)]
     observers = [serve(client, one, cost, record) for client, one in zip(clients, replicas, strict=True)]
     timings = [timing for client in clients for timing in client.timings]

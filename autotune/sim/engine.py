@@ -2,11 +2,11 @@
 
 import math
 from collections import deque
-from typing import Protocol
 
 from autotune.measure.bottleneck import ServerState
+from autotune.sim.client import SimClient
 from autotune.sim.cost import Cost
-from autotune.sim.scheduler import Batch, Request, Scheduler
+from autotune.sim.scheduler import Batch, Scheduler
 
 OBSERVE_S = 1.0  # simulated, between two states
 
@@ -57,22 +57,7 @@ def contents(scheduler: Scheduler, batch: Batch) -> tuple[float, ...]:
     return batch.decodes, batch.context, len(batch.chunks), batch.prefilled, attended, *queued
 
 
-class Client(Protocol):
-    """Sends requests to the server, and hears of their ends."""
-
-    next_s: float  # when the next request arrives; infinite while none is under way
-
-    def take(self) -> Request:
-        """The request that arrives at next_s."""
-
-    def answered(self, request: Request) -> None:
-        """Take note that `request` has ended, which has its times now; others may follow it."""
-
-    def stopped(self, now: float) -> bool:
-        """True once the requests that go on are to be left as they are."""
-
-
-def end(batch: Batch, ended: float, client: Client) -> None:
+def end(batch: Batch, ended: float, client: SimClient) -> None:
     """Note when the step `batch` has `ended`, and tell the `client` of the requests that it completed."""
     for request in batch.first:
         request.first_token = ended
@@ -82,7 +67,7 @@ def end(batch: Batch, ended: float, client: Client) -> None:
         client.answered(request)
 
 
-def serve(client: Client, scheduler: Scheduler, cost: Cost, record: bool = False) -> Observer:
+def serve(client: SimClient, scheduler: Scheduler, cost: Cost, record: bool = False) -> Observer:
     """Run the requests of `client`, and set their token times; returns what was observed, with `record` each step, too.
 
     An asynchronous host launches a step while the GPU runs the one before. Raises ValueError if a request can never be
