@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,22 +43,13 @@ class MadeUp(Sequence[Tokens]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    @overload
-    def __getitem__(self, index: int) -> Tokens: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Tokens]: ...
-
-    def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(len(self))[index]]
+    def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]
         left, pieces = int(self.lengths[index]), []
         for one in self.ids[self.ends[index - 1] if index else 0 : self.ends[index]].tolist():
             pieces.append(self._piece(2 * one + 1, min(left, self.piece_tokens)))
             left -= len(pieces[-1])
-        prompt: Tokens = np.concatenate([*pieces, self._piece(2 * index, left)])
-        return prompt
+        return np.concatenate([*pieces, self._piece(2 * index, left)])
 
     def begun_before(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens with which each of these prompts begins as an earlier one of them does, by the ids of its pieces."""

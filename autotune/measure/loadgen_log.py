@@ -40,7 +40,6 @@ class LoadGenResult:
     verdict: str  # VALID or INVALID
     reasons: list[str]  # why it is not VALID
     figures: dict[str, float]  # named as in result.json
-    version: str
 
 
 def values(detail_log: Path) -> dict[str, Any]:
@@ -54,7 +53,7 @@ def read(detail_log: Path) -> LoadGenResult:
     """Parse mlperf_log_detail.txt. Raises KeyError or OSError if LoadGen has not finished."""
     entries = values(detail_log)
     if entries.get("effective_test_mode") == "AccuracyOnly":  # it has neither figures nor a verdict
-        return LoadGenResult("VALID", [], {}, entries["loadgen_version"])
+        return LoadGenResult("VALID", [], {})
     figures = {}
     for key, value in entries.items():
         if key in FIGURES:
@@ -66,4 +65,4 @@ def read(detail_log: Path) -> LoadGenResult:
     reasons = [why for check, why in CHECKS.items() if entries.get(check) is False]
     if entries["num_errors"]:
         reasons.append(f"LoadGen logged {entries['num_errors']} errors; see {detail_log}")
-    return LoadGenResult(entries["result_validity"], reasons, figures, entries["loadgen_version"])
+    return LoadGenResult(entries["result_validity"], reasons, figures)
