@@ -106,7 +106,9 @@ class Sharing:
                 stays = True
                 raise
             finally:
-                _keep_log(shared, self.folder)
+                logged = shared.server.log.read_bytes()  # the trial's own part of it goes to its vllm.log
+                write_whole(self.folder / "vllm.log", redact(logged[shared.log_at :].decode(errors="replace")))
+                shared.log_at = len(logged)
                 shared.since.append(self.folder)
         finally:
             if not stays:
@@ -211,10 +213,3 @@ def change(server: Server, plan: Mapping[str, Any], folder: Path) -> dict[str, A
         raise UnprovenError(f"{wrong[0]} is {active.get(wrong[0])}, and not {plan['expected'][wrong[0]]}")
     recording.forget(server.scratch)
     return active
-
-
-def _keep_log(shared: Shared, folder: Path) -> None:
-    """Leave what the server has logged since the last trial in the trial's own vllm.log."""
-    text = shared.server.log.read_bytes()
-    write_whole(folder / "vllm.log", redact(text[shared.log_at :].decode(errors="replace")))
-    shared.log_at = len(text)

@@ -220,7 +220,7 @@ def out_of_memory(cost: Cost) -> str:
         return f"no memory is left for the KV cache (simulated); raise {share} or tensor_parallel_size"
     if tokens < longest:
         return f"the KV cache holds {tokens} tokens (simulated), max_model_len={longest} needs more; raise {share}"
-    if (missing := cost.logits_bytes() - cost.spare_bytes()) > 0:
+    if (missing := cost.missing_bytes()) > 0:
         return (
             f"CUDA out of memory (simulated): logits of max_num_seqs={cost.flags.max_num_seqs} sequences need "
             f"{missing / GIB:.1f} GiB more than {share} leaves"

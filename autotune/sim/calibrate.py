@@ -80,16 +80,12 @@ class Case:
 
     def estimated(self, device: Device) -> dict[str, float]:
         """The compared metrics, simulated."""
-        cost = self._cost(device)
+        cost = self.cost(device)
         draws = [simulate(cost, scenario, samples).requests for scenario, samples in self.draws]
         simulated = [from_requests(requests, []) for requests in draws]
         return {metric: float(np.mean([run[metric] for run in simulated])) for metric in self.tolerances()}
 
-    def start_error_s(self, device: Device) -> float:
-        """Seconds that the measured start took longer than the simulated one."""
-        return (self.start_s or 0.0) - self._cost(device).start_s
-
-    def _cost(self, device: Device) -> Cost:
+    def cost(self, device: Device) -> Cost:
         return Cost(device, self.shape, resolve(self.args, device, self.shape))
 
 
@@ -195,8 +191,8 @@ def fit(cases: Sequence[Case], start: Device) -> Device:
     with ProcessPoolExecutor() as pool:
         fits = list(pool.map(fit_from, repeat(cases), repeat(start), SLOWER))
     fitted = min(fits, key=lambda fit: fit[1])[0]
-    if starts := [case.start_error_s(fitted) for case in cases if case.start_s]:
-        fitted = dataclasses.replace(fitted, warmup_s=max(0.0, fitted.warmup_s + float(np.mean(starts))))
+    if longer := [case.start_s - case.cost(fitted).start_s for case in cases if case.start_s]:
+        fitted = dataclasses.replace(fitted, warmup_s=max(0.0, fitted.warmup_s + float(np.mean(longer))))
     return fitted
 
 

@@ -143,7 +143,7 @@ class Cost:
         size = min(shape.weight_bytes, 1.0) if flags.fp8_weights else shape.weight_bytes
         self.weight_bytes = (shape.linear + shape.expert * shape.experts) * size / tp
         self.output_bytes = shape.embedding * 2 / tp
-        self.kv_bytes = shape.layers * shape.kv_values * (1 if flags.fp8_kv else 2) / tp
+        self.kv_bytes = shape.layers * shape.kv_values * (1 if str(flags.kv_cache_dtype).startswith("fp8") else 2) / tp
         # A token's bytes around the matrix products: norms, residuals, rotations, activations.
         token_bytes = 2 * shape.layers * (10 * shape.hidden + 4 * shape.width / tp)
         token_s, fixed_s = token_bytes / bandwidth, device.step_s + self.output_bytes / bandwidth
@@ -193,17 +193,18 @@ class Cost:
         room = device.memory_gib * flags.gpu_memory_utilization * GIB - device.other_gib * GIB - weights - activations
         return int((room + self.more_kv_bytes) / self.kv_bytes)
 
-    def logits_bytes(self) -> float:
-        """Memory that vLLM's sampler takes in its warm-up with max_num_seqs sequences: float32 logits, twice."""
-        return 2 * 4 * self.flags.max_num_seqs * self.shape.vocab / self.flags.tensor_parallel_size
+    def missing_bytes(self) -> float:
+        """Memory that vLLM's sampler lacks in its warm-up; it takes float32 logits of max_num_seqs sequences twice.
 
-    def spare_bytes(self) -> float:
-        """Memory that gpu_memory_utilization leaves, less the CUDA graphs; infinite on a CPU."""
-        if self.device.kv_gib is not None:
-            return math.inf
-        left = (1 - self.flags.gpu_memory_utilization) * self.device.memory_gib
-        graphs = sum(size <= self.flags.max_num_seqs for size in self.flags.graph_sizes)
-        return (left - self.device.graph_gib * graphs) * GIB
+        The share that gpu_memory_utilization leaves has to hold them, beside the CUDA graphs. A CPU lacks none.
+        """
+        device, flags = self.device, self.flags
+        if device.kv_gib is not None:
+            return -math.inf
+        logits = 2 * 4 * flags.max_num_seqs * self.shape.vocab / flags.tensor_parallel_size
+        graphs = sum(size <= flags.max_num_seqs for size in flags.graph_sizes)
+        left = (1 - flags.gpu_memory_utilization) * device.memory_gib - device.graph_gib * graphs
+        return logits - left * GIB
 
     @property
     def start_s(self) -> float:

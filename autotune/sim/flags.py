@@ -41,10 +41,6 @@ class Flags:
     def fp8_weights(self) -> bool:
         return self.quantization == "fp8"
 
-    @property
-    def fp8_kv(self) -> bool:
-        return str(self.kv_cache_dtype).startswith("fp8")
-
     @cached_property
     def graph_sizes(self) -> tuple[int, ...]:
         """Tokens of the captured CUDA graphs, ascending."""

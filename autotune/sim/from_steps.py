@@ -78,12 +78,10 @@ def guessed(twin: Twin, steps: Steps) -> Steps:
         args = {"max_num_batched_tokens": max(int(steps.tokens.max()), 256), "max_cudagraph_capture_size": size}
         return dataclasses.replace(steps, args=args, name=f"{steps.name} (graphs up to {size}, a guess)")
 
-    return min(map(with_graphs, GRAPHS), key=lambda one: seconds_off(twin, one))
+    def seconds_off(one: Steps) -> float:
+        return sum(found.steps * found.measured_s * found.constant for found in errors(twin, one))
 
-
-def seconds_off(twin: Twin, steps: Steps) -> float:
-    """Seconds by which the time of all `steps` is off, kind by kind."""
-    return sum(found.steps * found.measured_s * found.constant for found in errors(twin, steps))
+    return min(map(with_graphs, GRAPHS), key=seconds_off)
 
 
 def device_yaml(device: Device) -> str:
