@@ -50,11 +50,6 @@ def _head(url: str, chat: bool) -> bytes:
 class Stream:
     """A request and the progress of its answer. Times are seconds of time.perf_counter(), 0 before."""
 
-    __slots__ = (
-        *("_chat", "_keep", "_kept", "deadline", "first", "ids", "last"),
-        *("number", "request", "said", "sent", "status", "tail"),
-    )
-
     def __init__(self, number: int, request: bytes, keep: bool = False, chat: bool = False) -> None:
         self.number = number
         self.request = request
@@ -67,25 +62,7 @@ class Stream:
         self.sent = self.first = self.last = 0.0  # last byte written; first event, last bytes read
         self.status = 0
         self.tail = b"\n"
-
-    @property
-    def tokens(self) -> int:
-        """Generated tokens as the server counts them; 0 unless it reported them with status 200."""
-        return self._counted(TOKENS)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """The prompt's tokens, likewise."""
-        return self._counted(PROMPT_TOKENS)
-
-    def _counted(self, name: re.Pattern[bytes]) -> int:
-        counts = name.findall(self.tail)
-        return int(counts[-1]) if counts and self.status == 200 else 0
-
-    @property
-    def text(self) -> str:
-        """The end of the answer, for an error message."""
-        return self.tail.decode(errors="replace").strip()[:ERROR_BYTES]
+        self.tokens = self.prompt_tokens = 0  # once it has ended: as the server counts them, with status 200
 
     def read(self, body: bytes, now: float) -> int:
         """Take the next bytes of the answer's body; returns the number of events that begin in them.
@@ -104,6 +81,19 @@ class Stream:
             if not self.first or len(self._kept) > KEPT_BYTES:
                 self.parse()
         return events
+
+    def end(self) -> str:
+        """Take in the last event; returns what is wrong with the answer, empty if it has a count of tokens."""
+        if self.status == 200:
+            found = [[0, *name.findall(self.tail)] for name in (TOKENS, PROMPT_TOKENS)]
+            self.tokens, self.prompt_tokens = (int(counts[-1]) for counts in found)
+        if self._keep:
+            self.parse()
+        if not self.tokens:
+            return f"vLLM answered {self.status}: {self.tail.decode(errors='replace').strip()[:ERROR_BYTES]}"
+        if self.ids is not None and len(self.ids) != self.tokens:
+            return f"vLLM counted {self.tokens} tokens and sent the ids of {len(self.ids)}"
+        return ""
 
     def parse(self) -> None:
         """Find the token ids, or the text, of the events that are whole."""
@@ -190,12 +180,7 @@ class Client:
             self._idle.append(connection)
         else:
             connection.close()
-        error = "" if stream.tokens else f"vLLM answered {stream.status}: {stream.text}"
-        if self._keep:
-            stream.parse()
-            if not error and stream.ids is not None and len(stream.ids) != stream.tokens:
-                error = f"vLLM counted {stream.tokens} tokens and sent the ids of {len(stream.ids)}"
-        self._end(stream, error)
+        self._end(stream, stream.end())
 
     def lose(self, stream: Stream | None, connection: "Connection", error: str) -> None:
         """Give up `connection`, which has failed in mid-stream, or was closed while it was idle."""
