@@ -2,6 +2,8 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,34 +11,26 @@ from numpy.typing import NDArray
 Prefix = Sequence[Hashable] | Callable[[], Sequence[Hashable]]
 
 
+@dataclass(slots=True, eq=False)
 class Block:
     """A full block that is cached, or several in a row: it can be found by its key."""
 
-    __slots__ = ("key", "ref_count")
-
-    def __init__(self, key: Hashable) -> None:
-        self.key = key
-        self.ref_count = 1
+    key: Hashable
+    ref_count: int = 1
 
 
 class BlockTable:
-    """A request's blocks. `prefix` has a key for each cached block of its prompt; equal keys mean equal beginnings.
-
-    A function is called for them when they are first looked for: many requests may wait until then.
-    """
-
-    __slots__ = ("_prefix_of", "cached", "count", "prefix")
+    """A request's blocks. `prefix` has a key for each cached block of its prompt; equal keys mean equal beginnings."""
 
     def __init__(self, prefix: Prefix = ()) -> None:
-        self._prefix_of = prefix if callable(prefix) else None
-        self.prefix: Sequence[Hashable] = () if callable(prefix) else prefix
+        self._prefix = prefix
         self.count = 0  # of them
         self.cached: list[Block] = []  # the first of them
 
-    def look(self) -> None:
-        """Make the keys, if that has not been done."""
-        if self._prefix_of:
-            self.prefix, self._prefix_of = self._prefix_of(), None
+    @cached_property
+    def prefix(self) -> Sequence[Hashable]:
+        """The keys, made when they are first looked for: many requests may wait until then."""
+        return self._prefix() if callable(self._prefix) else self._prefix
 
     def key(self, index: int) -> Hashable:
         """The key of block `index`; generated tokens have a key of this request's own, for after a preemption."""
@@ -73,7 +67,6 @@ class KvCache:
         """The longest cached beginning of a request of `length` tokens, whose last token is always computed anew."""
         prefix: list[Block] = []
         if self.caching:
-            table.look()
             for index in range((length - 1) // self.cached_size):
                 blocks = self._cached.get(table.key(index))
                 if not blocks:

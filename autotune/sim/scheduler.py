@@ -8,42 +8,34 @@ block in the prefix cache whose last token was to be computed in the very step t
 
 import heapq
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 from autotune.sim.flags import Flags
 from autotune.sim.kv_cache import BlockTable, KvCache, Prefix
 
 
+@dataclass(slots=True, eq=False)
 class Request:
     """`prompt` tokens in, `output` tokens out; times are seconds on the run's clock."""
 
-    __slots__ = (
-        *("number", "arrival", "prompt", "output", "priority", "block_table"),
-        *("length", "computed", "generated", "order", "since", "due", "first_token", "last_token"),
-    )
+    number: int  # in order of arrival
+    prompt: int
+    output: int
+    arrival: float = 0.0
+    prefix: InitVar[Prefix] = ()
+    priority: int = 0  # the lowest is served first
+    block_table: BlockTable = field(init=False)
+    length: int = field(init=False)  # tokens to compute before it decodes; after a preemption, its generated ones, too
+    order: int = 0  # of admission
+    due: int = 0  # while it decodes: the next step that must visit it; else 0
+    since: int = 0  # while it decodes: the step before which the next two held; each step since adds one to both
+    computed: int = 0
+    generated: int = 0
+    first_token: float = 0.0
+    last_token: float = 0.0
 
-    def __init__(
-        self,
-        number: int,
-        prompt: int,
-        output: int,
-        arrival: float = 0.0,
-        prefix: Prefix = (),
-        priority: int = 0,
-    ) -> None:
-        self.number = number  # in order of arrival
-        self.arrival = arrival
-        self.prompt = prompt
-        self.output = output
-        self.priority = priority  # the lowest is served first
-        self.block_table = BlockTable(prefix)
-        self.length = prompt  # tokens to compute before it decodes; after a preemption, its generated ones, too
-        self.order = 0  # of admission
-        self.due = 0  # while it decodes: the next step that must visit it; else 0
-        self.since = 0  # while it decodes: the step before which the next two held; each step since adds one to both
-        self.computed = 0
-        self.generated = 0
-        self.first_token = self.last_token = 0.0
+    def __post_init__(self, prefix: Prefix) -> None:
+        self.block_table, self.length = BlockTable(prefix), self.prompt
 
     def __lt__(self, other: "Request") -> bool:
         return (self.priority, self.number) < (other.priority, other.number)
