@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Tokenizer
 
@@ -20,16 +20,17 @@ def load(folder: Path, trusted: bool = False, mode: str | None = None) -> Tokeni
     file = folder / "tokenizer.json"
     if file.exists() and mode != "mistral":
         try:
-            tokenizer: Any = Tokenizer.from_file(str(file))
+            tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library has no class of its own for what it can't read
             raise InputError(f"{file}: no tokenizer ({one_line(error)}); get or make it again") from None
     else:
         loaded = load_transformers(folder, trusted, mode)
-        tokenizer = getattr(loaded, "backend_tokenizer", None) or PythonTokenizer(loaded)
+        if not getattr(loaded, "backend_tokenizer", None):
+            return cast(Tokenizer, PythonTokenizer(loaded))
+        tokenizer = loaded.backend_tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    typed: Tokenizer = tokenizer
-    return typed
+    return tokenizer
 
 
 def load_transformers(folder: Path, trusted: bool = False, mode: str | None = None) -> Any:
@@ -73,9 +74,3 @@ class PythonTokenizer:
 
     def to_str(self) -> str:
         return json.dumps(self._loaded.get_vocab(), sort_keys=True)
-
-    def no_truncation(self) -> None:
-        """It cuts nothing unless it is asked to."""
-
-    def no_padding(self) -> None:
-        """It fills up nothing unless it is asked to."""
