@@ -46,26 +46,25 @@ class MadeUp(Sequence[Tokens]):
     def __getitem__(self, index: Any) -> Any:
         index = range(len(self))[index]
         left, pieces = int(self.lengths[index]), []
-        for one in self.ids[self.ends[index - 1] if index else 0 : self.ends[index]].tolist():
+        for one in self._ids(index):
             pieces.append(self._piece(2 * one + 1, min(left, self.piece_tokens)))
             left -= len(pieces[-1])
         return np.concatenate([*pieces, self._piece(2 * index, left)])
 
     def begun_before(self, order: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens with which each of these prompts begins as an earlier one of them does, by the ids of its pieces."""
-        begins = np.where(order > 0, self.ends[order - 1], 0)
-        counts = self.ends[order] - begins
-        rows = np.repeat(np.arange(len(order)), counts)
-        starts = np.cumsum(counts) - counts
-        ids = self.ids[np.arange(counts.sum()) - np.repeat(starts - begins, counts)]
-        first = np.full(len(self.ids) + 1, len(order))  # the first row with an id
-        np.minimum.at(first, ids, rows)
-        new = first[ids] == rows
-        place = np.arange(len(ids)) - np.repeat(starts, counts)
-        common = counts.copy()  # pieces before the first new one
-        np.minimum.at(common, rows[new], place[new])
-        tokens: NDArray[np.int64] = np.minimum(common * self.piece_tokens, self.lengths[order])
+        seen: set[int] = set()
+        common = []
+        for index in order.tolist():
+            ids = self._ids(index)
+            common.append(next((place for place, one in enumerate(ids) if one not in seen), len(ids)))
+            seen.update(ids)
+        tokens: NDArray[np.int64] = np.minimum(np.array(common) * self.piece_tokens, self.lengths[order])
         return tokens
+
+    def _ids(self, index: int) -> list[int]:
+        found: list[int] = self.ids[self.ends[index - 1] if index else 0 : self.ends[index]].tolist()
+        return found
 
     def _piece(self, name: int, tokens: int) -> Tokens:
         """So many tokens, the first of which spell the number `name`; what follows begins anywhere in the text."""

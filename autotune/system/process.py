@@ -125,26 +125,18 @@ class ForkServer:
     def fork(self) -> "Forked":
         """Start a process in which `serve` returns the other end of this one's `requests`."""
         ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)  # not a file: a request may hold secrets
-        alive, keep = os.pipe()
-        code, report = os.pipe()
-        try:
-            socket.send_fds(self._requests, [b"1"], [theirs.fileno(), alive, report])
-        except BrokenPipeError:
-            pass  # the server has ended, and its forks with it; `code` will tell
-        finally:
-            theirs.close()
-            for descriptor in (alive, report):
-                os.close(descriptor)
-        return Forked(ours, keep, code, self._stop_timeout_s)
+        life, other = socket.socketpair()
+        with theirs, other, suppress(BrokenPipeError):  # it has ended, and its forks with it; `life` will tell
+            socket.send_fds(self._requests, [b"1"], [theirs.fileno(), other.fileno()])
+        return Forked(ours, life, self._stop_timeout_s)
 
 
 class Forked:
     """A process that a ForkServer forked; it ends with this process."""
 
-    def __init__(self, requests: socket.socket, keep: int, code: int, stop_timeout_s: float) -> None:
+    def __init__(self, requests: socket.socket, life: socket.socket, stop_timeout_s: float) -> None:
         self._requests = requests
-        self._keep = os.fdopen(keep, "wb")  # while it is open, the process may run
-        self._code = os.fdopen(code, "rb")  # the process's guard writes the exit code, then closes it
+        self._life = life  # while it is open, the process may run; its guard writes the exit code there
         self._stop_timeout_s = stop_timeout_s
         self._ended: int | None = None
         self.lost = False  # once it has ended: with its guard, so that nobody knows why
@@ -167,17 +159,17 @@ class Forked:
 
     def wait(self, timeout_s: float) -> int | None:
         """Exit code, or None if it still runs after `timeout_s`."""
-        if self._ended is None and select.select([self._code], [], [], timeout_s)[0]:
-            code = self._code.read()
+        if self._ended is None and select.select([self._life], [], [], timeout_s)[0]:
+            code = self._life.recv(3)
             self._ended, self.lost = int(code or 128 + signal.SIGKILL), not code
-            self._code.close()
-            self._keep.close()
+            self._life.close()
             self._requests.close()
         return self._ended
 
     def stop(self) -> None:
         """End the process and everything it started."""
-        self._keep.close()
+        if self._ended is None:
+            self._life.shutdown(socket.SHUT_WR)
         self.wait(self._stop_timeout_s + 5)  # by then its guard has killed it, or is stuck itself
 
 
@@ -191,7 +183,7 @@ def serve(descriptor: int, stop_timeout_s: float) -> socket.socket:
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, signal.SIG_IGN) for number in numbers]  # it ends after its forks
     while True:
-        message, descriptors, _, _ = socket.recv_fds(requests, 1, 3)
+        message, descriptors, _, _ = socket.recv_fds(requests, 1, 2)
         if not message:
             break
         if os.fork() == 0:
@@ -199,20 +191,15 @@ def serve(descriptor: int, stop_timeout_s: float) -> socket.socket:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
-            own, alive, report = descriptors
-            _guarded(alive, report, stop_timeout_s)
+            own, life = descriptors
+            os.setsid()
+            code = guard(stop_timeout_s, life)
+            if code is not None:
+                os.write(life, str(code).encode())
+                os._exit(code)
             return socket.socket(fileno=own)
         for received in descriptors:
             os.close(received)
     with suppress(ChildProcessError):
         os.wait()  # returns once all have ended, as SIGCHLD is ignored
     sys.exit()
-
-
-def _guarded(alive: int, report: int, stop_timeout_s: float) -> None:
-    os.setsid()
-    code = guard(stop_timeout_s, alive)
-    if code is not None:
-        os.write(report, str(code).encode())
-        os._exit(code)
-    os.close(report)
