@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from autotune.measure import progress
 
@@ -44,7 +45,10 @@ def _values(folder: Path, entries: list[dict[str, object]], began: float) -> Ite
             yield entry["time"], f"run/{name}", value
     for file, group in ((SERVER, "server"), (GPU, "gpu"), (SYSTEM, "system")):
         try:
-            yield from _system(folder / file) if group == "system" else _rows(folder / file, group, began)
+            for time, sample in _samples(folder / file, began):
+                for name, value in sample.items():
+                    if value not in ("", None):
+                        yield time, f"{group}/{name}", number(value)
         except FileNotFoundError:
             continue
         except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
@@ -53,20 +57,13 @@ def _values(folder: Path, entries: list[dict[str, object]], began: float) -> Ite
             )
 
 
-def _rows(path: Path, group: str, began: float) -> Iterator[tuple[float, str, float]]:
-    with path.open(newline="") as rows:
-        for row in csv.DictReader(rows):
-            time = began + float(row.pop("time_s"))
-            yield from ((time, f"{group}/{name}", number(value)) for name, value in row.items() if value)
+def _samples(path: Path, began: float) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Yield the time of each row of a CSV file, or of each line of JSON, and the rest of it."""
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file):
+            yield began + float(row.pop("time_s")) if "time_s" in row else float(row.pop("time")), row
 
 
-def _system(path: Path) -> Iterator[tuple[float, str, float]]:
-    for line in path.read_text().splitlines():
-        sample = json.loads(line)
-        time = float(sample.pop("time"))
-        yield from ((time, f"system/{name}", float(value)) for name, value in sample.items())
-
-
-def number(text: str) -> float:
+def number(text: str | float) -> float:
     """A number or a boolean, as write_rows wrote it."""
     return float(text) if text not in ("True", "False") else float(text == "True")
