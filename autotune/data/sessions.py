@@ -34,10 +34,7 @@ def conversations(
     output_bounds: tuple[int, int],
     seed: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the turns of `count` conversations of made-up text, whose lengths are exact numbers of tokens.
-
-    Raises InputError.
-    """
+    """Yield the turns of made-up conversations, whose lengths are exact numbers of tokens. Raises InputError."""
     check_numbers(
         ("count", count, 1, MOST),
         ("turns", turns, 1, MOST_TURNS),

@@ -33,10 +33,7 @@ def lateness(spec: RunSpec, issued: Sequence[float], sent: Sequence[float]) -> l
 def figures(
     reports: Sequence[ProcessReport], own_cpu_s: float, run_s: float, late: Sequence[float]
 ) -> dict[str, float]:
-    """The client's figures of itself in a run of `run_s`, named as in result.json.
-
-    `own_cpu_s` is the CPU time of LoadGen's process, `late` the requests' lateness; all in seconds.
-    """
+    """The client's figures of itself in a run, named as in result.json; `late` is the requests' lateness, s."""
     values = {
         "client_cpu": max(own_cpu_s, *(report.cpu_s for report in reports)) / run_s,  # of a core, busiest process
         "client_lag_p99_ms": max(report.lag_p99_ms for report in reports),

@@ -42,10 +42,7 @@ def install() -> None:
 
 
 def change(core: Any, changes: dict[str, Any]) -> dict[str, Any]:
-    """Change the engine's configuration, by dotted names, from that of its start; returns what is active then.
-
-    `error` is among it if nothing has changed.
-    """
+    """Change the engine's configuration, by dotted names, from its start's; returns what is active, or an `error`."""
     try:
         began = time.perf_counter()
         if busy := what_keeps_busy(core):

@@ -132,10 +132,7 @@ open_probe = functools.cache(Probe)  # one in a process: vLLM takes seconds to i
 
 @functools.cache
 def find_vllm(python: str, env: Env, cache_dir: Path) -> InstalledVllm:
-    """The vLLM of the interpreter `python`; takes seconds once for each version, whose flags are cached on disk.
-
-    Raises InputError if there is none.
-    """
+    """The vLLM of `python`, its flags from the disk where its version was seen before. Raises InputError."""
     versions = _versions(python)
     key = hashlib.sha256(json.dumps([python, versions, PROBE.read_text()]).encode()).hexdigest()[:16]
     cached = cache_dir / "vllm" / f"{key}.json"

@@ -264,10 +264,7 @@ def ttft_added(spec: RunSpec, sut: Requests, during: Totals) -> dict[str, float]
 
 
 def warm_up(clients: Clients, messages: Iterator[list[Message]], spec: RunSpec, samples: int) -> None:
-    """Send the same requests at once in rounds, until a round is no faster than those before; empty vLLM's caches.
-
-    Raises MeasureError for the first request that fails.
-    """
+    """Send the same requests in rounds until one is no faster; empty vLLM's caches. Raises MeasureError."""
     count = spec.scenario.warmup_requests
     rounds = spec.warmup_rounds if count else 0
     if not rounds:

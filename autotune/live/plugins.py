@@ -13,10 +13,7 @@ ALLOWED = "VLLM_PLUGINS"  # vLLM's: the names of the plugins that it may load; a
 
 
 def installed(name: str, module: Path, scratch: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """Put a copy of `module`, whose `install` vLLM is to call, into `scratch`, which is on PYTHONPATH.
-
-    Returns what the server's environment `env` lacks for it.
-    """
+    """Put a copy of `module`, whose `install` vLLM calls, into `scratch`; returns what the environment `env` lacks."""
     shutil.copyfile(module, scratch / f"{name}.py")
     package = scratch / f"{name}-0.dist-info"
     package.mkdir()

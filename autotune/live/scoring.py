@@ -38,10 +38,7 @@ def prefilled(server: Server, texts: Sequence[list[int]], timeout_s: float, chec
 def decoded(
     server: Server, prompts: Sequence[tuple[list[int], int]], timeout_s: float, check: Callable[[], None]
 ) -> list[tuple[list[int], Floats]]:
-    """An answer to each prompt, of so many tokens at most, drawn at temperature 1, and its log-probabilities.
-
-    Raises MeasureError.
-    """
+    """Answers to prompts, of so many tokens at most, and their log-probabilities. Raises MeasureError."""
 
     def read(_: Json, choice: Json) -> tuple[list[int], Floats]:
         found = np.array(choice["logprobs"]["token_logprobs"], dtype=float)

@@ -65,10 +65,7 @@ class Stream:
         self.tokens = self.prompt_tokens = 0  # once it has ended: as the server counts them, with status 200
 
     def read(self, body: bytes, now: float) -> int:
-        """Take the next bytes of the answer's body; returns the number of events that begin in them.
-
-        Those of a chat count if they have a token.
-        """
+        """Take the next bytes of the answer; returns how many events begin in them, of a chat those with a token."""
         text, old = self.tail + body, len(self.tail)
         if self._chat:
             events = sum(found.end() > old for found in DELTA.finditer(text, max(0, old - DELTA_BYTES)))

@@ -104,10 +104,7 @@ class Scorer(Protocol):
         """The log-probability of each token after a text's first one, in prefill. Raises MeasureError."""
 
     def decoded(self, prompts: Sequence[tuple[list[int], int]]) -> list[tuple[list[int], NDArray[np.float64]]]:
-        """An answer to each prompt, of so many tokens at most, drawn at temperature 1, and its log-probabilities.
-
-        Raises MeasureError.
-        """
+        """Answers to prompts, of so many tokens at most, drawn at temperature 1, and their log-probabilities."""
 
 
 class Backend(Protocol):

@@ -22,10 +22,7 @@ class Slot:
 
     @contextmanager
     def leased(self, gpus: Any, count: int) -> Iterator[None]:
-        """Lease `count` of the GPUs that `gpus` names; they are given back unless a server stays on them.
-
-        Raises InputError.
-        """
+        """Lease `count` of `gpus`, which are given back unless a server stays on them. Raises InputError."""
         if self._leased_for != (gpus, count):
             self.close()
             self.lease = None if gpus is None else self._lease_held.enter_context(lease(devices(gpus), count))

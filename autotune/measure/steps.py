@@ -64,10 +64,7 @@ class Steps:
 
 
 def keep(recording: Recording, args: Mapping[str, Any], model: Mapping[str, Any], folder: Path) -> str:
-    """Save the steps that a trial's engine recorded to its `folder`, and log what is missing.
-
-    Returns what became of them, in words.
-    """
+    """Save a trial's recorded steps, and log what is missing; returns what became of them, in words."""
     missing = recording.missing
     count = len(recording.rows)
     if count >= FEWEST:

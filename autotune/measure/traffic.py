@@ -192,10 +192,7 @@ def ramp(scenario: ScenarioConfig, at: int, of: int) -> list[float]:
 
 
 def source(scenario: ScenarioConfig, samples: Samples, at: int = 0, of: int = 1, room: int | None = None) -> Source:
-    """The requests of `scenario` over `samples`; of several servers that share them, those of server `at` of `of`.
-
-    `room` is the most tokens that a prompt and its answer may have.
-    """
+    """The requests to server `at` of `of` that share a run; `room`: the most tokens of a prompt and its answer."""
     if samples.turns is not None:
         return Sessions(scenario, samples, at, of, room)
     if scenario.kind in (Kind.SingleStream, Kind.ClosedLoop):

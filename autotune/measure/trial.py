@@ -136,10 +136,7 @@ def score(
 
 
 def measure(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> RunResult:
-    """Make the runs that `config` asks for on `engine`, and fill `result`; `flags` are vLLM's, resolved.
-
-    Returns the run that `result` describes.
-    """
+    """Make the runs of `config`, and fill `result`; returns the run that it describes. `flags` are vLLM's, resolved."""
     result.estimated, result.command = engine.estimated, engine.command
     result.facts |= engine.facts
     result.start = engine.start

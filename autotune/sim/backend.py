@@ -236,10 +236,7 @@ def pass_time(
     requests: Sequence[RequestTiming] = (),
     scenario: ScenarioConfig | None = None,
 ) -> None:
-    """Let `pace` real seconds pass for each simulated one, and publish rates as a real run does.
-
-    Raises StoppedError if the trial is asked to end.
-    """
+    """Let `pace` real seconds pass for each simulated one, and publish rates as a run does. Raises StoppedError."""
     progress.phase(folder, phase)
     began, step = time.monotonic(), 1
     while (now_s := (time.monotonic() - began) / pace) < simulated_s:

@@ -203,12 +203,9 @@ def expected(
     t1: Floats,
     t2: Floats,
     overlapped: NDArray[np.bool_],
-    pace: Floats | float = 1.0,
+    pace: Floats | float = 1.0,  # factor on the host's time
 ) -> Times:
-    """Times at which results of `work`, scheduled at `t1`, are expected; each is told the results `t2` before it.
-
-    `pace` multiplies the host's time.
-    """
+    """Times at which results of `work`, scheduled at `t1`, are expected; each is told the results `t2` before it."""
     step = seconds(constants, work)
     prepare, launch, gpu, back = step.prepare_s * pace, step.launch_s * pace, step.gpu_s, step.return_s
     gpu_noise, host_noise = GPU_NOISE * gpu + JITTER_S, HOST_NOISE * (prepare + launch)
@@ -240,10 +237,7 @@ def expected(
 
 
 def unfitted(device: Device, shape: Shape, sigma: float, host_sigma: float) -> Twin:
-    """A twin of a server of which no steps are known.
-
-    `sigma` is the standard deviation of the logarithm of each of `device`'s constants, `host_sigma` of the host's.
-    """
+    """A twin without steps; the logarithms of its constants deviate by `sigma`, those of the host's by `host_sigma`."""
     widths = np.full(len(CONSTANTS), sigma)
     widths[ON_HOST] = host_sigma
     return Twin(device, shape, np.ones(len(CONSTANTS)), np.diag(widths**2), (0.0, 0.0), Pace())
@@ -321,10 +315,7 @@ def times_of(twin: Twin, recorded: Recorded, pace: Floats | float = 1.0) -> Time
 
 
 def pace_of(twin: Twin, data: Sequence[Recorded]) -> Pace:
-    """Pace of the host, as it varies from launch to launch in each server's longest run: short ones find it uneven.
-
-    What interrupted it is left out.
-    """
+    """Pace of the host from launch to launch, uninterrupted, in each server's longest run: short ones are uneven."""
     found: dict[bool, list[float]] = {True: [], False: []}
     for recorded in data:
         times = times_of(twin, recorded)

@@ -86,10 +86,7 @@ class GuardedProcess(Stoppable):
 
 
 def fork(work: Callable[[], None]) -> int:
-    """Start a copy of this process that runs `work` and then ends, with 0 or, after an error, 1; returns its pid.
-
-    The copy dies with the thread that started it.
-    """
+    """Start a copy of this process, which dies with this thread; it ends with 1 if `work` raises. Returns its pid."""
     parent = os.getpid()
     if pid := os.fork():
         return pid
