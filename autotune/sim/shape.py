@@ -11,17 +11,7 @@ OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 STATE = ("mamba", "ssm", "rwkv", "linear_", "conv_")  # how fields of layers without attention begin
 # Models whose layers have two matrices after the attention, not three.
 NOT_GATED = (
-    "bloom",
-    "codegen",
-    "falcon",
-    "gpt_bigcode",
-    "gpt_neox",
-    "gptj",
-    "mpt",
-    "nemotron",
-    "opt",
-    "phi",
-    "starcoder2",
+    *("bloom", "codegen", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "nemotron", "opt", "phi", "starcoder2"),
 )
 # What families call the number of experts, and of those that a token is multiplied with.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -110,11 +100,8 @@ def _attention(config: Mapping[str, Any], hidden: int, heads: int, kv_heads: int
 
 def _mlp(config: Mapping[str, Any], hidden: int, layers: int) -> tuple[int, int, int, int, int]:
     """Parameters for all tokens, an MLP's width; parameters of an expert, experts, and those that a token takes."""
-    wide, experts, per_token = (
-        config.get("intermediate_size") or 0,
-        _first(config, EXPERTS),
-        _first(config, EXPERTS_PER_TOKEN),
-    )
+    wide = config.get("intermediate_size") or 0
+    experts, per_token = _first(config, EXPERTS), _first(config, EXPERTS_PER_TOKEN)
     if not experts or not per_token:
         return layers * 3 * hidden * wide, wide, 0, 0, 0
     dense = min(layers, config.get("first_k_dense_replace") or 0)
