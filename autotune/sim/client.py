@@ -50,9 +50,9 @@ class SimClient:
         if last := self._last.pop(ask.follows, None):
             before = last.prompt + last.output  # no other request finds what it generated
             keys = [last.block_table.key(index) for index in range(before // self._block_size)]
-            request = Request(number, before + prompt, output, self._accepted, keys)
+            request = Request(number, before + prompt, output, keys)
         else:
-            request = Request(number, prompt, output, self._accepted, partial(self._keys, sample))
+            request = Request(number, prompt, output, partial(self._keys, sample))
         if samples.continued and samples.continues[sample]:
             self._last[number] = request
         return request

@@ -21,7 +21,6 @@ class Request:
     number: int  # in order of arrival
     prompt: int
     output: int
-    arrival: float = 0.0
     prefix: InitVar[Prefix] = ()
     priority: int = 0  # the lowest is served first
     block_table: BlockTable = field(init=False)

@@ -28,7 +28,6 @@ class Shape:
     hidden: int
     layers: int
     heads: int
-    kv_heads: int
     head_size: int
     vocab: int
     tied: bool  # the output layer is the embedding
@@ -59,7 +58,6 @@ class Shape:
             hidden=hidden,
             layers=layers,
             heads=heads,
-            kv_heads=kv_heads,
             head_size=head_size,
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings")),
