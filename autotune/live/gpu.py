@@ -45,7 +45,7 @@ class Gpus:
         """Describe the processes that use these GPUs before the server starts; empty if there are none."""
         descriptions = []
         for number, handle in enumerate(self._handles):
-            if processes := _or(0, lambda h: len(pynvml.nvmlDeviceGetComputeRunningProcesses(h)), handle):
+            if processes := _or_0(lambda h: len(pynvml.nvmlDeviceGetComputeRunningProcesses(h)), handle):
                 used = pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30
                 descriptions.append(f"GPU {number}: {processes} processes, {used:.1f} GiB")
         return "; ".join(descriptions)
@@ -80,23 +80,23 @@ def _handle(name: str) -> Any:
 
 
 def _state(handle: Any, number: int, time_s: float) -> GpuState:
-    reasons = _or(0, pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
+    reasons = _or_0(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
     return GpuState(
         time_s=time_s,
         gpu=number,
-        power_w=_or(0, pynvml.nvmlDeviceGetPowerUsage, handle) / 1e3,
-        temperature_c=_or(0, pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
-        sm_clock_mhz=_or(0, pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
-        utilization=_or(0, lambda h: pynvml.nvmlDeviceGetUtilizationRates(h).gpu, handle) / 100,
-        energy_j=_or(0, pynvml.nvmlDeviceGetTotalEnergyConsumption, handle) / 1e3,
+        power_w=_or_0(pynvml.nvmlDeviceGetPowerUsage, handle) / 1e3,
+        temperature_c=_or_0(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
+        sm_clock_mhz=_or_0(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
+        utilization=_or_0(lambda h: pynvml.nvmlDeviceGetUtilizationRates(h).gpu, handle) / 100,
+        energy_j=_or_0(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle) / 1e3,
         slowed=bool(reasons & SLOWED),
         power_capped=bool(reasons & POWER_CAPPED),
     )
 
 
-def _or(default: float, query: Any, *arguments: Any) -> Any:
-    """NVML's answer to `query`, or `default` if this GPU, or this part of one, does not support it."""
+def _or_0(query: Any, *arguments: Any) -> Any:
+    """NVML's answer to `query`; 0 if this GPU, or this part of one, does not support it."""
     try:
         return query(*arguments)
     except pynvml.NVMLError:
-        return default
+        return 0

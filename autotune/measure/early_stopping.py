@@ -18,17 +18,12 @@ from autotune.measure.limits import LatencyLimit, heading, limits_of
 
 PERCENTILE = 0.99
 CONFIDENCE = 0.99
+FEWEST = 459  # queries that pass, with none of them over the limit; 662 with 1, 838 with 2
 
 
 def chance(over: int, queries: int) -> float:
     """Probability that `over` or fewer of `queries` exceed the limit when the true share is 1 - PERCENTILE."""
     return float(bdtr(over, queries, 1 - PERCENTILE))
-
-
-def queries_needed(over: int) -> int:
-    """Fewest queries that pass with `over` of them over the limit: 459 with none, 662 with 1, 838 with 2."""
-    most = 1000 * (over + 1)
-    return bisect_left(range(most), CONFIDENCE - 1, lo=over + 1, key=lambda queries: -chance(over, queries))
 
 
 def allowed(queries: int, effect: float = 1.0) -> int:
@@ -111,7 +106,7 @@ class Watch:
         """Reasons why the run is not VALID so far; empty if it passes should all further requests keep the limits."""
         found = [self._reason(number) for number in range(len(self._limits))]
         if self.allowed < 0:
-            found.append(f"{self._total} queries are too few for the test of a limit at p99, which takes 459")
+            found.append(f"{self._total} queries are too few for the test of a limit at p99, which takes {FEWEST}")
         return [reason for reason in found if reason]
 
     def _reason(self, number: int) -> str:

@@ -205,11 +205,10 @@ def _check_search(config: ObjectiveConfig, scenario: ScenarioConfig) -> None:
         raise InputError(
             f"objective.metrics: {wanted} is the highest load under limits, and scenario={scenario.name} has no {lacks}"
         )
-    fewest = early_stopping.queries_needed(0)
-    if scenario.search.certify_queries < fewest:
+    if scenario.search.certify_queries < early_stopping.FEWEST:
         raise InputError(
             f"scenario.search.certify_queries={scenario.search.certify_queries}: LoadGen's test passes no run of so "
-            f"few queries; write {fewest} or more"
+            f"few queries; write {early_stopping.FEWEST} or more"
         )
 
 

@@ -17,7 +17,7 @@ from autotune.config.schema import MOST_QUERIES, Kind, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.errors import InputError
 from autotune.measure.arrivals import issues, least_queries, server_times
-from autotune.measure.early_stopping import queries_needed
+from autotune.measure.early_stopping import FEWEST
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -235,8 +235,8 @@ def check(scenario: ScenarioConfig, samples: Samples, searches: bool) -> None:
         )
     if count > MOST_QUERIES:
         raise InputError(f"{part}: {count} requests in one run; write a window with at most {MOST_QUERIES}")
-    if searches and count < (fewest := queries_needed(0)):
-        raise InputError(f"{part}: {count} requests, and the test of a limit at p99 takes {fewest}; widen the window")
+    if searches and count < FEWEST:
+        raise InputError(f"{part}: {count} requests, and the test of a limit at p99 takes {FEWEST}; widen the window")
 
 
 class Traffic:
