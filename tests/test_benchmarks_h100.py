@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from autotune.config.command_line import compose
-from autotune.search.space import contains, parse
+from autotune.search.distributions import contains
+from autotune.search.space import parse
 from autotune.sim import calibrate
 from benchmarks.h100 import tables
 from tests import studies

@@ -13,7 +13,8 @@ from autotune.config.overrides import with_fields
 from autotune.config.schema import Config, Kind
 from autotune.errors import InputError
 from autotune.measure import prepare
-from autotune.search.space import check_space, parse
+from autotune.search.checks import check_space
+from autotune.search.space import parse
 from tests.standin import StandIn
 from tests.studies import SEQS, composed, study
 

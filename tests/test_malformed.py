@@ -22,7 +22,8 @@ from autotune.config.schema import Config, SimConfig
 from autotune.measure import prepare
 from autotune.results import report, summary
 from autotune.results.study import load
-from autotune.search.space import check_space, parse
+from autotune.search.checks import check_space
+from autotune.search.space import parse
 from autotune.sim.backend import SimBackend
 from tests.studies import SEQS, composed, study
 

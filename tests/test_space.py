@@ -10,7 +10,9 @@ from autotune.config.schema import Config, SimConfig
 from autotune.config.vllm_flags import Flag, recorded
 from autotune.errors import InputError
 from autotune.measure.prepare import prepare
-from autotune.search.space import Space, check_space, describe, parse, shared_start, swept_flags
+from autotune.search.checks import check_space
+from autotune.search.distributions import describe
+from autotune.search.space import Space, parse, shared_start, swept_flags
 from autotune.sim.backend import SimBackend
 
 

@@ -29,9 +29,10 @@ from autotune.measure.result import Result
 from autotune.results import fleet
 from autotune.results.study import BASELINE, RECIPE, REFERENCES, TRIAL, Study, load
 from autotune.results.summary import change
+from autotune.search.checks import check_space
 from autotune.search.device import device_of
 from autotune.search.simulate import estimate, search, search_best, simulation
-from autotune.search.space import Space, check_space, parse
+from autotune.search.space import Space, parse
 from autotune.text import by_kind, shorten
 
 MOST, LEAST = 200, 15  # random points of the space, and as many trials of the simulated study

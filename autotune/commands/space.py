@@ -5,13 +5,13 @@ autotune space model=smollm2 space=[scheduler,memory]
 
 import sys
 
-from optuna.distributions import BaseDistribution
-
 from autotune.config.command_line import compose, errors_in_one_line
 from autotune.config.vllm_flags import FLAG
 from autotune.measure.backend import DryRunOutcome
 from autotune.measure.prepare import Prepared, prepare
-from autotune.search.space import check_space, default_of, describe, ends, parse, swept_flags
+from autotune.search.checks import check_space
+from autotune.search.distributions import Distribution, describe, ends
+from autotune.search.space import default_of, parse, swept_flags
 from autotune.text import aligned, shorten
 
 
@@ -41,7 +41,7 @@ def main() -> None:
         print("\n".join(refused))
 
 
-def alone_of(prepared: Prepared, name: str, distribution: BaseDistribution) -> dict[str, DryRunOutcome]:
+def alone_of(prepared: Prepared, name: str, distribution: Distribution) -> dict[str, DryRunOutcome]:
     """Dry runs of each choice of a flag, or of a range's ends, beside its defaults, by `flag=value`."""
     if not name.startswith(FLAG):
         return {}

@@ -4,12 +4,13 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override, QuotedString, Transformer
 from hydra_plugins.hydra_optuna_sweeper._impl import create_optuna_distribution_from_override
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from autotune.config.vllm_flags import as_text
+from autotune.search.distributions import Distribution
 
 
-def distribution_of(override: Override) -> BaseDistribution:
+def distribution_of(override: Override) -> Distribution:
     """The distribution that a sweep on the command line (`x=range(1,9)`) means to hydra-optuna-sweeper.
 
     Raises ValueError, AssertionError or NotImplementedError for one that it does not take.
@@ -17,7 +18,7 @@ def distribution_of(override: Override) -> BaseDistribution:
     if override.is_choice_sweep():
         return CategoricalDistribution([_choice(value) for value in override.sweep_iterator(Transformer.identity)])
     made: Any = create_optuna_distribution_from_override(override)
-    assert isinstance(made, BaseDistribution)
+    assert isinstance(made, (IntDistribution, FloatDistribution))
     return made
 
 

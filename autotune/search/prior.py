@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import CategoricalDistribution
 
 from autotune.config.schema import FITTED, HOST, Config
 from autotune.errors import InputError
 from autotune.measure import objective
 from autotune.measure.result import Result
 from autotune.results.study import load
+from autotune.search.distributions import Distribution, contains, describe, scaled
 from autotune.search.simulate import Simulation, estimate, on_twin, search_best, simulation, twin_of
-from autotune.search.space import Space, contains, describe, scaled
+from autotune.search.space import Space
 
 log = logging.getLogger(__name__)
 
@@ -136,13 +137,13 @@ def distinct(ranked: Iterable[Result], space: Space, count: int) -> list[Result]
     return kept
 
 
-def _apart(one: Mapping[str, Any], other: Mapping[str, Any], parameters: Mapping[str, BaseDistribution]) -> bool:
+def _apart(one: Mapping[str, Any], other: Mapping[str, Any], parameters: Mapping[str, Distribution]) -> bool:
     if one.keys() != other.keys():
         return True
     return any(_distance(one[name], other[name], parameters[name]) >= APART for name in one)
 
 
-def _distance(one: Any, other: Any, distribution: BaseDistribution) -> float:
+def _distance(one: Any, other: Any, distribution: Distribution) -> float:
     """The distance of two values as a share of the range; 1 for two different choices."""
     if isinstance(distribution, CategoricalDistribution):
         return float(one != other)

@@ -3,27 +3,20 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice, product
 from math import prod
 from typing import Any
 
 import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from autotune.config.overrides import with_fields
-from autotune.config.schema import Config
-from autotune.config.vllm_flags import FLAG, as_text, changes, read, recorded, unpacked, value_at
+from autotune.config.vllm_flags import FLAG, as_text, changes, unpacked, value_at
 from autotune.errors import InputError
-from autotune.measure.prepare import backend_of, cache_of
-from autotune.measure.prepare import check as check_config
-from autotune.search.conditions import holds, names_in
+from autotune.search.conditions import holds
+from autotune.search.distributions import Distribution, grid_values, suggest
 from autotune.search.hydra_private import distribution_of
-from autotune.system.files import expanded
 from autotune.text import one_line
 
 log = logging.getLogger(__name__)
@@ -53,12 +46,11 @@ CHANGEABLE = {
     "scheduling_policy": None,
     "watermark": None,
 }
-POINTS = 1000  # of the space, at which a condition is tried before the study starts
 
 
 @dataclass(frozen=True)
 class Space:
-    parameters: dict[str, BaseDistribution]  # by configuration key, in the order they are suggested
+    parameters: dict[str, Distribution]  # by configuration key, in the order they are suggested
     conditions: dict[str, str] = field(default_factory=dict)  # must hold for a trial to be run, by name
     only_if: dict[str, str] = field(default_factory=dict)  # parameter → when it is suggested at all
 
@@ -70,7 +62,7 @@ class Space:
         chosen: dict[str, Any] = {}
         for name, distribution in self.parameters.items():
             if name not in self.only_if or holds(self.only_if[name], values(known, chosen), f"only_if.{name}"):
-                chosen[name] = _suggest(trial, name, distribution)
+                chosen[name] = suggest(trial, name, distribution)
         return chosen
 
     def violated(self, chosen: Mapping[str, Any], known: Mapping[str, Any]) -> str:
@@ -87,7 +79,7 @@ class Space:
     @cached_property
     def grid(self) -> dict[str, list[Any]]:
         """Every value of every parameter. Raises InputError for one without steps."""
-        return {name: _grid_values(name, distribution) for name, distribution in self.parameters.items()}
+        return {name: grid_values(name, distribution) for name, distribution in self.parameters.items()}
 
     @property
     def restarting(self) -> list[str]:
@@ -107,7 +99,7 @@ def parse(
 
     A fixed value on the command line takes its parameter out of the space. Raises InputError.
     """
-    parameters: dict[str, BaseDistribution] = {}
+    parameters: dict[str, Distribution] = {}
     fixed: dict[str, str] = {}
     written = [f"{name}={value}" for name, value in space.items()]
     for at, override in enumerate(OverridesParser.create().parse_overrides([*written, *arguments])):
@@ -158,7 +150,7 @@ def _field_name(key: str) -> str:
     return f"{FLAG}{flag.replace('-', '_')}{dot}{field}" if key.startswith(FLAG) else key
 
 
-def _distribution(override: Override, name: str) -> BaseDistribution:
+def _distribution(override: Override, name: str) -> Distribution:
     """The distribution that a sweep means. Raises InputError."""
     group, _, field = name.partition(".")
     if not field:
@@ -219,164 +211,3 @@ def values(known: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any
     """Values that a condition may name: flags, and parameters by the last part of their keys."""
     short = {name.rpartition(".")[2]: value_of(value) for name, value in chosen.items()}
     return {**known, **swept_flags(chosen, known), **short}
-
-
-def _suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
-    if isinstance(distribution, CategoricalDistribution):
-        return trial.suggest_categorical(name, distribution.choices)
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
-    suggest: Any = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
-    return suggest(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
-
-
-def _grid_values(name: str, distribution: BaseDistribution) -> list[Any]:
-    if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
-    if distribution.step is None:
-        raise InputError(f"sampler=grid: {name} has no steps; write {name}=range(low,high,step=…) or choice(…)")
-    if isinstance(distribution, IntDistribution):
-        return list(range(distribution.low, distribution.high + 1, distribution.step))
-    count = round((distribution.high - distribution.low) / distribution.step)
-    return [float(f"{distribution.low + number * distribution.step:.12g}") for number in range(count + 1)]
-
-
-def contains(distribution: BaseDistribution, value: Any) -> bool:
-    """Tell whether `distribution` could suggest `value`."""
-    if isinstance(distribution, CategoricalDistribution):
-        return value in distribution.choices
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    steps = (value - distribution.low) / distribution.step if distribution.step else 0.0
-    return distribution.low <= value <= distribution.high and abs(steps - round(steps)) < 1e-8
-
-
-def scaled(value: Any, distribution: BaseDistribution) -> float:
-    """The place of a number in its range, from 0 to 1; the middle if there is none, or no range."""
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
-    low, high = distribution.low, distribution.high
-    if value is None or low == high:
-        return 0.5
-    if distribution.log:
-        return math.log(value / low) / math.log(high / low)
-    return float((value - low) / (high - low))
-
-
-def describe(distribution: BaseDistribution) -> str:
-    """`16…1024, log`; `2048 | 4096`."""
-    if isinstance(distribution, CategoricalDistribution):
-        return " | ".join(str(choice) for choice in distribution.choices)
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
-    step = f", step {distribution.step:g}" if distribution.step not in (None, 1) else ""
-    return f"{distribution.low:g}…{distribution.high:g}{', log' if distribution.log else step}"
-
-
-def without_unknown(space: Space, backend: Any) -> Space:
-    """`space` without the flags that another vLLM has and `backend` lacks, which one line names.
-
-    Raises InputError if nothing is left.
-    """
-    simulated = "simulated" in backend.facts
-
-    def lacks(name: str) -> bool:
-        flag = name.removeprefix(FLAG).partition(".")[0]
-        if name.startswith(FLAG):
-            return flag in recorded() and flag not in backend.flags
-        return simulated and name.startswith(VARIABLE)
-
-    lacking = [name for name in space.parameters if lacks(name)]
-    if not lacking:
-        return space
-    reader = "the simulation" if simulated else f"vLLM {backend.facts.get('vllm')}"
-    names = ", ".join(name.removeprefix(FLAG) for name in lacking)
-    if len(lacking) == len(space.parameters):
-        raise InputError(f"nothing to tune: {reader} has no {names}; choose another space")
-    log.warning("left out of the space, as %s has no %s", reader, names)
-    return replace(space, parameters={name: one for name, one in space.parameters.items() if name not in lacking})
-
-
-def check_space(space: Space, config: Config, backend: Any, known: Mapping[str, Any]) -> Space:
-    """`space` with its flags' values as vLLM reads them; `known` has the values of flags that are not swept.
-
-    Raises InputError for a parameter or a value that vLLM does not take, and for a condition that can't be told.
-    """
-    known_to_it = without_unknown(space, backend)
-    parameters = {
-        name: _as_read(name, distribution, backend) if name.startswith(FLAG) else distribution
-        for name, distribution in known_to_it.parameters.items()
-    }
-    checked = replace(space, parameters=parameters)
-    for name, distribution in parameters.items():
-        for value in [] if name.startswith(FLAG) else map(value_of, ends(distribution)):
-            changed = with_fields(config, {name: value})
-            check_config(changed)
-            if name == "dataset.path" and value is not None and not expanded(value).is_file():
-                raise InputError(f"{name}={value}: no such file")
-        if name.startswith(VARIABLE):
-            with cache_of(config) as folder:
-                backend_of(changed, folder)
-    expressions = {f"conditions.{name}": expression for name, expression in space.conditions.items()}
-    expressions |= {f"only_if.{name}": expression for name, expression in space.only_if.items()}
-    nameable = {*known, *backend.flags, *recorded()}
-    nameable |= {part for key in space.parameters for part in (key.rpartition(".")[2], key.removeprefix(FLAG))}
-    for key in space.only_if:
-        known_flag = key.startswith(FLAG) and key.removeprefix(FLAG).partition(".")[0] in nameable
-        if not known_flag and key not in space.parameters and key.partition(".")[0] not in SWEPT[1:]:
-            raise InputError(f"only_if.{key}: no parameter has that name; write its whole key: {FLAG}<flag>")
-    for where, expression in expressions.items():
-        names = names_in(expression, where)
-        for name in names:
-            if name not in nameable and value_at(known, name) is None:
-                close = get_close_matches(name, sorted(nameable), 1)
-                hint = f"did you mean {close[0]}?" if close else "write a flag or a swept parameter"
-                raise InputError(f"{where}: {expression!r} names {name}, which is no flag and not swept; {hint}")
-        named = [key for key in parameters if key.rpartition(".")[2] in names or key.removeprefix(FLAG) in names]
-        points = product(*(ends(parameters[key]) for key in named))
-        for point in islice(points, POINTS):
-            holds(expression, values(known, dict(zip(named, point, strict=True))), where)
-    return checked
-
-
-def _as_read(name: str, distribution: BaseDistribution, backend: Any) -> BaseDistribution:
-    """The distribution of a flag, each of its values as vLLM reads it. Raises InputError."""
-    field = name.removeprefix(FLAG)
-
-    def as_read(value: Any) -> Any:
-        found = value_at(backend.read(changes({}, {field: value_of(value)})), field.replace("-", "_"))
-        return as_text(found) if isinstance(found, (dict, list)) else found
-
-    if isinstance(distribution, CategoricalDistribution):
-        choices: list[Any] = []
-        for choice in distribution.choices:
-            try:
-                choices.append(choice if choice == DEFAULT else as_read(choice))
-            except InputError as error:
-                if len(distribution.choices) == 1 or not _is_recorded(field, choice):
-                    raise
-                log.warning("left out of the space: %s", error)
-        return CategoricalDistribution(list(dict.fromkeys(choices)))
-    for value in ends(distribution):
-        as_read(value)
-    return distribution
-
-
-def _is_recorded(field: str, choice: Any) -> bool:
-    """Tell whether the recorded vLLM takes `choice`, though the installed one does not."""
-    try:
-        read(changes({}, {field: value_of(choice)}), recorded(), "vLLM")
-    except InputError:
-        return False
-    return True
-
-
-def ends(distribution: BaseDistribution) -> Sequence[Any]:
-    """Values that are in their field's bounds only if all of `distribution` is: each choice, or a range's ends.
-
-    Of a range without steps also one that is no whole number.
-    """
-    if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices
-    assert isinstance(distribution, (IntDistribution, FloatDistribution))
-    low, high = distribution.low, distribution.high
-    return [low, high] if distribution.step else [low, high, low + 0.3819 * (high - low)]

@@ -32,9 +32,10 @@ from autotune.measure.result import Result, State
 from autotune.measure.steps import NAME, Steps, read
 from autotune.results.study import CANARY
 from autotune.search.device import as_started, device_of, simulated
+from autotune.search.distributions import scaled
 from autotune.search.prior import distinct
 from autotune.search.simulate import Simulation, ask, checked, key, on_twin, simulation, twin_of
-from autotune.search.space import DEFAULT, Space, scaled
+from autotune.search.space import DEFAULT, Space
 from autotune.sim.flags import MODELLED
 from autotune.sim.shape import Shape
 from autotune.sim.twin import Twin, errors, fit

@@ -17,9 +17,10 @@ from autotune.errors import InputError, StartError
 from autotune.measure.result import Result, State
 from autotune.measure.runs import AT_MOST
 from autotune.results.study import BASELINE, REFERENCES, TRIAL
+from autotune.search.distributions import contains
 from autotune.search.optuna_private import Grid, SingleWriterStorage
 from autotune.search.pruners import watched
-from autotune.search.space import Space, contains
+from autotune.search.space import Space
 from autotune.search.tell import tell_infeasible, tell_measured
 
 # User attributes of trials in Optuna's storage.
@@ -126,11 +127,10 @@ class Record:
                 return
         for number in range(max(ended, default=-1) + 1):
             result = ended.get(number, Result(State.interrupted))
-            distributions = {name: known[name] for name in result.params}
             trial = optuna.trial.create_trial(
                 state=TrialState.RUNNING,
                 params=result.params,
-                distributions=distributions,
+                distributions={name: known[name] for name in result.params},
                 system_attrs=sampler.place(result.params) if isinstance(sampler, Grid) and result.params else {},
             )
             self._study.add_trial(trial)
@@ -179,7 +179,7 @@ class Record:
                 self._study.add_trial(
                     optuna.trial.create_trial(
                         params=defaults,
-                        distributions=self.space.parameters,
+                        distributions={**self.space.parameters},
                         values=result.values,
                         user_attrs={BASELINE: True, "metrics": result.metrics},
                         constraints=result.constraints,

@@ -48,9 +48,10 @@ from autotune.results.study import (
 )
 from autotune.results.study import Study as FinishedStudy
 from autotune.search import prior
+from autotune.search.checks import check_space
 from autotune.search.pruners import make_pruner
 from autotune.search.samplers import chosen, make_sampler
-from autotune.search.space import check_space, default_of, parse, shared_start, swept_flags, value_of
+from autotune.search.space import default_of, parse, shared_start, swept_flags, value_of
 from autotune.sweep import storage
 from autotune.sweep.checks import check_configuration, check_found, check_secrets, check_together, check_trials
 from autotune.sweep.display import Display
