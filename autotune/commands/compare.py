@@ -69,6 +69,8 @@ def column_of(study: Study) -> Column:
     facts = next((result.facts for result in study.complete.values()), {})
     reference = {name: study.results[name].values[0] for name in study.references}
     gains = {name: study.gain(best, over=name) if best else None for name in reference}
+    last = study.results[best].ended_at if best else 0.0
+    spent = [result.engine_s for result in study.results.values() if result.ended_at <= last]
     pairs = zip(study.objective.metrics, study.objective.directions, strict=True)
     return Column(
         study=study.name,
@@ -87,7 +89,7 @@ def column_of(study: Study) -> Column:
         best_trial=best,
         gain=gains.get(BASELINE),
         gain_over_recipe=gains.get(RECIPE),
-        engine_s_to_best=_engine_s_until(study, best) if best else None,
+        engine_s_to_best=sum(spent) if best else None,
         params=study.results[best].params if best else {},
     )
 
@@ -98,12 +100,6 @@ def _scenario(config: Config) -> str:
     return ", ".join(filter(None, [scenario.name, offered_load(config.objective, scenario), *held]))
 
 
-def _engine_s_until(study: Study, trial: str) -> float:
-    """Engine time, s, of `trial` and all that ended before it."""
-    last = study.results[trial].ended_at
-    return sum(result.engine_s for result in study.results.values() if result.ended_at <= last)
-
-
 def render(columns: Sequence[Column]) -> str:
     """A table with a column for each study; ≠ marks a row where they differ."""
     lines = [["", "", *(column.study for column in columns)]]
@@ -111,38 +107,28 @@ def render(columns: Sequence[Column]) -> str:
     def row(name: str, cells: Sequence[str]) -> None:
         lines.append(["≠" if len(set(cells)) > 1 else "", name, *cells])
 
+    def figure(name: str, values: Sequence[float | None], pattern: str) -> None:
+        if "recipe" not in name or any(value is not None for value in values):
+            lines.append(["", name, *(ABSENT if value is None else pattern.format(value) for value in values)])
+
     for name in ("objective", "model", "dataset", "scenario", "device", "vllm", "sampler"):
         row(name, [getattr(column, name) or ABSENT for column in columns])
-    lines.append([])
-    figures = {
-        "trials": [f"{column.trials}, {column.failed} failed" for column in columns],
-        "baseline": [_shown(column.baseline, "{:,.4g}") for column in columns],
-        "recipe": [_shown(column.recipe, "{:,.4g}") for column in columns],
-        "best": [_shown(column.best, "{:,.4g}") for column in columns],
-        "gain": [_shown(column.gain, "{:+.1%}") for column in columns],
-        "gain over the recipe": [_shown(column.gain_over_recipe, "{:+.1%}") for column in columns],
-        "engine time to best": [
-            _shown(column.engine_s_to_best and column.engine_s_to_best / 60, "{:.1f} min") for column in columns
-        ],
-    }
-    lines += [["", name, *cells] for name, cells in figures.items() if "recipe" not in name or {*cells} != {ABSENT}]
-    lines.append([])
-    lines.append(["", "best configuration", *(column.best_trial or ABSENT for column in columns)])
+    lines += [[], ["", "trials", *(f"{column.trials}, {column.failed} failed" for column in columns)]]
+    for name in ("baseline", "recipe", "best"):
+        figure(name, [getattr(column, name) for column in columns], "{:,.4g}")
+    figure("gain", [column.gain for column in columns], "{:+.1%}")
+    figure("gain over the recipe", [column.gain_over_recipe for column in columns], "{:+.1%}")
+    minutes = [column.engine_s_to_best and column.engine_s_to_best / 60 for column in columns]
+    figure("engine time to best", minutes, "{:.1f} min")
+    lines += [[], ["", "best configuration", *(column.best_trial or ABSENT for column in columns)]]
     for name in dict.fromkeys(name for column in columns for name in column.params):
-        row(f"  {name.removeprefix(FLAG)}", [_param(column, name) for column in columns])
+        values = [column.params.get(name, ABSENT) for column in columns]
+        cells = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in values]
+        row(f"  {name.removeprefix(FLAG)}", cells)
     text = aligned(lines, left=True)
     if len({column.objective for column in columns}) > 1:
         text += ["", "The objectives differ: the values of these studies can't be compared, only what each gained."]
     return "\n".join(text) + "\n"
-
-
-def _param(column: Column, name: str) -> str:
-    value = column.params.get(name, ABSENT)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _shown(value: float | None, format: str) -> str:
-    return ABSENT if value is None else format.format(value)
 
 
 def main() -> None:

@@ -264,53 +264,39 @@ def verified(folder: Path) -> str:
 
 def _surprises(study: Study) -> list[str]:
     """Lines on the trials that a simulation foresaw: how many it was right about, and which not."""
-    checked = {
-        name: result
-        for name, result in study.swept.items()
-        if result.expected and result.state in (State.complete, State.failed)
-    }
-    wrong = [line for name, result in checked.items() if (line := _surprise(name, result))]
-    if not checked:
-        return []
-    if not wrong:
-        return [
-            "",
-            f"The simulation was right about all {len(checked)} trials that it foresaw (within {SURPRISE:.0%}).",
-        ]
-    return ["", f"The simulation was wrong about {len(wrong)} of the {len(checked)} trials that it foresaw:", *wrong]
+    ended = {name: one for name, one in study.swept.items() if one.state in (State.complete, State.failed)}
+    told = {name: _surprise(result) for name, result in ended.items() if result.expected}
+    wrong = [f"  {name}: {words}" for name, words in told.items() if words]
+    if wrong:
+        return ["", f"The simulation was wrong about {len(wrong)} of the {len(told)} trials that it foresaw:", *wrong]
+    right = f"The simulation was right about all {len(told)} trials that it foresaw (within {SURPRISE:.0%})."
+    return ["", right] if told else []
 
 
-def _surprise(name: str, result: Result) -> str:
-    """The line about a trial that a simulation was wrong about; empty if it was right."""
+def _surprise(result: Result) -> str:
+    """Words on a trial that a simulation was wrong about; empty if it was right."""
     values, feasible = result.expected["values"], result.expected["feasible"]
     if not values:
-        return f"  {name}: expected to fail, measured {result.values[0]:.4g}" if result.complete else ""
+        return f"expected to fail, measured {result.values[0]:.4g}" if result.complete else ""
     if not result.complete:
-        return f"  {name}: expected to run, and failed: {result.reason}"
+        return f"expected to run, and failed: {result.reason}"
     off = result.values[0] / values[0] - 1 if values[0] else 0.0
     if abs(off) <= SURPRISE and feasible == result.holds_limits:
         return ""
     words = {True: "feasible", False: "infeasible"}
-    return (
-        f"  {name}: expected {values[0]:.4g} ({words[feasible]}), "
-        f"measured {result.values[0]:.4g} ({words[result.holds_limits]})"
-    )
+    expected = f"expected {values[0]:.4g} ({words[feasible]})"
+    return f"{expected}, measured {result.values[0]:.4g} ({words[result.holds_limits]})"
 
 
 def _nodes(study: Study) -> list[str]:
     """Lines on each node, by what its canary measured."""
-    values = {node: result.values[0] if result.complete else None for node, result in study.canaries.items()}
-    measured = [value for value in values.values() if value is not None]
-    if not values:
-        return []
-    middle = statistics.median(measured) if measured else 0.0
-    lines = ["", "Nodes, by a short baseline on each:"]
-    for node, value in sorted(values.items()):
-        if value is None:
-            lines.append(f"  {node}: failed")
-        else:
-            slow = "  slow" if objective.sign(study.objective) * (middle - value) > SLOW * middle else ""
-            lines.append(f"  {node}: {value:.4g}{slow}")
+    values = {node: result.values[0] for node, result in study.canaries.items() if result.complete}
+    middle = statistics.median(values.values()) if values else 0.0
+    lines = ["", "Nodes, by a short baseline on each:"] if study.canaries else []
+    for node in sorted(study.canaries):
+        worse = objective.sign(study.objective) * (middle - values[node]) if node in values else 0.0
+        told = f"{values[node]:.4g}{'  slow' if worse > SLOW * middle else ''}" if node in values else "failed"
+        lines.append(f"  {node}: {told}")
     return lines
 
 
