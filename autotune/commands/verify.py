@@ -21,7 +21,6 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -34,7 +33,7 @@ from autotune.config.overrides import check, check_trusted, with_fields
 from autotune.config.redact import HIDDEN
 from autotune.config.schema import Config
 from autotune.errors import InputError, MeasureError
-from autotune.measure import objective, progress, trial
+from autotune.measure import objective, trial
 from autotune.measure.accuracy import CONSTRAINT
 from autotune.measure.paired import Difference, paired_difference
 from autotune.measure.prepare import gpu_count
@@ -42,7 +41,7 @@ from autotune.measure.result import Result
 from autotune.results import beside, summary, tracking
 from autotune.results.study import BASELINE, Study, load
 from autotune.sweep import storage
-from autotune.sweep.launchers import Job, Launcher, make_launcher
+from autotune.sweep.launchers import Job, Launcher, begin, make_launcher
 from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
 from autotune.system.leases import devices
@@ -225,21 +224,12 @@ def run(repeats: Sequence[Repeat], launcher: Launcher, on_end: Callable[[Repeat,
 
 def start(batch: Sequence[Repeat], launcher: Launcher) -> list[tuple[Repeat, Job]]:
     """Jobs for `batch`; a cluster's job that outlived an earlier process is attached."""
-    attached, fresh = [], []
-    for repeat in batch:
-        if job := launcher.attach(repeat.trial.folder):
-            attached.append((repeat, job))
-        else:
-            fresh.append(repeat)
+    attached = [(repeat, launcher.attach(repeat.trial.folder)) for repeat in batch]
+    fresh = [repeat for repeat, job in attached if not job]
     for repeat in fresh:
-        folder = repeat.trial.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            (folder / "result.json").unlink()
-        progress.begin(folder)
         log.info("block %d: %s", repeat.block, repeat.name)
-    jobs = launcher.submit([repeat.trial for repeat in fresh]) if fresh else []
-    return [*attached, *zip(fresh, jobs, strict=True)]
+    started = zip(fresh, begin(launcher, [repeat.trial for repeat in fresh]), strict=True)
+    return [*((repeat, job) for repeat, job in attached if job), *started]
 
 
 def record(study: Study, tracker: beside.TrackingProcess, repeat: Repeat, result: Result) -> None:
@@ -284,7 +274,7 @@ def judge(study: Study, settings: Verify, results: Mapping[tuple[str, int], Resu
         confidence=settings.confidence,
         estimated=any(result.estimated for result in results.values()),
         winner=winner.name if winner else None,
-        line=_better(study, settings, baseline, rows, winner) if winner else _none_better(settings, rows),
+        line=_line(study, settings, baseline, rows, winner),
         rows=[baseline, *rows],
     )
 
@@ -321,8 +311,14 @@ def _winner(rows: Sequence[Row], baseline: Row, sign: int) -> Row | None:
     return max(filter(is_better, rows), key=lambda row: sign * (row.mean or 0.0), default=None)
 
 
-def _better(study: Study, settings: Verify, baseline: Row, rows: Sequence[Row], winner: Row) -> str:
-    """The line about a winner."""
+def _line(study: Study, settings: Verify, baseline: Row, rows: Sequence[Row], winner: Row | None) -> str:
+    """The verdict in one line."""
+    together = f" for all {len(rows)} together" if len(rows) > 1 else ""
+    confidence = f"with {settings.confidence:.0%} confidence{together}"
+    if not winner:
+        over = [row.name for row in rows if row.held < settings.n]
+        why = f" ({', '.join(over)} did not hold the limits in every repeat)" if over else ""
+        return f"No configuration beat the defaults in {settings.n} repeats, {confidence}{why}."
     if baseline.held == 0:
         repeats = f"each of {settings.n} repeats, the defaults in none"
         return f"Better than the defaults: {winner.name} held the limits in {repeats}."
@@ -330,18 +326,7 @@ def _better(study: Study, settings: Verify, baseline: Row, rows: Sequence[Row], 
     value, default = (study.results[name].values[metric] for name in (winner.name, BASELINE))
     in_study = f"; the study itself had shown {value / default - 1:+.1%}" if default else ""
     gain = change(winner.difference, baseline.mean)
-    confidence = _confidence(settings, rows)
-    return f"Better than the defaults: {winner.name}, {gain} in {settings.n} repeats, with {confidence}{in_study}."
-
-
-def _none_better(settings: Verify, rows: Sequence[Row]) -> str:
-    over = [row.name for row in rows if row.held < settings.n]
-    why = f" ({', '.join(over)} did not hold the limits in every repeat)" if over else ""
-    return f"No configuration beat the defaults in {settings.n} repeats, with {_confidence(settings, rows)}{why}."
-
-
-def _confidence(settings: Verify, rows: Sequence[Row]) -> str:
-    return f"{settings.confidence:.0%} confidence{f' for all {len(rows)} together' if len(rows) > 1 else ''}"
+    return f"Better than the defaults: {winner.name}, {gain} in {settings.n} repeats, {confidence}{in_study}."
 
 
 def change(difference: Difference | None, baseline: float | None) -> str:

@@ -43,12 +43,13 @@ class Job(Protocol):
 
 
 class Launcher:
-    """Runs trials, whose folders exist; as it stands, on this machine and no longer than this process."""
+    """Runs trials; as it stands, on this machine and no longer than this process."""
 
     n_jobs: int  # trials at a time
     shares = False  # True: a server may stay for the next trial
 
     def submit(self, trials: Sequence[TrialSpec]) -> list[Job]:
+        """Start `trials`, whose folders exist: see `begin`."""
         raise NotImplementedError
 
     def nodes(self) -> list[str]:
@@ -71,6 +72,15 @@ def make_launcher(config: Config) -> Launcher:
     launcher_class, settings = typed_target(config.launcher, "launcher")
     launcher: Launcher = launcher_class(settings, config.gpus)
     return launcher
+
+
+def begin(launcher: Launcher, trials: Sequence[TrialSpec]) -> list[Job]:
+    """Start `trials` in folders that hold nothing of an earlier start's end; returns their jobs."""
+    for trial in trials:
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        (trial.folder / "result.json").unlink(missing_ok=True)
+        progress.begin(trial.folder)
+    return launcher.submit(trials) if trials else []
 
 
 class Inline(Launcher):

@@ -56,7 +56,7 @@ from autotune.sweep import storage
 from autotune.sweep.checks import check_configuration, check_found, check_secrets, check_together, check_trials
 from autotune.sweep.display import Display
 from autotune.sweep.gate import Gate, decided
-from autotune.sweep.launchers import Job, Launcher, make_launcher
+from autotune.sweep.launchers import Job, Launcher, begin, make_launcher
 from autotune.sweep.lookup import Lookup
 from autotune.sweep.record import AGAIN, EXPECTED, Record
 from autotune.sweep.worker import TrialSpec
@@ -411,16 +411,11 @@ class Sweep:
                 changed["backend.bounds"] = self.start_with
                 if searches(self.config.objective) and (best := self._best()):
                     changed["scenario.search.best"] = best
-            folder = self.folder / one.name
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "result.json").unlink(missing_ok=True)
-            progress.begin(folder)
             overrides = [*self.overrides, *(f"{key}={as_override(value)}" for key, value in changed.items())]
             config = with_values(self.composed, changed, self.config)
-            specs.append(TrialSpec(config, overrides, folder, one.node))
-        if specs:
-            for one, job in zip(pending, self.launcher.submit(specs), strict=True):
-                self.running.append(Running(one, job, progress.Reader(self.folder / one.name)))
+            specs.append(TrialSpec(config, overrides, self.folder / one.name, one.node))
+        for one, job in zip(pending, begin(self.launcher, specs), strict=True):
+            self.running.append(Running(one, job, progress.Reader(self.folder / one.name)))
 
     def _best(self) -> float | None:
         """The value of the best trial so far, the baseline among them; None if none is feasible."""
