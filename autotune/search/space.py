@@ -1,6 +1,5 @@
 """The search space: parameters, their distributions, and the conditions between them."""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,6 @@ from autotune.search.conditions import holds
 from autotune.search.distributions import Distribution, grid_values, suggest
 from autotune.search.hydra_private import distribution_of
 from autotune.text import one_line
-
-log = logging.getLogger(__name__)
 
 # Groups whose fields decide what a trial measures, and fields of them that a study has one of.
 SWEPT = ("engine", "scenario", "dataset", "backend")

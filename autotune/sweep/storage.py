@@ -47,14 +47,6 @@ def opened(url: str, study: str) -> Iterator[Any]:
             yield database
 
 
-def readable(url: str) -> Any:
-    """Optuna's storage at `url`, to look at what may be worked on meanwhile. Raises InputError."""
-    if url.startswith(JOURNAL):
-        return optuna.storages.JournalStorage(JournalFileBackend(url.removeprefix(JOURNAL)))
-    with _errors(url):
-        return RDBStorage(_with_driver(url).render_as_string(hide_password=False))
-
-
 def _database(url: str, study: str, held: ExitStack) -> SingleWriterStorage:
     at = _with_driver(url)
     kind = at.get_backend_name()
