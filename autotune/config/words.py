@@ -52,37 +52,47 @@ def check(words: Sequence[str]) -> None:
     With another sweeper (hydra/sweeper=optuna) all of Hydra's words are its own.
     """
     split_config_dir(words)
-    if any(word.startswith("-p") or word.startswith("--package") for word in words) and not {"--cfg", "-c"} & set(
-        words
-    ):
+    _check_flags(words)
+    own = not any(word.startswith("hydra/sweeper=") and word != "hydra/sweeper=autotune" for word in words)
+    seen: set[str] = set()
+    for word in words:
+        if word.startswith("-") or not ("=" in word or word.startswith("~")):
+            continue
+        override = _override(word)
+        key = override.key_or_group
+        _check_override(word, override)
+        if own and (key.startswith(("hydra.", "hydra/")) or key == "hydra"):
+            _check_heeded(key)
+        if not override.is_delete():
+            flag = key.replace("-", "_") if ".args." in key else key  # as vLLM's command line does
+            where = f"{flag}@{override.package or ''}"
+            if where in seen:
+                raise InputError(f"{key} is set twice; write it once")
+            seen.add(where)
+
+
+def _check_flags(words: Sequence[str]) -> None:
+    """Raise InputError for a flag of Hydra's that means nothing here."""
+    if any(word.startswith(("-p", "--package")) for word in words) and not {"--cfg", "-c"} & set(words):
         raise InputError("--package: it picks what --cfg shows; write --cfg job --package GROUP")
     for word in words:
         flag = SHORT.get(word.partition("=")[0], word.partition("=")[0])
         for name, instead in FLAGS.items():
             if flag == name or (len(flag) > len("--config-") and name.startswith(flag)):
                 raise InputError(f"{word}: autotune does not take {name}; {instead}")
-    own = not any(word.startswith("hydra/sweeper=") and word != "hydra/sweeper=autotune" for word in words)
-    seen: set[str] = set()
-    for word in words:
-        if not word.startswith("-") and ("=" in word or word.startswith("~")):
-            override = _override(word)
-            key = override.key_or_group
-            if not key:
-                raise InputError(f"{word}: write key=value")
-            if key in GROUPS and not override.is_sweep_override() and not _is_option(key, override.value()):
-                raise InputError(f"{word}: write the name of a file in conf/{key}")
-            if type(override.value()) is int and override.value() not in (0, 1) and known_keys().get(key) is bool:
-                raise InputError(f"{word}: write true or false")  # which OmegaConf takes it for
-            if key == "hydra.searchpath":
-                _check_folders(override)
-            if own and (key.startswith(("hydra.", "hydra/")) or key == "hydra"):
-                _check_heeded(key)
-            if not override.is_delete():
-                flag = key.replace("-", "_") if ".args." in key else key  # as vLLM's command line does
-                where = f"{flag}@{override.package or ''}"
-                if where in seen:
-                    raise InputError(f"{key} is set twice; write it once")
-                seen.add(where)
+
+
+def _check_override(word: str, override: Override) -> None:
+    """Raise InputError for an override without a key, and for values that Hydra would take for something else."""
+    key = override.key_or_group
+    if not key:
+        raise InputError(f"{word}: write key=value")
+    if key in GROUPS and not override.is_sweep_override() and not _is_option(key, override.value()):
+        raise InputError(f"{word}: write the name of a file in conf/{key}")
+    if type(override.value()) is int and override.value() not in (0, 1) and known_keys().get(key) is bool:
+        raise InputError(f"{word}: write true or false")  # which OmegaConf takes it for
+    if key == "hydra.searchpath":
+        _check_folders(override)
 
 
 def _is_option(group: str, value: object) -> bool:
