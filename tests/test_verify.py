@@ -315,12 +315,17 @@ def test_gpus_are_grouped_by_what_the_largest_configuration_takes(
     assert verify.gpu_groups(gpus, size) == groups
 
 
-def test_hidden_values_have_to_be_given(simulated: Path):
+@pytest.mark.parametrize(
+    ("backend", "key"),
+    [
+        ({"env": {"HF_TOKEN": "***"}}, "backend.env.HF_TOKEN"),
+        ({"prefix": ["env", "HF_TOKEN=***", "A_KEY=***"]}, "backend.prefix"),
+    ],
+)
+def test_hidden_values_have_to_be_given(simulated: Path, backend: dict[str, Any], key: str):
     study = load(str(simulated / "multirun/s"))
-    config = replace(study.config_of("baseline"), backend={"env": {"HF_TOKEN": "***"}})
-    with pytest.raises(
-        verify.InputError, match=r"hides backend.env.HF_TOKEN; add backend.env.HF_TOKEN=… to this command"
-    ):
+    config = replace(study.config_of("baseline"), backend=backend)
+    with pytest.raises(verify.InputError, match=f"hides {key}; add {key}=… to this command"):
         verify.check_secrets(config, study)
 
 

@@ -19,17 +19,18 @@ Exit code: 0 a configuration is better than the defaults and holds the limits in
 import json
 import logging
 import random
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
 from autotune.config.bounds import within
 from autotune.config.command_line import errors_in_one_line, options, own_and_overrides
-from autotune.config.overrides import check, check_trusted, with_fields
+from autotune.config.overrides import check, check_trusted, leaves, with_fields
 from autotune.config.redact import HIDDEN
 from autotune.config.schema import Config
 from autotune.errors import InputError, MeasureError
@@ -149,15 +150,9 @@ def shared(configs: Mapping[str, Config]) -> Config:
 
 def check_secrets(config: Config, study: Study) -> None:
     """Raise InputError for a value that is hidden in the study's folder and not given on the command line."""
-    if keys := _hidden_keys(OmegaConf.to_container(OmegaConf.structured(config)), ""):
+    hidden = [key for key, value in leaves(config) if HIDDEN in str(value)]
+    if keys := list(dict.fromkeys(re.sub(r"\.\d+$", "", key) for key in hidden)):  # of a list, the whole
         raise InputError(f"{study.folder} hides {', '.join(keys)}; add {keys[0]}=… to this command")
-
-
-def _hidden_keys(node: Any, key: str) -> list[str]:
-    if isinstance(node, dict):
-        children = {f"{key}.{name}" if key else str(name): child for name, child in node.items()}
-        return [hidden for name, child in children.items() for hidden in _hidden_keys(child, name)]
-    return [key] if isinstance(node, str) and HIDDEN in node else []
 
 
 def plan(study: Study, settings: Verify, configs: Mapping[str, Config], overrides: Sequence[str]) -> list[Repeat]:
