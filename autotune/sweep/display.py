@@ -4,8 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -32,15 +31,13 @@ class Display:
     def __enter__(self) -> "Display":
         if self._live:
             self._live.start()
-            _log_to(sys.stdout)  # the table's, so that lines scroll by above it
+            _log_to_stdout()  # the table's, so that lines scroll by above it
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
-            _log_to(sys.stdout)
+            _log_to_stdout()
 
     def show(self, running: Sequence[Any], study: Study, asked: int) -> None:
         """`running` as the sweep keeps them, what has ended; `asked` of n_trials are in flight or ended."""
@@ -70,7 +67,7 @@ class Display:
         return Group(Text("  ".join(word for word in words if word)), table)
 
 
-def _log_to(stream: TextIO) -> None:
+def _log_to_stdout() -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            handler.setStream(stream)
+            handler.setStream(sys.stdout)
