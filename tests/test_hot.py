@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from autotune.config.command_line import compose
-from autotune.config.schema import LiveConfig
+from autotune.config.schema import Hot, LiveConfig
 from autotune.data.models import Model
 from autotune.errors import StartError, StoppedError
 from autotune.live import hot, recording
@@ -50,6 +50,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def serve(config: Any, vllm: Any, model: Any, args: Any, log: Path, *_: Any, **__: Any) -> Iterator[Any]:
         flags.append(dict(args))
         log.write_text(f"start {len(flags)}\n")
+        (log.parent / "command.json").write_text("{}")
         scratch = log.parent / f"scratch-{len(flags)}"
         recording.steps_folder(scratch).mkdir(parents=True)
         process: Any = SimpleNamespace(exit_code=lambda: None)
@@ -77,10 +78,10 @@ def trial(tmp_path: Path, rates: list[float]) -> Callable[..., str]:
     """A trial with flags, in a slot: what it is told of its server."""
     count = iter(range(100))
 
-    def run(slot: Slot, vllm: Vllm, error: Exception | None = None, **args: Any) -> str:
+    def run(slot: Slot, vllm: Vllm, error: Exception | None = None, mode: Hot = Hot.auto, **args: Any) -> str:
         folder = tmp_path / f"trial-{next(count)}"
         folder.mkdir()
-        config = LiveConfig(_target_="", bounds={"max_num_seqs": 64})
+        config = LiveConfig(_target_="", hot=mode, bounds={"max_num_seqs": 64})
         rate = lambda _: rates.pop(0) if rates else 1.0  # noqa: E731
         model: Any = Model("m", None, tmp_path)
         with hot.Sharing(config, cast(Any, vllm), model, folder, slot, rate).serving(args) as server:
@@ -170,6 +171,20 @@ def test_server_whose_memory_grows_is_replaced(
 
 def test_slot_that_shares_nothing_gets_fresh_servers(trial: Callable[..., str], started: list[Any]):
     assert trial(Slot(), Vllm(), max_num_seqs=8) == "fresh" and started == [{"max_num_seqs": 8}, {"ended": 1}]
+
+
+def test_server_stays_unchanged_for_trials_of_the_same_flags(
+    trial: Callable[..., str], started: list[Any], tmp_path: Path
+):
+    slot = Slot(shares=True)
+    told = [trial(slot, Vllm(), mode=Hot.same, max_num_seqs=seqs) for seqs in (8, 8, 16)]
+    assert told == [f"shared: started by {name}, changed 0 times" for name in ("trial-0", "trial-0", "trial-2")]
+    assert started == [{"max_num_seqs": 8}, {"ended": 1}, {"max_num_seqs": 16}]
+    assert (tmp_path / "trial-1" / "vllm.log").read_text() == "requests of trial-1\n"
+    assert (tmp_path / "trial-1" / "command.json").exists()
+    with pytest.raises(StoppedError):  # requests may be left
+        trial(slot, Vllm(), StoppedError("stopped"), mode=Hot.same, max_num_seqs=16)
+    assert slot.server is None
 
 
 @pytest.mark.slow

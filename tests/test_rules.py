@@ -120,6 +120,8 @@ def test_closed_pins_what_the_rules_ask_for(scenario: str):
         ("dataset.max_output_tokens=64", "an answer has max. 128 tokens"),
         ("dataset.min_output_tokens=2", "an answer has min. 1 tokens"),
         ("dataset.count=100", "all 13368 samples are used"),
+        ("dataset=cnn_shaped", "the samples are those of dataset=cnn_dailymail"),
+        ("model=llama8b_dummy", "load_format=dummy: the weights are the benchmark's, and not random"),
         ("engine.args.enable_prefix_caching=true", "nothing is kept from one query to the next"),
         ("engine.args.enable_prefix_caching=null", "nothing is kept from one query to the next"),
         ("engine.args.speculative_config={method: ngram}", "allows no speculative decoding"),
@@ -158,7 +160,8 @@ def test_open_records_each_deviation():
     assert [line.partition(":")[0] for line in found] == [
         "scenario.min_duration_s=60",
         "dataset.count=100",
-        "dataset=cnn_shaped",
+        "dataset=cnn_shaped",  # whose texts are made up
+        "dataset=cnn_shaped",  # of which there are 100
     ]
     assert rules.told(config, found)[1:] == [f"  deviates from closed: {line}" for line in found]
     assert "Unverified" in rules.told(config, found)[0]
@@ -172,6 +175,8 @@ def test_tuning_has_no_accuracy_run():
 def test_space_that_breaks_a_rule_is_refused_before_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = ["rules=closed", "scenario.min_queries=13368", "engine.args.enable_prefix_caching=choice(true,false)"]
     monkeypatch.setattr(rules, "_samples", lambda config, samples: [])  # the data set of 13,368 is not here
+    (tmp_path / "own.jsonl").write_text('{"input": "a", "output": "b"}')
+    words.append(f"dataset.path={tmp_path / 'own.jsonl'}")
     with pytest.raises(InputError, match=r"enable_prefix_caching: its value .* leave it out of the space"):
         study(tmp_path, *words)
 

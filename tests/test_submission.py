@@ -1,5 +1,6 @@
 """A submission's tree: made from runs of real LoadGen against a server that answers with the references."""
 
+import hashlib
 import json
 import os
 import re
@@ -157,7 +158,14 @@ def planted(small: Path, record: str) -> BenchmarkConfig:
     (rules.RECORDS / "small.yaml").write_text(yaml.safe_dump(body))
     data = small / "articles.jsonl"
     data.write_text("\n".join(json.dumps({"input": f"Tell of {text}", "output": text}) for text in texts))
-    words = ["model=tiny", f"dataset.path={data}", f"benchmark={record}", "scenario=offline", "backend=live"]
+    words = [
+        "model=tiny",
+        "engine.args.load_format=pt",
+        f"dataset.path={data}",
+        f"benchmark={record}",
+        "scenario=offline",
+        "backend=live",
+    ]
     config = compose([*words, "tracking=none", "backend.client_processes=1", f"cache_dir={small / 'cache'}"])[0]
     made = rules._own(body["name"])
     backend = {**config.backend, "_target_": "tests.test_submission.Referee", "steps": False}
@@ -180,13 +188,19 @@ def fill_in(tree: Tree) -> None:
         (tree.root / "documentation" / name).write_text("A test.\n")
 
 
+LOGS = ("mlperf_log_summary.txt", "mlperf_log_detail.txt")
+FILES = {  # of a scenario: what MLPerf's checker asks for, and nothing else
+    *("user.conf", "README.md", "measurements.json", *(f"performance/run_1/{name}" for name in LOGS)),
+    *(f"accuracy/{name}" for name in (*LOGS, "mlperf_log_accuracy.json", "accuracy.txt")),
+    *("TEST06/verify_accuracy.txt", "TEST06/accuracy/mlperf_log_accuracy.json"),
+}
 EDGE = {"server": None, "single_stream": 100.0}
 OVERRIDES = ["backend._target_=tests.test_submission.Referee"]
 
 
 def asked(small: Path, **changes: Any) -> Submission:
     common = {"study": "s", "out": str(small / "tree"), "submitter": "test", "system": "none", "trial": "trial-0"}
-    return Submission(**{**common, "offline": 2000.0, "server": 250.0, **changes})
+    return Submission(**{**common, "offline": 6000.0, "server": 250.0, **changes})
 
 
 @pytest.mark.slow
@@ -205,9 +219,14 @@ def test_tree_of_512_samples_is_complete_by_our_check_and_the_runs_are_kept(
     assert len(before) == 6
     assert submission.submit(load("s"), asked(small), OVERRIDES) == []
     assert before == {path: path.stat().st_mtime for path in small.glob("multirun/s/submission/*/result.json")}
-    place = tree.scenario("offline")
-    assert "'gen_num': 512" in (place / "accuracy" / "accuracy.txt").read_text()
-    assert "TEST06 verification complete" in (place / "TEST06" / "verify_accuracy.txt").read_text()
+    for name in ("offline", "server"):
+        place = tree.scenario(name)
+        assert {str(path.relative_to(place)) for path in place.rglob("*.*")} == FILES
+        told = (place / "accuracy" / "accuracy.txt").read_text()
+        log = (small / "multirun/s/submission" / f"{name}-accuracy" / submission_tree.ACCURACY).read_bytes()
+        assert "'gen_num': 512" in told and f"hash={hashlib.sha256(log).hexdigest()}" in told
+        assert (place / "accuracy" / submission_tree.ACCURACY).stat().st_size < 10 * 1024  # MLPerf's checker's limit
+        assert "TEST06 verification complete" in (place / "TEST06" / "verify_accuracy.txt").read_text()
 
 
 @pytest.mark.slow
@@ -238,7 +257,10 @@ def log_of(folder: Path, **changes: Any) -> Run:
     """A performance run whose detail log says that all is well, but for `changes`."""
     names = ("qsl", "sample_index", "schedule")
     values = {f"effective_{name}_rng_seed": seed for name, seed in zip(names, rules.SEEDS, strict=True)}
-    values |= {"result_validity": "VALID", "num_errors": 0}
+    values |= {"result_validity": "VALID", "num_errors": 0, "requested_use_token_latencies": True}
+    values |= {"effective_sample_concatenate_permutation": True, "effective_performance_sample_count": 13368}
+    values |= {"effective_min_sample_count": 100, "effective_min_duration_ms": 600000}
+    values |= {"requested_server_ttft_latency": 500000000, "requested_server_tpot_latency": 30000000}
     values |= {"result_first_token_99.00_percentile_latency_ns": 4e8}
     values |= {"result_time_per_output_token_99.00_percentile_ns": 2e7, **changes}
     lines = [":::MLLOG " + json.dumps({"key": key, "value": value}) for key, value in values.items()]
@@ -254,8 +276,20 @@ def log_of(folder: Path, **changes: Any) -> Run:
         ({"error_runtime": "x"}, ["LoadGen logged errors (error_runtime)"]),
         ({"num_errors": 2}, ["LoadGen logged errors (2)"]),
         ({"effective_schedule_rng_seed": 1}, ["LoadGen's seeds are not MLPerf's"]),
-        ({"result_first_token_99.00_percentile_latency_ns": 6e8}, ["p99 TTFT is 600 ms, over 500 ms"]),
-        ({"result_time_per_output_token_99.00_percentile_ns": 4e7}, ["p99 TPOT is 40 ms, over 30 ms"]),
+        ({"result_first_token_99.00_percentile_latency_ns": 6e8}, ["p99 TTFT is 600 ms, and not under 500 ms"]),
+        ({"result_time_per_output_token_99.00_percentile_ns": 4e7}, ["p99 TPOT is 40 ms, and not under 30 ms"]),
+        (
+            {"effective_min_duration_ms": 60000},
+            ["LoadGen's effective_min_duration_ms is 60000, and not 600000 or more"],
+        ),
+        (
+            {"effective_sample_concatenate_permutation": False},
+            ["LoadGen's effective_sample_concatenate_permutation is False, and not 1 or more"],
+        ),
+        (
+            {"requested_server_ttft_latency": 2000000000},
+            ["LoadGen's requested_server_ttft_latency is 2000000000, and not 500000000"],
+        ),
     ],
 )
 def test_our_check_sees_what_mlperfs_passes_over(tmp_path: Path, changes: dict[str, Any], told: list[str]):

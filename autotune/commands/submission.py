@@ -23,6 +23,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from autotune.commands.verify import Repeat
 from autotune.config import bounds
 from autotune.config.command_line import compose, errors_in_one_line, options, own_and_overrides
 from autotune.config.overrides import check_trusted, with_fields
-from autotune.config.schema import Check, Config, Mode, Output, Rules, TrackingConfig
+from autotune.config.schema import Check, Config, Hot, Mode, Output, Rules, TrackingConfig
 from autotune.data import samples
 from autotune.data.models import Model
 from autotune.errors import InputError, MeasureError
@@ -97,6 +98,7 @@ def configuration(study: Study, settings: Submission, overrides: Sequence[str]) 
         config,
         rules=settings.division,
         dataset=dataset,
+        backend=config.backend | ({"hot": Hot.same.value} if config.backend.get("hot") == Hot.auto.value else {}),
         objective=compose(["objective=throughput"])[0].objective,
         accuracy=replace(config.accuracy, check=Check.none),
         tracking=TrackingConfig(enabled=False, uri="", experiment=""),
@@ -147,8 +149,8 @@ def measure(study: Study, repeats: Sequence[Repeat], config: Config) -> Runs:
         if not result.complete:
             failed.append(f"{repeat.name} failed: {result.reason}")
 
-    with storage.lock(study.folder / ".lock", str(study.folder)):
-        verify.run(repeats, make_launcher(config), ended)
+    with storage.lock(study.folder / ".lock", str(study.folder)), closing(make_launcher(config)) as launcher:
+        verify.run(repeats, launcher, ended)
     if failed:
         raise MeasureError(f"{'; '.join(failed)}; the same command goes on with the others kept")
     runs = {}

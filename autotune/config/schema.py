@@ -79,6 +79,7 @@ class Hot(Enum):
     """Servers of a study's trials."""
 
     auto = "auto"  # trials that differ only in what can be changed of a running server share one
+    same = "same"  # trials of the same flags share one
     never = "never"  # each trial starts its own
 
 
@@ -334,7 +335,7 @@ class LiveConfig:
     request_timeout_s: float = positive(600.0)  # one HTTP request, s; what waits for a connection has not begun
     run_timeout_s: float = positive(7200.0)  # one run of LoadGen with its warm-up, s
     steps: bool = True  # the engine's steps are recorded in steps.parquet: what was in each, and its times
-    hot: Hot = Hot.auto  # auto: trials share a server where it can be changed; never: each starts its own
+    hot: Hot = Hot.auto  # auto: trials share a server where it can be changed; same: with equal flags; never: none does
     # The study sets it: flags with which a shared server starts, the most of what is swept; null: trials share none.
     bounds: dict[str, Any] | None = None
     observe_s: float = positive(1.0, 3600)  # between two observations of vLLM's /metrics and the GPU during a run, s

@@ -57,7 +57,7 @@ class LiveBackend:
 
     def __init__(self, config: LiveConfig, cache_dir: Path) -> None:
         self.config = config
-        self.shares = config.hot is Hot.auto
+        self.shares = config.hot is not Hot.never
         self.vllm = find_vllm(config.python or sys.executable, tuple(sorted(config.env.items())), cache_dir)
         for name in config.env:
             self.vllm.check_variable(name)

@@ -2,6 +2,7 @@
 
 It starts with the most that the study asks for (backend.bounds). vLLM's own code tells whether a trial's flags differ
 from that in nothing but what can be changed, and the engine says what is active then; else the trial gets a fresh one.
+With backend.hot=same nothing is changed: a server as any other stays for trials of the same flags.
 """
 
 import json
@@ -55,7 +56,7 @@ class Shared:
     flags: dict[str, Any]  # with which it started
     trial: str  # that started it
     changes: int = 0
-    kv_tokens: int = 0  # of the KV cache, since the last change
+    kv_tokens: int | None = None  # of the KV cache, since the last change
     log_at: int = 0  # bytes of its log that are earlier trials'
     start: dict[str, float] = field(default_factory=dict)  # seconds of what the last trial waited for, by part
     reference: tuple[dict[str, Any], float, int] | None = None  # flags, requests/s of REFERENCE, bytes of memory
@@ -92,8 +93,11 @@ class Sharing:
         """Serve the model with `args`, by the slot's server if it can be changed to that. Raises StartError."""
         stays = False
         try:
-            shares = self.slot.shares and self.config.bounds is not None and self.config.hot is Hot.auto
-            shared = self.changed(args) if shares else None
+            shared = None
+            if self.slot.shares and self.config.hot is Hot.same:
+                shared = self.kept(args)
+            elif self.slot.shares and self.config.hot is Hot.auto and self.config.bounds is not None:
+                shared = self.changed(args)
             if shared is None:
                 self.slot.drop()
                 with self._serve(args, "vllm.log") as server:
@@ -103,7 +107,7 @@ class Sharing:
                 yield shared.served
                 stays = True
             except (StoppedError, BehindError):  # the next change waits for the requests that are left
-                stays = True
+                stays = self.config.hot is Hot.auto
                 raise
             finally:
                 logged = shared.server.log.read_bytes()  # the trial's own part of it goes to its vllm.log
@@ -116,6 +120,20 @@ class Sharing:
 
     def _serve(self, args: Mapping[str, Any], log: str, changeable: bool = False) -> AbstractContextManager[Server]:
         return serve(self.config, self.vllm, self.model, args, self.folder / log, self.slot.lease, changeable)
+
+    def kept(self, args: Mapping[str, Any]) -> Shared:
+        """The slot's server if it runs and has the flags `args`, or a new one that stays there."""
+        shared: Shared | None = self.slot.server
+        if shared and shared.flags == args and shared.server.process.exit_code() is None:
+            recording.forget(shared.server.scratch)
+            write_whole(self.folder / "command.json", (shared.server.log.parent / "command.json").read_text())
+            shared.start = {}
+            return shared
+        self.slot.drop()
+        server = self.slot.keep(self._serve(args, "server.log"))
+        shared = Shared(server, dict(args), self.folder.name, kv_tokens=server.kv_tokens, start=server.start)
+        self.slot.server = shared
+        return shared
 
     def changed(self, args: Mapping[str, Any]) -> Shared | None:
         """The slot's server, or a new one that stays there, changed to the flags `args`; None if it can't be."""

@@ -24,6 +24,7 @@ from autotune.config.schema import (
     ScenarioConfig,
     Stop,
 )
+from autotune.data import synthetic
 from autotune.errors import InputError
 
 CLOSED: Any = OmegaConf.load(CONF / "rules" / "closed.yaml")
@@ -69,7 +70,7 @@ def check(config: Config, flags: Mapping[str, Any]) -> None:
     if scenario.mode is Mode.accuracy and benchmark.lacks:
         raise InputError(f"scenario.mode=accuracy: for {benchmark.name} autotune lacks {'; '.join(benchmark.lacks)}")
     if config.rules is Rules.closed and (broken := deviations(config, flags)):
-        raise InputError(f"{where}: {'; '.join(broken)}; leave it out, or write rules=open")
+        raise InputError(f"{where}: {'; '.join(broken)}; follow the rule, or write rules=open")
 
 
 def asked(benchmark: BenchmarkConfig, name: str, qps: float) -> ScenarioConfig:
@@ -195,6 +196,8 @@ def _answers(config: Config) -> Iterator[Verdict]:
         value, right = getattr(dataset, f"{end}_output_tokens"), getattr(length, f"{end}_tokens")
         yield f"dataset.{end}_output_tokens", value, value == right, f"an answer has {end}. {right} tokens"
     yield "dataset.count", dataset.count, dataset.count is None, f"all {benchmark.samples} samples are used"
+    invented = dataset.path is None and str((dataset.records or {}).get("_target_")).startswith(synthetic.__name__)
+    yield "dataset", dataset.name, not invented, f"the samples are those of {benchmark.dataset}"
 
 
 def _samples(config: Config, samples: int) -> list[str]:
@@ -209,4 +212,6 @@ def _server(config: Config, flags: Mapping[str, Any]) -> Iterator[Verdict]:
     caching, draft = flags.get("enable_prefix_caching"), flags.get("speculative_config")
     yield "engine.args.enable_prefix_caching", caching, caching is False, "nothing is kept from one query to the next"
     without = draft is None or config.scenario.name in config.benchmark.speculation
+    random = flags.get("load_format")
+    yield "engine.args.load_format", random, random != "dummy", "the weights are the benchmark's, and not random"
     yield "engine.args.speculative_config", draft, without, f"{config.benchmark.name} allows no speculative decoding"

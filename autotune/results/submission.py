@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from autotune.config import vllm_flags
 from autotune.config.schema import BenchmarkConfig, BenchmarkScenario
-from autotune.measure import loadgen_log
+from autotune.measure import loadgen_log, rules
 from autotune.measure.result import Result
-from autotune.measure.rules import SEEDS
 from autotune.system.files import read_json, write_whole
 
 NAMES = {"offline": "Offline", "server": "Server", "interactive": "Interactive", "single_stream": "SingleStream"}
@@ -272,7 +271,7 @@ def problems(tree: Tree, runs: Runs, scored: Mapping[str, Mapping[str, float]]) 
     found = [f"{' or '.join(one)} is missing" for one in tree.benchmark.needs if not set(one) & set(names)]
     closed = tree.division == "closed"
     for (name, kind), run in runs.items():
-        told = list(_loadgens(run, getattr(tree.benchmark.scenarios, name), kind))
+        told = list(objections(run, tree.benchmark, name, kind))
         if kind == "accuracy":
             samples = len(answers_in(run.folder / ACCURACY))
             wanted = tree.benchmark.accuracy_samples or tree.benchmark.samples
@@ -286,8 +285,8 @@ def problems(tree: Tree, runs: Runs, scored: Mapping[str, Mapping[str, float]]) 
     return found
 
 
-def _loadgens(run: Run, official: BenchmarkScenario, kind: str) -> Iterator[str]:
-    """Yield what LoadGen's log of a run says against it."""
+def objections(run: Run, benchmark: BenchmarkConfig, name: str, kind: str) -> Iterator[str]:
+    """Yield what LoadGen's log of a run of scenario `name` says against it."""
     values = loadgen_log.values(run.folder / LOGS[1])
     if failed := run.result.metrics.get("failed_requests"):
         yield f"{failed:.0f} requests failed"
@@ -295,19 +294,34 @@ def _loadgens(run: Run, official: BenchmarkScenario, kind: str) -> Iterator[str]
     if errors or values.get("num_errors"):
         yield f"LoadGen logged errors ({', '.join(errors) or values['num_errors']})"
     seeds = [values[f"effective_{name}_rng_seed"] for name in ("qsl", "sample_index", "schedule")]
-    if seeds != SEEDS:
+    if seeds != rules.SEEDS:
         yield "LoadGen's seeds are not MLPerf's"
     if kind != "performance":
         return
     if values["result_validity"] != "VALID":
         yield f"LoadGen: {values['result_validity']} ({'; '.join(run.result.reasons)})"
-    keys = {
-        "TTFT": ("result_first_token_99.00_percentile_latency_ns", official.ttft_ms),
-        "TPOT": ("result_time_per_output_token_99.00_percentile_ns", official.tpot_ms),
+    official: BenchmarkScenario = getattr(benchmark.scenarios, name)
+    least = {
+        "requested_use_token_latencies": True,
+        "effective_sample_concatenate_permutation": True,  # equal issue
+        "effective_performance_sample_count": benchmark.samples or 0,
+        "effective_min_sample_count": official.min_queries,
+        "effective_min_duration_ms": rules.LEAST_S * 1e3,
     }
-    for name, (key, limit_ms) in keys.items():
-        if limit_ms and values[key] > limit_ms * 1e6:
-            yield f"p99 {name} is {values[key] / 1e6:.4g} ms, over {limit_ms:g} ms"
+    for key, value in least.items():
+        if values[key] < value:
+            yield f"LoadGen's {key} is {values[key]}, and not {value:g} or more"
+    results = {
+        "TTFT": ("first_token_99.00_percentile_latency_ns", official.ttft_ms),
+        "TPOT": ("time_per_output_token_99.00_percentile_ns", official.tpot_ms),
+    }
+    for what, (key, limit_ms) in results.items():
+        if not limit_ms:
+            continue
+        if values[setting := f"requested_server_{what.lower()}_latency"] != limit_ms * 1e6:
+            yield f"LoadGen's {setting} is {values[setting]}, and not {limit_ms * 1e6:.0f}"
+        if (found := values[f"result_{key}"]) >= limit_ms * 1e6:
+            yield f"p99 {what} is {found / 1e6:.4g} ms, and not under {limit_ms:g} ms"
 
 
 def broken_scores(benchmark: BenchmarkConfig, scored: Mapping[str, float]) -> list[str]:
