@@ -42,17 +42,8 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two l
 
 # Artifacts of a trial; everything else in its folder is a working file.
 ARTIFACTS = (
-    "result.json",
-    "config.yaml",
-    "command.json",
-    "vllm.log",
-    "loadgen.log",
-    "mlperf_log_summary.txt",
-    "mlperf_log_detail.txt",
-    "requests.csv",
-    series.STEPS,
-    series.SERVER,
-    series.GPU,
+    *("result.json", "config.yaml", "command.json", "vllm.log", "loadgen.log"),
+    *("mlperf_log_summary.txt", "mlperf_log_detail.txt", "requests.csv", series.STEPS, series.SERVER, series.GPU),
 )
 STUDY_ARTIFACTS = ("summary.txt", "report.html", "pareto.json")
 RUNS = "mlflow_run.json"  # in a trial's or a study's folder: its run's id, by tracking URI
@@ -192,10 +183,8 @@ class Tracker:
             defaults = {key: value for key, value in result.defaults.items() if value is not None}
             flags = defaults | {f"engine.args.{flag}": value for flag, value in result.args.items()}
             metrics = [Metric(key, value, ended, 0) for key, value in figures.items()]
-            metrics += [
-                Metric(point.metric, point.value, int(point.time * 1000), point.second)
-                for point in series.read(folder, result.started_at)
-            ]
+            points = series.read(folder, result.started_at)
+            metrics += [Metric(one.metric, one.value, int(one.time * 1000), one.second) for one in points]
             params = [Param(key, str(value)) for key, value in (flags | result.params).items()]
             self._client.log_batch(run, metrics[:BATCH], params, [RunTag("command", result.shell_command[:5000])])
             for at in range(BATCH, len(metrics), BATCH):
@@ -276,10 +265,9 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         name = study.replace("/", "-").replace(":", "-")
+        about = f"vLLM's configuration that study {study} found best"
         try:
-            self._client.create_registered_model(
-                name, best.config, f"vLLM's configuration that study {study} found best"
-            )
+            self._client.create_registered_model(name, best.config, about)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -289,10 +277,10 @@ class Tracker:
                 return
         self._client.log_text(run, best.shell_command + "\n", f"{CONFIGURATION}/command.txt")
         self._client.log_dict(run, best.args, f"{CONFIGURATION}/args.json")
-        source = f"runs:/{run}/{CONFIGURATION}"
+        source, command = f"runs:/{run}/{CONFIGURATION}", best.shell_command
         tags = {"feasible": str(best.feasible).lower(), "estimated": str(best.estimated).lower(), **best.facts}
         version = self._client.create_model_version(
-            name, source, run, tags=tags, description=best.shell_command, await_creation_for=0
+            name, source, run, tags=tags, description=command, await_creation_for=0
         )
         self._client.set_registered_model_alias(name, "best", version.version)
 
@@ -374,8 +362,7 @@ def _file(uri: str) -> Path:
 
 def known_run(folder: Path, uri: str) -> str | None:
     """The run that `folder` was logged as at `uri`, which hides its password."""
-    run: str | None = _runs(folder).get(uri)
-    return run
+    return _runs(folder).get(uri)
 
 
 def _remember(folder: Path, uri: str, run: str) -> None:
