@@ -303,14 +303,8 @@ def caching(results: Mapping[str, Result]) -> go.Figure:
     """Draw the share of prompt tokens that were found in the KV cache over what running requests took of it at most."""
     known = {name: one for name, one in results.items() if {"prefix_hit_share", "kv_use_max"} <= one.metrics.keys()}
     lost = {name: one.metrics.get("prefix_lost_share", 0.0) for name, one in known.items()}
-    dots = [
-        (
-            one.metrics["kv_use_max"],
-            one.metrics["prefix_hit_share"],
-            told(f"{name}: {lost[name]:.0%} computed again", one),
-        )
-        for name, one in known.items()
-    ]
+    words = {name: told(f"{name}: {lost[name]:.0%} computed again", one) for name, one in known.items()}
+    dots = [(one.metrics["kv_use_max"], one.metrics["prefix_hit_share"], words[name]) for name, one in known.items()]
     symbols = ["x" if share >= LOST else "circle" for share in lost.values()]
     traces = [_dots(dots, "KV use %{x:.0%}, found %{y:.1%}", symbol=symbols, color=BLUE)]
     axis = {"tickformat": ".0%", "rangemode": "tozero"}
@@ -408,10 +402,8 @@ def parts(bars: Mapping[Any, Mapping[str, float]], title: str) -> go.Figure:
 def _dots(dots: Sequence[tuple[float, float | None, str]], hover: str, name: str = "", **marker: Any) -> go.Scatter:
     """Dots at x and y, each with its words under `hover`."""
     x, y, words = zip(*dots, strict=True) if dots else ((), (), ())
-    template = f"{hover}{HOVER}"
-    return go.Scatter(
-        x=x, y=y, hovertext=words, hovertemplate=template, name=name, mode="markers", marker={"size": 8, **marker}
-    )
+    shown = {"hovertext": words, "hovertemplate": f"{hover}{HOVER}"}
+    return go.Scatter(x=x, y=y, name=name, mode="markers", marker={"size": 8, **marker}, **shown)
 
 
 def _by_limits(

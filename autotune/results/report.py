@@ -87,9 +87,8 @@ def write(study: Study) -> Path:
 
 def page(study: Study) -> str:
     """The page itself."""
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    beside = jinja2.FileSystemLoader(Path(__file__).parent)
+    templates = jinja2.Environment(loader=beside, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates.filters |= {"figure": _figure, "metric": label, "shorten": shorten}
     return templates.get_template("report.html.j2").render(
         study=study,
@@ -406,11 +405,9 @@ def steps(study: Study) -> list[Section]:
         for name, account in accounts.items()
         if kind in account
     }
-    draws = [
-        partial(figures.parts, by_token, "engine, ms for 1,000 tokens"),
-        partial(figures.parts, by_step, "ms of a step, mean"),
-    ]
-    return [Section(title, _difference(accounts), draws)]
+    engine = partial(figures.parts, by_token, "engine, ms for 1,000 tokens")
+    step = partial(figures.parts, by_step, "ms of a step, mean")
+    return [Section(title, _difference(accounts), [engine, step])]
 
 
 Account = Mapping[str, Mapping[str, Any]]  # by kind of step, as sim/account.py has it

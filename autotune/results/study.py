@@ -63,11 +63,8 @@ class Study:
     @cached_property
     def swept(self) -> dict[str, Result]:
         """The trials whose parameters a sampler chose, without those that were interrupted."""
-        return {
-            name: result
-            for name, result in self.results.items()
-            if name not in REFERENCES and result.state is not State.interrupted
-        }
+        ended = {name: one for name, one in self.results.items() if one.state is not State.interrupted}
+        return {name: one for name, one in ended.items() if name not in REFERENCES}
 
     @cached_property
     def complete(self) -> dict[str, Result]:

@@ -58,10 +58,8 @@ def single(result: Result, config: Config, folder: Path) -> str:
 def headline(study: Study) -> dict[str, float]:
     """The study in a few figures, for MLflow's parent run."""
     states = [result.state for result in study.swept.values() if not result.duplicate_of]
-    figures = {
-        "trials": float(len(states) - states.count(State.refused)),
-        "failed_trials": float(states.count(State.failed)),
-    }
+    trials, failed = len(states) - states.count(State.refused), states.count(State.failed)
+    figures = {"trials": float(trials), "failed_trials": float(failed)}
     metric, best = study.objective.metrics[0], study.best
     for name in REFERENCES:
         if name in study.complete:
@@ -200,15 +198,13 @@ def _made_up(config: Config) -> str:
 def _shared(study: Study) -> list[str]:
     """Sentences on the servers that trials shared, and on what a server of its own made of the best one."""
     sharing = [result.facts["server"].partition(",")[0] for result in study.swept.values() if result.shared_server]
-    again = {
-        name: json.loads(result.facts[ON_SHARED]) for name, result in study.swept.items() if ON_SHARED in result.facts
-    }
+    again = {name: one.facts[ON_SHARED] for name, one in study.swept.items() if ON_SHARED in one.facts}
     if not sharing and not again:
         return []
     told = f"{len(sharing)} trials shared {len(set(sharing))} server{'s' if len(set(sharing)) > 1 else ''}"
     parts = ["", f"{told}, whose scheduler was changed between them (backend.hot=never: each starts its own)."]
-    for name, (value, *_) in again.items():
-        result = study.results[name]
+    for name, shared in again.items():
+        result, value = study.results[name], json.loads(shared)[0]
         fresh = f"{result.values[0]:.4g}" if result.complete else f"failed ({result.reason})"
         parts.append(f"  {name} on a server of its own: {fresh}; on the shared one it was {value:.4g}")
     if study.uncertified():

@@ -63,7 +63,6 @@ def told(recordings: Sequence["Steps"], config: Config, facts: Mapping[str, str]
     twin = fit(recordings[:1], device, shape)
     off = {steps.name: [asdict(one) for one in errors(twin, steps)] for steps in recordings}
     of_all = fit(recordings, device, shape) if len(recordings) > 1 else twin
-    accounts = {
-        steps.name: {kind: asdict(share) for kind, share in account(of_all, steps).items()} for steps in recordings
-    }
+    shares = {steps.name: account(of_all, steps) for steps in recordings}
+    accounts = {name: {kind: asdict(one) for kind, one in found.items()} for name, found in shares.items()}
     return {"device": device.name, "device_of": whose, "errors": off, "accounts": accounts}

@@ -56,9 +56,8 @@ def chosen(sampler: Any, config: Config, space: Space) -> tuple[Any, str]:
 
 def _unlike_twin(config: Config, space: Space) -> str:
     """The reason why a twin is of no use to a study; empty if it is."""
-    modelled = [
-        name for name in space.parameters if name.removeprefix(FLAG) in MODELLED or name.startswith("scenario.")
-    ]
+    flags = {name.removeprefix(FLAG) for name in space.parameters}
+    modelled = not flags.isdisjoint(MODELLED) or any(name.startswith("scenario.") for name in flags)
     if config.backend.get("_target_") != LIVE:
         return "the backend is not live vLLM"
     if not config.backend.get("steps"):

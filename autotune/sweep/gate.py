@@ -81,9 +81,8 @@ class Gate:
         if not self._on:
             result.accuracy = ""
             return
-        numerics = (
-            result.facts[accuracy.NUMERICS] if accuracy.NUMERICS in result.facts else self._numerics(result.params)
-        )
+        known = result.facts.get(accuracy.NUMERICS)
+        numerics = self._numerics(result.params) if known is None else known
         name_of_reference, reference = self._reference(results)
         if numerics == reference:
             result.accuracy = accuracy.SAME
