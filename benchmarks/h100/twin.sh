@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# sampler=twin against random search with the same engine time, of docs/benchmarks/h100.md:
+# sampler=twin against TPE, random search and vLLM's grid with the same engine time, of docs/benchmarks/h100.md; on two
+# GPUs, side by side:
 #
-#     GPUS=[0] benchmarks/h100/twin.sh FOLDER moe-twin long-twin & GPUS=[1] benchmarks/h100/twin.sh FOLDER moe-random long-random
+#     GPUS=[0] benchmarks/h100/twin.sh FOLDER recorder moe-twin moe-grid & GPUS=[1] … warm moe-tpe moe-random
 #
-# TPE draws its first ten trials at random, so that with so few trials it is random search, too.
+recorder=$(realpath "$(dirname "${BASH_SOURCE[0]}")/../recorder.py")
 source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
 
 space=("space=[scheduler,graphs]" n_trials=100 tracking=none)
 twin=(sampler=twin backend/device@prior.backend.device=h200)
-# The mixture's search costs five minutes with vLLM's defaults: random search is spared measuring them.
-random=(sampler=random baseline=false seed="${SEED:-3}")
+# The others are spared measuring the defaults, which the twin learns from, and their best on a server of its own.
+others=(baseline=false seed="${SEED:-3}")
+# vLLM's auto_tune.sh: these sequences × tokens unless told otherwise
+grid=('engine.args.max_num_seqs=choice(128,256)' 'engine.args.max_num_batched_tokens=choice(512,1024,2048,4096)')
 
 # Qwen3-30B-A3B's shape within MLPerf's Interactive limits.
 moe=(
@@ -25,8 +28,25 @@ long=(
     dataset.max_output_tokens=512 ++engine.args.max_model_len=8192 budget="${LONG_BUDGET:-6m}"
 )
 
+# A step's time while it is recorded and while it is not, of long answers without prefill.
+long_answers=(
+    scenario=offline dataset=synthetic dataset.records.prompt_tokens=32 dataset.records.prompt_sigma=0
+    dataset.records.output_tokens=1500 dataset.records.output_deviation=0 'dataset.records.output_bounds=[16,1500]'
+    dataset.max_output_tokens=1500 scenario.min_queries=256 engine.args.max_num_seqs=128 tracking=none
+)
+recorder() {
+    with_words model=qwen3_30b_a3b_dummy gpus="${GPUS:-all}" "${long_answers[@]}"
+    python3 "$recorder" "$PWD/recorder" "${all[@]}"
+}
+# What the first start of a model compiles on a host, so that it is in no study's time.
+warm() { trial warm model=qwen3_30b_a3b_dummy "${long_answers[@]}" dataset.records.output_tokens=16; }
+
+step warm warm
+step recorder recorder
 step moe-twin study moe-twin "${moe[@]}" "${space[@]}" "${twin[@]}"
-step moe-random study moe-random "${moe[@]}" "${space[@]}" "${random[@]}"
+step moe-tpe study moe-tpe "${moe[@]}" "${space[@]}" "${others[@]}" sampler=tpe
+step moe-random study moe-random "${moe[@]}" "${space[@]}" "${others[@]}" sampler=random
+step moe-grid study moe-grid "${moe[@]}" space=none "${grid[@]}" "${others[@]}" sampler=grid
 step long-twin study long-twin "${long[@]}" "${space[@]}" "${twin[@]}"
-step long-random study long-random "${long[@]}" "${space[@]}" "${random[@]}"
+step long-random study long-random "${long[@]}" "${space[@]}" "${others[@]}" sampler=random
 exit $failed
