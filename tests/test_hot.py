@@ -148,7 +148,8 @@ def test_server_that_drifts_is_replaced_and_the_trials_since_its_last_check_are_
     trial: Callable[..., str], started: list[Any], rates: list[float], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     slot = Slot(shares=True)
-    rates += [1.0, 1.05, 0.8]  # as it started, at the first check, at the second
+    # As it started, of which the first run does not count; at the first check, of which a run passes; at the second.
+    rates += [0.5, 1.0, 0.7, 1.05, 0.7, 0.8, 0.75]
     told = [trial(slot, Vllm(), max_num_seqs=8) for _ in range(2 * hot.CHECKED_EVERY + 2)]
     numbers = [one.partition(",")[0] for one in told]
     replaced = numbers.index(numbers[-1])

@@ -33,11 +33,11 @@ CONFIG = configured("model=llama8b", "backend=sim", "scenario=offline", "scenari
 QUICK = {"proposal_s": 2.0, "draws": 1, "seed": 0}
 
 
-def asked(sampler: TwinSampler, running: int = 0) -> Params:
+def asked(sampler: TwinSampler, running: int = 0, space: Space = SPACE) -> Params:
     """The parameters that a study's next trial is asked for beside others that run, empty where TPE is to choose."""
     made = optuna.create_study(sampler=sampler, direction="maximize")
     for _ in range(running):
-        SPACE.suggest(made.ask(), {})
+        space.suggest(made.ask(), {})
     trial = made.ask()
     return trial.relative_params
 
@@ -54,6 +54,13 @@ def named_by_number(results: list[Result]) -> dict[str, Result]:
 def test_twin_asks_for_what_is_good_on_it():
     params = asked(TwinSampler(CONFIG, SPACE, {}, **QUICK))
     assert params[SEQS] == 128
+
+
+def test_slow_host_has_time_for_more_than_the_first_configurations():
+    """On a GPU's host a fit once took so much of a proposal's time that only a few random ones were simulated."""
+    space, _ = parse({}, [f"{SEQS}=int(interval(2,128))"], {}, {})
+    sampler = TwinSampler(CONFIG, space, {}, **(QUICK | {"proposal_s": 1e-3}))
+    assert asked(sampler, space=space)[SEQS] >= 64  # there are 64 requests
 
 
 def test_trials_side_by_side_are_asked_for_different_configurations():

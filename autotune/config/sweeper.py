@@ -28,7 +28,7 @@ class TwinSamplerConf(SamplerConfig):  # type: ignore[misc]
     _target_: str = "autotune.search.twin.TwinSampler"
     _partial_: bool = True
     seed: int | None = None
-    proposal_s: float = 5.0  # of the sweeping process' time for each proposal
+    proposal_s: float = 4.0  # of the sweeping process' time for each proposal; a fit before it takes about 1 s
     draws: int = 4  # twins from the posterior, on which the best configurations are simulated, too
 
 

@@ -203,6 +203,8 @@ def _shared(study: Study) -> list[str]:
         return []
     told = f"{len(sharing)} trials shared {len(set(sharing))} server{'s' if len(set(sharing)) > 1 else ''}"
     parts = ["", f"{told}, whose scheduler was changed between them (backend.hot=never: each starts its own)."]
+    if not sharing:
+        parts = ["", "No trial but the best one shared a server."]
     for name, shared in again.items():
         result, value = study.results[name], json.loads(shared)[0]
         fresh = f"{result.values[0]:.4g}" if result.complete else f"failed ({result.reason})"

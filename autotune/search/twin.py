@@ -56,6 +56,7 @@ RUNS = 5  # simulated ones, after which that is known
 SEARCHED, DRAWN = 0.7, 0.95  # shares of a proposal's time after which the search, and the draws, have an end
 REPEATED = 25  # trials of a simulated study in a row that it has seen before; then it ends
 AT_RANDOM = 10  # first configurations of the simulated study
+LEAST = 20  # configurations of which it knows something; as a rule these take a second or two
 LEAST_GAIN = 0.003  # expected, as a share; below it the twin has nothing to say
 # Configurations whose values and latencies are within this share of each other do the same: sequences that are never
 # reached differ, say. That is finer than the steps of a search for the highest load.
@@ -107,9 +108,12 @@ class Simulated:
         return self._rough[point]
 
     def search(self, study: optuna.Study, until_s: float) -> None:
-        """Go on with a simulated study of this twin until the process has run `until_s`, or it has nothing new."""
+        """Go on with a simulated study of this twin until this thread has run `until_s`, or it has nothing new.
+
+        On a slow host it goes on until it knows LEAST configurations.
+        """
         repeated, known = 0, 0
-        while repeated < REPEATED and (time.process_time() < until_s or not self._results):
+        while repeated < REPEATED and (time.thread_time() < until_s or known < LEAST):
             ask(study, self._simulations[0], self._space, self.roughly)
             repeated = repeated + 1 if known == (known := len(self._results) + len(self._rough)) else 0
 
@@ -142,14 +146,15 @@ class TwinSampler(BaseSampler):
         results: Mapping[str, Result],
         folder: Path | None = None,
         seed: int | None = None,
-        proposal_s: float = 5.0,
+        proposal_s: float = 4.0,
         draws: int = 4,
         tpe: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Prepare a sampler; `results` grow as the study's trials end, which record their steps below its `folder`.
 
-        A proposal takes `proposal_s` of this process' time. Before there are steps, the device of
-        `config.prior.backend` is the twin; without one TPE is asked, which `tpe` configures. Raises InputError.
+        A proposal takes `proposal_s` of this thread's time, and a fit before it about one second. Before there are
+        steps, the device of `config.prior.backend` is the twin; without one TPE is asked, which `tpe` configures.
+        Raises InputError.
         """
         self._config, self._space, self._all, self._folder = config, space, results, folder
         self._proposal_s, self._draws, self._seed = proposal_s, draws, seed or 0
@@ -246,7 +251,6 @@ class TwinSampler(BaseSampler):
     # The twin
 
     def _chosen(self, pending: Sequence[Params]) -> dict[str, Any]:
-        began_s = time.process_time()
         results = {name: one for name, one in self._all.items() if not name.startswith(CANARY)}  # whose runs are short
         self._learn(results)
         if not self._twin:
@@ -254,7 +258,7 @@ class TwinSampler(BaseSampler):
         measured = list(results.values())
         if why := self._why_wrong(measured):
             return self._to_tpe(why)
-        return dict(self._propose(measured, pending, began_s))
+        return dict(self._propose(measured, pending))
 
     def _learn(self, results: Mapping[str, Result]) -> None:
         """Fit the twin to the steps of the trials that have ended meanwhile."""
@@ -351,8 +355,9 @@ class TwinSampler(BaseSampler):
         running = [one for one in self._simulated.on_twin if one.complete]
         return sorted(running, key=lambda one: -score(self._config, one))
 
-    def _propose(self, results: Sequence[Result], pending: Sequence[Params], began_s: float) -> dict[str, Any]:
+    def _propose(self, results: Sequence[Result], pending: Sequence[Params]) -> dict[str, Any]:
         """The configuration that promises most beyond what is measured and what runs; empty if none does."""
+        began_s = time.thread_time()
         tried = {key(result.params) for result in results} | {key(params) for params in pending}
         good = [one for one in self._good if key(one.params) not in tried]
         self._simulated.search(self._study, began_s + SEARCHED * self._proposal_s)
@@ -401,7 +406,7 @@ class TwinSampler(BaseSampler):
         scores = np.full((1 + self._draws, len(points)), -math.inf)
         for draw in range(1 + self._draws):
             for at, params in enumerate(points):
-                on = draw if time.process_time() < until_s else 0
+                on = draw if time.thread_time() < until_s else 0
                 scores[draw, at] = score(self._config, self._simulated.result(params, on))
         return scores + self._corrections(points)
 
