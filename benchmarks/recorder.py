@@ -10,13 +10,14 @@ The second: a live trial, whose server records for TURN_S seconds and does not f
 without prefill are compared, each turn with those beside it, so that the load should be long answers, all at once.
 """
 
+import json
 import math
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +34,7 @@ from autotune.measure.slot import Slot
 
 STEPS, TURNS = 500, 25
 TURN_S = 1.0
+LEAST = 20  # steps of a turn
 TIMES = "AUTOTUNE_STEP_TIMES"  # variable: the file for the clock, whether it was recorded, and decodes of each step
 
 
@@ -117,24 +119,46 @@ def beside_a_server(folder: Path, overrides: list[str]) -> None:
     words = [*overrides, f"+backend.env.{TIMES}={times}", f"+backend.env.PYTHONPATH={os.pathsep.join(sys.path[1:])}"]
     config, _, _ = compose(words)
     trial.run(config, words, folder, Slot())
-    compare(np.load(times))
+    turns = turns_of(np.load(times))
+    (folder / "turns.json").write_text(json.dumps(turns))
+    print(f"recording takes {said(turns)}")
 
 
-def compare(ends: np.ndarray) -> None:
-    """Print how much longer a step takes in turns that are recorded than in those before and after them."""
-    took, turn, tokens = np.diff(ends[:, 0]) * 1e3, ends[1:, 1], ends[1:, 2]
-    starts = np.flatnonzero(np.diff(turn)) + 1
-    turns = [range(begin, end) for begin, end in pairwise(starts)]
-    steps = [[took[step] for step in one if tokens[step] and tokens[step] == tokens[step - 1]] for one in turns]
-    middle = [statistics.median(some) if len(some) >= 20 else math.nan for some in steps]
-    ratios = [
-        (2 * middle[at] / (middle[at - 1] + middle[at + 1]) - 1) * (100 if turn[turns[at][0]] else -100)
-        for at in range(1, len(turns) - 1, 2)
-    ]
-    known = [ratio for ratio in ratios if not math.isnan(ratio)]
-    mean, interval = mean_and_interval(known)
-    said = f" ({interval[0]:+.2f} to {interval[1]:+.2f} %)" if interval else ""
-    print(f"recording takes {mean:+.2f} %{said} of a step of {np.nanmedian(middle):.2f} ms; {len(known)} turns")
+def turns_of(ends: np.ndarray) -> list[dict[str, Any]]:
+    """Each turn: whether it was recorded, and its decode steps of the most common size: count, tokens, median in ms."""
+    took, recorded, tokens = np.diff(ends[:, 0]) * 1e3, ends[1:, 1], ends[1:, 2].astype(int)
+    turns = []
+    for begin, end in pairwise(np.flatnonzero(np.diff(recorded)) + 1):
+        size = int(np.bincount(tokens[begin:end]).argmax())
+        steps = took[begin:end][(tokens[begin:end] == size) & (ends[begin:end, 2] == size)]
+        ms = round(float(np.median(steps)), 4) if size and len(steps) else None
+        turns.append({"recorded": bool(recorded[begin]), "tokens": size, "steps": len(steps), "ms": ms})
+    return turns
+
+
+def cost(turns: Sequence[Mapping[str, Any]]) -> tuple[list[float], float]:
+    """What recording takes of a step, from each turn and the two beside it, and the median step, ms.
+
+    Contexts grow, and steps with them: where a step is shorter two turns later, new answers have begun.
+    """
+    more, known = [], []
+    for three in zip(turns[:-2:2], turns[1:-1:2], turns[2::2], strict=True):
+        if len({turn["tokens"] for turn in three}) == 1 and all(turn["steps"] >= LEAST for turn in three):
+            before, ms, after = (turn["ms"] for turn in three)
+            if after > before:
+                ratio = 2 * ms / (before + after) - 1
+                more.append(ratio if three[1]["recorded"] else -ratio)
+                known.append(ms)
+    return more, statistics.median(known)
+
+
+def said(turns: Sequence[Mapping[str, Any]]) -> str:
+    more, step_ms = cost(turns)
+    mean, interval = mean_and_interval(more)
+    low, high = interval or (-math.inf, math.inf)
+    return (
+        f"{mean:+.2%} ({low:+.2%} to {high:+.2%}) of a step of {step_ms:.1f} ms; {len(more)} turns and their neighbors"
+    )
 
 
 def main() -> None:

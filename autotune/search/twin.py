@@ -51,8 +51,7 @@ RECORDINGS = 4  # to which a twin is fitted in any case: the first ones …
 AMISS = 0.05  # … and then one whose steps of some kind it tells worse than this share of their time
 SHORTLIST = 4  # distinct configurations that are simulated on draws of the twin
 FRESH = 8  # best ones of an older twin, which are simulated on a new one first
-FAR = 1.3  # factor by which a configuration that holds less load than the best one is of no interest
-RUNS = 5  # simulated ones, after which that is known
+FAR = 1.15  # factor by which a configuration that holds less load than the best one is of no interest
 SEARCHED, DRAWN = 0.7, 0.95  # shares of a proposal's time after which the search, and the draws, have an end
 REPEATED = 25  # trials of a simulated study in a row that it has seen before; then it ends
 AT_RANDOM = 10  # first configurations of the simulated study
@@ -85,12 +84,12 @@ class Simulated:
         self._results: dict[tuple[str, int], Result] = {}
         self._rough: dict[str, Result] = {}
 
-    def result(self, params: Params, draw: int = 0) -> Result:
-        """The result expected of `params`; draw 0 is the twin itself."""
+    def result(self, params: Params, draw: int = 0, near: float = 0.0) -> Result:
+        """The result expected of `params`; draw 0 is the twin itself. Its search for the highest load starts `near`."""
         point = key(params)
         if (point, draw) not in self._results:
-            near = self._results.get((point, 0), self._before.get(point))
-            self._results[point, draw] = checked(starting_at(self._simulations[draw], load(near)), self._space, params)
+            near = load(self._results.get((point, 0), self._before.get(point))) or near
+            self._results[point, draw] = checked(starting_at(self._simulations[draw], near), self._space, params)
         return self._results[point, draw]
 
     def roughly(self, params: Params) -> Result:
@@ -99,12 +98,10 @@ class Simulated:
         if not most or (point, 0) in self._results or point in self._before:
             return self.result(params)
         if point not in self._rough:
-            found = checked(starting_at(self._simulations[0], most, RUNS), self._space, params)
-            if found.complete and load(found) < most / FAR:
-                self._rough[point] = found
-            else:
-                self._before[point] = found
-                return self.result(params)
+            found = checked(starting_at(self._simulations[0], most / FAR, 1), self._space, params)
+            if not found.complete or load(found):
+                return self.result(params, near=most)
+            self._rough[point] = found
         return self._rough[point]
 
     def search(self, study: optuna.Study, until_s: float) -> None:

@@ -1,14 +1,14 @@
 """The tables of docs/benchmarks/gpus.md, h100.md and two-gpus.md, from the data beside this file:
 
-python benchmarks/h100/tables.py          # print them
-python benchmarks/h100/tables.py --write  # put them into the pages, each below its `<!-- name -->`
+python -m benchmarks.h100.tables          # print them
+python -m benchmarks.h100.tables --write  # put them into the pages, each below its `<!-- name -->`
 """
 
 import argparse
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -26,6 +26,7 @@ from autotune.results import summary
 from autotune.results.study import BASELINE, FRESH
 from autotune.search.simulate import estimate, simulation
 from autotune.sim import calibrate
+from benchmarks.recorder import said
 
 HERE = Path(__file__).parent
 ONE, TWO = HERE / "data/one-gpu", HERE / "data/two-gpus"
@@ -54,6 +55,11 @@ VERIFIED = ONE / "host-7/interactive-closed"  # of the best of host 6's
 PLANNED = 4  # repeats of them; the time was enough for one more
 OPEN = ONE / "host-8/interactive-open"  # of the best under open rules, of host 7
 MIXTURE = "host-12/moe-twin"
+MIXTURE_ARMS = {
+    "moe-tpe": "TPE",
+    "moe-random": "random search",
+    "moe-twin": "the twin, after its defaults",
+}  # of host 13
 SIDES = ("alone", "together")
 PHASES = ("start", "warmup", "run", "stop", "other")
 Row = Sequence[str]
@@ -232,16 +238,47 @@ def arms() -> str:
     rows = []
     for name, way in ARMS.items():
         found = study(ONE / H200 / f"interactive-{name}")
-        used = after = best = 0.0
-        flags = ""
-        for trial, result in found.items():
-            used += result.engine_s
-            if trial != BASELINE and result.feasible and result.values[0] > best:
-                best, after, flags = result.values[0], used, changed(result)
-        defaults = found[BASELINE].values[0]
+        defaults, (used, best, after, flags) = found[BASELINE].values[0], search(found)
         shown = [number(used / 60), number(defaults, 2), number(best, 2), f"{best / defaults - 1:+.0%}"]
         rows.append((way, str(len(found) - 1), *shown, number(after / 60), flags))
     return markdown(head, rows)
+
+
+def search(found: Mapping[str, Result]) -> tuple[float, float, float, str]:
+    """Engine time of a study's trials in turn, s, its best value, when it was found, s, and what differs then."""
+    used = after = best = 0.0
+    flags = ""
+    for trial, result in found.items():
+        used += result.engine_s
+        if trial != BASELINE and result.feasible and result.complete and result.values[0] > best:
+            best, after, flags = result.values[0], used, changed(result)
+    return used, best, after, flags
+
+
+def mixture_arms() -> str:
+    """The same of a mixture of experts, whose trials shared servers."""
+    head = (
+        "way",
+        "trials that ran",
+        "of them left early",
+        "engine time, min",
+        "best max QPS",
+        "found after, min",
+        "best",
+    )
+    rows = []
+    for name, way in MIXTURE_ARMS.items():
+        ran = {trial: one for trial, one in study(ONE / "host-13" / name).items() if one.ran and FRESH not in trial}
+        left = sum(one.state == "pruned" for one in ran.values())
+        used, best, after, flags = search(ran)
+        times = number(used / 60), number(best, 2), number(after / 60)
+        rows.append((way, str(len(ran)), str(left), *times, flags))
+    return markdown(head, rows)
+
+
+def recording() -> str:
+    """What the recorder takes of a decode step: turns of a second with it and without, in turn, on one server."""
+    return f"Recording takes {said(json.loads((ONE / 'host-13/recorder.json').read_text()))}."
 
 
 def foretold() -> str:
@@ -558,6 +595,8 @@ TABLES: dict[str, Callable[[], str]] = {
             foretold,
             long_prompts,
             mixture,
+            mixture_arms,
+            recording,
             results,
             trial_seconds,
             shared_against_fresh,
