@@ -15,10 +15,11 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.errors import InputError
 from autotune.measure import progress
 from autotune.measure.backend import Measurement
+from autotune.measure.result import Result, State
 from autotune.results import summary
 from autotune.results.study import Study
 from autotune.sweep import launchers, storage, worker
-from autotune.sweep.study import seconds
+from autotune.sweep.study import counted_s, seconds
 from tests.conftest import processes_in
 from tests.standin import StandInEngine
 from tests.studies import JOURNAL, SEQS, asked, autotune, command, environment, study, trials
@@ -221,10 +222,16 @@ def test_failures_in_a_row_end_the_study_with_their_reasons(tmp_path: Path):
     assert len(asked(tmp_path)) <= 3
 
 
+def test_budget_counts_trials_without_the_first_start_which_compiles_for_the_others():
+    cold, warm = ({"start": start_s, "run": 20.0} for start_s in (300.0, 60.0))
+    results = [Result(State.complete, phases=phases, started_at=at) for at, phases in [(2.0, warm), (1.0, cold)]]
+    assert counted_s(results) == 20 + 80 and counted_s(results[:1]) == 20 and counted_s([]) == 0
+
+
 def test_budget_ends_the_asking_and_the_study_reports(tmp_path: Path):
     said = study(tmp_path, "budget=5m", "n_trials=50", f"{SEQS}=range(4,100)")
     assert "Study s: " in said
-    assert len(asked(tmp_path)) == 2  # and the baseline: a start takes 100 s
+    assert len(asked(tmp_path)) == 3  # and the baseline: a start takes 100 s, and the first one does not count
 
 
 @pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1.5d", 129_600)])

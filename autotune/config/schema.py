@@ -101,7 +101,7 @@ class Duplicates(Enum):
 class BudgetOf(Enum):
     """Choice of what a study's budget counts."""
 
-    engine = "engine"  # the time that trials take, summed
+    engine = "engine"  # the time that trials take, summed, without the first start, which compiles for later ones
     wall = "wall"  # the time since the study began
 
 

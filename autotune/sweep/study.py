@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -179,7 +179,7 @@ class Sweep:
     results: dict[str, Result] = field(default_factory=dict)  # of what has ended, by folder
     wanted: list[str] = field(default_factory=list)  # references that are still to be run
     count: int = 0  # of n_trials, in flight or ended
-    engine_s: float = 0.0  # start and run of the trials that ended
+    engine_s: float = 0.0  # of the trials that ended, as the budget counts it
     # Trials from when they are asked until they have ended, with those that repeat them.
     in_flight: dict[str, list[PendingTrial]] = field(default_factory=dict)
     exhausted: bool = False  # the sampler has nothing new
@@ -442,6 +442,7 @@ class Sweep:
     def _finish(self, pending: PendingTrial, result: Result, node: str = "") -> None:
         """Keep the result of a trial that has ended, and tell Optuna and MLflow."""
         folder = self.folder / pending.name
+        self.engine_s += result.engine_s if self.engine_s else counted_s([result])
         result.params = pending.params
         if pending.name == BASELINE:
             result.defaults = self.defaults
@@ -454,7 +455,6 @@ class Sweep:
             self.results[pending.name] = result
         result.save(folder)
         self._judge()
-        self.engine_s += result.engine_s
         if result.state is State.pruned:
             log.info("%s: %s", pending.name, result.reason)
         else:
@@ -507,7 +507,7 @@ class Sweep:
         """Finish what ended meanwhile, watch what still runs, queue again what was interrupted."""
         self.results = results
         self._judge(anew=True)
-        known_s = sum(result.engine_s for result in [*self.results.values(), *canaries_in(self.folder).values()])
+        known_s = counted_s([*self.results.values(), *canaries_in(self.folder).values()])
         fresh = not self.record.trials and not self.record.is_grid
         for name, result in self.results.items():
             if result.complete and not result.duplicate_of and self.config.duplicates is Duplicates.lookup:
@@ -585,6 +585,12 @@ class Sweep:
         for trial in self.record.trials:
             if trial.state is TrialState.RUNNING and f"{TRIAL}{trial.number}" not in left:
                 self._settle(trial)
+
+
+def counted_s(results: Iterable[Result]) -> float:
+    """Engine seconds of `results` that a budget counts: all but the first start, which compiles for those after it."""
+    ran = sorted((result for result in results if result.phases), key=lambda result: result.started_at)
+    return sum(result.engine_s for result in ran) - sum(result.phases.get("start", 0.0) for result in ran[:1])
 
 
 def as_override(value: Any) -> str:
