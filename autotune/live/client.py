@@ -203,24 +203,14 @@ class Clients:
 
 
 def _work(sock: socket.socket, spec: RunSpec, bodies: Callable[[int], bytes], samples: Samples) -> None:
-    loop = uvloop.new_event_loop()
-    _Process(loop, sock, spec, bodies, samples)
-    loop.run_forever()
+    _Process(sock, spec, bodies, samples).loop.run_forever()
 
 
 class _Process:
     """A client process: reads issues from its socket and writes messages, once in each turn of its event loop."""
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        sock: socket.socket,
-        spec: RunSpec,
-        bodies: Callable[[int], bytes],
-        samples: Samples,
-    ) -> None:
-        self._loop = loop
-        self._sock = sock
+    def __init__(self, sock: socket.socket, spec: RunSpec, bodies: Callable[[int], bytes], samples: Samples) -> None:
+        self.loop, self._sock = uvloop.new_event_loop(), sock
         self._url, self._bodies, self._samples = spec.url, bodies, samples
         self._turns: dict[int, int] = {}  # the samples of turns under way that another one continues, by their numbers
         self._said: dict[int, bytes] = {}  # the prompts and answers of those that have ended, as in their JSON list
@@ -230,7 +220,7 @@ class _Process:
         self._list = f'"{MESSAGES if self._chat else PROMPT}": ['.encode()  # no text has this, its quotes are escaped
         self._in_run = self._first_tokens = False
         self._client = Client(
-            loop,
+            self.loop,
             spec.url,
             spec.request_timeout_s,
             self._on_first_token,
@@ -241,9 +231,9 @@ class _Process:
         )
         self._unread = b""
         self._out = bytearray()
-        loop.set_exception_handler(self._on_bug)
-        loop.add_reader(sock.fileno(), self._on_issues)
-        loop.call_soon(self._tick, time.perf_counter())
+        self.loop.set_exception_handler(self._on_bug)
+        self.loop.add_reader(sock.fileno(), self._on_issues)
+        self.loop.call_soon(self._tick, time.perf_counter())
 
     def _begin(self, first_tokens: bool) -> None:
         self._in_run, self._first_tokens = True, first_tokens
@@ -261,7 +251,7 @@ class _Process:
     def _on_issues(self) -> None:
         data = self._sock.recv(ISSUES_BYTES)
         if not data:  # nobody is left to ask for a run
-            self._loop.stop()
+            self.loop.stop()
             return
         data = self._unread + data
         whole = len(data) - len(data) % ISSUE.size
@@ -317,7 +307,7 @@ class _Process:
             self._lags.append(max(0.0, now - due))
         if self._in_run and len(self._lags) % TICKS == 0:
             self._send(MESSAGE.pack(MessageKind.GENERATED, 0, self._client.events, 0, 0, 0.0, 0.0, 0.0))
-        self._loop.call_later(TICK_S, self._tick, now + TICK_S)
+        self.loop.call_later(TICK_S, self._tick, now + TICK_S)
 
     def _report(self) -> None:
         lags = np.array(self._lags or [0.0]) * 1e3
@@ -329,7 +319,7 @@ class _Process:
 
     def _send(self, message: bytes) -> None:
         if not self._out:
-            self._loop.call_soon(self._flush)
+            self.loop.call_soon(self._flush)
         self._out += message
 
     def _flush(self) -> None:
@@ -337,10 +327,10 @@ class _Process:
         with suppress(BlockingIOError):
             del self._out[: self._sock.send(self._out)]
         if self._out:
-            self._loop.add_writer(self._sock.fileno(), self._on_writable)
+            self.loop.add_writer(self._sock.fileno(), self._on_writable)
 
     def _on_writable(self) -> None:
-        self._loop.remove_writer(self._sock.fileno())
+        self.loop.remove_writer(self._sock.fileno())
         self._flush()
 
     def _on_bug(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
