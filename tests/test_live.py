@@ -244,14 +244,6 @@ def test_trial_that_is_stopped_while_it_runs_is_gone_in_seconds(config: Config, 
     assert gone_within(1, lambda: not any(str(folder) in " ".join(p.cmdline()) for p in processes_in(tmp_path)))
 
 
-def test_port_in_use_is_said_before_vllm_starts(main: Main):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        done = main(*TINY, "tracking=none", f"backend.port={port}")
-    assert done.returncode == 1
-    assert f"backend.port={port}: in use by another process" in done.stderr and "Traceback" not in done.stderr
-
-
 def test_vllm_that_does_not_come_up_in_time_is_ended(main: Main, tmp_path: Path):
     done = main(*TINY, "tracking=none", "backend.start_timeout_s=1")
     assert done.returncode == 1 and "vLLM was not healthy after 1 s (backend.start_timeout_s)" in done.stderr

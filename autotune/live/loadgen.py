@@ -52,24 +52,13 @@ SETTLED = 0.9  # of the fastest round so far: warm-up ends with a round that too
 NO_ANSWER = bytes(8)  # for LoadGen, where none is kept or a request has failed
 ID_BYTES = 4
 SEEDS = ("qsl_rng_seed", "sample_index_rng_seed", "schedule_rng_seed")
-# Keys of user.conf, in every scenario and in some: the field of TestSettings, and how many of its units are one of
-# user.conf's.
-USER_CONF: dict[str, tuple[str, float]] = {
-    "min_duration": ("min_duration_ms", 1),
-    "max_duration": ("max_duration_ms", 1),
-    "min_query_count": ("min_query_count", 1),
-    "max_query_count": ("max_query_count", 1),
-    "performance_sample_count_override": ("performance_sample_count_override", 1),
-    "sample_concatenate_permutation": ("sample_concatenate_permutation", 1),
-}
-OF_KIND: dict[Kind, dict[str, tuple[str, float]]] = {
-    Kind.Offline: {"target_qps": ("offline_expected_qps", 1)},
-    Kind.SingleStream: {"target_latency": ("single_stream_expected_latency_ns", 1e6)},
-    Kind.Server: {
-        "target_qps": ("server_target_qps", 1),
-        "ttft_latency": ("ttft_latency", 1e6),
-        "tpot_latency": ("tpot_latency", 1e6),
-    },
+# Keys of user.conf, in every scenario and in some, and TestSettings' fields; latencies are ms there and ns here.
+SAME = ("min_query_count", "max_query_count", "performance_sample_count_override", "sample_concatenate_permutation")
+USER_CONF = {"min_duration": "min_duration_ms", "max_duration": "max_duration_ms", **dict(zip(SAME, SAME, strict=True))}
+OF_KIND = {
+    Kind.Offline: {"target_qps": "offline_expected_qps"},
+    Kind.SingleStream: {"target_latency": "single_stream_expected_latency_ns"},
+    Kind.Server: {"target_qps": "server_target_qps", "ttft_latency": "ttft_latency", "tpot_latency": "tpot_latency"},
 }
 RATES = ("target_qps", "target_latency")  # which user.conf always has
 SWITCH_S = 5e-4  # the longest that LoadGen's issue thread waits for the thread that reads the clients' messages
@@ -156,14 +145,13 @@ def by_benchmark(scenario: ScenarioConfig, wanted: lg.TestSettings, samples: int
     wanted.performance_sample_count_override = samples
     keys = {**USER_CONF, **OF_KIND[scenario.kind]}
     lines = []
-    for word, (field, unit) in keys.items():
+    for word, field in keys.items():
         if getattr(made, field) != (value := getattr(wanted, field)) or word in RATES:
-            lines.append(f"*.{kind}.{word} = {value / unit if unit != 1 else value + 0}\n")
+            lines.append(f"*.{kind}.{word} = {value / 1e6 if word.endswith('latency') else value + 0}\n")
     path.write_text("".join(lines))
     made = lg.TestSettings()
     made.FromConfig(str(path), name, kind)
-    fields = [field for field, _ in keys.values()]
-    for field in ("scenario", "mode", *SEEDS, *fields):  # user.conf can't set some, and has others in whole ms
+    for field in ("scenario", "mode", *SEEDS, *keys.values()):  # user.conf can't set some, and has others in whole ms
         setattr(made, field, getattr(wanted, field))
     return made
 
