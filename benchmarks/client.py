@@ -34,8 +34,7 @@ from null_server import MODEL
 from autotune.config.schema import Answers, Kind, ScenarioConfig, Stop
 from autotune.data.models import build_shape
 from autotune.data.samples import Samples
-from autotune.live.load_generator import LoadGenerator
-from autotune.live.messages import RunSpec
+from autotune.live.load_generator import LoadGenerator, RunSpec
 from autotune.measure import loadgen_log
 from autotune.measure.backend import RequestTiming
 from autotune.system.files import read_rows

@@ -22,7 +22,7 @@ from client import MODEL, null_server, shape, tree, verdict
 from autotune.config.schema import DatasetConfig, Kind, ScenarioConfig, Stop
 from autotune.data import samples, traces
 from autotune.data.models import Model
-from autotune.live.messages import RunSpec
+from autotune.live.load_generator import RunSpec
 from autotune.measure.backend import RequestTiming
 from autotune.system.files import read_rows
 

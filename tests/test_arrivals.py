@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from autotune.config.schema import Kind, ScenarioConfig
-from autotune.live.messages import RunSpec
+from autotune.live.load_generator import RunSpec
 from autotune.measure.arrivals import issues, least_queries
 
 # Answers each query at once and says when LoadGen issued which sample; a run, in a process of its own, for each file
@@ -19,7 +19,7 @@ NULL_SUT = """
 import json, os, sys, time
 import mlperf_loadgen as lg
 from autotune.live.loadgen import start_test
-from autotune.live.messages import RunSpec
+from autotune.live.load_generator import RunSpec
 from pathlib import Path
 class Null:
     def __init__(self, scenario):

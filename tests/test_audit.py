@@ -7,7 +7,7 @@ import pytest
 
 from autotune.config.schema import Kind, ScenarioConfig
 from autotune.live import audit
-from autotune.live.messages import RunSpec
+from autotune.live.load_generator import RunSpec
 from autotune.measure.arrivals import server_times
 
 FINE = {"client_cpu": 0.3, "client_lag_p99_ms": 1.0, "client_lateness_p99_ms": 2.0, "client_ttft_added_mean_ms": 3.0}

@@ -21,8 +21,7 @@ import pytest
 from autotune.config.schema import Kind, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.live.client import Clients, MessageKind, bodies
-from autotune.live.load_generator import LoadGenerator
-from autotune.live.messages import RunSpec
+from autotune.live.load_generator import LoadGenerator, RunSpec
 from autotune.measure import loadgen_log, metrics
 from autotune.measure.backend import RequestTiming
 from autotune.system.files import read_rows

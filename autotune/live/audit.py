@@ -7,7 +7,7 @@ import numpy as np
 
 from autotune.config.schema import Kind, LiveConfig
 from autotune.live.client import ProcessReport
-from autotune.live.messages import RunSpec
+from autotune.live.load_generator import RunSpec
 from autotune.measure.arrivals import server_times
 from autotune.measure.limits import limits_of
 from autotune.system.host import hardware

@@ -22,8 +22,7 @@ from autotune.errors import MeasureError
 from autotune.live import audit, gpu, hot, metrics_page, recording, scoring
 from autotune.live.gpu import Gpus, GpuState
 from autotune.live.installed_vllm import find_vllm
-from autotune.live.load_generator import LoadGenerator
-from autotune.live.messages import WARMUP_ROUNDS, ClientReport, RunSpec
+from autotune.live.load_generator import WARMUP_ROUNDS, ClientReport, LoadGenerator, RunSpec
 from autotune.live.server import DYING_S, Server, inherited
 from autotune.measure import loadgen_log, progress, series, traffic
 from autotune.measure.backend import DryRunOutcome, Measurement, Recording, RequestTiming

@@ -29,7 +29,7 @@ import uvloop
 
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
-from autotune.live.messages import RunSpec
+from autotune.live.load_generator import RunSpec
 from autotune.live.stream import Client, Stream, completion
 from autotune.system.process import fork
 

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 
 from autotune.live.client import Clients, Message, MessageKind
-from autotune.live.messages import RunSpec
+from autotune.live.load_generator import RunSpec
 from autotune.measure.backend import RequestTiming
 from autotune.measure.early_stopping import Watch
 from autotune.measure.limits import limits_of

@@ -37,7 +37,7 @@ from autotune.errors import MeasureError
 from autotune.live import audit, key, metrics_page
 from autotune.live.client import Clients, Message, MessageKind, bodies
 from autotune.live.issuing import Issuer, Requests
-from autotune.live.messages import PATH_BYTES, STOP, ClientReport, RunSpec
+from autotune.live.load_generator import PATH_BYTES, STOP, ClientReport, RunSpec
 from autotune.live.metrics_page import Totals
 from autotune.measure import loadgen_log, progress, traffic
 from autotune.measure.backend import RequestTiming
