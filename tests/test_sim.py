@@ -201,6 +201,12 @@ def test_model_that_is_no_decoder_that_is_known_is_said_so(change: dict[str, obj
         Shape.of(DECODER | change)
 
 
+@pytest.mark.parametrize("field", ["rope_scaling", "quantization_config", "intermediate_size", "kv_lora_rank"])
+def test_config_with_a_text_in_a_numbers_place_is_one_line(field: str):
+    with pytest.raises(InputError, match=r"config\.json"):
+        Shape.of(DECODER | {field: "x"})
+
+
 def test_longest_request_is_left_to_the_model_and_the_memory():
     automatic = simulated("scenario=offline", "scenario.min_queries=8", "engine.args.max_model_len=auto")
     assert automatic.complete and automatic.args["max_model_len"] == -1

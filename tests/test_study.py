@@ -121,6 +121,7 @@ def test_no_feasible_trial_says_so(tmp_path: Path, objective: str):
     ("changed", "words"),
     [
         ([f"{SEQS}=choice(2,6)"], f"exists with other choices for {SEQS}"),
+        ([f"{SEQS}=range(2,6)"], f"exists with other choices for {SEQS}"),
         ([f"{SEQS}=choice(2,4)", "objective=pareto"], "was measured with objective.directions="),
         (["objective.directions=[maximise]", f"{SEQS}=choice(2)"], "neither minimize nor maximize"),
         (["objective.metrics=[a,b]", f"{SEQS}=choice(2)"], "2 metrics and 1 directions"),

@@ -306,6 +306,13 @@ def test_study_is_kept_where_the_storage_says(tmp_path: Path, storage: str):
     assert (tmp_path / storage.rpartition("://")[2].lstrip("/")).exists()
 
 
+@pytest.mark.parametrize("storage", ["journal:///proc/x", "journal://", "sqlite:////proc/none/x.db"])
+def test_storage_that_can_not_be_made_is_named_and_leaves_no_study(tmp_path: Path, storage: str):
+    with pytest.raises(InputError, match=f"hydra.sweeper.storage={storage}: no file can be made there"):
+        study(tmp_path, f"hydra.sweeper.storage={storage}", f"{SEQS}=choice(4,8)")
+    assert not (tmp_path / "multirun/s").exists()
+
+
 def test_study_in_a_database_goes_on(tmp_path: Path):
     """By default trials are kept in SQLite, of which a study reads each once: see SingleWriterStorage."""
     words = ["hydra.sweeper.storage=null", "sampler=random", f"{SEQS}=range(4,100)"]

@@ -31,6 +31,7 @@ from tests.conftest import Main
         ("n_trials=3 n_trials=4", "n_trials is set twice; write it once"),
         ("model=tiny model=smollm2", "model is set twice; write it once"),
         ("engine.args.x=1 +engine.args.x=choice(1,2)", "engine.args.x is set twice; write it once"),
+        ("hydra.run.dir=", "hydra.run.dir=: write a folder, or leave it out"),
         ("resume=2", "resume=2: write true or false"),
         ("backend.steps=-1", "backend.steps=-1: write true or false"),
         ("n_trials=[", "n_trials=[: no viable alternative"),

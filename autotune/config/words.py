@@ -43,6 +43,7 @@ FLAGS = {
     "--load": "write target_load=<queries/s>, or load=rate, load=concurrency",
     "--experimental-rerun": "the same command with study=<name> goes on with a study",
 }
+FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 SHORT = {"-cn": "--config-name", "-cp": "--config-path"}
 
 
@@ -91,6 +92,8 @@ def _check_override(word: str, override: Override) -> None:
         raise InputError(f"{word}: write the name of a file in conf/{key}")
     if type(override.value()) is int and override.value() not in (0, 1) and known_keys().get(key) is bool:
         raise InputError(f"{word}: write true or false")  # which OmegaConf takes it for
+    if key in FOLDERS and not str(override.value()).strip():
+        raise InputError(f"{word}: write a folder, or leave it out")
     if key == "hydra.searchpath":
         _check_folders(override)
 

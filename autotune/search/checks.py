@@ -75,6 +75,8 @@ def _check_condition(
     points = product(*(ends(parameters[key]) for key in named))
     for point in islice(points, POINTS):
         holds(expression, values(known, dict(zip(named, point, strict=True))), where)
+    if not names:
+        raise InputError(f"{where}: {expression!r} names no flag; write a flag or a swept parameter into it")
 
 
 def without_unknown(space: Space, backend: Any) -> Space:

@@ -43,6 +43,18 @@ class Shape:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Shape":
         """The shape in a config.json. Raises InputError for a model that is no decoder of a known kind."""
+        try:
+            return cls._of(config)
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:  # a text in a number's place
+            raise InputError(f"the model's config.json is broken ({str(error)[:200]}); get the model again") from None
+
+    @classmethod
+    def _of(cls, config: Mapping[str, Any]) -> "Shape":
         if why := _unlike(config):
             raise InputError(
                 f"backend=sim knows decoders, and this model is none that it knows ({why}); use backend=live"

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import optuna
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import check_distribution_compatibility
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.config.schema import ObjectiveConfig
@@ -79,9 +79,10 @@ class Record:
             raise InputError(f"study={name} exists with another objective; {other}")
         for trial in self.trials:
             for parameter, distribution in trial.distributions.items():
-                wanted = self.space.parameters.get(parameter, distribution)
-                if isinstance(wanted, CategoricalDistribution) and wanted != distribution:
-                    raise InputError(f"study={name} exists with other choices for {parameter}; {other}")
+                try:
+                    check_distribution_compatibility(self.space.parameters.get(parameter, distribution), distribution)
+                except ValueError:
+                    raise InputError(f"study={name} exists with other choices for {parameter}; {other}") from None
 
     # Asking
 

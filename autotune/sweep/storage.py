@@ -38,8 +38,7 @@ def opened(url: str, study: str) -> Iterator[Any]:
     with _errors(url, f"; {KEPT}"), ExitStack() as held:
         if url.startswith(JOURNAL):
             path = Path(url.removeprefix(JOURNAL))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_lock_beside(path, study))
+            held.enter_context(_lock_beside(path, study, url))
             yield optuna.storages.JournalStorage(JournalFileBackend(str(path)))
         else:
             with _errors(url):
@@ -56,7 +55,7 @@ def _database(url: str, study: str, held: ExitStack) -> SingleWriterStorage:
     elif kind == "sqlite":
         engine = {"connect_args": {"timeout": LOCKED_S}}
         if at.database:
-            held.enter_context(_lock_beside(Path(at.database), study))
+            held.enter_context(_lock_beside(Path(at.database), study, url))
     try:
         backend = RDBStorage(at.render_as_string(hide_password=False), engine)
     except RuntimeError as error:  # the tables of another version of Optuna
@@ -98,7 +97,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kept = KEPT if folder.exists() else "write another study=… or hydra.sweep.dir=…"
+        kept = KEPT if folder.is_dir() else "write another study=… or hydra.sweep.dir=…"
         raise InputError(f"{error.filename or folder}: {error.strerror or error}; {kept}") from None
 
 
@@ -119,9 +118,16 @@ def _lock_on_server(url: sqlalchemy.URL, kind: str, study: str) -> Iterator[None
         engine.dispose()
 
 
-def _lock_beside(path: Path, study: str) -> AbstractContextManager[None]:
+def _lock_beside(path: Path, study: str, url: str) -> AbstractContextManager[None]:
     name = hashlib.sha256(study.encode()).hexdigest()[:12]
-    return lock(path.with_name(f".{path.name}-{name}.lock"), f"study={study} in {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.with_name(f".{path.name}-{name}.lock")
+        file.touch()
+    except (OSError, ValueError) as error:  # also a path without a name
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"hydra.sweeper.storage={url}: no file can be made there ({why}); write another one") from None
+    return lock(file, f"study={study} in {path}")
 
 
 @contextmanager

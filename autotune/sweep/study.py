@@ -103,9 +103,8 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
 
     Raises InputError before the first trial; exits with 1 if no trial completed.
     """
-    for key, value in {"sweeper.study_name": sweeper["study_name"], "sweep.dir": job.hydra.sweep.dir}.items():
-        if not str(value or "").strip():
-            raise InputError(f"hydra.{key}=: write a name, or leave it out")
+    if not str(sweeper["study_name"] or "").strip():
+        raise InputError("hydra.sweeper.study_name=: write the study's name in Optuna's storage, or leave it out")
     space, fixed = parse(sweeper["params"] or {}, arguments, job.conditions, job.only_if)
     composed = config_loader.load_sweep_config(job, fixed)
     config = typed(composed)
