@@ -104,6 +104,19 @@ def typed_target(node: Mapping[str, Any], group: str) -> tuple[Any, Any]:
         raise InputError(f"{group}._target_={target}: there is no such class; write {group}=… (--help)") from None
 
 
+def as_override(value: Any) -> str:
+    """A parameter's value as Hydra reads it."""
+    if value is None:
+        return "null"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{as_override(item)}' for name, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{','.join(map(as_override, value))}]"
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return str(value)
+
+
 def check_trusted(config: Config, overrides: Sequence[str], path: Path) -> None:
     """Raise InputError if `config`, read from `path`, would run code that is neither autotune's own nor in `overrides`.
 

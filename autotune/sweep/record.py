@@ -141,11 +141,6 @@ class Record:
 
     # Telling
 
-    def report(self, trial: optuna.Trial, value: float, step: int) -> bool:
-        """Note a value that a running trial has published; returns True if the pruner wants it to end."""
-        trial.report(value, step)
-        return trial.should_prune()
-
     def tell(self, trial: optuna.Trial, result: Result) -> None:
         """Tell Optuna how `trial` ended."""
         with self._transaction():

@@ -23,7 +23,7 @@ from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.config.bounds import seconds
-from autotune.config.overrides import typed, with_values
+from autotune.config.overrides import as_override, typed, with_values
 from autotune.config.schema import BudgetOf, Config, Duplicates
 from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
@@ -426,12 +426,13 @@ class Sweep:
 
     def _watch(self, one: Running) -> None:
         """Read a trial's progress; stop the trial if the pruner has seen enough."""
-        name = self.record.watched
+        name, trial = self.record.watched, one.pending.trial
         for entry in one.progress.new():
             one.phase = entry.get("phase", one.phase)
-            if one.pending.trial is None or one.pruned or name not in entry.get("values", {}):
+            if trial is None or one.pruned or name not in entry.get("values", {}):
                 continue
-            if self.record.report(one.pending.trial, entry["values"][name], entry["step"]):
+            trial.report(entry["values"][name], entry["step"])
+            if trial.should_prune():
                 one.pruned = True
                 progress.stop(self.folder / one.pending.name)
                 log.info("%s: pruned at %s %.4g", one.pending.name, name, entry["values"][name])
@@ -590,16 +591,3 @@ def counted_s(results: Iterable[Result]) -> float:
     """Engine seconds of `results` that a budget counts: all but the first start, which compiles for those after it."""
     ran = sorted((result for result in results if result.phases), key=lambda result: result.started_at)
     return sum(result.engine_s for result in ran) - sum(result.phases.get("start", 0.0) for result in ran[:1])
-
-
-def as_override(value: Any) -> str:
-    """A parameter's value as Hydra reads it."""
-    if value is None:
-        return "null"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{name}:{as_override(item)}' for name, item in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{','.join(map(as_override, value))}]"
-    if isinstance(value, str):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return str(value)
