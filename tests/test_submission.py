@@ -37,6 +37,7 @@ from autotune.measure.slot import Slot
 from autotune.results import submission as submission_tree
 from autotune.results.study import load
 from autotune.results.submission import Run, Tree
+from benchmarks.h100 import closed
 from tests.test_loadgen import Server
 
 SAMPLES = 512  # instead of 13,368
@@ -205,7 +206,7 @@ def asked(small: Path, **changes: Any) -> Submission:
 
 @pytest.mark.slow
 def test_tree_of_512_samples_is_complete_by_our_check_and_the_runs_are_kept(
-    small: Path, capsys: pytest.CaptureFixture[str]
+    small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     pytest.importorskip("rouge_score")
     benchmark = planted(small, "llama3_1_8b")
@@ -227,6 +228,11 @@ def test_tree_of_512_samples_is_complete_by_our_check_and_the_runs_are_kept(
         assert "'gen_num': 512" in told and f"hash={hashlib.sha256(log).hexdigest()}" in told
         assert (place / "accuracy" / submission_tree.ACCURACY).stat().st_size < 10 * 1024  # MLPerf's checker's limit
         assert "TEST06 verification complete" in (place / "TEST06" / "verify_accuracy.txt").read_text()
+    runs = [f"multirun/s/submission/{name}-performance" for name in ("offline", "server")]
+    monkeypatch.setattr(sys, "argv", ["closed.py", *runs])
+    with pytest.raises(SystemExit, match="False"):
+        closed.main()
+    assert capsys.readouterr().out.count("nothing against it") == 2
 
 
 @pytest.mark.slow
