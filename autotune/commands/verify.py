@@ -346,7 +346,7 @@ def render(verdict: Verdict) -> str:
     lines += [f"  {row.name} failed: {why}" for row in verdict.rows for why in row.failures]
     lines += ["", verdict.line]
     if verdict.estimated:
-        lines.append("These are estimates of a simulation (backend=sim), not measurements.")
+        lines.append(summary.ESTIMATES)
     return "\n".join(lines) + "\n"
 
 

@@ -30,6 +30,7 @@ COLUMNS = [
     ("tpot_p99_ms", "TPOT p99 ms", 2),
     ("latency_p99_ms", "latency p99 ms", 0),
 ]
+ESTIMATES = "These are estimates of a simulation (backend=sim), not measurements."
 SERVE = {BASELINE: "the defaults", RECIPE: "the recipe"}
 HEADINGS = {metric: heading for metric, heading, _ in COLUMNS}
 
@@ -50,7 +51,7 @@ def single(result: Result, config: Config, folder: Path) -> str:
     lines = ["", *_table({config.model.name: result}, config), "", outcome(result, config.objective.metrics)]
     lines += rules.told(config, result.deviations)
     if result.estimated:
-        lines.append("These are estimates of a simulation (backend=sim), not measurements.")
+        lines.append(ESTIMATES)
     seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in result.phases.items())
     return "\n".join([*lines, seconds, "", f"  {result.shell_command}", "", f"Everything measured: {folder}/"])
 
@@ -106,24 +107,26 @@ def render(study: Study) -> str:
         parts += _pareto(study)
     else:
         parts += _verdict(study, best)
-        warning = edge(study.results[study.served or best], config)
-        parts += ["", warning] if warning else []
+        parts += _apart(edge(study.results[study.served or best], config))
     parts += _accuracy(study) + _surprises(study) + _shared(study) + _nodes(study)
-    parts += ["", f"Sampler: {config.sampler}"] if "(" in config.sampler else []
+    parts += _apart(f"Sampler: {config.sampler}" if "(" in config.sampler else "")
     if (load := config.target_load) and study.complete:
-        parts += ["", *fleet.render(fleet.fleets(study.complete.items(), config, load), config, load)]
-    if verdict := verified(study.folder):
-        parts += ["", f"Verified: {verdict}"]
-    broken = study.results[best].deviations if best else []
-    parts += ["", *rules.told(config, broken)] if config.rules is not Rules.none else []
-    if any(row.estimated for row in rows.values()):
-        parts += ["", "These are estimates of a simulation (backend=sim), not measurements."]
-    parts += ["", f"Everything measured: {study.folder}/"]
+        parts += _apart(*fleet.render(fleet.fleets(study.complete.items(), config, load), config, load))
+    parts += _apart(f"Verified: {words}" if (words := verified(study.folder)) else "")
+    if config.rules is not Rules.none:
+        parts += _apart(*rules.told(config, study.results[best].deviations if best else []))
+    parts += _apart(ESTIMATES if any(row.estimated for row in rows.values()) else "")
+    parts += _apart(f"Everything measured: {study.folder}/")
     if config.tracking.enabled:
         uri = redact(config.tracking.uri)
         where = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
         parts.append(f"Compare the trials:  {where}")
     return "\n".join(parts) + "\n"
+
+
+def _apart(*lines: str) -> list[str]:
+    """The lines below a blank one; nothing if there are none."""
+    return ["", *lines] if any(lines) else []
 
 
 def _counts(study: Study) -> str:
@@ -186,7 +189,7 @@ def _accuracy(study: Study) -> list[str]:
     if left_out:
         lines.append("Left out for their answers (accuracy=none leaves out the check):")
         lines += [f"  {', '.join(names)}: {verdict}" for verdict, names in left_out.items()]
-    return ["", *lines] if lines else []
+    return _apart(*lines)
 
 
 def _made_up(config: Config) -> str:
@@ -266,9 +269,9 @@ def _surprises(study: Study) -> list[str]:
     told = {name: _surprise(result) for name, result in ended.items() if result.expected}
     wrong = [f"  {name}: {words}" for name, words in told.items() if words]
     if wrong:
-        return ["", f"The simulation was wrong about {len(wrong)} of the {len(told)} trials that it foresaw:", *wrong]
+        return _apart(f"The simulation was wrong about {len(wrong)} of the {len(told)} trials that it foresaw:", *wrong)
     right = f"The simulation was right about all {len(told)} trials that it foresaw (within {SURPRISE:.0%})."
-    return ["", right] if told else []
+    return _apart(right if told else "")
 
 
 def _surprise(result: Result) -> str:
