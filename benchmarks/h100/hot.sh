@@ -11,14 +11,29 @@ against() { # NAME CONFIGURATIONS… -- WORDS…; on the GPU that CUDA_VISIBLE_D
     local name=$1 configs=()
     shift
     while [[ $1 != -- ]]; do configs+=(--config "$1") && shift; done
-    with_words engine.args.gpu_memory_utilization=0.42 "${@:2}"
+    with_words engine.args.gpu_memory_utilization="${MEMORY:-0.42}" "${@:2}"
     python3 "$hot" "multirun/$name" --rounds "${ROUNDS:-3}" "${configs[@]}" "${all[@]}"
 }
 
 graphs=engine.args.max_cudagraph_capture_size tokens=engine.args.max_num_batched_tokens
 seqs=engine.args.max_num_seqs long=engine.args.long_prefill_token_threshold
+# What the first start of a model compiles on a host, so that it is in neither's time.
+warm() { trial warm model=llama8b_dummy "${loaded[@]}" scenario.qps=20 gpus=null; }
+step warm warm
 step llama-against against llama-pairs \
     "$tokens=512 $graphs=512 $seqs=256 $long=256" "$tokens=768 $graphs=512 $seqs=256" \
     "$tokens=1024 $graphs=1024 $seqs=256" "$tokens=2048 $graphs=2048 $seqs=512" \
     -- model=llama8b_dummy "${loaded[@]}" scenario.qps=20
+twelve=()
+for size in 512 1024 2048; do
+    for sequences in 128 256; do
+        for threshold in 0 256; do twelve+=("$tokens=$size $graphs=$size $seqs=$sequences $long=$threshold"); done
+    done
+done
+ROUNDS=1 step llama-twelve against llama-twelve "${twelve[@]}" -- model=llama8b_dummy "${loaded[@]}" scenario.qps=20
+# Its weights take 57 GiB: both servers fit into an H200, barely.
+MEMORY=0.49 step moe-against against moe-pairs \
+    "$tokens=512 $graphs=512 $seqs=256" "$tokens=1024 $graphs=1024 $seqs=256" \
+    "$tokens=1024 $graphs=1024 $seqs=256 $long=256" "$tokens=2048 $graphs=2048 $seqs=512" \
+    -- model=qwen3_30b_a3b_dummy "${loaded[@]}" scenario.qps=20
 exit $failed
