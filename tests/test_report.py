@@ -20,8 +20,8 @@ from autotune.config.schema import (
     ScenarioConfig,
     TrackingConfig,
 )
-from autotune.measure.result import Result, RunRecord
-from autotune.results import report
+from autotune.measure.result import Result, RunRecord, State
+from autotune.results import figures, report
 from autotune.results.study import SPACE as SPACE_FILE
 from autotune.results.study import Study
 from tests.browser import browser_page
@@ -292,6 +292,16 @@ def test_report_of_500_trials_is_small_opens_fast_and_fits_a_phone_and_paper(tmp
             assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert len(page.pdf(format="A4")) > 50_000
         assert errors == []
+
+
+def test_trials_that_were_left_early_are_drawn_at_about_the_load_that_they_hold(tmp_path: Path):
+    ended = [result(load, metrics={"max_qps": load}) for load in (10.0, 20.0)]
+    left = [result(0, state=State.pruned, metrics={"load_at_most": load}) for load in (12.0, 15.0, 18.0)]
+    one = study(tmp_path, [*ended, *left], metrics=("max_qps",))
+    shown = figures.optuna_study(one, ["max_qps"], ["maximize"])
+    assert [trial.values for trial in shown.trials] == [[10.0], [20.0], [12.0], [15.0], [18.0]]
+    assert shown.best_value == 20.0
+    assert sections(one)["Parameter importance"].plots  # of two trials there is none
 
 
 def test_expected_is_shown_beside_measured_with_kendalls_tau(tmp_path: Path):

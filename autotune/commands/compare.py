@@ -51,7 +51,7 @@ class Column:
     device: str
     vllm: str
     sampler: str
-    trials: int  # completed, without the baseline
+    trials: int  # that took an engine, without the baseline
     failed: int
     baseline: float | None
     recipe: float | None
@@ -81,7 +81,7 @@ def column_of(study: Study) -> Column:
         device=f"{facts['simulated']}, simulated" if "simulated" in facts else facts.get("gpu", facts.get("cpu", "")),
         vllm=facts.get("vllm", ""),
         sampler=config.sampler,
-        trials=states.count(State.complete),
+        trials=sum(one.ran for one in study.swept.values() if not one.duplicate_of),
         failed=states.count(State.failed),
         baseline=reference.get(BASELINE),
         recipe=reference.get(RECIPE),

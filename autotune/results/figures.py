@@ -28,7 +28,9 @@ from autotune.config.schema import ScenarioConfig
 from autotune.config.vllm_flags import FLAG
 from autotune.measure.bottleneck import LOST
 from autotune.measure.limits import limits_of
-from autotune.measure.result import Result
+from autotune.measure.objective import HIGHEST
+from autotune.measure.result import Result, State
+from autotune.measure.runs import AT_MOST
 from autotune.results import summary
 from autotune.results.fleet import Fleet, cost
 from autotune.results.study import REFERENCES, SPACE, TRIAL, Study
@@ -43,6 +45,7 @@ finally:
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 
+LEFT = "left early"  # the constraint of a trial that does not hold the best load of its study
 BURST = "burst"  # the role of a run that offers no rate: all requests come at once
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW = (
@@ -85,7 +88,8 @@ class NotDrawnError(Exception):
 def optuna_study(study: Study, metrics: Sequence[str], directions: Sequence[str]) -> optuna.Study:
     """The trials of `study` as Optuna's figures want them, with `metrics` as their values and short names.
 
-    Trials keep their numbers; what a trial serves is among its user attributes, which the figures show.
+    Trials keep their numbers; what a trial serves is among its user attributes, which the figures show. One that was
+    left, as it does not hold the best load, is infeasible with about what it holds.
     """
     made = optuna.create_study(directions=list(directions))  # type: ignore[arg-type]
     known = distributions(study)
@@ -99,14 +103,17 @@ def optuna_study(study: Study, metrics: Sequence[str], directions: Sequence[str]
 def _optuna_trial(
     name: str, result: Result, known: Mapping[str, BaseDistribution], metrics: Sequence[str]
 ) -> FrozenTrial:
-    complete = result.complete and all(metric in result.metrics for metric in metrics)
+    shown, constraints = result.metrics if result.complete else {}, result.constraints
+    if result.state is State.pruned and AT_MOST in result.metrics:
+        shown, constraints = dict.fromkeys(HIGHEST, result.metrics[AT_MOST]), {LEFT: 1.0}
+    complete = all(metric in shown for metric in metrics)
     args = {flag: value for flag, value in result.args.items() if f"{FLAG}{flag}" not in result.params}
     return create_trial(
         state=TrialState.COMPLETE if complete else TrialState.FAIL,
-        values=[result.metrics[metric] for metric in metrics] if complete else None,
+        values=[shown[metric] for metric in metrics] if complete else None,
         params=_short(result.params),
         distributions=_short({key: known[key] for key in result.params}),
-        constraints=result.constraints if complete else None,
+        constraints=constraints if complete else None,
         user_attrs={"trial": name, "other flags": args} | ({"bound": result.bound} if result.bound else {}),
     )
 

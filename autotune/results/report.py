@@ -225,7 +225,8 @@ def sections(study: Study) -> list[Section]:
 def history(alone: Mapping[str, optuna.Study], references: Mapping[str, Result]) -> Section:
     """`alone` has the study as it is in each of the objective's metrics, here and below."""
     draws = [partial(figures.history, study, metric, references) for metric, study in alone.items()]
-    return Section("Optimisation history", "Grey trials broke a limit. The line is the best so far.", draws)
+    text = "Grey trials broke a limit, or were left at a load that they do not hold. The line is the best so far."
+    return Section("Optimisation history", text, draws)
 
 
 def importances(alone: Mapping[str, optuna.Study]) -> tuple[Section, dict[str, list[str]]]:
@@ -250,7 +251,10 @@ def importances(alone: Mapping[str, optuna.Study]) -> tuple[Section, dict[str, l
 
 
 def slices(alone: Mapping[str, optuna.Study], ranked: Mapping[str, Sequence[str]]) -> Section:
-    text = "Darker dots came first; grey ones broke a limit. optuna-dashboard draws contours and parallel coordinates."
+    text = (
+        "Darker dots came first; grey ones broke a limit or were left early. optuna-dashboard draws contours and "
+        "parallel coordinates."
+    )
     shown = [(metric, param) for metric in alone for param in ranked[metric][:SLICES]]
     draws = [partial(figures.slice_of, alone[metric], param, metric) for metric, param in shown]
     missing = [] if all(ranked.values()) else ["no parameter was varied in a trial that completed"]
