@@ -59,17 +59,14 @@ class MadeUp(Sequence[Tokens]):
             ids = self._ids(index)
             common.append(next((place for place, one in enumerate(ids) if one not in seen), len(ids)))
             seen.update(ids)
-        tokens: NDArray[np.int64] = np.minimum(np.array(common) * self.piece_tokens, self.lengths[order])
-        return tokens
+        return np.asarray(np.minimum(np.array(common) * self.piece_tokens, self.lengths[order]))
 
     def _ids(self, index: int) -> list[int]:
-        found: list[int] = self.ids[self.ends[index - 1] if index else 0 : self.ends[index]].tolist()
-        return found
+        return list(self.ids[self.ends[index - 1] if index else 0 : self.ends[index]].tolist())
 
     def _piece(self, name: int, tokens: int) -> Tokens:
         """So many tokens, the first of which spell the number `name`; what follows begins anywhere in the text."""
         spelled = self._alphabet[name // self._powers % len(self._alphabet)]
         begin, whole = name * 7919 % len(self.text), len(self.text)
         rest = self._twice[begin : begin + min(tokens, whole)]
-        piece: Tokens = np.concatenate([spelled, np.resize(rest, tokens) if tokens > whole else rest])[:tokens]
-        return piece
+        return np.asarray(np.concatenate([spelled, np.resize(rest, tokens) if tokens > whole else rest])[:tokens])

@@ -326,8 +326,7 @@ def encode(text: str, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a prompt; a text that begins with the token which `tokenizer` would put first gets no second one."""
     added = tokenizer.encode("").ids
     templated = bool(added) and text.startswith(tokenizer.id_to_token(added[0]) or "\0")
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=not templated).ids
-    return ids
+    return list(tokenizer.encode(text, add_special_tokens=not templated).ids)
 
 
 def _prompt_text(record: Record, where: str) -> str:

@@ -185,15 +185,13 @@ def encoder(tokenizer: Tokenizer, model: Model | None) -> Encode:
 
     def encode(messages: list[Message], tools: Any, where: str, after: int | None = None) -> list[int]:
         if after is None:  # a template has added the special tokens
-            ids: list[int] = tokenizer.encode(text_of(messages, tools, where), add_special_tokens=chat is None).ids
-            return ids
+            return list(tokenizer.encode(text_of(messages, tools, where), add_special_tokens=chat is None).ids)
         answer = {"role": "assistant", "content": ANSWER}
         parts = text_of([*messages[:after], answer, *messages[after + 1 :]], tools, where).split(ANSWER)
         if len(parts) != 2:
             problem = f"the model's chat template has an earlier answer {len(parts) - 1} times"
             raise InputError(f"{where}: {problem}; leave the record out, or write dataset.records.turns=first")
-        later: list[int] = tokenizer.encode(parts[1], add_special_tokens=False).ids
-        return later
+        return list(tokenizer.encode(parts[1], add_special_tokens=False).ids)
 
     return encode
 

@@ -91,8 +91,7 @@ def _changed(core: Any, changes: dict[str, Any]) -> dict[str, Any]:
     gc.unfreeze()  # the heap as after a start: what is in use is never looked at again
     gc.collect()
     gc.freeze()
-    read: dict[str, Any] = active(core) | graphs[0]
-    return read
+    return {**active(core), **graphs[0]}
 
 
 def order(config: Any) -> dict[str, Any]:

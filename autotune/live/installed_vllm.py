@@ -88,8 +88,7 @@ class InstalledVllm:
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
         cached = self.cache_dir / "vllm" / kind / f"{key}.json"
         if cached.exists():
-            found: dict[str, Any] = json.loads(cached.read_text())
-            return found
+            return dict(json.loads(cached.read_text()))
         answer: dict[str, Any] = redact(self.probe().ask(question))
         write_whole(cached, json.dumps(answer))
         return answer
@@ -120,8 +119,7 @@ class Probe:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
             if select.select([self._process.stdout], [], [], ANSWER_S)[0]:
-                body: dict[str, Any] = json.loads(self._process.stdout.readline())
-                return body
+                return dict(json.loads(self._process.stdout.readline()))
         self._process.kill()
         self._process.wait()
         raise InputError(f"vLLM does not answer; see `echo '\"flags\"' | {self.python} {PROBE} answer`")

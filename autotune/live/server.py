@@ -175,8 +175,7 @@ def _get(server: str, path: str) -> bytes | None:
     """The body of a 200 answer; None for any other, or for none."""
     try:
         with key.opened(server, path, timeout_s=5) as response:
-            body: bytes = response.read()
-            return body
+            return bytes(response.read())
     except OSError:
         return None
 
@@ -184,8 +183,7 @@ def _get(server: str, path: str) -> bytes | None:
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])
 
 
 def _answers(port: int) -> bool:

@@ -55,8 +55,7 @@ def gpu_seconds(constants: Floats, work: Work) -> dict[str, Floats]:
     """
 
     def of(*names: str) -> Floats:
-        only: Floats = seconds(np.where(np.isin(CONSTANTS, names), constants, 0.0), work).gpu_s
-        return only
+        return np.asarray(seconds(np.where(np.isin(CONSTANTS, names), constants, 0.0), work).gpu_s)
 
     reading, both = of("weights_s", "experts_s"), of("weights_s", "experts_s", "product_s")
     share = (reading / both) ** POWER
@@ -72,8 +71,7 @@ def between_results(steps: Steps) -> Floats:
     """Seconds from the result before each step to its own; from its scheduling, where the server had been idle."""
     t0, t2 = steps.column("t0"), steps.column("t2")
     idle = (t0 > np.append(-np.inf, steps.column("t3")[:-1])) & (steps.column("decodes") == 0)
-    took: Floats = t2 - np.where(idle, t0, np.append(t0[0], t2[:-1]))
-    return took
+    return np.asarray(t2 - np.where(idle, t0, np.append(t0[0], t2[:-1])))
 
 
 def waits(beyond: Floats, overlapped: NDArray[np.bool_]) -> Floats:
@@ -83,8 +81,7 @@ def waits(beyond: Floats, overlapped: NDArray[np.bool_]) -> Floats:
     that its own result comes early.
     """
     late = np.where(overlapped, np.maximum(beyond, 0.0), 0.0)
-    waited: Floats = beyond - late + np.append(0.0, late[:-1])
-    return waited
+    return np.asarray(beyond - late + np.append(0.0, late[:-1]))
 
 
 def split(gpu: dict[str, Floats], waited: Floats, launching: Floats) -> dict[str, float]:

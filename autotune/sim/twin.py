@@ -350,8 +350,7 @@ def paced(twin: Twin, recorded: Recorded) -> Floats:
     """The host's pace that is expected at each step, after what the launches before it took."""
     times = times_of(twin, recorded)
     weight, total = (lfilter([0, 1], [1, -FORGET], x) for x in (times.host_seen, times.host_seen * times.host))
-    pace: Floats = np.exp(total / (weight + DOUBT))
-    return pace
+    return np.asarray(np.exp(total / (weight + DOUBT)))
 
 
 def by_size_of(twin: Twin, data: Sequence[Recorded]) -> tuple[float, ...]:
