@@ -17,6 +17,11 @@ def one_line(error: object) -> str:
     return "; ".join(kept).replace(":; ", ": ").replace("'.; ", "': ").replace("'; '", "', '")
 
 
+def count(number: int, word: str) -> str:
+    """`1 trial`, `21 trials`."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
 def by_kind(reasons: Iterable[str]) -> list[list[int]]:
     """Places of `reasons` that differ in nothing but digits, the most frequent kind first."""
     kinds: dict[str, list[int]] = {}

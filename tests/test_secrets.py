@@ -43,7 +43,7 @@ def own_list(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_study_leaves_no_secret_in_any_file(tmp_path: Path):
     said = study(tmp_path, *planted(PLACES), "n_trials=1", f"{SEQS}=choice(8)", simulated=True)
-    assert "Study s: 1 trials, 0 failed" in said
+    assert "Study s: 1 trial, 0 failed" in said
     assert len(list(tmp_path.glob("multirun/s/*/result.json"))) == 2 and left(tmp_path) == []
 
 

@@ -47,11 +47,11 @@ def study(baseline: Result | None, *trials: Result, config: Config = CONFIG) -> 
 @pytest.mark.parametrize(
     ("trial", "words"),
     [
-        (Result("interrupted"), "1 trials, 0 failed\n"),
-        (Result("refused", "too small"), "1 trials, 0 failed, 1 combinations refused before they took a GPU\n"),
+        (Result("interrupted"), "1 trial, 0 failed\n"),
+        (Result("refused", "too small"), "1 trial, 0 failed, 1 combination refused before they took a GPU\n"),
         (Result("pruned"), "2 trials, 0 failed, 1 ended early\n"),
         (Result("failed", "E: x"), "2 trials, 1 failed\n"),
-        (replace(result(1.0), duplicate_of="trial-0"), "1 trials, 0 failed, 1 asked for again and looked up\n"),
+        (replace(result(1.0), duplicate_of="trial-0"), "1 trial, 0 failed, 1 asked for again and looked up\n"),
     ],
     ids=lambda one: one.state if isinstance(one, Result) else "",
 )

@@ -33,7 +33,7 @@ from autotune.results.figures import drawn, label
 from autotune.results.study import BASELINE, REFERENCES, TWIN, Study
 from autotune.results.summary import HEADINGS, outcome
 from autotune.system.files import left_in, write_whole
-from autotune.text import by_kind, shorten
+from autotune.text import by_kind, count, shorten
 
 PAGE = "report.html"
 SLICES = 8  # parameters that are drawn one by one, the most important first
@@ -385,7 +385,7 @@ def _agreement(results: Sequence[Result], at: int) -> str:
         for found in ([result.expected["values"] for result in results], [result.values for result in results])
     )
     off = [abs(one / other - 1) for one, other in zip(measured, expected, strict=True) if other]
-    words = f"{len(results)} trial{'s' if len(results) != 1 else ''}"
+    words = count(len(results), "trial")
     words += f", off by {median(off):.1%} (median)" if off else ""
     tau = float(kendalltau(expected, measured).statistic) if len(results) > 2 else math.nan
     if math.isnan(tau):

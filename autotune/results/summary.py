@@ -15,7 +15,7 @@ from autotune.measure.result import Result, State
 from autotune.results import fleet
 from autotune.results.study import BASELINE, ON_SHARED, RECIPE, REFERENCES, Study
 from autotune.system.files import left_in, write_whole
-from autotune.text import aligned, shorten
+from autotune.text import aligned, count, shorten
 
 SLOW = 0.1  # share of the median node's value that a slow one is worse by
 SURPRISE = 0.15  # share of the expected value by which a measured one contradicts it
@@ -133,11 +133,11 @@ def _counts(study: Study) -> str:
     looked_up = sum(bool(result.duplicate_of) for result in study.swept.values())
     states = [result.state for result in study.swept.values() if not result.duplicate_of]
     refused, pruned = states.count(State.refused), states.count(State.pruned)
-    more = f", {refused} combinations refused before they took a GPU" if refused else ""
+    more = f", {count(refused, 'combination')} refused before they took a GPU" if refused else ""
     more += f", {looked_up} asked for again and looked up" if looked_up else ""
     more += f", {pruned} ended early" if pruned else ""
     failed = states.count(State.failed)
-    return f"Study {study.config.study}: {len(states) - refused} trials, {failed} failed{more}\n"
+    return f"Study {study.config.study}: {count(len(states) - refused, 'trial')}, {failed} failed{more}\n"
 
 
 def _references(study: Study) -> list[str]:
@@ -204,7 +204,7 @@ def _shared(study: Study) -> list[str]:
     again = {name: one.facts[ON_SHARED] for name, one in study.swept.items() if ON_SHARED in one.facts}
     if not sharing and not again:
         return []
-    told = f"{len(sharing)} trials shared {len(set(sharing))} server{'s' if len(set(sharing)) > 1 else ''}"
+    told = f"{count(len(sharing), 'trial')} shared {count(len(set(sharing)), 'server')}"
     parts = ["", f"{told}, whose scheduler was changed between them (backend.hot=never: each starts its own)."]
     if not sharing:
         parts = ["", "No trial but the best one shared a server."]
@@ -270,7 +270,8 @@ def _surprises(study: Study) -> list[str]:
     wrong = [f"  {name}: {words}" for name, words in told.items() if words]
     if wrong:
         return _apart(f"The simulation was wrong about {len(wrong)} of the {len(told)} trials that it foresaw:", *wrong)
-    right = f"The simulation was right about all {len(told)} trials that it foresaw (within {SURPRISE:.0%})."
+    all_of_them = f"all {len(told)} trials" if len(told) > 1 else "the one trial"
+    right = f"The simulation was right about {all_of_them} that it foresaw (within {SURPRISE:.0%})."
     return _apart(right if told else "")
 
 
