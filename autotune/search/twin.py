@@ -221,13 +221,17 @@ class TwinSampler(BaseSampler):
         return self._guarded(lambda: self._expected(params)) if self._twin else {}
 
     def _expected(self, params: Params) -> dict[str, Any]:
-        found = self._simulated.result(params)
-        if not found.complete:
+        """The middle of the twin and its draws, which have the host's pauses, until a factor on its word is learned."""
+        learned = len(self._residuals) >= TO_CORRECT
+        found = [self._simulated.result(params, draw) for draw in range(1 if learned else 1 + self._draws)]
+        complete = [one for one in found if one.complete]
+        if len(complete) <= len(found) // 2:
             return {"values": [], "feasible": False}
         config, factor = self._config.objective, float(self._corrections([params])[0, 0])
         signs = [objective.sign(config, metric) for metric in range(len(config.metrics))]
-        values = [value * math.exp(sign * factor) for value, sign in zip(found.values, signs, strict=True)]
-        return {"values": values, "feasible": found.feasible}
+        middle = np.median([one.values for one in complete], axis=0).tolist()
+        values = [value * math.exp(sign * factor) for value, sign in zip(middle, signs, strict=True)]
+        return {"values": values, "feasible": sum(one.feasible for one in complete) > len(found) // 2}
 
     def _choose(self, running: Sequence[FrozenTrial]) -> Params:
         """The parameters of the next trial, beside those that run; empty if TPE is to choose it."""
