@@ -3,6 +3,7 @@
 It imports nothing but the command that is asked for: a study's own imports take a second.
 """
 
+import errno
 import logging
 import os
 import select
@@ -16,6 +17,7 @@ from autotune.config.redact import install, redact
 from autotune.system.loopback import keep_off_proxies
 
 UNEXPECTED = 70  # exit code: EX_SOFTWARE in sysexits.h
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of the disk, or what is printed to
 UNREAD = 141  # exit code of a command that SIGPIPE ends
 
 
@@ -28,6 +30,9 @@ def main() -> None:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and nobody_reads():
             sys.exit(UNREAD)
+        if isinstance(error, OSError) and error.errno in FULL and not error.filename:
+            drop_output()
+            sys.exit(f"autotune: {error.strerror}")
         with NamedTemporaryFile("w", prefix="autotune-", suffix=".log", delete=False) as log:
             log.write(redact(traceback.format_exc()))
         print(f"autotune: unexpected {type(error).__name__}; please report it with {log.name}", file=sys.stderr)
@@ -35,6 +40,7 @@ def main() -> None:
 
 
 def run() -> None:
+    open_streams()
     logging.raiseExceptions = False  # a run goes on when nobody reads what it logs any more
     keep_off_proxies()
     install(sys.argv[1:])
@@ -56,8 +62,22 @@ def nobody_reads() -> bool:
     printed.register(sys.stdout.fileno(), 0)
     if not printed.poll(0):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    drop_output()
     return True
+
+
+def drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def open_streams() -> None:
+    """Open standard streams that are closed, as after `>&-`: this process's own files would be taken for them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w"))
 
 
 if __name__ == "__main__":

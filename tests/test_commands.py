@@ -65,6 +65,17 @@ def test_help_ends_quietly_when_nobody_reads_it():
         assert process.stderr.read() == b"" and process.wait(60) == UNREAD
 
 
+@pytest.mark.parametrize(
+    ("into", "code", "said"),
+    [("> /dev/full", 1, "autotune: No space left on device\n"), (">&-", 0, ""), ("<&-", 0, "")],
+)
+def test_closed_or_full_output_is_no_riddle(into: str, code: int, said: str):
+    done = subprocess.run(
+        f"{sys.executable} -m autotune plan --help {into}", shell=True, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 def test_version():
     done = run("--version")
     assert (done.returncode, done.stdout) == (0, f"autotune {__version__}\n")

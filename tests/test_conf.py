@@ -276,7 +276,8 @@ def test_bad_input_is_refused_before_a_server_starts(
 
 
 @pytest.mark.parametrize(
-    "words", [["gpus=foo"], ["model.path=/none"], ["dataset.path=/none"], ["-m", "hydra.sweeper.storage=foo://x"]]
+    "words",
+    [["gpus=foo"], ["model.path=/none"], ["dataset.path=/none"], ["++foo=3"], ["-m", "hydra.sweeper.storage=foo://x"]],
 )
 def test_what_is_refused_leaves_no_folder(main: Main, tmp_path: Path, words: list[str]):
     done = main(*words, "model=llama8b", "backend=sim", "tracking=none", "study=s")

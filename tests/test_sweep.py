@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from autotune.results import summary
 from autotune.results.study import Study
 from autotune.sweep import launchers, storage, worker
 from autotune.sweep.study import counted_s, seconds
+from autotune.system import interrupt
 from tests.conftest import processes_in
 from tests.standin import StandInEngine
 from tests.studies import JOURNAL, SEQS, asked, autotune, command, environment, study, trials
@@ -183,6 +185,22 @@ def test_stopped_study_leaves_no_process(tmp_path: Path, number: int):
     assert not running(trials(tmp_path))
 
 
+def test_signal_that_python_ignores_prints_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(interrupt, "_received", [signal.SIGTERM])
+    monkeypatch.setattr(sys, "unraisablehook", interrupt._unraisable)
+
+    class Ended:
+        def __init__(self, error: BaseException) -> None:
+            self.error = error
+
+        def __del__(self) -> None:
+            raise self.error
+
+    for error in (SystemExit(143), ValueError()):
+        Ended(error)  # which ends at once
+    assert "ValueError" in (said := capsys.readouterr().err) and "SystemExit" not in said
+
+
 def test_second_process_on_one_study_is_refused(tmp_path: Path):
     folder = tmp_path / "multirun/s"
     folder.mkdir(parents=True)
@@ -288,9 +306,15 @@ def test_search_that_can_hardly_be_the_best_any_more_is_pruned(tmp_path: Path):
         (["pruner=behind"], "pruner=behind: needs objective=max_qps"),
         (["pruner=median", "pruner.n_startup_trials=-1"], r"pruner\.n_startup_trials=-1: write a number from 0"),
         (["sampler=nsga2", "hydra.sweeper.sampler.population_size=1"], "hydra.sweeper.sampler: `population"),
+        (["sampler=cmaes", "objective=pareto"], "sampler=cmaes: takes one objective; write sampler=nsga2"),
+        (["gpus=[0]", "engine.args.tensor_parallel_size=2"], r"gpus=\[0\]: a trial takes 2; write more of them"),
+        (
+            ["gpus=[0]", "engine.args.data_parallel_size=choice(1,2)"],
+            "with data_parallel_size=2 a trial takes 2;",
+        ),
     ],
 )
-def test_pruner_or_sampler_that_can_not_be_made_or_watch_is_refused(tmp_path: Path, words: list[str], said: str):
+def test_pruner_sampler_or_gpus_that_can_not_do_are_refused(tmp_path: Path, words: list[str], said: str):
     with pytest.raises(InputError, match=said):
         study(tmp_path, *words, f"{SEQS}=choice(4,8)")
 

@@ -83,6 +83,8 @@ def make_sampler(
     for name, value in sampler.items():
         rule = bounds.number(above=0, most=MOST) if name in ABOVE_0 else bounds.number(LEAST.get(name, 0), MOST)
         bounds.check(value, f"hydra.sweeper.sampler.{name}", bounds.ANY_NUMBER if name == "seed" else rule)
+    if config and len(config.objective.metrics) > 1 and sampler._target_.endswith("CmaEsSampler"):
+        raise InputError("sampler=cmaes: takes one objective; write sampler=nsga2, or one objective")
     if begun and sampler.get("seed") is not None and not sampler._target_.endswith("GridSampler"):
         sampler = OmegaConf.merge(sampler, {"seed": sampler.seed + begun})
     try:

@@ -182,7 +182,7 @@ class Cost:
     def kv_tokens(self) -> int:
         """Tokens that the KV cache holds; negative if the weights alone do not fit the GPU."""
         device, flags, shape = self.device, self.flags, self.shape
-        if flags.num_gpu_blocks_override:
+        if flags.num_gpu_blocks_override is not None:
             return flags.num_gpu_blocks_override * flags.block_size
         if device.kv_gib is not None:
             return int(device.kv_gib * GIB / self.kv_bytes)

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.config.overrides import typed_target, with_fields
 from autotune.config.redact import redact
 from autotune.config.schema import RECIPE, Config, Rules
-from autotune.config.vllm_flags import FLAG, written_in
+from autotune.config.vllm_flags import FLAG, gpus, written_in
 from autotune.errors import InputError
 from autotune.measure import rules
 from autotune.measure.prepare import Prepared
@@ -46,7 +46,7 @@ def check_together(space: Space, config: Config, prepared: Prepared) -> None:
     """Raise InputError for values that vLLM or MLPerf's rules don't take, and for a baseline that can't be run."""
     check_rules(space, config, prepared)
     check_values(space, prepared)
-    check_gpus(config)
+    check_gpus(space, config, prepared)
     check_recipe(config, prepared)
 
 
@@ -75,8 +75,13 @@ def check_values(space: Space, prepared: Prepared) -> None:
             raise InputError(f"engine.args: vLLM can't read {shorten(params) or 'a flag'}: {outcome.refusal}")
 
 
-def check_gpus(config: Config) -> None:
-    """Raise InputError if the baseline's GPU is none of the study's."""
+def check_gpus(space: Space, config: Config, prepared: Prepared) -> None:
+    """Raise InputError if the baseline's GPU is none of the study's, and for a trial that takes more than these."""
+    swept = [(name, choice) for name, one in space.parameters.items() for choice in getattr(one, "choices", ())]
+    for params in ({}, *({name: choice} for name, choice in swept if name.startswith(FLAG))) if config.gpus else ():
+        if (count := gpus(prepared.args | swept_flags(params, prepared.args))) > len(devices(config.gpus)):
+            what = f"with {shorten(params)} a trial" if params else "a trial"
+            raise InputError(f"gpus={config.gpus}: {what} takes {count}; write more of them, or leave it out")
     if config.baseline_gpu is not None and config.gpus is not None and config.baseline_gpu not in devices(config.gpus):
         raise InputError(f"baseline_gpu={config.baseline_gpu}: gpus={config.gpus} does not hold it; write one of them")
 

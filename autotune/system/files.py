@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from autotune.errors import AutotuneError, InputError
+from autotune.errors import InputError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -67,10 +67,10 @@ def left_in(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def unless_refused(folder: Path) -> Iterator[None]:
-    """Remove `folder` if the block ends with an AutotuneError, and nothing was done in it."""
+    """Remove `folder` if the block ends with an error, and nothing was done in it."""
     try:
         yield
-    except AutotuneError:
+    except Exception:
         left = list(folder.iterdir())
         if {path.name for path in left} <= {LOG, LOCK}:
             for path in left:

@@ -18,6 +18,7 @@ _deferred = False
 def install() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # sets SIGINT, too: a shell's background job starts with it ignored
         signal.signal(number, _handle)
+    sys.unraisablehook = _unraisable
 
 
 @contextmanager
@@ -42,6 +43,12 @@ def _handle(number: int, _frame: FrameType | None) -> None:
     _received.append(number)
     if not _deferred or len(_received) > 1:
         _raise(number)
+
+
+def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
+    """Report an exception that Python ignores, unless it is a signal's, which `check` raises again."""
+    if not (_received and lost.exc_type in (KeyboardInterrupt, SystemExit)):
+        sys.__unraisablehook__(lost)
 
 
 def _raise(number: int) -> None:
