@@ -11,7 +11,6 @@ import sys
 import time
 from dataclasses import dataclass, replace
 
-import optuna
 from omegaconf import MISSING
 
 from autotune.config.command_line import errors_in_one_line, load_as_key, options
@@ -31,7 +30,6 @@ class Report:
 def main() -> None:
     with errors_in_one_line():
         chosen = options(Report, load_as_key(sys.argv[1:]), __doc__)
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         began = time.monotonic()
         study = load(chosen.study)
         asked = {"target_load": chosen.target_load, "price_per_gpu_hour": chosen.price_per_gpu_hour}

@@ -80,6 +80,7 @@ class Section:
 
 def write(study: Study) -> Path:
     """Write report.html into the study's folder."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # it warns where no trial is feasible, which the page tells
     path = study.folder / PAGE
     write_whole(path, page(study))
     return path
