@@ -159,7 +159,7 @@ def test_mixture_of_experts_has_the_parameters_that_its_name_says():
 
 
 def test_recording_is_what_was_saved(tmp_path: Path):
-    table = np.abs(np.random.default_rng(0).normal(5, 1, (4, len(steps.COLUMNS)))).round()
+    table = np.arange(4.0 * len(steps.COLUMNS)).reshape(4, -1)
     written = steps.Steps("t", table, {"max_num_seqs": 4}, {"hidden_size": 8}, 1000)
     written.save(tmp_path / steps.NAME)
     (read,) = steps.read_all([str(tmp_path)])
@@ -203,6 +203,10 @@ def test_errors_on_the_page_are_those_of_the_recorded_steps():
     assert told == pytest.approx(worst, abs=0.0006)
 
 
+STEPS = "1,2,3,4,1,9,0,0,0,1,0\n" * 3  # lines of steps.COLUMNS
+BROKEN = "steps back in time, without a token or with negative or endless counts"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -210,6 +214,11 @@ def test_errors_on_the_page_are_those_of_the_recorded_steps():
         ("a.csv", "", "not a file of recorded steps|0 steps"),
         ("a.parquet", "nothing", "not a file of recorded steps"),
         ("a.csv.xz", "nothing", "not a file of recorded steps"),
+        ("a.csv", STEPS.replace("1,9,", "0,9,"), BROKEN),
+        ("a.csv", STEPS.replace(",9,", ",-9,"), BROKEN),
+        ("a.csv", STEPS.replace(",9,", ",1e18,"), BROKEN),
+        ("a.csv", STEPS.replace("2,3,4", "4,3,2"), BROKEN),
+        ("a.csv", STEPS + STEPS.replace("1,2,3,4", "0,2,3,4"), BROKEN),
     ],
 )
 @pytest.mark.filterwarnings("ignore:loadtxt")

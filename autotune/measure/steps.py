@@ -29,6 +29,7 @@ COUNTS = ("decodes", "context", "chunks", "prefill_tokens", "attended", "running
 COLUMNS = (*TIMES, *COUNTS)
 NAME = series.STEPS
 FEWEST = 3  # steps that a file may hold
+MOST = 1e12  # of a count, and of a clock's seconds
 FACTS = b"autotune"  # key of the file's metadata
 
 Floats = NDArray[np.float64]
@@ -95,6 +96,7 @@ def read_all(given: Iterable[str]) -> list[Steps]:
         shared = path if path.is_dir() else path.parent
         for file in files:
             name = str(file.parent.relative_to(shared)) if path.is_dir() else file.name.split(".")[0]
+            name = path.name if name == "." else name
             steps = read(file, name)
             found.append(replace(steps, args={**steps.args, **flags}))
     return found
@@ -106,6 +108,8 @@ def read(file: Path, name: str) -> Steps:
         if file.suffix == ".parquet":
             table = pq.read_table(file)
             facts = json.loads((table.schema.metadata or {}).get(FACTS, b"{}"))
+            if not isinstance(facts, dict) or not isinstance(facts.get("args", {}), dict):
+                raise ValueError("its metadata are none of autotune's")
             rows = np.column_stack([table.column(name).to_numpy().astype(float) for name in COLUMNS])
         else:
             with lzma.open(file, "rt") if file.suffix == ".xz" else file.open() as lines:
@@ -118,7 +122,14 @@ def read(file: Path, name: str) -> Steps:
         raise InputError(
             f"{file}: {len(rows)} steps with {rows.shape[1]} columns; {len(COLUMNS)} are needed, all numbers"
         )
-    return Steps(name, rows, facts.get("args", {}), facts.get("model"), facts.get("kv_tokens"))
+    steps = Steps(name, rows, facts.get("args", {}), facts.get("model"), facts.get("kv_tokens"))
+    times = rows[:, : len(TIMES)]
+    in_order = (np.diff(times) >= 0).all() and (np.diff(times[:, 0]) >= 0).all()
+    if not (in_order and (rows >= 0).all() and (rows <= MOST).all() and (steps.tokens >= 1).all()):
+        raise InputError(
+            f"{file}: steps back in time, without a token or with negative or endless counts; record again"
+        )
+    return steps
 
 
 def hold_steps(word: str) -> bool:

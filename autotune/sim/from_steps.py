@@ -13,7 +13,7 @@ from autotune.measure.steps import Steps
 from autotune.sim.cost import CONSTANTS
 from autotune.sim.flags import resolve
 from autotune.sim.shape import Shape
-from autotune.sim.twin import MOST_EFFICIENT, Twin, errors, fit
+from autotune.sim.twin import MOST_EFFICIENT, Twin, errors, fit, flags_of
 
 # Where nothing says which model was served, the prior is that of Llama-3.1-8B, and says less.
 UNKNOWN = {
@@ -36,10 +36,7 @@ def report(fitted: Sequence[Steps], predicted: Sequence[Steps], device: Device, 
         raise InputError(f"the recorded steps are of different models ({names}); give those of one at a time")
     shape = Shape.of(configs[0] if configs else UNKNOWN)
     for steps in [*fitted, *predicted]:
-        try:
-            resolve(steps.args, device, shape)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{steps.name}: {error}; write its flags as vLLM takes them: max_num_seqs=256") from None
+        flags_of(steps, device, shape)
     twin = fit(fitted, device, shape, 1.0 if configs else UNKNOWN_WIDTH)
     lines = [f"{device.name}, fitted to {sum(map(len, fitted)):,} steps of {', '.join(steps.name for steps in fitted)}"]
     if not configs:

@@ -243,6 +243,14 @@ def unfitted(device: Device, shape: Shape, sigma: float, host_sigma: float) -> T
     return Twin(device, shape, np.ones(len(CONSTANTS)), np.diag(widths**2), (0.0, 0.0), Pace())
 
 
+def flags_of(steps: Steps, device: Device, shape: Shape) -> Flags:
+    """The flags of the server that recorded `steps`. Raises InputError for values that none has."""
+    try:
+        return resolve(steps.args, device, shape)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{steps.name}: {error}; write its flags as vLLM takes them: max_num_seqs=256") from None
+
+
 def fit(
     recordings: Sequence[Steps], device: Device, shape: Shape, known: float = 1.0, near: Floats | None = None
 ) -> Twin:
@@ -253,7 +261,7 @@ def fit(
     """
     if not recordings:
         raise InputError("no recorded steps to fit a twin to")
-    data = [Recorded(steps, Cost(device, shape, resolve(steps.args, device, shape))) for steps in recordings]
+    data = [Recorded(steps, Cost(device, shape, flags_of(steps, device, shape))) for steps in recordings]
     parts = []
     for recorded in data:
         chosen, weights = recorded.chosen()
