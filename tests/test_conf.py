@@ -298,6 +298,15 @@ def test_what_only_shows_leaves_out_the_sweep(shows: list[str], capsys: pytest.C
     assert "without what is swept: engine.args.block_size=choice(16,32)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "choices"),
+    [("autotune model=smol", "model=smollm2"), ("autotune plan model=smol", "model=smollm2"), (None, "model=")],
+)
+def test_shell_completes_words_of_a_study_and_of_a_command(main: Main, line: str | None, choices: str):
+    done = main("-sc", "query=bash", **({"COMP_LINE": line} if line else {}))
+    assert (done.returncode, done.stderr) == (0, "") and choices in done.stdout.split()
+
+
 def test_study_keeps_its_sweep():
     words = ["-m", "model=tiny", "engine.args.block_size=choice(16,32)"]
     assert command_line.without_sweep(words) == words

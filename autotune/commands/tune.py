@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from autotune import sweep
+from autotune import commands, sweep
 from autotune.config import CONF, schema, words
 from autotune.config.command_line import errors_in_one_line, register, without_sweep, without_usage
 from autotune.config.overrides import typed
@@ -63,6 +64,9 @@ def values(result: Result) -> float | list[float]:
 def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as they are, and leave as one line
     os.environ.pop("HYDRA_MAIN_MODULE", None)
+    if {"-sc", "--shell-completion"} & set(sys.argv):  # the shell tells the line so far: a command takes the same keys
+        line = os.environ.get("COMP_LINE", "autotune ")
+        os.environ["COMP_LINE"] = re.sub(rf"^(\S+\s+)({'|'.join(commands.NAMES)})\s", r"\1", line)
     interrupt.install()
     register()
     sweep.register()
