@@ -354,6 +354,9 @@ def test_what_can_not_be_verified_is_said(simulated: Path, settings: Verify, ove
         (["k=0"], "k=0: write a number from 1 to 1000"),
         (["confidence=95"], "confidence=95.0: write a number from 0.5 to 0.9999"),
         (["seed=-1"], "seed=-1: write a number from 0"),
+        (["model.path=/none"], "model.path=/none: no model there"),
+        (["dataset.path=/none"], "dataset.path=/none: No such file"),
+        (["engine.args.max_num_seqs=-3"], "engine.args.max_num_seqs=-3: vLLM takes at least 1"),
         (["trials=[]"], "trials=[]: name one besides the baseline: trials=[trial-3]"),
     ],
 )

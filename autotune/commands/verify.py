@@ -37,7 +37,7 @@ from autotune.errors import InputError, MeasureError
 from autotune.measure import objective, trial
 from autotune.measure.accuracy import CONSTRAINT
 from autotune.measure.paired import Difference, paired_difference
-from autotune.measure.prepare import gpu_count
+from autotune.measure.prepare import gpu_count, prepare, prepare_samples
 from autotune.measure.result import Result
 from autotune.results import beside, summary, tracking
 from autotune.results.study import BASELINE, Study, load
@@ -355,6 +355,7 @@ def verify(study: Study, settings: Verify, overrides: Sequence[str]) -> Verdict:
     configs = configurations(study, settings, overrides)
     for one in configs.values():
         check(one)
+        prepare_samples(one, prepare(one))  # what was changed is told now, and not by each repeat
     repeats = plan(study, settings, configs, overrides)
     config, folder = shared(configs), study.folder / FOLDER
     tracking.check(config.tracking)
