@@ -1,5 +1,6 @@
 """The gate: other numerics win only if a text is predicted as well as with the baseline's, in prefill and in decode."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,13 +14,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from autotune.config.schema import AccuracyConfig
+from autotune.config.schema import AccuracyConfig, BenchmarkConfig, Check, Score
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import InputError, MeasureError
 from autotune.live import scoring
-from autotune.measure import accuracy
-from autotune.measure.accuracy import Scores, Text
+from autotune.measure import accuracy, rouge
+from autotune.measure.accuracy import GAP, NLL, Scores, Text
 from autotune.measure.result import Result
 from autotune.measure.slot import Slot
 from autotune.sweep.launchers import Inline
@@ -45,7 +46,11 @@ class Answering:
         Answering.calls += 1
         return [np.array([-1 - token % 7 - self.worse for token in text[1:]]) for text in texts]
 
-    def decoded(self, prompts: Sequence[tuple[list[int], int]]) -> list[tuple[list[int], Floats]]:
+    def decoded(self, prompts: Sequence[tuple[list[int], int]], temperature: float) -> list[tuple[list[int], Floats]]:
+        if not temperature:  # as much of the question as its numerics let it remember
+            Answering.calls += 1
+            answers = [prompt[: round(len(prompt) * (1 - self.worse))] for prompt, _ in prompts]
+            return [(answer, np.zeros(len(answer))) for answer in answers]
         answers = [[prompt[-1], *range(most - 1)] for prompt, most in prompts]
         sure = self.decodes_worse - self.worse  # of what it says, though its own prefill is not
         return [(answer, np.array([-1 - token % 7 + sure for token in answer])) for answer in answers]
@@ -119,31 +124,31 @@ def test_texts_are_distinct_and_keep_their_first_and_last_tokens():
     found = accuracy.texts(samples([1, 2, 3, 4], [1, 9, 3, 4], [7], [5, 6], [8, 9]), config)
     assert found == [Text([1, 3, 4], 64), Text([8, 9], 64)]
     with pytest.raises(MeasureError, match="fewer than two texts"):
-        accuracy.measured(Answering(0.0, 0.0), found[:1], "")
+        accuracy.predicted(Answering(0.0, 0.0), found[:1])
 
 
 def test_bound_of_a_small_difference_passes_and_that_of_a_large_one_does_not():
     draw = np.random.default_rng(1)
     base, noise = draw.normal(3, 0.5, 256), draw.normal(0, 0.02, 256)
-    baseline = Scores("", list(base), [0.0] * 64)
+    baseline = Scores("", {NLL: list(base), GAP: [0.0] * 64})
 
     def over(shift: float) -> float:
-        return accuracy.judged(Scores("", list(base + noise + shift), [0.0] * 64), baseline, 0.03).over
+        return accuracy.judged(Scores("", {NLL: list(base + noise + shift), GAP: [0.0] * 64}), baseline, 0.03).over
 
     assert over(0.0) < 0 and over(0.02) < 0 < over(0.03) and over(0.36) == pytest.approx(11, abs=0.2)
 
 
 def test_coarse_cache_that_prefill_does_not_read_shows_in_the_answers():
     texts = [Text([1, 2, number], 8) for number in range(8)]
-    baseline, coarse = (accuracy.measured(Answering(0.0, worse), texts, "") for worse in (0.0, 0.1))
-    assert baseline.nll == coarse.nll
+    baseline, coarse = (Scores("", accuracy.predicted(Answering(0.0, worse), texts)) for worse in (0.0, 0.1))
+    assert baseline.by_text[NLL] == coarse.by_text[NLL]
     found = accuracy.judged(coarse, baseline, 0.03)
     assert found.over > 0 and found.words.startswith("NLL of its decoded answers +0.1000 nats a token")
 
 
 def test_logits_are_no_log_probabilities():
     with pytest.raises(MeasureError, match=r"leave out engine.args.logprobs_mode"):
-        accuracy.measured(Answering(-20.0, 0.0), [Text([1, 2], 4)] * 2, "")
+        accuracy.predicted(Answering(-20.0, 0.0), [Text([1, 2], 4)] * 2)
 
 
 def test_fast_and_wrong_trial_is_left_out_and_the_next_of_its_numerics_takes_no_gpu(tmp_path: Path):
@@ -233,6 +238,128 @@ def test_simulation_has_no_answers(tmp_path: Path):
     assert not list((tmp_path / "multirun/s").glob("accuracy")) and not result(tmp_path, "baseline").accuracy
 
 
+def answered(folder: Path, number: int = 40) -> list[str]:
+    """Words that have a study's answers scored against references, each in its question."""
+    pytest.importorskip("rouge_score")
+    told = [
+        f"The {at}th report says that river number {at * 7} rose by {at % 9} feet in spring" for at in range(number)
+    ]
+    data = folder / "questions.jsonl"
+    data.write_text("\n".join(json.dumps({"input": f"Repeat: {text}", "output": text}) for text in told))
+    return [*SCORED[:2], "sampler=grid", f"dataset.path={data}", "accuracy=rouge", "accuracy.texts=30"]
+
+
+def test_answers_that_lose_rouge_are_refused_and_the_verdict_is_kept(tmp_path: Path):
+    Answering.calls = 0
+    space = [f"{KV}=choice(fp8,fp8_e5m2)", f"{SEQS}=choice(64,32)"]
+    said = study(tmp_path, *answered(tmp_path), *space)
+    assert Answering.calls == 3  # each numerics once
+    found = [result(tmp_path, name) for name in ("baseline", *(f"trial-{number}" for number in range(4)))]
+    assert found[0].accuracy == "same numerics" and found[0].metrics["rouge1"] > 50 and "nll" not in found[0].metrics
+    passed = [one for one in found if one.params.get(KV) == "fp8_e5m2"]
+    assert all(one.feasible and one.accuracy.startswith("passed: rouge") for one in passed)
+    wrong, spared = sorted((one for one in found if one.params.get(KV) == "fp8"), key=lambda one: one.state)
+    assert not wrong.feasible and wrong.accuracy.startswith("refused: rouge") and spared.state == "refused"
+    low, high = wrong.intervals["rouge1_over_baseline"]
+    assert low <= wrong.metrics["rouge1_over_baseline"] <= high < -1
+    assert "Best: kv_cache_dtype=fp8_e5m2" in said and "Its answers against the baseline's: passed: rouge" in said
+    assert "accuracy: not checked" in study(tmp_path, *answered(tmp_path)[:4], *space, "accuracy=none")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dataset=cnn_small"], "the references of dataset=cnn_small are made up; write dataset=cnn_dailymail, "),
+        (
+            ['{"input": "a", "output": "b"}', '{"input": "a", "output_tokens": 9}'],
+            r"record 2: no text of a reference, .*=nll",
+        ),
+        (['{"input": "a", "output": "b"}', '{"input": "a", "output": ["b"]}'], "record 2"),
+        (['{"input": "a", "output": "b"}'], "one record, and a difference takes two or more"),
+    ],
+)
+def test_data_without_references_has_no_rouge(tmp_path: Path, words: list[str], message: str):
+    if words[0].startswith("{"):
+        (tmp_path / "data.jsonl").write_text("\n".join(words))
+        words = [f"dataset.path={tmp_path / 'data.jsonl'}"]
+    with pytest.raises(InputError, match=message) as raised:
+        study(tmp_path, SCORED[0], "accuracy=rouge", "dataset=file", *words, f"{KV}=choice(auto,fp8)")
+    assert "\n" not in str(raised.value) and not (tmp_path / "multirun").exists()
+
+
+def test_answers_with_nothing_of_the_references_have_no_scores():
+    pytest.importorskip("rouge_score")
+    texts = [Text([1, 2, number], 8, "quite another text") for number in range(4)]
+    model: Any = SimpleNamespace(tokenizer=lambda: SimpleNamespace(decode_batch=lambda ids, **_: ["?"] * len(ids)))
+    model.tokenizer_folder = model.folder = Path("/nowhere")
+    with pytest.raises(MeasureError, match=r"nothing in common with the references \(rouge1 is 0\)"):
+        accuracy.answered(Answering(0.0, 0.0), texts, model, whole=False)
+
+
+def test_rouge_may_fall_by_its_share_and_no_more():
+    draw = np.random.default_rng(1)
+    base, noise = draw.normal(30, 9, 4096), draw.normal(0, 4, 4096)
+
+    def over(lost: float) -> float:
+        other = Scores("", {"rouge1": list(base * (1 - lost) + noise)})
+        return accuracy.judged(other, Scores("", {"rouge1": list(base)}), 0.01).over
+
+    assert over(0.0) < 0 and over(-0.1) < -1 and over(0.005) < 0 < over(0.01)
+
+
+def test_bounds_of_a_benchmark_hold_for_all_samples_or_by_what_a_part_tells_of_them():
+    draw = np.random.default_rng(2)
+    rouge1, lengths = list(draw.normal(38.8, 12, 1000)), list(draw.normal(600, 90, 1000))
+    mean, total = float(np.mean(rouge1)), sum(lengths)
+    scores = Scores("", {"rouge1": rouge1, "gen_len": lengths})
+
+    def over(least: float, most: float, samples: int = 1000) -> float:
+        bounds = {"rouge1": Score(least=least), "gen_len": Score(least=0.9 * total, most=most)}
+        return accuracy.within(scores, BenchmarkConfig(samples=samples, scores=bounds)).over
+
+    assert over(mean - 1e-6, total + 1) < 0 < over(mean + 1e-6, total + 1)  # all: nothing is left to chance
+    assert over(mean - 1, total - 1) > 0
+    part = Scores("", {"rouge1": rouge1[:500]})
+    bounds = {"rouge1": Score(least=float(np.mean(rouge1[:500])) - 0.1)}
+    found = accuracy.within(part, BenchmarkConfig(samples=1000, scores=bounds))
+    assert found.over > 0 and "in all 1000 samples" in found.words
+
+
+def benchmarked(folder: Path, least: float) -> list[str]:
+    record = [f"benchmark.{end}=40" for end in ("samples", "accuracy_samples")]
+    record += [f"benchmark.scores.{name}.least={least}" for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")]
+    record += ["benchmark.scores.gen_len.least=1", "benchmark.scores.gen_len.most=1e6"]
+    length = ["dataset.output=natural", "dataset.max_output_tokens=128", "dataset.min_output_tokens=1"]
+    return [*answered(folder), "benchmark=llama3_1_8b", *record, *length, "accuracy=mlperf", "accuracy.texts=100"]
+
+
+def test_benchmarks_bounds_need_no_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rouge, "splitter", lambda: lambda text: [text])
+    said = study(tmp_path, *benchmarked(tmp_path, 20), f"{KV}=choice(fp8_e5m2,fp8)")
+    baseline = result(tmp_path, "baseline")
+    assert baseline.feasible and baseline.accuracy.startswith("passed: ") and baseline.metrics["gen_len"] > 50
+    assert "Its answers against MLPerf's bounds: passed" in said
+    (tmp_path / "high").mkdir()
+    study(tmp_path / "high", *benchmarked(tmp_path / "high", 99), f"{SEQS}=choice(64)")
+    baseline, spared = (result(tmp_path / "high", name) for name in ("baseline", "trial-0"))
+    assert not baseline.feasible and baseline.accuracy.startswith("refused: rouge2 ") and "needed" in baseline.accuracy
+    assert spared.state == "refused" and "whose answers were refused" in spared.reason
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["benchmark=none"], "is in no benchmark; write benchmark="),
+        (["benchmark=deepseek_r1"], "autotune lacks a reader of its data set"),
+        (["dataset.output=reference"], "dataset.output=reference: the model itself ends an answer; follow the rule"),
+        (["dataset.count=20"], "dataset.count=20: all 40 samples are used.*20 samples instead of 40"),
+    ],
+)
+def test_benchmark_that_cannot_be_scored_is_refused(tmp_path: Path, words: list[str], message: str):
+    with pytest.raises(InputError, match=f"accuracy=mlperf: .*{message}"):
+        study(tmp_path, *benchmarked(tmp_path, 20), *words, f"{KV}=choice(auto,fp8)")
+
+
 class Vllm(BaseHTTPRequestHandler):
     """Answers each request for a completion with `status` and `body`."""
 
@@ -271,11 +398,20 @@ def test_answer_without_log_probabilities_is_told_in_one_line(status: int, body:
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"numerics": "", "nll": [NaN], "gap": [1.0]}', '{"nll": [1.0]}'])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "{",
+        "[]",
+        '{"numerics": ""}',
+        *(f'{{"numerics": "", "by_text": {one}}}' for one in ("{}", '{"nll": [NaN, 1.0]}')),
+    ],
+)
 def test_damaged_scores_are_measured_again(tmp_path: Path, damage: str):
-    config = AccuracyConfig(kept_in=str(tmp_path))
+    config, model = AccuracyConfig(check=Check.nll, kept_in=str(tmp_path)), Mock()
     texts = [Text([1, 2, number], 8) for number in range(4)]
-    first = accuracy.scored(config, Answering(0.0, 0.0), texts, "")
+    first = accuracy.scored(config, Answering(0.0, 0.0), texts, "", model)
     (file,) = tmp_path.iterdir()
     file.write_text(damage)
-    assert accuracy.scored(config, Answering(0.0, 0.0), texts, "") == first == Scores.load(file)
+    assert accuracy.scored(config, Answering(0.0, 0.0), texts, "", model) == first == Scores.load(file)

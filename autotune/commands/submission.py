@@ -162,16 +162,13 @@ def measure(study: Study, repeats: Sequence[Repeat], config: Config) -> Runs:
 
 def score(runs: Runs, config: Config, model: Model) -> dict[str, dict[str, float]]:
     """The scores of the answers of each accuracy run, by scenario. Raises InputError if they can't be made."""
-    split, tokenizer = rouge.splitter(), model.tokenizer()
-    file = (model.tokenizer_folder or model.folder) / "tokenizer_config.json"
-    cleans = file.exists() and read_json(file).get("clean_up_tokenization_spaces") is True
+    split = rouge.splitter()
     wanted = samples.references(config.dataset, model, prepare.records_of(config))
     found = {}
     for (name, kind), run in runs.items():
         if kind == "accuracy":
             answers = tree_of.answers_in(run.folder / ACCURACY)
-            texts = tokenizer.decode_batch([ids.tolist() for ids in answers.values()], skip_special_tokens=True)
-            texts = [rouge.cleaned(text) for text in texts] if cleans else texts
+            texts = rouge.texts([ids.tolist() for ids in answers.values()], model)
             log.info("%s: scoring %d answers", name, len(texts))
             found[name] = rouge.scores(texts, [wanted[number] for number in answers], split)
     return found

@@ -162,13 +162,17 @@ def prepare(
 
 def references(config: DatasetConfig, model: Model, make: Callable[..., Iterable[Record]] | None) -> list[str]:
     """The text that each record of `config` has for an answer. Raises InputError for one without."""
-    texts = []
+    texts: list[str] = []
     for number, record in enumerate(_records(config, model, model.tokenizer(), make, sessions=False), 1):
+        if record is None:  # it is left out
+            continue
         where = f"dataset {config.path or config.name}, record {number}"
         text = _first_text(record, ANSWERS, where) if isinstance(record, dict) else ""
         if not text:
             raise InputError(f"{where}: no text of a reference, to score answers with; give one in `output`")
         texts.append(text)
+        if len(texts) == config.count:
+            break
     return texts
 
 

@@ -155,8 +155,10 @@ class LiveEngine:
     def prefilled(self, texts: Sequence[list[int]]) -> list[scoring.Floats]:
         return scoring.prefilled(self.server, texts, self.config.request_timeout_s, self._stopped)
 
-    def decoded(self, prompts: Sequence[tuple[list[int], int]]) -> list[tuple[list[int], scoring.Floats]]:
-        return scoring.decoded(self.server, prompts, self.config.request_timeout_s, self._stopped)
+    def decoded(
+        self, prompts: Sequence[tuple[list[int], int]], temperature: float
+    ) -> list[tuple[list[int], scoring.Floats]]:
+        return scoring.decoded(self.server, prompts, temperature, self.config.request_timeout_s, self._stopped)
 
     def _stopped(self) -> None:
         progress.check(self.folder)

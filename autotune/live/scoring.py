@@ -18,6 +18,7 @@ from autotune.live import key
 from autotune.live.server import DYING_S, Server
 
 SIDE_BY_SIDE = 16  # requests; each holds the probabilities of all its prompt's tokens for a moment
+ANSWERS_SIDE_BY_SIDE = 64  # so few that a slow server with one sequence at a time ends the last within a time-out
 
 Floats = NDArray[np.float64]
 T = TypeVar("T")
@@ -32,11 +33,15 @@ def prefilled(server: Server, texts: Sequence[list[int]], timeout_s: float, chec
         return np.array([position[str(token)]["logprob"] for token, position in found], dtype=float)
 
     bodies = [{"prompt": text, "max_tokens": 1, "prompt_logprobs": 1} for text in texts]
-    return _asked(server, bodies, read, timeout_s, check)
+    return _asked(server, bodies, read, SIDE_BY_SIDE, timeout_s, check)
 
 
 def decoded(
-    server: Server, prompts: Sequence[tuple[list[int], int]], timeout_s: float, check: Callable[[], None]
+    server: Server,
+    prompts: Sequence[tuple[list[int], int]],
+    temperature: float,
+    timeout_s: float,
+    check: Callable[[], None],
 ) -> list[tuple[list[int], Floats]]:
     """Answers to prompts, of so many tokens at most, and their log-probabilities. Raises MeasureError."""
 
@@ -48,15 +53,18 @@ def decoded(
 
     # The model's own distribution, whatever its generation_config.json says. With a request's own seed vLLM 0.32 dies
     # on a CPU.
-    plain = {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "logprobs": 1}
+    plain = {"temperature": temperature, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1, "logprobs": 1}
+    if not temperature:
+        plain["min_tokens"] = 1  # as MLPerf's answers have
     bodies = [{"prompt": prompt, "max_tokens": most, "return_token_ids": True, **plain} for prompt, most in prompts]
-    return _asked(server, bodies, read, timeout_s, check)
+    return _asked(server, bodies, read, ANSWERS_SIDE_BY_SIDE, timeout_s, check)
 
 
 def _asked(
     server: Server,
     bodies: Sequence[Json],
     read: Callable[[Json, Json], T],
+    side_by_side: int,
     timeout_s: float,
     check: Callable[[], None],
 ) -> list[T]:
@@ -68,7 +76,7 @@ def _asked(
         with key.opened(server.url, "/v1/completions", timeout_s, "POST", whole) as answer:
             return read(body, json.loads(answer.read())["choices"][0])
 
-    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+    with ThreadPoolExecutor(side_by_side) as pool:
         asked = [pool.submit(ask, body) for body in bodies]
         try:
             return [one.result() for one in asked]

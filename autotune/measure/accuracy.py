@@ -1,9 +1,10 @@
-"""Accuracy: whether a server with other numerics than the baseline's predicts texts as well as the baseline does.
+"""Accuracy: whether a server with other numerics than the baseline's answers as well as the baseline does.
 
-Two checks, both on a server that is up anyway. Prefill: the negative log-likelihood (NLL) of the user's own texts.
-Decode: the NLL of the server's own answers, by its prefill, beyond what it was while they were drawn; of answers at
-temperature 1 that is the Kullback-Leibler divergence, in the same unit. A prefill may not read the KV cache as a decode
-step does, so that a coarse cache shows in the second alone.
+`nll` makes two checks, both on a server that is up anyway. Prefill: the negative log-likelihood (NLL) of the user's own
+texts. Decode: the NLL of the server's own answers, by its prefill, beyond what it was while they were drawn; of answers
+at temperature 1 that is the Kullback-Leibler divergence, in the same unit. A prefill may not read the KV cache as a
+decode step does, so that a coarse cache shows in the second alone.
+`rouge` and `mlperf` score greedy answers against the data set's references; `mlperf` needs no baseline.
 """
 
 import hashlib
@@ -19,17 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.config.redact import redact
-from autotune.config.schema import AccuracyConfig, Check
+from autotune.config.schema import AccuracyConfig, BenchmarkConfig, Check
+from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import MeasureError
+from autotune.measure import rouge
 from autotune.measure.backend import Scorer
-from autotune.measure.paired import Difference, paired_difference
+from autotune.measure.paired import paired_difference
 from autotune.system.files import left_in, write_whole
 
 FOLDER = "accuracy"  # in a study's folder: the scores of each numerics
 CONSTRAINT = "accuracy"  # of a result: how far the bound is above the margin, as a share of it; 1 if nobody knows
 NLL, GAP = "nll", "decode_nll_gap"  # metrics, nats a token; beside each: how much more it is than the baseline's
 OVER = "_over_baseline"
+TOLD = {NLL: "NLL", GAP: "NLL of its decoded answers"}
 NUMERICS, NOT_SCORED = "numerics", "not_scored"  # facts of a result; the second is why its server was not scored
 # First words of a result's `accuracy`.
 SAME, PASSED, REFUSED, UNKNOWN = "same numerics", "passed", "refused", "unknown"
@@ -55,31 +59,37 @@ class Text:
 
     tokens: list[int]
     answer_tokens: int  # that an answer to it may have
+    reference: str = ""  # the answer that it should have, for ROUGE
 
 
 @dataclass(frozen=True)
 class Scores:
-    """NLLs of one numerics, nats a token, by text."""
+    """Scores of one numerics."""
 
     numerics: str
-    nll: list[float]
-    gap: list[float]  # of the answers, prefill's beyond decode's
+    by_text: dict[str, list[float]]  # by metric: NLL and, of the answers, GAP; or ROUGE's, and characters of an answer
 
     def metrics(self) -> dict[str, float]:
-        return {NLL: float(np.mean(self.nll)), GAP: float(np.mean(self.gap))}
+        return {name: float(np.mean(values)) for name, values in self.by_text.items()}
 
     def compares_with(self, other: "Scores") -> bool:
-        """True if both are of as many texts, and of some; else a file was damaged."""
-        return (len(self.nll), len(self.gap)) == (len(other.nll), len(other.gap)) and len(self.gap) > 1
+        """True if both are of as many texts, else a file was damaged."""
+        ours, theirs = ({name: len(values) for name, values in one.by_text.items()} for one in (self, other))
+        return ours == theirs
 
     @classmethod
     def load(cls, path: Path) -> "Scores | None":
         """The scores at `path`; None if there are none that can be used."""
         match left_in(path):
-            case {"numerics": str(numerics), "nll": [*nll], "gap": [*gap]}:
-                if all(isinstance(value, float) and math.isfinite(value) for value in [*nll, *gap]):
-                    return cls(numerics, nll, gap)
+            case {"numerics": str(numerics), "by_text": dict(by_text)} if by_text:
+                if all(map(_are_scores, by_text.values())):
+                    return cls(numerics, by_text)
         return None
+
+
+def _are_scores(values: Any) -> bool:
+    found = isinstance(values, list) and len(values) > 1
+    return found and all(isinstance(value, float) and math.isfinite(value) for value in values)
 
 
 def is_numeric(name: str) -> bool:
@@ -106,7 +116,12 @@ def impossible(flags: Mapping[str, Any], simulated: bool) -> str:
 
 def is_wanted(config: AccuracyConfig) -> bool:
     """True if a trial is to score its server; none is in `verify` of a study whose folder was moved."""
-    return config.check is Check.nll and (config.kept_in is None or Path(config.kept_in).is_dir())
+    return is_on(config) and (config.kept_in is None or Path(config.kept_in).is_dir())
+
+
+def is_on(config: AccuracyConfig) -> bool:
+    """True if answers are checked; what `auto` means a study decides."""
+    return config.check not in (Check.none, Check.auto)
 
 
 def texts(samples: Samples, config: AccuracyConfig) -> list[Text]:
@@ -120,13 +135,23 @@ def texts(samples: Samples, config: AccuracyConfig) -> list[Text]:
         if len(kept) > 1:
             cut.setdefault(kept.tobytes(), Text(kept.tolist(), max(1, min(ANSWER_TOKENS, int(output) - 1))))
     found = list(cut.values())
-    chosen = np.unique(np.linspace(0, len(found) - 1, min(config.texts, len(found))).round().astype(int))
-    return [found[at] for at in chosen]
+    return [found[at] for at in _spread(len(found), config.texts)]
 
 
-def digest(chosen: Iterable[Text]) -> str:
-    """A hash of texts."""
-    told = json.dumps([[text.tokens, text.answer_tokens] for text in chosen])
+def questions(samples: Samples, references: Sequence[str], config: AccuracyConfig) -> list[Text]:
+    """Whole prompts out of all `samples`, with the `references` of their answers, as many as may be."""
+    chosen = _spread(len(samples), config.texts)
+    return [Text(samples.prompts[at].tolist(), int(samples.output_tokens[at]), references[at]) for at in chosen]
+
+
+def _spread(size: int, most: int) -> list[int]:
+    """Numbers below `size`, at most so many, evenly spaced."""
+    return sorted({round(float(at)) for at in np.linspace(0, size - 1, min(most, size))})
+
+
+def digest(chosen: Iterable[Text], config: AccuracyConfig) -> str:
+    """A hash of texts, and of how they are scored."""
+    told = json.dumps([config.check.value, *([text.tokens, text.answer_tokens, text.reference] for text in chosen)])
     return hashlib.sha256(told.encode()).hexdigest()
 
 
@@ -135,25 +160,39 @@ def file_name(numeric: str, texts_digest: str) -> str:
     return f"{hashlib.sha256(f'{texts_digest} {numeric}'.encode()).hexdigest()[:16]}.json"
 
 
-def measured(engine: Scorer, chosen: Sequence[Text], numeric: str) -> Scores:
-    """Score the `chosen` texts on `engine`. Raises MeasureError."""
+def predicted(engine: Scorer, chosen: Sequence[Text]) -> dict[str, list[float]]:
+    """The NLLs of the `chosen` texts on `engine`, and of its answers. Raises MeasureError."""
     if len(chosen) < 2:
         raise MeasureError("the data set has fewer than two texts of two tokens")
     nll = [-_mean(found) for found in engine.prefilled([text.tokens for text in chosen])]
     asked = chosen[::ANSWERED] if len(chosen) >= 2 * ANSWERED else chosen
-    answers = engine.decoded([(text.tokens, text.answer_tokens) for text in asked])
+    answers = engine.decoded([(text.tokens, text.answer_tokens) for text in asked], temperature=1)
     whole = [[*text.tokens, *answer] for text, (answer, _) in zip(asked, answers, strict=True)]
     again = engine.prefilled(whole)
     gap = [_mean(then) - _mean(now[-len(then) :]) for now, (_, then) in zip(again, answers, strict=True)]
-    return Scores(numeric, nll, gap)
+    return {NLL: nll, GAP: gap}
 
 
-def scored(config: AccuracyConfig, engine: Scorer, chosen: Sequence[Text], numeric: str) -> Scores:
+def answered(engine: Scorer, chosen: Sequence[Text], model: Model, whole: bool) -> dict[str, list[float]]:
+    """ROUGE of greedy answers of `engine`, for each text; the `whole` of MLPerf's scores. Raises MeasureError."""
+    answers = engine.decoded([(text.tokens, text.answer_tokens) for text in chosen], temperature=0)
+    words = rouge.texts([ids for ids, _ in answers], model)
+    rows = rouge.by_text(words, [text.reference for text in chosen], rouge.splitter() if whole else None)
+    found = {name: [row[name] for row in rows] for name in rows[0]}
+    if zero := [name for name, values in found.items() if not any(values)]:
+        raise MeasureError(f"its answers have nothing in common with the references ({zero[0]} is 0)")
+    return found
+
+
+def scored(config: AccuracyConfig, engine: Scorer, chosen: Sequence[Text], numeric: str, model: Model) -> Scores:
     """The scores of a study's earlier server with these numerics, or of this one. Raises MeasureError."""
-    kept = Path(config.kept_in, file_name(numeric, digest(chosen))) if config.kept_in else None
+    kept = Path(config.kept_in, file_name(numeric, digest(chosen, config))) if config.kept_in else None
     if kept and (known := Scores.load(kept)):
         return known
-    scores = measured(engine, chosen, numeric)
+    if config.check is Check.nll:
+        scores = Scores(numeric, predicted(engine, chosen))
+    else:
+        scores = Scores(numeric, answered(engine, chosen, model, config.check is Check.mlperf))
     if kept:
         write_whole(kept, json.dumps(asdict(scores)))
     return scores
@@ -169,24 +208,55 @@ def _mean(found: NDArray[np.float64]) -> float:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The test that a server is not worse than the baseline's by more than a margin, nats a token."""
+    """The test that answers are not worse than they may be."""
 
-    nll: Difference
-    gap: Difference
-    margin: float
-
-    @property
-    def over(self) -> float:
-        """The constraint: the higher of the upper bounds, as a share beyond the margin."""
-        return max(self.nll.high, self.gap.high) / self.margin - 1
-
-    @property
-    def words(self) -> str:
-        worse, what = (self.nll, "NLL") if self.nll.high >= self.gap.high else (self.gap, "NLL of its decoded answers")
-        return f"{what} {worse.mean:+.4f} nats a token, at most {worse.high:+.4f}; {self.margin:g} allowed"
+    over: float  # the constraint: how far the worst bound is beyond what is allowed, as a share of that
+    words: str  # on that bound
+    metrics: dict[str, float]
+    intervals: dict[str, list[float]]
 
 
 def judged(scores: Scores, baseline: Scores, margin: float) -> Judgement:
-    """Compare `scores`, text by text, with those of the baseline's numerics. Raises ValueError for fewer texts."""
-    nll = paired_difference(scores.nll, baseline.nll, CONFIDENCE)
-    return Judgement(nll, paired_difference(scores.gap, baseline.gap, CONFIDENCE), margin)
+    """Compare `scores`, text by text, with those of the baseline's numerics: NLL may rise and ROUGE fall by a margin.
+
+    It is one in nats a token, or a share of the baseline's ROUGE. Raises ValueError for fewer texts.
+    """
+    found, metrics, intervals = [], {}, {}
+    for name, values in scores.by_text.items():
+        change = paired_difference(values, baseline.by_text[name], CONFIDENCE)
+        metrics[f"{name}{OVER}"], intervals[f"{name}{OVER}"] = change.mean, [change.low, change.high]
+        if name in TOLD:
+            words = f"{TOLD[name]} {change.mean:+.4f} nats a token, at most {change.high:+.4f}; {margin:g} allowed"
+            found.append((change.high / margin - 1, words))
+        else:
+            usual = float(np.mean(baseline.by_text[name]))
+            allowed = margin * usual
+            words = f"{name} {change.mean:+.3f} of {usual:.2f}, at worst {change.low:+.3f}; {-allowed:.3f} allowed"
+            found.append((-change.low / allowed - 1, words))
+    return Judgement(*max(found, key=lambda one: one[0]), metrics, intervals)
+
+
+def within(scores: Scores, benchmark: BenchmarkConfig) -> Judgement:
+    """Hold `scores` to the bounds of a benchmark of MLPerf's: those of all its samples, or what a part tells of all."""
+    found, intervals = [], {}
+    for name, bounds in benchmark.scores.items():
+        values = scores.by_text[name]
+        whole = benchmark.samples or len(values)
+        mean, low, high = _of_all(values, whole)
+        intervals[name] = [low, high]
+        each = whole if name == rouge.LENGTH else 1  # MLPerf bounds the sum of the lengths
+        told = f"{name} {mean:.4f}"
+        told += f", {low:.4f} to {high:.4f} in all {whole} samples" if len(values) < whole else ""
+        least = bounds.least / each
+        found.append((1 - low / least if least else -1.0, f"{told}; {least:.4f} needed"))
+        if bounds.most is not None:
+            most = bounds.most / each
+            found.append((high / most - 1, f"{told}; {most:.4f} allowed"))
+    return Judgement(*max(found, key=lambda one: one[0]), {}, intervals)
+
+
+def _of_all(values: Sequence[float], whole: int) -> tuple[float, float, float]:
+    """The mean of a population of `whole` of which there are `values`, and its interval: none if these are all."""
+    found = paired_difference(values, [0.0] * len(values), CONFIDENCE)
+    unseen = math.sqrt(max(0.0, 1 - len(values) / whole))
+    return found.mean, found.mean - (found.mean - found.low) * unseen, found.mean + (found.high - found.mean) * unseen

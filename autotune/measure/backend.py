@@ -103,8 +103,10 @@ class Scorer(Protocol):
     def prefilled(self, texts: Sequence[list[int]]) -> list[NDArray[np.float64]]:
         """The log-probability of each token after a text's first one, in prefill. Raises MeasureError."""
 
-    def decoded(self, prompts: Sequence[tuple[list[int], int]]) -> list[tuple[list[int], NDArray[np.float64]]]:
-        """Answers to prompts, of so many tokens at most, drawn at temperature 1, and their log-probabilities."""
+    def decoded(
+        self, prompts: Sequence[tuple[list[int], int]], temperature: float
+    ) -> list[tuple[list[int], NDArray[np.float64]]]:
+        """Answers to prompts, of so many tokens at most, and their log-probabilities. Raises MeasureError."""
 
 
 class Backend(Protocol):

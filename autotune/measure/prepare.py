@@ -17,12 +17,12 @@ from hydra.utils import instantiate
 
 from autotune.config import overrides, schema, vllm_flags
 from autotune.config.overrides import typed_target
-from autotune.config.schema import Config, Endpoint, Kind, Mode
+from autotune.config.schema import Answers, Check, Config, Endpoint, Kind, Mode
 from autotune.data import models, samples
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import InputError
-from autotune.measure import objective, rules, runs, traffic
+from autotune.measure import accuracy, objective, rouge, rules, runs, traffic
 from autotune.measure.backend import Backend, DryRunOutcome
 from autotune.system.files import expanded
 
@@ -152,6 +152,33 @@ def prepare_samples(config: Config, prepared: Prepared) -> Samples:
     rules.check_samples(config, len(loaded))
     check_time(config, loaded)
     return loaded
+
+
+def prepare_texts(config: Config, prepared: Prepared, loaded: Samples) -> list[accuracy.Text]:
+    """The texts that the check of answers takes; none without one. Raises InputError for what it can't be made with."""
+    check = config.accuracy.check
+    if not accuracy.is_on(config.accuracy):
+        return []
+    if check is Check.nll:
+        return accuracy.texts(loaded, config.accuracy)
+    where = f"accuracy={check.value}"
+    if config.scenario.answers is not Answers.none:
+        raise InputError(f"{where}: conversations have no references to score answers with; write accuracy=nll")
+    if check is Check.mlperf and (why_not := rules.unscorable(config, len(loaded))):
+        raise InputError(f"{where}: {why_not}")
+    if rules.is_made_up(config.dataset):
+        instead = "dataset=cnn_dailymail, dataset.path=<file with `output`>, or accuracy=nll"
+        raise InputError(f"{where}: the references of dataset={config.dataset.name} are made up; write {instead}")
+    if len(loaded) < 2:
+        raise InputError(f"{where}: one record, and a difference takes two or more; give more, or write accuracy=nll")
+    rouge.check()
+    if check is Check.mlperf:
+        rouge.splitter()
+    try:
+        references = samples.references(config.dataset, prepared.model, records_of(config))
+    except InputError as error:
+        raise InputError(f"{where}: {error}, or write accuracy=nll") from None
+    return accuracy.questions(loaded, references, config.accuracy)
 
 
 def check_time(config: Config, loaded: Samples) -> None:

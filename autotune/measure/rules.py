@@ -17,6 +17,7 @@ from autotune.config.schema import (
     BenchmarkConfig,
     BenchmarkScenario,
     Config,
+    DatasetConfig,
     Kind,
     Mode,
     Output,
@@ -26,6 +27,7 @@ from autotune.config.schema import (
 )
 from autotune.data import synthetic
 from autotune.errors import InputError
+from autotune.measure import rouge
 
 CLOSED: Any = OmegaConf.load(CONF / "rules" / "closed.yaml")
 SEEDS: list[int] = list(CLOSED.scenario.seeds)  # of the order of loading, that of issuing, the times
@@ -117,6 +119,24 @@ def deviations(config: Config, flags: Mapping[str, Any], samples: int | None = N
     return broken if samples is None else broken + _samples(config, samples)
 
 
+def is_made_up(dataset: DatasetConfig) -> bool:
+    """True if the texts of a data set are nobody's."""
+    return dataset.path is None and str((dataset.records or {}).get("_target_")).startswith(synthetic.__name__)
+
+
+def unscorable(config: Config, samples: int) -> str:
+    """The reason why a benchmark's bounds say nothing of answers to so many `samples`; empty if they do."""
+    benchmark = config.benchmark
+    if benchmark.name is None:
+        return f"model={config.model.name} is in no benchmark; write benchmark=<one> (--help), or accuracy=rouge"
+    lacks = [*benchmark.lacks, *(f"the score {name}" for name in benchmark.scores if name not in rouge.SCORES)]
+    if lacks or not benchmark.scores:
+        return f"for {benchmark.name} autotune lacks {'; '.join(lacks) or 'scores'}; write accuracy=nll"
+    broken = [f"{key}={value}: {rule}" for key, value, holds, rule in _answers(config) if not holds]
+    broken += _samples(config, samples)
+    return f"{'; '.join(broken)}; follow the rule, or write accuracy=rouge" if broken else ""
+
+
 def told(config: Config, broken: list[str]) -> list[str]:
     """Lines that tell by whose rules a trial or study ran; `broken` are its deviations."""
     if config.rules is Rules.none:
@@ -196,8 +216,7 @@ def _answers(config: Config) -> Iterator[Verdict]:
         value, right = getattr(dataset, f"{end}_output_tokens"), getattr(length, f"{end}_tokens")
         yield f"dataset.{end}_output_tokens", value, value == right, f"an answer has {end}. {right} tokens"
     yield "dataset.count", dataset.count, dataset.count is None, f"all {benchmark.samples} samples are used"
-    invented = dataset.path is None and str((dataset.records or {}).get("_target_")).startswith(synthetic.__name__)
-    yield "dataset", dataset.name, not invented, f"the samples are those of {benchmark.dataset}"
+    yield "dataset", dataset.name, not is_made_up(dataset), f"the samples are those of {benchmark.dataset}"
 
 
 def _samples(config: Config, samples: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import asdict
@@ -15,11 +15,11 @@ from omegaconf import OmegaConf
 from autotune.config import vllm_flags
 from autotune.config.redact import redact
 from autotune.config.schema import Config
-from autotune.data.samples import Samples
+from autotune.data.models import Model
 from autotune.errors import BehindError, MeasureError, StoppedError
 from autotune.measure import accuracy, metrics, objective, progress, rules, runs, series
 from autotune.measure.backend import DryRunOutcome, Engine, Recording, Scorer
-from autotune.measure.prepare import Prepared, gpu_count, prepare, prepare_samples
+from autotune.measure.prepare import Prepared, gpu_count, prepare, prepare_samples, prepare_texts
 from autotune.measure.result import Result, State
 from autotune.measure.runs import RunResult
 from autotune.measure.slot import Slot
@@ -81,6 +81,8 @@ def _measure(config: Config, result: Result, folder: Path, slot: Slot) -> None:
     prepared = prepare(config)
     result.args = redact(prepared.args)
     loaded = prepare_samples(config, prepared)
+    scored = accuracy.is_wanted(config.accuracy) and "simulated" not in prepared.backend.facts
+    texts = prepare_texts(config, prepared, loaded) if scored else []
     result.deviations = rules.deviations(config, prepared.args, len(loaded))
     result.facts = {
         "dataset_checksum": loaded.checksum,
@@ -102,8 +104,8 @@ def _measure(config: Config, result: Result, folder: Path, slot: Slot) -> None:
             finally:  # steps of a trial that failed or was pruned teach, too; they are kept while the engine stops
                 if recording := engine.recorded():
                     pool.submit(_keep_steps, recording, prepared, outcome, folder, result)
-            if accuracy.is_wanted(config.accuracy) and isinstance(engine, Scorer):
-                score(config, engine, outcome.result().resolved, loaded, folder, result)
+            if scored and isinstance(engine, Scorer):
+                score(config, engine, outcome.result().resolved, texts, prepared.model, folder, result)
             stopping = time.monotonic()
     if not result.estimated:
         result.phases["stop"] = time.monotonic() - stopping
@@ -119,16 +121,21 @@ def _keep_steps(
 
 
 def score(
-    config: Config, engine: Scorer, flags: Mapping[str, Any], samples: Samples, folder: Path, result: Result
+    config: Config,
+    engine: Scorer,
+    flags: Mapping[str, Any],
+    texts: Sequence[accuracy.Text],
+    model: Model,
+    folder: Path,
+    result: Result,
 ) -> None:
-    """Note in `result` how well the server predicts texts; a failure is noted, too, as the runs are good without."""
+    """Note in `result` how well the server answers; a failure is noted, too, as the runs are good without."""
     progress.phase(folder, "accuracy")
     began = time.monotonic()
-    texts = accuracy.texts(samples, config.accuracy)
     numerics = accuracy.numerics(flags, config.backend.get("env") or {})
     result.facts[accuracy.NUMERICS] = numerics
     try:
-        result.metrics |= accuracy.scored(config.accuracy, engine, texts, numerics).metrics()
+        result.metrics |= accuracy.scored(config.accuracy, engine, texts, numerics, model).metrics()
     except MeasureError as error:
         result.facts[accuracy.NOT_SCORED] = str(error)
         log.warning("answers were not scored: %s", error)

@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 
 from autotune.config.schema import Config
 from autotune.config.vllm_flags import FLAG
-from autotune.measure import rules
+from autotune.measure import rouge, rules
 from autotune.measure.accuracy import NLL, OVER
 from autotune.measure.limits import heading, limits_of
 from autotune.measure.metrics import MOST_TURNS
@@ -494,7 +494,7 @@ def table(study: Study) -> dict[str, Any]:
     objective = study.config.objective
     params = list(dict.fromkeys(key for result in study.complete.values() for key in result.params))
     measured = {metric for result in study.complete.values() for metric in result.metrics}
-    others = [name for name in (*figures.GPU, f"{NLL}{OVER}") if name in measured]
+    others = [name for name in (*figures.GPU, f"{NLL}{OVER}", *rouge.NAMES) if name in measured]
     metrics = list(dict.fromkeys([*objective.metrics, *HEADINGS, *others]))
     rows = [
         {

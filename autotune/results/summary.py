@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from autotune.config.redact import redact
-from autotune.config.schema import Config, Rules
+from autotune.config.schema import Check, Config, Rules
 from autotune.config.vllm_flags import FLAG
 from autotune.measure import objective, rules
 from autotune.measure.accuracy import CONSTRAINT, PASSED, UNKNOWN, impossible, is_numeric
@@ -182,7 +182,8 @@ def _accuracy(study: Study) -> list[str]:
             left_out.setdefault(result.accuracy or UNKNOWN, []).append(told)
     lines = []
     if served and served.accuracy.startswith(PASSED):
-        lines.append(f"Its answers against the baseline's: {served.accuracy}.{_made_up(study.config)}")
+        whose = "MLPerf's bounds" if study.config.accuracy.check is Check.mlperf else "the baseline's"
+        lines.append(f"Its answers against {whose}: {served.accuracy}.{_made_up(study.config)}")
     elif served and not served.accuracy and any(is_numeric(name.removeprefix(FLAG)) for name in served.params):
         why = impossible(served.args, served.estimated) or "accuracy=nll checks them"
         lines.append(f"Its answers were not checked, and its flags may change them: {why}.")
@@ -194,8 +195,7 @@ def _accuracy(study: Study) -> list[str]:
 
 def _made_up(config: Config) -> str:
     """A warning where the texts that were scored are nobody's."""
-    made_up = "synthetic" in str(config.dataset.records) and not config.dataset.path
-    return " On made-up texts: check it with yours (dataset.path=…)." if made_up else ""
+    return " On made-up texts: check it with yours (dataset.path=…)." if rules.is_made_up(config.dataset) else ""
 
 
 def _shared(study: Study) -> list[str]:

@@ -1,14 +1,13 @@
 """The gate: a trial whose numerics differ from the baseline's can be the best only if its answers got no worse."""
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from autotune.config.schema import RECIPE, AccuracyConfig, Check, Config, baselines
 from autotune.config.vllm_flags import FLAG
-from autotune.data.samples import Samples
 from autotune.errors import InputError
 from autotune.measure import accuracy
 from autotune.measure.prepare import Prepared
@@ -30,25 +29,27 @@ def decided(config: Config, space: Space, prepared: Prepared, folder: Path) -> A
         return none
     simulated = "simulated" in prepared.backend.facts
     why_not = accuracy.impossible(prepared.args, simulated)
-    if why_not and config.accuracy.check is Check.nll and not simulated:
-        raise InputError(f"accuracy=nll: there are no answers to check, as {why_not}; write accuracy=none")
+    check = Check.nll if config.accuracy.check is Check.auto else config.accuracy.check
+    if why_not and config.accuracy.check is check and not simulated:
+        raise InputError(f"accuracy={check.value}: there are no answers to check, as {why_not}; write accuracy=none")
     if why_not:
         log.warning("answers are not checked: %s", why_not)
         return none
-    return replace(config.accuracy, check=Check.nll, kept_in=str(folder / accuracy.FOLDER))
+    return replace(config.accuracy, check=check, kept_in=str(folder / accuracy.FOLDER))
 
 
 class Gate:
     """Judges the trials of one study."""
 
-    def __init__(self, config: Config, prepared: Prepared, samples: Samples, folder: Path) -> None:
+    def __init__(self, config: Config, prepared: Prepared, texts: Sequence[accuracy.Text], folder: Path) -> None:
         self._config = config
         self._prepared = prepared
         self._folder = folder / accuracy.FOLDER
-        self._on = config.accuracy.check is Check.nll
+        self._on = accuracy.is_on(config.accuracy)
+        self._alone = config.accuracy.check is Check.mlperf  # no baseline is needed: the bounds are MLPerf's
+        self._texts = accuracy.digest(texts, config.accuracy)
         if self._on:
             self._folder.mkdir(exist_ok=True)
-            self._texts = accuracy.digest(accuracy.texts(samples, config.accuracy))
         self._found: dict[str, accuracy.Scores] = {}  # by numerics
         self._refused: dict[str, str] = {}  # trial whose answers were refused, by numerics
 
@@ -59,7 +60,7 @@ class Gate:
 
     def awaits(self, result: Result, results: Mapping[str, Result], running: Collection[str]) -> bool:
         """True if the baseline is among the trials that run, and `result` can't be judged before it has ended."""
-        name, numerics = self._reference(results) if self._on else ("", "")
+        name, numerics = self._reference(results) if self._on and not self._alone else ("", "")
         return name in running and result.complete and result.facts.get(accuracy.NUMERICS, numerics) != numerics
 
     def judge(self, results: Mapping[str, Result], anew: bool = False) -> list[str]:
@@ -84,23 +85,26 @@ class Gate:
         known = result.facts.get(accuracy.NUMERICS)
         numerics = self._numerics(result.params) if known is None else known
         name_of_reference, reference = self._reference(results)
-        if numerics == reference:
+        if numerics == reference and not self._alone:
             result.accuracy = accuracy.SAME
             return
         scores, baseline = self._scores(numerics), self._scores(reference)
+        if scores and self._alone and self._config.benchmark.scores.keys() <= scores.by_text.keys():
+            self._note(name, numerics, result, accuracy.within(scores, self._config.benchmark))
+            return
         if scores and baseline and scores.compares_with(baseline):
             self._note(name, numerics, result, accuracy.judged(scores, baseline, self._config.accuracy.margin))
             return
-        lacking = result if baseline else results.get(name_of_reference)
+        own = self._alone or baseline
+        lacking = result if own else results.get(name_of_reference)
         why = lacking.facts.get(accuracy.NOT_SCORED, "") if lacking else ""
-        what = "its answers" if baseline else "the baseline's answers"
+        what = "its answers" if own else "the baseline's answers"
         result.accuracy = f"{accuracy.UNKNOWN}: {what} have no scores{why and f' ({why})'}"
         result.constraints[accuracy.CONSTRAINT] = 1.0
 
     def _note(self, name: str, numerics: str, result: Result, found: accuracy.Judgement) -> None:
-        for metric, difference in ((accuracy.NLL, found.nll), (accuracy.GAP, found.gap)):
-            result.metrics[f"{metric}{accuracy.OVER}"] = difference.mean
-            result.intervals[f"{metric}{accuracy.OVER}"] = [difference.low, difference.high]
+        result.metrics |= found.metrics
+        result.intervals |= found.intervals
         result.constraints[accuracy.CONSTRAINT] = found.over
         result.accuracy = f"{accuracy.REFUSED if found.over > 0 else accuracy.PASSED}: {found.words}"
         if found.over > 0:

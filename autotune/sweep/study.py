@@ -30,7 +30,7 @@ from autotune.errors import InputError
 from autotune.measure import progress
 from autotune.measure.accuracy import SAME
 from autotune.measure.objective import searches
-from autotune.measure.prepare import Prepared, prepare, prepare_samples
+from autotune.measure.prepare import Prepared, prepare, prepare_samples, prepare_texts
 from autotune.measure.result import Result, State
 from autotune.results import beside, summary, tracking
 from autotune.results.study import (
@@ -121,6 +121,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     folder = Path(job.hydra.sweep.dir)
     config = replace(config, sampler=composed.sampler, accuracy=decided(config, space, prepared, folder))
     composed.accuracy = config.accuracy
+    texts = prepare_texts(config, prepared, samples)
     check_found(config, folder)
     with storage.disk_errors(folder), opened(folder):
         results = results_in(folder)
@@ -138,7 +139,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
             write_whole(folder / SPACE, json.dumps(written, indent=1))
             # Each trial is composed from this study, and must not make up a name of its own.
             overrides = [*fixed, f"study={config.study}"]
-            judge = Gate(config, prepared, samples, folder)
+            judge = Gate(config, prepared, texts, folder)
             known = defaults.resolved
             if defaults.refusal:
                 log.warning("vLLM refuses the configuration even without a sweep: %s", defaults.refusal)
