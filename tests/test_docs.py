@@ -29,6 +29,7 @@ NOT_HERE = {
     "mlflow": "MLflow's own; tests/test_mlflow_ui.py opens its pages",
     "optuna-dashboard": "a server for the browser",
     "hf": "needs the Hugging Face Hub",
+    "lm_eval": "an extra, which asks a server",
     "autotune calibrate": "tests/test_sim.py fits and checks devices",
     "autotune log": "tests/test_tracking.py logs studies later",
     "backend/device=my-l40s": "a device that the command before it would have fitted",
