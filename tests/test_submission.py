@@ -201,7 +201,7 @@ OVERRIDES = ["backend._target_=tests.test_submission.Referee"]
 
 def asked(small: Path, **changes: Any) -> Submission:
     common = {"study": "s", "out": str(small / "tree"), "submitter": "test", "system": "none", "trial": "trial-0"}
-    return Submission(**{**common, "offline": 6000.0, "server": 250.0, **changes})
+    return Submission(**{**common, "offline": 9000.0, "server": 250.0, **changes})
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def column_of(study: Study) -> Column:
         device=f"{facts['simulated']}, simulated" if "simulated" in facts else facts.get("gpu", facts.get("cpu", "")),
         vllm=facts.get("vllm", ""),
         sampler=config.sampler,
-        trials=sum(one.ran for one in study.swept.values() if not one.duplicate_of),
+        trials=sum(one.ran for one in study.swept.values()),
         failed=states.count(State.failed),
         baseline=reference.get(BASELINE),
         recipe=reference.get(RECIPE),
