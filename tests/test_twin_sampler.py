@@ -57,7 +57,7 @@ def test_twin_asks_for_what_is_good_on_it():
 
 
 def test_slow_host_has_time_for_more_than_the_first_configurations():
-    """On a GPU's host a fit once took so much of a proposal's time that only a few random ones were simulated."""
+    """The first ten configurations of a simulated study are random."""
     space, _ = parse({}, [f"{SEQS}=int(interval(2,128))"], {}, {})
     sampler = TwinSampler(CONFIG, space, {}, **(QUICK | {"proposal_s": 1e-3}))
     assert asked(sampler, space=space)[SEQS] >= 64  # there are 64 requests
