@@ -26,6 +26,7 @@ from autotune.data.samples import Samples
 from autotune.errors import MeasureError
 from autotune.measure import rouge
 from autotune.measure.backend import Scorer
+from autotune.measure.metrics import mean_and_interval
 from autotune.measure.paired import paired_difference
 from autotune.system.files import left_in, write_whole
 
@@ -257,6 +258,7 @@ def within(scores: Scores, benchmark: BenchmarkConfig) -> Judgement:
 
 def _of_all(values: Sequence[float], whole: int) -> tuple[float, float, float]:
     """The mean of a population of `whole` of which there are `values`, and its interval: none if these are all."""
-    found = paired_difference(values, [0.0] * len(values), CONFIDENCE)
+    mean, interval = mean_and_interval(values, CONFIDENCE)
     unseen = math.sqrt(max(0.0, 1 - len(values) / whole))
-    return found.mean, found.mean - (found.mean - found.low) * unseen, found.mean + (found.high - found.mean) * unseen
+    low, high = (mean + (end - mean) * unseen for end in interval or (mean, mean))
+    return mean, low, high

@@ -101,12 +101,12 @@ def design_effect(requests: Sequence[RequestTiming], shares: Floats) -> float:
     return early_stopping.design_effect([sum(over) for over in turns.values()], [len(over) for over in turns.values()])
 
 
-def mean_and_interval(values: Sequence[float]) -> tuple[float, list[float] | None]:
-    """The mean of repeated measurements and its 95 % confidence interval (Student's t); None for a single one."""
+def mean_and_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, list[float] | None]:
+    """The mean of repeated measurements and its confidence interval (Student's t); None for a single one."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, None
-    half = float(stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / len(values) ** 0.5)
+    half = float(stdtrit(len(values) - 1, (1 + confidence) / 2) * np.std(values, ddof=1) / len(values) ** 0.5)
     return mean, [mean - half, mean + half]
 
 

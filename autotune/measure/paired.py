@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtr, stdtrit  # scipy.stats takes a second to import
+from scipy.special import stdtr  # scipy.stats takes a second to import
+
+from autotune.measure.metrics import mean_and_interval
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,11 @@ def paired_difference(
     """
     if len(values) < 2:
         raise ValueError("two blocks at least")
-    differences = np.subtract(values, baseline)
-    mean = float(differences.mean())
+    differences = np.subtract(values, baseline).tolist()
+    mean, interval = mean_and_interval(differences, 1 - (1 - confidence) / comparisons)
     if np.allclose(differences, mean, rtol=1e-12, atol=0):  # no variance: t is undefined
         return Difference(mean, mean, mean, 0.0 if mean else 1.0)
-    error, freedom = float(differences.std(ddof=1)) / len(values) ** 0.5, len(values) - 1
-    half = error * float(stdtrit(freedom, 1 - (1 - confidence) / comparisons / 2))
-    p = 2 * float(stdtr(freedom, -abs(mean) / error))
-    return Difference(mean, mean - half, mean + half, min(1.0, comparisons * p))
+    error = np.std(differences, ddof=1) / len(differences) ** 0.5
+    p = 2 * float(stdtr(len(differences) - 1, -abs(mean) / error))
+    low, high = interval or (mean, mean)
+    return Difference(mean, low, high, min(1.0, comparisons * p))

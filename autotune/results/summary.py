@@ -204,12 +204,13 @@ def _shared(study: Study) -> list[str]:
     again = {name: one.facts[ON_SHARED] for name, one in study.swept.items() if ON_SHARED in one.facts}
     if not sharing and not again:
         return []
-    told = f"{count(len(sharing), 'trial')} shared {count(len(set(sharing)), 'server')}"
-    parts = ["", f"{told}, whose scheduler was changed between them (backend.hot=never: each starts its own)."]
-    if not sharing:
-        parts = ["", "No trial but the best one shared a server."]
-    for name, shared in again.items():
-        result, value = study.results[name], json.loads(shared)[0]
+    told = "No trial but the best one shared a server."
+    if sharing:
+        shared = f"{count(len(sharing), 'trial')} shared {count(len(set(sharing)), 'server')}"
+        told = f"{shared}, whose scheduler was changed between them (backend.hot=never: each starts its own)."
+    parts = ["", told]
+    for name, on_shared in again.items():
+        result, value = study.results[name], json.loads(on_shared)[0]
         fresh = f"{result.values[0]:.4g}" if result.complete else f"failed ({result.reason})"
         parts.append(f"  {name} on a server of its own: {fresh}; on the shared one it was {value:.4g}")
     if study.uncertified():

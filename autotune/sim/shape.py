@@ -45,12 +45,7 @@ class Shape:
         """The shape in a config.json. Raises InputError for a model that is no decoder of a known kind."""
         try:
             return cls._of(config)
-        except (
-            TypeError,
-            ValueError,
-            AttributeError,
-            ArithmeticError,
-        ) as error:  # a text in a number's place
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:  # a text in a number's place
             raise InputError(f"the model's config.json is broken ({str(error)[:200]}); get the model again") from None
 
     @classmethod
