@@ -14,10 +14,8 @@ from optuna.storages._cached_storage import _CachedStorage
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import log_ndtr
 
-
-def use_compiled_log_ndtr() -> None:
-    """Let TPE call SciPy's log_ndtr: the same function, compiled where Optuna's is Python."""
-    _truncnorm._log_ndtr = log_ndtr  # noqa: SLF001
+# TPE's: the same function, compiled where Optuna's is Python.
+_truncnorm._log_ndtr = log_ndtr  # noqa: SLF001
 
 
 class Grid(GridSampler):

@@ -11,14 +11,14 @@ import optuna
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from optuna.samplers import GridSampler, TPESampler
+from optuna.samplers import GridSampler
 
 from autotune.config import bounds
 from autotune.config.schema import Config
 from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
 from autotune.measure.result import Result
-from autotune.search.optuna_private import Grid, use_compiled_log_ndtr
+from autotune.search.optuna_private import Grid
 from autotune.search.space import Space
 from autotune.sim.flags import MODELLED
 from autotune.text import one_line
@@ -95,8 +95,6 @@ def make_sampler(
         raise
     except (ValueError, TypeError, AssertionError) as error:
         raise InputError(f"hydra.sweeper.sampler: {one_line(error)}") from None
-    if isinstance(made, TPESampler):
-        use_compiled_log_ndtr()
     if type(made).__name__ in ("GPSampler", "BoTorchSampler"):
         import torch  # takes seconds
 

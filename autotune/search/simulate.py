@@ -39,6 +39,15 @@ class Simulation:
     samples: Samples
     known: dict[str, Any]  # value of each flag without a sweep
 
+    @property
+    def backend(self) -> SimBackend:
+        assert isinstance(self.prepared.backend, SimBackend)
+        return self.prepared.backend
+
+    @property
+    def shape(self) -> Shape:
+        return Shape.of(self.prepared.model.config)
+
 
 def simulation(config: Config, backend: dict[str, Any]) -> Simulation:
     """`config` on `backend`, its conversations as token ids. Raises InputError."""
@@ -52,15 +61,13 @@ def twin_of(simulation: Simulation, sigma: float, host_sigma: float) -> "Twin":
     """The twin of the steps that the backend is given; without any, of the simulated device as its YAML has it."""
     from autotune.sim.twin import unfitted
 
-    backend, shape = simulation.prepared.backend, Shape.of(simulation.prepared.model.config)
-    assert isinstance(backend, SimBackend)
+    backend, shape = simulation.backend, simulation.shape
     return backend.twin_of(shape) or unfitted(backend.config.device, shape, sigma, host_sigma)
 
 
 def on_twin(simulation: Simulation, twin: "Twin") -> Simulation:
     """`simulation` of the server that `twin` was fitted to."""
-    backend = copy(simulation.prepared.backend)
-    assert isinstance(backend, SimBackend)
+    backend: Any = copy(simulation.backend)
     backend.twin = twin
     return replace(simulation, prepared=replace(simulation.prepared, backend=backend))
 
@@ -123,10 +130,15 @@ def key(params: Mapping[str, Any]) -> str:
     return json.dumps(params, sort_keys=True)
 
 
+def new_study(config: Config, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+    """A study in memory with the objective of `config`."""
+    directions: Any = config.objective.directions
+    return optuna.create_study(sampler=sampler, directions=directions)
+
+
 def search(simulation: Simulation, space: Space, sampler: optuna.samplers.BaseSampler, count: int) -> Iterator[Result]:
     """Yield `count` trials that `sampler` asks for, refused and failed ones among them."""
-    directions: Any = list(simulation.config.objective.directions)
-    study = optuna.create_study(sampler=sampler, directions=directions)
+    study = new_study(simulation.config, sampler)
     known: dict[str, Result] = {}
 
     def simulated(params: Mapping[str, Any]) -> Result:

@@ -21,10 +21,10 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from autotune.config.schema import Config, Device
+from autotune.config.schema import Config
 from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
 from autotune.measure import objective
@@ -34,10 +34,9 @@ from autotune.results.study import CANARY
 from autotune.search.device import as_started, device_of, simulated
 from autotune.search.distributions import scaled
 from autotune.search.prior import distinct
-from autotune.search.simulate import Simulation, ask, checked, key, on_twin, simulation, twin_of
+from autotune.search.simulate import Simulation, ask, checked, key, new_study, on_twin, simulation, twin_of
 from autotune.search.space import DEFAULT, Space
 from autotune.sim.flags import MODELLED
-from autotune.sim.shape import Shape
 from autotune.sim.twin import Twin, errors, fit
 from autotune.system.host import hardware
 from autotune.text import one_line
@@ -71,18 +70,22 @@ UNEXPLAINED = 0.75  # … and by this share of the trials' own
 
 
 class Simulated:
-    """Configurations simulated on one twin, and on draws from its posterior."""
+    """Configurations simulated on one twin, and on draws from its posterior; and a study that looks for good ones."""
 
     def __init__(
-        self, simulation: Simulation, space: Space, twin: Twin, before: Sequence[Result], draws: int, seed: int
+        self, simulation: Simulation, space: Space, twin: Twin, good: Sequence[Result], draws: int, seed: int
     ) -> None:
-        """Simulate on `twin`; `before` is what another one said."""
+        """Simulate on `twin`, first what was `good` on the one before."""
         twins = [twin, *(twin.draw(seed + number) for number in range(draws))]
+        self.good = good
         self._simulations = [on_twin(simulation, one) for one in twins]
         self._space = space
-        self._before = {key(one.params): one for one in before}
+        self._before = {key(one.params): one for one in good}
         self._results: dict[tuple[str, int], Result] = {}
         self._rough: dict[str, Result] = {}
+        self._study = new_study(simulation.config, TPESampler(seed=seed, n_startup_trials=AT_RANDOM))
+        for one in good:
+            self._study.enqueue_trial(dict(one.params))
 
     def result(self, params: Params, draw: int = 0, near: float = 0.0) -> Result:
         """The result expected of `params`; draw 0 is the twin itself. Its search for the highest load starts `near`."""
@@ -104,14 +107,14 @@ class Simulated:
             self._rough[point] = found
         return self._rough[point]
 
-    def search(self, study: optuna.Study, until_s: float) -> None:
-        """Go on with a simulated study of this twin until this thread has run `until_s`, or it has nothing new.
+    def search(self, until_s: float) -> None:
+        """Go on with the study until this thread has run `until_s`, or it has nothing new.
 
         On a slow host it goes on until it knows LEAST configurations.
         """
         repeated, known = 0, 0
         while repeated < REPEATED and (time.thread_time() < until_s or known < LEAST):
-            ask(study, self._simulations[0], self._space, self.roughly)
+            ask(self._study, self._simulations[0], self._space, self.roughly)
             repeated = repeated + 1 if known == (known := len(self._results) + len(self._rough)) else 0
 
     @property
@@ -133,8 +136,8 @@ def starting_at(simulation: Simulation, load: float, runs: int | None = None) ->
     return replace(simulation, config=replace(simulation.config, scenario=replace(scenario, search=closing)))
 
 
-class TwinSampler(BaseSampler):
-    """Optuna's sampler of one study, on twins of its server."""
+class TwinSampler(TPESampler):
+    """The sampler of one study, on twins of its server; it is TPE where it chooses nothing."""
 
     def __init__(
         self,
@@ -153,12 +156,12 @@ class TwinSampler(BaseSampler):
         steps, the device of `config.prior.backend` is the twin; without one TPE is asked, which `tpe` configures.
         Raises InputError.
         """
+        super().__init__(seed=seed, **tpe)
         self._config, self._space, self._all, self._folder = config, space, results, folder
         self._proposal_s, self._draws, self._seed = proposal_s, draws, seed or 0
-        self._other = TPESampler(seed=seed, **{"constant_liar": True, **tpe})
+        self._simulation = simulation(config, config.prior.backend or simulated(device_of(config, hardware())[0]))
         self._twin: Twin | None = None
         self._factors: Floats | None = None  # of the last fit
-        self._begin(config.prior.backend or simulated(device_of(config, hardware())[0]))
         if config.prior.backend:
             self._use(twin_of(self._simulation, config.prior.sigma, config.prior.host_sigma), [])
         self._fitted: dict[str, Steps] = {}  # to which the twin is fitted, by trial
@@ -166,55 +169,27 @@ class TwinSampler(BaseSampler):
         self._residuals: list[tuple[Params, float]] = []  # see _compared
         self._nothing_better = 0  # proposals in a row from which the twin expected nothing
         self._said = ""
-        self._next: Params | None = None  # what `prepare` has chosen
         self._broken = False  # by an error
-
-    def _begin(self, backend: dict[str, Any]) -> None:
-        """Simulate on this backend's device until a twin is fitted. Raises InputError."""
-        self._simulation = simulation(self._config, backend)
-        self._device, self._shape = Device(**backend["device"]), Shape.of(self._simulation.prepared.model.config)
 
     def _use(self, twin: Twin, good: Sequence[Result]) -> None:
         """Simulate on `twin` from now on, first what was `good` on the one before."""
-        self._twin, self._good = twin, good
+        self._twin = twin
         self._simulated = Simulated(self._simulation, self._space, twin, good, self._draws, self._seed)
-        inner = TPESampler(seed=self._seed, n_startup_trials=AT_RANDOM)
-        directions: Any = self._config.objective.directions
-        self._study = optuna.create_study(sampler=inner, directions=directions)
-        for one in good:
-            self._study.enqueue_trial(dict(one.params))
 
     # Optuna's questions
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {} if trial.system_attrs.get("fixed_params") else dict(self._space.parameters)
 
-    def prepare(self, study: optuna.Study) -> None:
-        """Choose what the next trial is asked for before it is: Optuna's storage may be locked while it asks."""
-        if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-            self._next = self._choose(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The configuration to run next; nothing if TPE is to choose it."""
+        """The configuration to run next beside those that run; nothing if TPE is to choose it."""
         if not search_space:
             return {}
-        chosen, self._next = self._next, None
-        if chosen is None:
-            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            chosen = self._choose([one for one in running if one.number != trial.number])
-        return dict(chosen)
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return self._other.sample_independent(study, trial, param_name, param_distribution)
-
-    def after_trial(
-        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
-    ) -> None:
-        self._other.after_trial(study, trial, state, values)
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        pending = [one.params for one in running if one.params and one.number != trial.number]
+        return self._guarded(lambda: self._chosen(pending))
 
     def expected(self, params: Params) -> dict[str, Any]:
         """The result that the twin expects of a trial, as `result.expected` holds it; empty if there is no twin."""
@@ -232,11 +207,6 @@ class TwinSampler(BaseSampler):
         middle = np.median([one.values for one in complete], axis=0).tolist()
         values = [value * math.exp(sign * factor) for value, sign in zip(middle, signs, strict=True)]
         return {"values": values, "feasible": sum(one.feasible for one in complete) > len(found) // 2}
-
-    def _choose(self, running: Sequence[FrozenTrial]) -> Params:
-        """The parameters of the next trial, beside those that run; empty if TPE is to choose it."""
-        pending = [one.params for one in running if one.params]
-        return self._guarded(lambda: self._chosen(pending))
 
     def _guarded(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what `work` does; an error leaves the study, which may have run for hours, to TPE."""
@@ -295,9 +265,10 @@ class TwinSampler(BaseSampler):
         if not self._twin:  # no device was told: the one that these steps are of
             first = results[next(iter(self._fitted))]
             device = device_of(self._config, first.facts)[0]
-            self._begin(simulated(as_started(device, chosen[0].args, first.params)))
+            self._simulation = simulation(self._config, simulated(as_started(device, chosen[0].args, first.params)))
+        device, shape = self._simulation.backend.config.device, self._simulation.shape
         try:
-            twin = fit([*chosen[:1], *chosen[1:][-RECORDINGS:]], self._device, self._shape, near=self._factors)
+            twin = fit([*chosen[:1], *chosen[1:][-RECORDINGS:]], device, shape, near=self._factors)
             self._factors = twin.factors
             self._use(twin, self._ranked()[:FRESH] if self._twin else [])
         except (ValueError, np.linalg.LinAlgError) as error:  # of steps that no constants explain
@@ -360,8 +331,8 @@ class TwinSampler(BaseSampler):
         """The configuration that promises most beyond what is measured and what runs; empty if none does."""
         began_s = time.thread_time()
         tried = {key(result.params) for result in results} | {key(params) for params in pending}
-        good = [one for one in self._good if key(one.params) not in tried]
-        self._simulated.search(self._study, began_s + SEARCHED * self._proposal_s)
+        good = [one for one in self._simulated.good if key(one.params) not in tried]
+        self._simulated.search(began_s + SEARCHED * self._proposal_s)
         known = [self._simulated.result(params) for params, _ in self._residuals]
         new = (one for one in self._ranked() if key(one.params) not in tried)
         other = [one for one in new if not any(_alike(one, seen) for seen in known)] or good

@@ -88,13 +88,11 @@ class Record:
 
     def ask(self, known: Mapping[str, Any]) -> tuple[optuna.Trial, dict[str, Any]]:
         """The next trial and its parameters; `known` has the values of flags that are not swept."""
-        sampler = self._study.sampler
-        if prepare := getattr(sampler, "prepare", None):  # the twin's takes seconds, for which no storage is locked
-            prepare(self._study)
-        with self._transaction():
+        foresees = getattr(self._study.sampler, "expected", None)
+        with nullcontext() if foresees else self._transaction():  # a twin takes seconds, for which no storage is locked
             trial = self._study.ask()
             params = self.space.suggest(trial, known)
-        if (foresees := getattr(sampler, "expected", None)) and (expected := foresees(params)):
+        if foresees and (expected := foresees(params)):
             trial.set_user_attr(EXPECTED, expected)
         return trial, params
 
