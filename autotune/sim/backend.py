@@ -132,8 +132,9 @@ class SimEngine:
     rows: list[tuple[float, ...]] = field(default_factory=list)  # of its steps, on one clock for all runs
 
     def run(self, scenario: ScenarioConfig, folder: Path) -> Measurement:
-        run = simulate(self.cost, scenario, self.samples, self.config.steps, scenario.stop)
-        requests, states, rows, total, figures = run
+        requests, states, rows, total, figures = simulate(
+            self.cost, scenario, self.samples, self.config.steps, scenario.stop
+        )
         done, reasons = judge(requests, total, scenario)
         run_s = max(request.last_token for request in done)
         began = self.rows[-1][3] + BETWEEN_S if self.rows else 0.0

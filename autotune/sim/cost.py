@@ -87,13 +87,13 @@ class Pace:
 
     launches: tuple[float, ...] = ()  # factors on the time of steps without a graph …
     pieces: tuple[float, ...] = ()  # … and of those with prefill in one
-    seed: int = 0
     pauses: tuple[float, ...] = ()  # seconds for which something else had the host …
-    busy_s: float = 0.0  # … in so many seconds
+    busy_s: float = 0.0  # … in so many seconds; they come at random moments
+    seed: int | None = None  # of these moments; None: no pauses
 
     def factors(self) -> Callable[[bool, bool], float]:
         """The factor on the host's time of one step after the other, as it was recorded from a random moment on."""
-        random = np.random.default_rng(self.seed)
+        random = np.random.default_rng(self.seed or 0)
         players = [
             itertools.cycle(np.roll(kind, random.integers(len(kind))).tolist()) if kind else None
             for kind in (self.pieces or self.launches, self.launches or self.pieces)
@@ -107,7 +107,7 @@ class Pace:
 
     def interruptions(self, run: int) -> Callable[[float], float]:
         """Seconds for which the host is interrupted before a step of a run that begins at some time."""
-        if not self.pauses:
+        if self.seed is None or not self.pauses:
             return lambda _: 0.0
         # Each was seen once, and how often it comes is known no better: the weights of the Bayesian bootstrap.
         known = np.random.default_rng(self.seed)

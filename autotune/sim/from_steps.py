@@ -13,7 +13,7 @@ from autotune.measure.steps import Steps
 from autotune.sim.cost import CONSTANTS
 from autotune.sim.flags import resolve
 from autotune.sim.shape import Shape
-from autotune.sim.twin import MOST_EFFICIENT, Twin, errors, fit, flags_of
+from autotune.sim.twin import MOST_EFFICIENT, Recorded, Twin, errors, fit
 
 # Where nothing says which model was served, the prior is that of Llama-3.1-8B, and says less.
 UNKNOWN = {
@@ -28,15 +28,14 @@ GRAPHS = (256, 512, 1024, 2048, 4096, 8192)  # largest CUDA graphs, of which one
 
 def report(fitted: Sequence[Steps], predicted: Sequence[Steps], device: Device, model: Mapping[str, Any] | None) -> str:
     """The text for recordings to fit to and others to predict. `model` is a config.json, for those that have none."""
-    configs = [
-        config for steps in [*fitted, *predicted] if (config := steps.model or model)
-    ]  # lines of a CSV have none
+    both = [*fitted, *predicted]
+    configs = [config for steps in both if (config := steps.model or model)]  # lines of a CSV have none
     if any(config != configs[0] for config in configs):
-        names = ", ".join(steps.name for steps in [*fitted, *predicted])
+        names = ", ".join(steps.name for steps in both)
         raise InputError(f"the recorded steps are of different models ({names}); give those of one at a time")
     shape = Shape.of(configs[0] if configs else UNKNOWN)
-    for steps in [*fitted, *predicted]:
-        flags_of(steps, device, shape)
+    for steps in both:
+        Recorded.of(steps, device, shape)
     twin = fit(fitted, device, shape, 1.0 if configs else UNKNOWN_WIDTH)
     lines = [f"{device.name}, fitted to {sum(map(len, fitted)):,} steps of {', '.join(steps.name for steps in fitted)}"]
     if not configs:

@@ -68,11 +68,9 @@ class Twin:
     factors: Floats
     covariance: Floats  # of the factors' logarithms
     loop: tuple[float, float]  # seconds between a result and the next step's launch, in all and for each sequence
-    pace: Pace
+    pace: Pace  # only that of draws has a seed, and so pauses
     by_size: tuple[float, ...] = (0.0,)  # see size_factor: what the constants leave unexplained
-    kv_bytes: float | None = None  # KV cache beyond what the device's YAML says, on one GPU; None: not known
-    pauses: tuple[float, ...] = ()  # seconds for which something else had the host …
-    busy_s: float = 0.0  # … in so many seconds of steps: they come at random, and only draws have them
+    more_kv_bytes: float = 0.0  # KV cache beyond what the device's YAML says, on one GPU
     unseen: tuple[str, ...] = ()  # what no step has shown, in words
 
     def cost(self, flags: Flags) -> Cost:
@@ -82,7 +80,7 @@ class Twin:
         constants[CONSTANTS.index("prepare_s")] += self.loop[0]
         constants[CONSTANTS.index("prepare_sequence_s")] += self.loop[1]
         cost.constants, cost.pace = tuple(map(float, constants)), self.pace
-        cost.more_kv_bytes, cost.by_size = self.kv_bytes or 0.0, self.by_size
+        cost.more_kv_bytes, cost.by_size = self.more_kv_bytes, self.by_size
         return cost
 
     def draw(self, seed: int) -> "Twin":
@@ -91,8 +89,7 @@ class Twin:
         between = np.full(len(CONSTANTS), GPU_BETWEEN * random.standard_normal())
         between[ON_HOST] = HOST_BETWEEN * random.standard_normal()
         changes = random.multivariate_normal(np.zeros(len(CONSTANTS)), self.covariance) + between
-        pace = replace(self.pace, seed=seed, pauses=self.pauses, busy_s=self.busy_s)
-        factors = self.factors * np.exp(changes)
+        factors, pace = self.factors * np.exp(changes), replace(self.pace, seed=seed)
         return replace(self, factors=factors, covariance=np.zeros_like(self.covariance), pace=pace)
 
     def as_device(self, like: Flags) -> Device:
@@ -130,6 +127,16 @@ class Recorded:
 
     steps: Steps
     cost: Cost
+
+    @classmethod
+    def of(cls, steps: Steps, device: Device, shape: Shape) -> "Recorded":
+        """Tell what is known of a server of `shape` on `device`. Raises InputError for flags that none has."""
+        try:
+            recorded = cls(steps, Cost(device, shape, resolve(steps.args, device, shape)))
+            _ = recorded.work  # it takes all flags together
+            return recorded
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise InputError(f"{steps.name}: {error}; write its flags as vLLM takes them: max_num_seqs=256") from None
 
     @cached_property
     def work(self) -> Work:
@@ -243,14 +250,6 @@ def unfitted(device: Device, shape: Shape, sigma: float, host_sigma: float) -> T
     return Twin(device, shape, np.ones(len(CONSTANTS)), np.diag(widths**2), (0.0, 0.0), Pace())
 
 
-def flags_of(steps: Steps, device: Device, shape: Shape) -> Flags:
-    """The flags of the server that recorded `steps`. Raises InputError for values that none has."""
-    try:
-        return resolve(steps.args, device, shape)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{steps.name}: {error}; write its flags as vLLM takes them: max_num_seqs=256") from None
-
-
 def fit(
     recordings: Sequence[Steps], device: Device, shape: Shape, known: float = 1.0, near: Floats | None = None
 ) -> Twin:
@@ -261,7 +260,7 @@ def fit(
     """
     if not recordings:
         raise InputError("no recorded steps to fit a twin to")
-    data = [Recorded(steps, Cost(device, shape, flags_of(steps, device, shape))) for steps in recordings]
+    data = [Recorded.of(steps, device, shape) for steps in recordings]
     parts = []
     for recorded in data:
         chosen, weights = recorded.chosen()
@@ -290,11 +289,9 @@ def fit(
     solution = min(solutions, key=lambda one: one.cost)
     covariance = np.linalg.inv(solution.jac.T @ solution.jac)
     factors = np.exp(solution.x - 1)
-    made = Twin(device, shape, factors, covariance, loop_of(data), Pace(), kv_bytes=kv_bytes_of(data))
-    made = replace(made, by_size=by_size_of(made, data))
-    made = replace(made, pace=pace_of(made, data), unseen=unseen(covariance, widths, data))
-    pauses, busy_s = pauses_of(made, data)
-    return replace(made, pauses=pauses, busy_s=busy_s)
+    made = Twin(device, shape, factors, covariance, loop_of(data), Pace(), unseen=unseen(covariance, widths, data))
+    made = replace(made, by_size=by_size_of(made, data), more_kv_bytes=more_kv_bytes_of(data))
+    return replace(made, pace=pace_of(made, data))
 
 
 def loop_of(data: Sequence[Recorded]) -> tuple[float, float]:
@@ -333,7 +330,7 @@ def pace_of(twin: Twin, data: Sequence[Recorded]) -> Pace:
             launched = steady & (recorded.work.prefills > 0) & ((recorded.work.in_graph == 0) == eager)
             kept.extend(np.exp(times.host[launched & (times.host_seen > 0.95)]).tolist())
     usual = {eager: np.clip(kept, *np.quantile(kept, USUAL)) if kept else [] for eager, kept in found.items()}
-    return Pace(tuple(map(float, usual[True])), tuple(map(float, usual[False])))
+    return Pace(tuple(map(float, usual[True])), tuple(map(float, usual[False])), *pauses_of(twin, data))
 
 
 def pauses_of(twin: Twin, data: Sequence[Recorded]) -> tuple[tuple[float, ...], float]:
@@ -384,14 +381,14 @@ def by_size_of(twin: Twin, data: Sequence[Recorded]) -> tuple[float, ...]:
     return tuple(map(float, np.linalg.solve(precision, target)))
 
 
-def kv_bytes_of(data: Sequence[Recorded]) -> float | None:
-    """Bytes on one GPU that the KV cache holds beyond the device's estimate, by vLLM's log."""
+def more_kv_bytes_of(data: Sequence[Recorded]) -> float:
+    """Bytes on one GPU that the KV cache holds beyond the device's estimate, by vLLM's log; 0 if that is missing."""
     more = [
         (recorded.steps.kv_tokens - recorded.cost.kv_tokens()) * recorded.cost.kv_bytes
         for recorded in data
         if recorded.steps.kv_tokens
     ]
-    return float(np.median(more)) if more else None
+    return float(np.median(more)) if more else 0.0
 
 
 SHOWN_BY = {
@@ -431,7 +428,7 @@ class Error:
 
 def errors(twin: Twin, steps: Steps) -> list[Error]:
     """The error of `twin` for each kind of step in `steps`."""
-    recorded = Recorded(steps, Cost(twin.device, twin.shape, resolve(steps.args, twin.device, twin.shape)))
+    recorded = Recorded.of(steps, twin.device, twin.shape)
     t1, t2 = steps.column("t1"), steps.column("t2")
     usual, told = times_of(twin, recorded).result, times_of(twin, recorded, paced(twin, recorded)).result
     took, kinds, found = t2 - t1, np.array(recorded.kinds), []
