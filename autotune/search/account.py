@@ -29,7 +29,8 @@ def write(study: Study) -> None:
     try:
         from autotune.measure.steps import read
 
-        steps = [first(read(study.folder / name / STEPS, name)) for name in names]
+        whole = [read(study.folder / name / STEPS, name) for name in names]
+        steps = [replace(one, table=one.table[:MOST]) for one in whole]
         body = told(steps, study.config, study.results[names[0]].facts)
     except Exception as error:  # a model that is not simulated, a fit that does not end: the report goes without
         body = {"missing": one_line(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"}
@@ -41,10 +42,6 @@ def recorded(study: Study) -> list[str]:
     by_rank = [BASELINE, *(name for name in study.ranked if not study.results[name].duplicate_of)]
     found = [name for name in by_rank if (study.folder / name / STEPS).exists()]
     return found[: 2 if BASELINE in found else 1]
-
-
-def first(steps: "Steps") -> "Steps":
-    return replace(steps, table=steps.table[:MOST])
 
 
 def told(recordings: Sequence["Steps"], config: Config, facts: Mapping[str, str]) -> dict[str, Any]:

@@ -138,13 +138,10 @@ def distinct(ranked: Iterable[Result], space: Space, count: int) -> list[Result]
 
 
 def _apart(one: Mapping[str, Any], other: Mapping[str, Any], parameters: Mapping[str, Distribution]) -> bool:
-    if one.keys() != other.keys():
-        return True
-    return any(_distance(one[name], other[name], parameters[name]) >= APART for name in one)
+    def differ(name: str) -> bool:
+        here, there, distribution = one[name], other[name], parameters[name]
+        if isinstance(distribution, CategoricalDistribution):
+            return bool(here != there)
+        return abs(scaled(here, distribution) - scaled(there, distribution)) >= APART
 
-
-def _distance(one: Any, other: Any, distribution: Distribution) -> float:
-    """The distance of two values as a share of the range; 1 for two different choices."""
-    if isinstance(distribution, CategoricalDistribution):
-        return float(one != other)
-    return abs(scaled(one, distribution) - scaled(other, distribution))
+    return one.keys() != other.keys() or any(map(differ, one))

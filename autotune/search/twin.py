@@ -165,7 +165,7 @@ class TwinSampler(TPESampler):
         if config.prior.backend:
             self._use(twin_of(self._simulation, config.prior.sigma, config.prior.host_sigma), [])
         self._fitted: dict[str, Steps] = {}  # to which the twin is fitted, by trial
-        self._looked_at: set[str] = set()  # trials whose steps are known
+        self._looked_at: set[str] = set()  # trials whose steps were read, if they have any
         self._residuals: list[tuple[Params, float]] = []  # see _compared
         self._nothing_better = 0  # proposals in a row from which the twin expected nothing
         self._said = ""
@@ -233,9 +233,9 @@ class TwinSampler(TPESampler):
 
     def _learn(self, results: Mapping[str, Result]) -> None:
         """Fit the twin to the steps of the trials that have ended meanwhile."""
-        unseen = {name: one for name, one in results.items() if name not in self._looked_at}
-        new = {name: steps for name, one in unseen.items() if (steps := self._steps_of(name, one))}
-        self._looked_at |= new.keys()
+        ended = [name for name in results if name not in self._looked_at]
+        new = {name: steps for name in ended if (steps := self._steps_of(name, results[name]))}
+        self._looked_at |= results.keys()
         for name, steps in new.items():
             if (
                 not self._twin
