@@ -30,6 +30,12 @@ def by_kind(reasons: Iterable[str]) -> list[list[int]]:
     return sorted(kinds.values(), key=len, reverse=True)
 
 
+def mostly(reasons: Sequence[str]) -> str:
+    """The most frequent kind of `reasons` by its first one, and how often it occurs: `too large (98 of 100)`."""
+    places = by_kind(reasons)[0]
+    return reasons[places[0]] + (f" ({len(places)} of {len(reasons)})" if len(places) < len(reasons) else "")
+
+
 def aligned(rows: Sequence[Sequence[str]], left: bool = False) -> list[str]:
     """Rows of a table, each cell as wide as its column; a row without cells is a blank line."""
     full = [row for row in rows if row]

@@ -196,9 +196,40 @@ def test_trials_of_different_sizes_never_share_a_gpu(tmp_path: Path):
 
 
 def test_space_that_can_never_run_ends_with_the_reason(tmp_path: Path):
-    message = r"combinations in a row can't be run; the last: max_num_batched_tokens \(128\)"
+    message = r"100 combinations can't be run: max_num_batched_tokens \(128\)"
     with pytest.raises(InputError, match=message):
         study(tmp_path, "baseline=false", f"{SEQS}=choice(512)", f"{TOKENS}=128")
+
+
+def test_space_that_is_refused_as_its_defaults_are_is_told_before_anything_starts(tmp_path: Path):
+    told = r"vLLM refuses its defaults and 100 combinations of the space: max_num_batched_tokens \(4\).*; change what"
+    with pytest.raises(InputError, match=told):
+        study(tmp_path, f"{MEMORY}=choice(0.8,0.9)", f"{TOKENS}=4", f"{SEQS}=5")
+    assert not (tmp_path / "multirun/s").exists()
+
+
+def test_space_of_which_little_is_left_ends_the_study_in_order_and_one_line_tells_the_refusals(tmp_path: Path):
+    said = study(tmp_path, "baseline=false", "sampler=random", f"{SEQS}=range(127,227)", f"{TOKENS}=128")
+    ran = len({trial.params[SEQS] for trial in asked(tmp_path) if trial.state is TrialState.COMPLETE})
+    assert said.count("can't be run") == ran + 1 and "stopping: 100 combinations can't be run: max_num" in said
+
+
+def test_grid_runs_its_points_however_many_are_refused_in_a_row(tmp_path: Path):
+    study(tmp_path, "sampler=grid", "baseline=false", f"{TOKENS}=128", f"{SEQS}=range(120,260)")
+    assert sum(trial.state is TrialState.COMPLETE for trial in asked(tmp_path)) == 9
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([f"{SEQS}=range(1,1002)"], f"sampler=grid: 1,001 points, each a trial, as {SEQS} has 1,001 values; thin"),
+        ([f"{SEQS}=choice(1,2)", "warm_start=other"], "sampler=grid: it runs every point; leave out warm_start"),
+    ],
+)
+def test_grid_that_is_too_large_or_begins_with_other_trials_is_refused(tmp_path: Path, words: list[str], said: str):
+    with pytest.raises(InputError, match=re.escape(said)):
+        study(tmp_path, "sampler=grid", *words)
+    assert not (tmp_path / "multirun/s").exists()
 
 
 @pytest.mark.slow

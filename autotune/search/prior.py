@@ -19,8 +19,26 @@ from autotune.search.space import Space
 
 log = logging.getLogger(__name__)
 
+EXPECTED = "expected"  # user attribute of a trial in Optuna's storage: what a simulation said of it
 APART = 0.1  # of a parameter's range, in which two configurations differ to be distinct
 CANDIDATES = 30  # distinct configurations that are simulated on other devices
+
+
+def first(config: Config, space: Space) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Parameters that a new study asks first, with what is noted of them: the best of another study, of a simulation.
+
+    Raises InputError.
+    """
+    found: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    if name := config.warm_start:
+        found += [(one.params, {"warm_start": name}) for one in warm_start(name, space, config.prior.keep)]
+        log.info("warm_start: the first %d trials are the best of study %s", len(found), name)
+    if config.prior.backend and config.prior.keep:
+        simulated = best(config, space)
+        found += [(one.params, {EXPECTED: {"values": one.values, "feasible": one.feasible}}) for one in simulated]
+        message = "prior: the first %d trials are the best of %d simulated ones"
+        log.info(message, len(simulated), config.prior.trials)
+    return found
 
 
 def best(config: Config, space: Space) -> list[Result]:
@@ -101,7 +119,7 @@ def _over(result: Result) -> float:
 def warm_start(name: str, space: Space, count: int) -> list[Result]:
     """The `count` best distinct trials of study `name` that fit, their parameters cut to those of `space`.
 
-    What does not fit is logged in one line. Raises InputError if there is no such study, or nothing of it fits.
+    What does not fit is told in one line. Raises InputError if there is no such study, or nothing of it fits.
     """
     study = load(name, "warm_start")
     left_out: dict[str, None] = {}
@@ -118,22 +136,21 @@ def warm_start(name: str, space: Space, count: int) -> list[Result]:
         if shared and not wrong:
             result.params = shared
             fitting.append(result)
-    found = distinct(fitting, space, count)
-    if left_out:
-        log.info("warm_start=%s: %s", name, "; ".join(left_out))
-    if not found:
-        raise InputError(f"warm_start={name}: none of its {len(study.ranked)} feasible trials lies within this space")
-    return found
+    why = "; ".join(left_out)
+    if not fitting:
+        none = f"none of its {len(study.ranked)} feasible trials lies within this space{why and f' ({why})'}"
+        raise InputError(f"warm_start={name}: {none}; write another study, a space that holds them, or leave it out")
+    if why:
+        log.info("warm_start=%s: %s", name, why)
+    return distinct(fitting, space, count)
 
 
 def distinct(ranked: Iterable[Result], space: Space, count: int) -> list[Result]:
     """The first `count` of which none is nearly the same as an earlier one."""
     kept: list[Result] = []
     for one in ranked:
-        if all(_apart(one.params, other.params, space.parameters) for other in kept):
+        if len(kept) < count and all(_apart(one.params, other.params, space.parameters) for other in kept):
             kept.append(one)
-        if len(kept) == count:
-            break
     return kept
 
 

@@ -29,6 +29,7 @@ warnings.filterwarnings("ignore", "Constraints have been set, but CmaEs")  # its
 AUTO = "auto"  # a name that stands for another sampler's
 LIVE = "autotune.live.backend.LiveBackend"
 TWIN = "autotune.search.twin.TwinSampler"
+MOST_GRID = 1000  # points of a grid, unless n_trials says more
 MOST = 1e5  # trials, candidates, individuals: a sampler's memory
 LEAST = {"inc_popsize": -1}  # as Optuna writes that CMA-ES does not restart
 ABOVE_0 = ("n_ei_candidates", "sigma0", "proposal_s")
@@ -52,6 +53,20 @@ def chosen(sampler: Any, config: Config, space: Space) -> tuple[Any, str]:
         except InputError as error:
             why = one_line(error)
     return (sampler, f"tpe ({AUTO}: {why})") if why else (twin, f"twin ({AUTO})")
+
+
+def check_grid(space: Space, config: Config | None) -> None:
+    """Raise InputError for more points than a study can run, and for other trials that it is to begin with."""
+    if space.grid_size > max(MOST_GRID, min(config.n_trials if config else 0, MOST)):
+        sizes = sorted(((len(values), name) for name, values in space.grid.items()), reverse=True)
+        told = ", ".join(f"{name} has {size:,} values" for size, name in sizes[:3])
+        whole = f", or n_trials={space.grid_size} to run them all" if space.grid_size <= MOST else ""
+        raise InputError(
+            f"sampler=grid: {space.grid_size:,} points, each a trial, as {told}; "
+            f"thin them out with range(low,high,step=…) or choice(…), or write sampler=tpe{whole}"
+        )
+    if config and (config.warm_start or config.prior.backend):
+        raise InputError("sampler=grid: it runs every point; leave out warm_start and prior")
 
 
 def _unlike_twin(config: Config, space: Space) -> str:
@@ -100,6 +115,7 @@ def make_sampler(
 
         torch.set_num_threads(1)  # small matrices; more threads only wait for cores that trials have
     if isinstance(made, partial) and made.func is GridSampler:
+        check_grid(space, config)
         made = Grid(space.grid, space.restarting, **made.keywords)
     elif isinstance(made, partial):
         try:

@@ -1,10 +1,12 @@
 """Checks before a study begins: its parts fit together. And before it goes on: it is the same study."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
@@ -15,12 +17,16 @@ from autotune.config.schema import RECIPE, Config, Rules
 from autotune.config.vllm_flags import FLAG, gpus, written_in
 from autotune.errors import InputError
 from autotune.measure import rules
+from autotune.measure.backend import DryRunOutcome
 from autotune.measure.prepare import Prepared
 from autotune.measure.result import Result
-from autotune.results.study import BASELINE, REFERENCES, TRIAL, config_in, load, reference_params
+from autotune.results.study import BASELINE, REFERENCES, TRIAL, config_in, reference_params
 from autotune.search.space import Space, swept_flags, value_of
+from autotune.sweep.lookup import Lookup
 from autotune.system.leases import devices
-from autotune.text import shorten
+from autotune.text import mostly, shorten
+
+log = logging.getLogger(__name__)
 
 # Fields that decide what is asked, or how trials are run, but not what a trial measures.
 FREE = (
@@ -32,6 +38,7 @@ FREE = (
     "accuracy.texts",  # each check has its own number; other texts' scores are not compared
     *("backend.start_timeout_s", "backend.stop_timeout_s", "backend.run_timeout_s"),
 )
+REFUSALS_IN_A_ROW = 100  # then the space is at fault
 # Facts of a result that decide what it measured.
 FACTS = ("vllm", "torch", "loadgen", "environment", "simulated", "dataset_checksum")
 
@@ -97,12 +104,22 @@ def check_recipe(config: Config, prepared: Prepared) -> None:
         raise InputError(f"baseline={RECIPE}: vLLM refuses {shorten(params)}: {refusal}; leave it out")
 
 
-def check_found(config: Config, folder: Path) -> None:
-    """Raise InputError for a study that is to go on in `folder`, or one to begin with, that is not there."""
-    if config.resume and not folder.exists():
+def check_new(config: Config, folder: Path, space: Space, prepared: Prepared, defaults: DryRunOutcome) -> None:
+    """Raise InputError for a study that is to go on and is not in `folder`, or if vLLM refuses all that it tries."""
+    if folder.exists():
+        return
+    if config.resume:
         raise InputError(f"resume=true: there is no study in {folder}; write study=<its name>")
-    if config.warm_start and not folder.exists():
-        load(config.warm_start, "warm_start")
+    lookup = Lookup(prepared, space, defaults.resolved)
+    drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    refusals = [defaults.refusal]
+    while refusals[-1]:
+        if len(refusals) > REFUSALS_IN_A_ROW:
+            told = f"vLLM refuses its defaults and {REFUSALS_IN_A_ROW} combinations of the space"
+            raise InputError(f"{told}: {mostly(refusals)}; change what is fixed, or the space")
+        refusals.append(lookup.check(space.suggest(drawn.ask(), lookup.known))[0])
+    if defaults.refusal:
+        log.warning("vLLM refuses the configuration even without a sweep: %s", defaults.refusal)
 
 
 def check_configuration(

@@ -19,6 +19,7 @@ from autotune.measure.runs import AT_MOST
 from autotune.results.study import BASELINE, REFERENCES, TRIAL
 from autotune.search.distributions import contains
 from autotune.search.optuna_private import Grid, SingleWriterStorage
+from autotune.search.prior import EXPECTED
 from autotune.search.pruners import watched
 from autotune.search.space import Space
 from autotune.search.tell import tell_infeasible, tell_measured
@@ -27,7 +28,6 @@ from autotune.search.tell import tell_infeasible, tell_measured
 LOST = "lost"  # interrupted, and queued again
 AGAIN = "again"  # of a trial that repeats a lost one: its number
 DUPLICATE = "duplicate_of"  # the trial that measured the same configuration before
-EXPECTED = "expected"  # what a simulation said of the trial
 
 
 class Record:

@@ -53,21 +53,27 @@ from autotune.search.pruners import make_pruner
 from autotune.search.samplers import chosen, make_sampler
 from autotune.search.space import default_of, parse, shared_start, swept_flags, value_of
 from autotune.sweep import storage
-from autotune.sweep.checks import check_configuration, check_found, check_secrets, check_together, check_trials
+from autotune.sweep.checks import (
+    REFUSALS_IN_A_ROW,
+    check_configuration,
+    check_new,
+    check_secrets,
+    check_together,
+    check_trials,
+)
 from autotune.sweep.display import Display
 from autotune.sweep.gate import Gate, decided
 from autotune.sweep.launchers import Job, Launcher, begin, make_launcher
 from autotune.sweep.lookup import Lookup
-from autotune.sweep.record import AGAIN, EXPECTED, Record
+from autotune.sweep.record import AGAIN, Record
 from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
 from autotune.system.files import LOCK, LOG, log_to, unless_refused, write_whole
-from autotune.text import one_line, shorten
+from autotune.text import count, mostly, one_line, shorten
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
-REFUSALS_IN_A_ROW = 100  # then the space is at fault
 DUPLICATES_IN_A_ROW = 50  # then the sampler has nothing new
 ENDING_S = 10.0  # for which a study that was stopped waits for the ends of its jobs; the next one settles the others
 FINALISTS = 3  # trials on a shared server that are measured again, at most
@@ -122,11 +128,12 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     config = replace(config, sampler=composed.sampler, accuracy=decided(config, space, prepared, folder))
     composed.accuracy = config.accuracy
     texts = prepare_texts(config, prepared, samples)
-    check_found(config, folder)
+    check_new(config, folder, space, prepared, defaults)
     with storage.disk_errors(folder), opened(folder):
         results = results_in(folder)
         facts = {**prepared.backend.facts, "dataset_checksum": samples.checksum}
         check_configuration(folder, results, config, space.parameters, facts)
+        first = [] if results else prior.first(config, space)
         url = str(sweeper["storage"] or f"sqlite:///{folder}/study.db")
         with storage.opened(url, sweeper["study_name"]) as trials:
             record = Record(trials, sweeper["study_name"], space, config.objective)
@@ -135,14 +142,14 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
             if results and not record.trials:
                 record.rebuild(results)
             check_trials(record.trials, folder, results)
+            for params, noted in [] if record.trials else first:
+                record.enqueue(params, **noted)
             written = {name: json.loads(distribution_to_json(one)) for name, one in space.parameters.items()}
             write_whole(folder / SPACE, json.dumps(written, indent=1))
             # Each trial is composed from this study, and must not make up a name of its own.
             overrides = [*fixed, f"study={config.study}"]
             judge = Gate(config, prepared, texts, folder)
             known = defaults.resolved
-            if defaults.refusal:
-                log.warning("vLLM refuses the configuration even without a sweep: %s", defaults.refusal)
             study = Sweep(record, config, composed, overrides, prepared, known, launcher, folder, judge).run(results)
     if not study.complete:
         sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
@@ -323,10 +330,12 @@ class Sweep:
         if self.wanted:
             self.prepared.backend.prepare_dry_runs()  # while the baseline starts, not once it has ended
             return self._claimed(self._pending(self.wanted.pop(0)))
-        refused = looked_up = 0  # in a row
-        while not self.exhausted and self.count < self.n_trials and not self._spent():
+        found: PendingTrial | None = None
+        refusals: list[str] = []  # in a row
+        looked_up = 0  # in a row
+        while not found and not self.exhausted and self.count < self.n_trials and not self._spent():
             if sum(map(len, self.in_flight.values())) >= DUPLICATES_IN_A_ROW:  # wait for what they repeat
-                return None
+                break
             trial, params = self.record.ask(self.known)
             pending = PendingTrial(f"{TRIAL}{trial.number}", params, trial)
             refusal, point = self.lookup.check(params)
@@ -338,16 +347,20 @@ class Sweep:
                     log.info("stopping: %d proposals in a row were already measured", looked_up)
             elif refusal := refusal or self.gate.refusal(params):
                 self._refuse(pending, refusal)
-                refused += 1
-                if refused == REFUSALS_IN_A_ROW:
-                    raise InputError(
-                        f"{refused} combinations in a row can't be run; the last: {refusal}; narrow the space"
-                    )
+                refusals.append(refusal)
+                self.exhausted = len(refusals) == REFUSALS_IN_A_ROW and not self.record.is_grid
             else:
-                self.count += 1
-                log.info("%s (%d of %d): %s", pending.name, self.count, self.n_trials, shorten(params))
-                return self._claimed(pending)
-        return None
+                found = pending
+        if refusals:
+            told = f"{count(len(refusals), 'combination')} can't be run: {mostly(refusals)}"
+            if self.exhausted and not self.count:
+                raise InputError(f"{told}; narrow the space")
+            log.info("%s%s", "stopping: " if self.exhausted else "", told)
+        if not found:
+            return None
+        self.count += 1
+        log.info("%s (%d of %d): %s", found.name, self.count, self.n_trials, shorten(found.params))
+        return self._claimed(found)
 
     def _claimed(self, pending: PendingTrial) -> PendingTrial:
         """`pending`, whose configuration no other trial runs until it has ended."""
@@ -385,7 +398,6 @@ class Sweep:
     def _refuse(self, pending: PendingTrial, reason: str) -> None:
         """Record a combination that took no GPU: infeasible to the sampler, and none of the study's n_trials."""
         self.count += self.record.is_grid
-        log.info("%s refused: %s (%s)", pending.name, reason, shorten(pending.params))
         now = time.time()
         result = Result(State.refused, reason, params=pending.params, started_at=now, ended_at=now)
         assert pending.trial
@@ -448,7 +460,7 @@ class Sweep:
         if pending.name == BASELINE:
             result.defaults = self.defaults
         elif pending.trial and not result.duplicate_of:
-            result.expected = pending.trial.user_attrs.get(EXPECTED, {})
+            result.expected = pending.trial.user_attrs.get(prior.EXPECTED, {})
         if pending.name.startswith(FRESH):
             trial = pending.name.removeprefix(FRESH)
             self.results[trial] = certified(self.results[trial], result)
@@ -509,7 +521,6 @@ class Sweep:
         self.results = results
         self._judge(anew=True)
         known_s = counted_s([*self.results.values(), *canaries_in(self.folder).values()])
-        fresh = not self.record.trials and not self.record.is_grid
         for name, result in self.results.items():
             if result.complete and not result.duplicate_of and self.config.duplicates is Duplicates.lookup:
                 self.lookup.add(name, result.params)
@@ -521,8 +532,6 @@ class Sweep:
         missing = [name for name in self.references if not self.record.has_reference(name)]
         self.wanted = [name for name in missing if not self._take_up(name)]
         self.engine_s = known_s  # what was told just now is part of it
-        if fresh:
-            self._enqueue_first()
 
     def _take_up(self, one: FrozenTrial | str) -> bool:
         """Watch or finish a trial of an earlier process, or one of the references; False if it is lost."""
@@ -559,21 +568,6 @@ class Sweep:
         result.save(self.folder / pending.name)
         self.record.queue_again(number)
         log.info("%s was interrupted; queued again", pending.name)
-
-    def _enqueue_first(self) -> None:
-        """Queue the best configurations of another study, and of a simulation of this one."""
-        settings, space = self.config.prior, self.record.space
-        if name := self.config.warm_start:
-            best = prior.warm_start(name, space, settings.keep)
-            for result in best:
-                self.record.enqueue(result.params, warm_start=name)
-            log.info("warm_start: the first %d trials are the best of study %s", len(best), name)
-        if settings.backend and settings.keep:
-            candidates = prior.best(self.config, space)
-            for one in candidates:
-                self.record.enqueue(one.params, **{EXPECTED: {"values": one.values, "feasible": one.feasible}})
-            message = "prior: the first %d trials are the best of %d simulated ones"
-            log.info(message, len(candidates), settings.trials)
 
     def _abandon(self) -> None:
         """Keep what has completed of the trials that ran, queue the rest again; a cluster's jobs end a little later."""
