@@ -34,9 +34,6 @@ class Vllm:
 
     plan: dict[str, Any] = PLAN
 
-    def probe(self) -> None:
-        """It is there."""
-
     def change(self, model: Path, start: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
         return self.plan
 
@@ -117,8 +114,17 @@ def test_trial_that_a_change_can_not_serve_gets_another_server(trial: Callable[.
     trial(slot, vllm, max_num_seqs=8)
     vllm.plan = {"refusal": "block_size is 16, and 32 needs a fresh server"}
     assert trial(slot, vllm, max_num_seqs=8, block_size=32) == "fresh"
-    assert started[0] == {"max_num_seqs": 64} and {"max_num_seqs": 8, "block_size": 32} in started
-    assert not slot.shares  # not even a server with these bounds can become what it is asked for
+    assert started == [{"max_num_seqs": 64}, {"ended": 1}, {"max_num_seqs": 8, "block_size": 32}, {"ended": 3}]
+    assert not slot.shares  # not even a server with these bounds could become what it is asked for
+
+
+def test_server_that_could_not_become_what_the_trial_needs_is_not_started(
+    trial: Callable[..., str], started: list[Any]
+):
+    slot, vllm = Slot(shares=True), Vllm()
+    vllm.plan = {"refusal": "a server of such a model (is_hybrid) can't be changed"}
+    assert trial(slot, vllm, max_num_seqs=8) == "fresh" and not slot.shares
+    assert started == [{"max_num_seqs": 8}, {"ended": 1}]
 
 
 def test_server_that_reads_back_something_else_is_not_used(

@@ -95,6 +95,13 @@ def test_what_vllm_would_refuse_is_refused(
     assert refusal in answer and "\n" not in answer, f"probe.{function}: {' '.join(words)} gives {answer!r}"
 
 
+def test_size_of_graphs_means_nothing_where_there_are_none(probe: Probe, model: Path):
+    start, wanted = (["--model", str(model), *words] for words in (["--max-cudagraph-capture-size", "64"], []))
+    plan = probe.ask({"start": start, "wanted": wanted})
+    assert plan["refusal"] == "" and plan["changes"] == {}, "probe.described: a CPU has no CUDA graphs"
+    assert dry_run(probe, model, *start[2:])["resolved"] == dry_run(probe, model)["resolved"], "probe.resolved"
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [

@@ -150,7 +150,10 @@ class Sharing:
 
     def _started(self, args: Mapping[str, Any]) -> Shared | None:
         flags = {**args, **{name: most(args.get(name), bound) for name, bound in (self.config.bounds or {}).items()}}
-        self.vllm.probe()  # its import of vLLM goes on while the server starts
+        if refusal := self.vllm.change(self.model.folder, flags, args)["refusal"]:
+            self.slot.shares = False
+            log.info("trials share no server: %s", refusal)
+            return None
         try:
             server = self.slot.keep(self._serve(flags, "server.log", changeable=True))
         except StartError as error:

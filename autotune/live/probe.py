@@ -152,13 +152,20 @@ def answer() -> None:
 def resolved(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """The resolved value of each flag, defaults included, that vLLM's configuration holds by its name."""
     parts = [part for name, part in vars(config).items() if name.endswith("_config") and part is not None]
-    flags = {}
+    flags: dict[str, Any] = {}
     for name, given in arguments.items():
         values = [getattr(part, name, None) for part in parts]
         scalars = [value for value in [*values, given] if isinstance(value, (bool, int, float, str))]
         if scalars:
             flags[name] = scalars[0]
+    if not has_graphs(config):
+        flags["max_cudagraph_capture_size"] = None
     return flags
+
+
+def has_graphs(config: Any) -> bool:
+    """True if steps may run as CUDA graphs; else the largest one means nothing, whatever it is."""
+    return bool(config.compilation_config.cudagraph_mode.name != "NONE")
 
 
 # What hot_engine.py can change, by its name in vLLM's configuration; True: only to less than the server started with.
@@ -219,7 +226,10 @@ def described(parser: Any, words: tuple[str, ...]) -> tuple[Any, dict[str, Any]]
     config = configuration(arguments)
     engine = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     front_end = {name: repr(value) for name, value in vars(arguments).items() if name not in engine}
-    return config, fields(config) | front_end
+    described = fields(config) | front_end
+    if not has_graphs(config):
+        described.pop("compilation_config.max_cudagraph_capture_size", None)
+    return config, described
 
 
 def fields(config: Any, prefix: str = "") -> dict[str, Any]:
