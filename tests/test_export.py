@@ -127,6 +127,15 @@ def test_kubernetes_manifests_are_valid_and_serve_the_same(study: Path):
     assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}} in pod["spec"]["volumes"]
 
 
+@pytest.mark.parametrize("name", [Format.command, Format.vllm, Format.compose, Format.kubernetes])
+def test_names_of_secrets_are_not_hidden_in_what_the_command_writes(study: Path, name: Format, main: Main):
+    """`HF_TOKEN: '***'` would send three stars to the Hub."""
+    text = exported(study, name)
+    assert main("export", f"study={study}", f"format={name.value}").stdout == text
+    assert main("export", f"study={study}", f"format={name.value}", f"output={study}/out").returncode == 0
+    assert (study / "out").read_text() == text
+
+
 MISREAD = {
     "A": "yes",
     "B": "012",

@@ -36,7 +36,7 @@ from autotune.config import vllm_flags
 from autotune.config.bounds import within
 from autotune.config.command_line import compose, errors_in_one_line, options, write_out
 from autotune.config.overrides import check_trusted
-from autotune.config.redact import HIDDEN
+from autotune.config.redact import HIDDEN, Deployable
 from autotune.config.schema import Config
 from autotune.errors import InputError
 from autotune.measure.prepare import prepare
@@ -260,7 +260,7 @@ def text(options: Export) -> str:
 def main() -> None:
     with errors_in_one_line():
         chosen = options(Export, sys.argv[1:], __doc__)
-        write_out(text(chosen), chosen.output)
+        write_out(Deployable(text(chosen)), chosen.output)
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def load_as_key(words: Sequence[str]) -> list[str]:
 def write_out(text: str, output: str | None) -> None:
     """Write `text` to the file `output`, or to standard output. Raises InputError."""
     if output is None:
-        print(text, end="")
+        sys.stdout.write(text)  # print would make a plain text of a Deployable
         return
     try:
         Path(output).write_text(redact(text))

@@ -38,6 +38,10 @@ _names: set[str] = set()
 _hidden: set[str] = set()
 
 
+class Deployable(str):
+    """A text to deploy, made of files without secrets, in which `HF_TOKEN: ${HF_TOKEN}` is meant as it stands."""
+
+
 def redact(value: Any, name: str = "") -> Any:
     """`value` of the field `name` (a dotted path) without its secrets."""
     if isinstance(value, dict):
@@ -109,6 +113,8 @@ class _Stream:
 def _text(text: str) -> str:
     if len(text) < 4:
         return text
+    if isinstance(text, Deployable):
+        return KEY.sub(HIDDEN, _without_hidden(text))
     if text.lstrip()[:1] in ("{", "["):
         try:
             body = json.loads(text)
@@ -120,14 +126,16 @@ def _text(text: str) -> str:
     key, equals, value = text.partition("=")
     if equals and value and re.fullmatch(r"[+~]*[\w./@:-]+", key) and is_secret(key.lstrip("+~")):  # an override
         return f"{key}={value if value.lower() in NOTHING else _hide(value)}"
-    if _hidden:
-        text = _of_hidden(len(_hidden)).sub(HIDDEN, text)
-    text = URL.sub(_in_url, text)
+    text = URL.sub(_in_url, _without_hidden(text))
     quoted, *others = _of_names(frozenset(_names))
     text = quoted.sub(lambda found: f"{found[1]}{found[2]}={_hide(found[3])}{found[1]}", text)
     for pattern in (BEARER, *others):
         text = pattern.sub(lambda found: found[1] + _hide_quoted(found[2]), text)
     return KEY.sub(lambda found: _hide(found[0]), text)
+
+
+def _without_hidden(text: str) -> str:
+    return _of_hidden(len(_hidden)).sub(HIDDEN, text) if _hidden else text
 
 
 @lru_cache(1)
