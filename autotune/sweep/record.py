@@ -181,8 +181,8 @@ class Record:
                 )
 
     def counts(self, trial: FrozenTrial) -> bool:
-        """Tell whether a trial that has ended is one of the study's n_trials."""
-        if {LOST, BASELINE} & trial.user_attrs.keys():
+        """Tell whether a trial is one of the study's n_trials, in flight or ended."""
+        if trial.state is TrialState.WAITING or {LOST, BASELINE} & trial.user_attrs.keys():
             return False
         return self.is_grid or not {"refused", DUPLICATE} & trial.user_attrs.keys()
 

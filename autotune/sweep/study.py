@@ -20,7 +20,7 @@ import optuna
 from hydra.core.config_loader import ConfigLoader
 from omegaconf import DictConfig
 from optuna.distributions import distribution_to_json
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from autotune.config.bounds import seconds
 from autotune.config.overrides import as_override, typed, with_values
@@ -184,8 +184,7 @@ class Sweep:
     # Trials that have ended, which the gate can't judge before the baseline ends; with their nodes.
     ended: list[tuple[PendingTrial, Result, str]] = field(default_factory=list)
     results: dict[str, Result] = field(default_factory=dict)  # of what has ended, by folder
-    wanted: list[str] = field(default_factory=list)  # references that are still to be run
-    count: int = 0  # of n_trials, in flight or ended
+    wanted: list[PendingTrial] = field(default_factory=list)  # references that are still to be run
     engine_s: float = 0.0  # of the trials that ended, as the budget counts it
     # Trials from when they are asked until they have ended, with those that repeat them.
     in_flight: dict[str, list[PendingTrial]] = field(default_factory=dict)
@@ -303,10 +302,8 @@ class Sweep:
         if pending.trial is None or AGAIN in pending.trial.user_attrs:
             return False
         self.lookup.remove(pending.name)
-        self.count -= 1
         for one in [pending, *self.in_flight.pop(pending.name, [])]:
-            assert one.trial
-            self._settle(self.record.trials[one.trial.number])
+            self._settle(one)
         return True
 
     def _result_of(self, one: Running) -> Result:
@@ -329,7 +326,7 @@ class Sweep:
         """The baseline, then what the sampler suggests and vLLM accepts; None if nothing more is to be run now."""
         if self.wanted:
             self.prepared.backend.prepare_dry_runs()  # while the baseline starts, not once it has ended
-            return self._claimed(self._pending(self.wanted.pop(0)))
+            return self._claimed(self.wanted.pop(0))
         found: PendingTrial | None = None
         refusals: list[str] = []  # in a row
         looked_up = 0  # in a row
@@ -358,9 +355,14 @@ class Sweep:
             log.info("%s%s", "stopping: " if self.exhausted else "", told)
         if not found:
             return None
-        self.count += 1
         log.info("%s (%d of %d): %s", found.name, self.count, self.n_trials, shorten(found.params))
         return self._claimed(found)
+
+    @property
+    def count(self) -> int:
+        """Trials of the n_trials, in flight or ended; one that waits for what it repeats is none."""
+        repeats = 0 if self.record.is_grid else sum(map(len, self.in_flight.values()))
+        return sum(map(self.record.counts, self.record.trials)) - repeats
 
     def _claimed(self, pending: PendingTrial) -> PendingTrial:
         """`pending`, whose configuration no other trial runs until it has ended."""
@@ -389,7 +391,6 @@ class Sweep:
     def _answer(self, pending: PendingTrial, earlier: str, result: Result) -> None:
         """Finish a trial with the `result` of `earlier`: it takes no engine time and is none of the n_trials."""
         log.info("%s repeats %s: %s", pending.name, earlier, shorten(pending.params))
-        self.count += self.record.is_grid
         now = time.time()
         facts = {**result.facts, "duplicate_of": earlier}
         known = replace(result, phases={}, runs=[], duplicate_of=earlier, expected={}, facts=facts)
@@ -397,7 +398,6 @@ class Sweep:
 
     def _refuse(self, pending: PendingTrial, reason: str) -> None:
         """Record a combination that took no GPU: infeasible to the sampler, and none of the study's n_trials."""
-        self.count += self.record.is_grid
         now = time.time()
         result = Result(State.refused, reason, params=pending.params, started_at=now, ended_at=now)
         assert pending.trial
@@ -524,50 +524,45 @@ class Sweep:
         for name, result in self.results.items():
             if result.complete and not result.duplicate_of and self.config.duplicates is Duplicates.lookup:
                 self.lookup.add(name, result.params)
-        for trial in self.record.trials:
-            if trial.state.is_finished():
-                self.count += self.record.counts(trial)
-            elif trial.state is TrialState.RUNNING:
-                self._take_up(trial)
-        missing = [name for name in self.references if not self.record.has_reference(name)]
-        self.wanted = [name for name in missing if not self._take_up(name)]
+        for pending in self._begun():
+            self._take_up(pending)
+        references = [PendingTrial(name, params, None) for name, params in self.references.items()]
+        missing = [one for one in references if not self.record.has_reference(one.name)]
+        self.wanted = [one for one in missing if not self._take_up(one)]
         self.engine_s = known_s  # what was told just now is part of it
 
-    def _take_up(self, one: FrozenTrial | str) -> bool:
-        """Watch or finish a trial of an earlier process, or one of the references; False if it is lost."""
-        name = one if isinstance(one, str) else f"{TRIAL}{one.number}"
-        job = self.launcher.attach(self.folder / name)
+    def _begun(self) -> Iterator[PendingTrial]:
+        """Yield the trials that Optuna has asked for and was not told of."""
+        for trial in self.record.trials:
+            if trial.state is TrialState.RUNNING:
+                again = self.record.reopen(trial.number)
+                yield PendingTrial(f"{TRIAL}{trial.number}", dict(trial.params), again)
+
+    def _take_up(self, pending: PendingTrial) -> bool:
+        """Watch or finish a trial of an earlier process; False if it is lost."""
+        job = self.launcher.attach(self.folder / pending.name)
         if not job:
-            return self._settle(one)
-        log.info("%s still runs; watching it again", name)
-        pending = self._claimed(self._pending(one))
-        self.running.append(Running(pending, job, progress.Reader(self.folder / name)))
-        self.count += pending.trial is not None
+            return self._settle(pending)
+        log.info("%s still runs; watching it again", pending.name)
+        self.running.append(Running(self._claimed(pending), job, progress.Reader(self.folder / pending.name)))
         return True
 
-    def _settle(self, one: FrozenTrial | str) -> bool:
-        """Finish a trial that nothing runs any more if it has completed, or queue it again; True if it has."""
-        pending = self._pending(one)
+    def _settle(self, pending: PendingTrial) -> bool:
+        """Finish a trial that nothing runs any more if it has completed, or queue it again; True if it has.
+
+        It is queued once, and counts for nothing as it is.
+        """
         result = result_in(self.folder / pending.name)
         if result and result.complete:
-            self.count += pending.trial is not None
             self._finish(pending, result)
             return True
-        if not isinstance(one, str):
-            self._interrupted(pending, one.number, result or Result(reason="the process that ran it ended"))
+        if pending.trial:
+            result = result or Result(reason="the process that ran it ended")
+            result.state, result.params = State.interrupted, pending.params
+            result.save(self.folder / pending.name)
+            self.record.queue_again(pending.trial.number)
+            log.info("%s was interrupted; queued again", pending.name)
         return False
-
-    def _pending(self, one: FrozenTrial | str) -> PendingTrial:
-        if isinstance(one, str):
-            return PendingTrial(one, self.references[one], None)
-        return PendingTrial(f"{TRIAL}{one.number}", dict(one.params), self.record.reopen(one.number))
-
-    def _interrupted(self, pending: PendingTrial, number: int, result: Result) -> None:
-        """Mark a trial as interrupted, and queue its parameters again, once; it counts for nothing."""
-        result.state, result.params = State.interrupted, pending.params
-        result.save(self.folder / pending.name)
-        self.record.queue_again(number)
-        log.info("%s was interrupted; queued again", pending.name)
 
     def _abandon(self) -> None:
         """Keep what has completed of the trials that ran, queue the rest again; a cluster's jobs end a little later."""
@@ -577,9 +572,9 @@ class Sweep:
             left = {name: job for name, job in left.items() if not job.done()}
             for job in left.values():
                 job.wait(POLL_S)
-        for trial in self.record.trials:
-            if trial.state is TrialState.RUNNING and f"{TRIAL}{trial.number}" not in left:
-                self._settle(trial)
+        for pending in self._begun():
+            if pending.name not in left:
+                self._settle(pending)
 
 
 def counted_s(results: Iterable[Result]) -> float:
