@@ -341,15 +341,16 @@ class TwinSampler(TPESampler):
             return self._to_tpe("knows no other configuration that runs; TPE is asked")
         scores = self._scores([*points, *pending], began_s + DRAWN * self._proposal_s)
         scores = np.maximum(scores, scores[np.isfinite(scores)].min() + FAILED)
-        measured = max((score(self._config, one) for one in results if one.complete), default=scores.min())
+        ended = [score(self._config, one) for one in results if one.complete]
+        measured = max(ended, default=scores.min())
         reached = np.maximum(measured, scores[:, len(points) :].max(axis=1, initial=-math.inf))
         gains = np.maximum(0.0, scores[:, : len(points)] - reached[:, None]).mean(axis=0)
         best = int(gains.argmax())
         if gains[best] >= LEAST_GAIN:
             self._nothing_better, self._said = 0, ""
-            if measured > -INFEASIBLE:
+            if ended and measured > -INFEASIBLE:
                 log.info("twin: expects %+.1f%% over the best so far", 100 * math.expm1(gains[best]))
-            else:
+            elif ended:
                 log.info("twin: nothing keeps the limits so far; asks for what comes closest")
             return self._informative(points[best], [*(one.params for one in results), *pending])
         self._nothing_better += 1

@@ -55,11 +55,14 @@ VERIFIED = ONE / "host-7/interactive-closed"  # of the best of host 6's
 PLANNED = 4  # repeats of them; the time was enough for one more
 OPEN = ONE / "host-8/interactive-open"  # of the best under open rules, of host 7
 MIXTURE = "host-12/moe-twin"
+MIXTURE_AGAIN = "host-14/moe-twin"
 MIXTURE_ARMS = {
-    "moe-tpe": "TPE",
-    "moe-random": "random search",
-    "moe-twin": "the twin, after its defaults",
-}  # of host 13
+    "host-13/moe-tpe": "TPE",
+    "host-13/moe-random": "random search",
+    "host-13/moe-twin": "the twin, before it was mended, after its defaults",
+    "host-14/moe-tpe": "TPE",
+    MIXTURE_AGAIN: "the twin",
+}
 SIDES = ("alone", "together")
 PHASES = ("start", "warmup", "run", "stop", "other")
 Row = Sequence[str]
@@ -133,6 +136,11 @@ def long_prompts() -> str:
 def mixture() -> str:
     """Trials of a study of a mixture of experts, whose trials shared a server."""
     return by_twin(MIXTURE, {"max_qps": "max QPS", "failing_qps": "fails at"})
+
+
+def mixture_again() -> str:
+    """The same with the twin as mended, on another host, and what its study began with: an H200's device for dense models."""
+    return by_twin(MIXTURE_AGAIN, {"max_qps": "max QPS", "failing_qps": "fails at"})
 
 
 def by_twin(folder: str, objective: dict[str, str]) -> str:
@@ -258,6 +266,7 @@ def search(found: Mapping[str, Result]) -> tuple[float, float, float, str]:
 def mixture_arms() -> str:
     """The same of a mixture of experts, whose trials shared servers."""
     head = (
+        "host",
         "way",
         "trials that ran",
         "of them left early",
@@ -267,12 +276,13 @@ def mixture_arms() -> str:
         "best",
     )
     rows = []
-    for name, way in MIXTURE_ARMS.items():
-        ran = {trial: one for trial, one in study(ONE / "host-13" / name).items() if one.ran and FRESH not in trial}
+    for place, way in MIXTURE_ARMS.items():
+        host, _ = place.removeprefix("host-").split("/")
+        ran = {trial: one for trial, one in study(ONE / place).items() if one.ran and FRESH not in trial}
         left = sum(one.state == "pruned" for one in ran.values())
         used, best, after, flags = search(ran)
         times = number(used / 60), number(best, 2), number(after / 60)
-        rows.append((way, str(len(ran)), str(left), *times, flags))
+        rows.append((host, way, str(len(ran)), str(left), *times, flags))
     return markdown(head, rows)
 
 
@@ -596,6 +606,7 @@ TABLES: dict[str, Callable[[], str]] = {
             long_prompts,
             mixture,
             mixture_arms,
+            mixture_again,
             recording,
             results,
             trial_seconds,
