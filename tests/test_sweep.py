@@ -309,6 +309,10 @@ def test_search_that_can_hardly_be_the_best_any_more_is_pruned(tmp_path: Path):
         (["sampler=cmaes", "objective=pareto"], "sampler=cmaes: takes one objective; write sampler=nsga2"),
         (["gpus=[0]", "engine.args.tensor_parallel_size=2"], r"gpus=\[0\]: a trial takes 2; write more of them"),
         (
+            ["gpus=[0]", "engine.args.tensor_parallel_size=range(1,3)"],
+            r"gpus=\[0\]: with .*=2 a trial takes 2; write more",
+        ),
+        (
             ["gpus=[0]", "engine.args.data_parallel_size=choice(1,2)"],
             "with data_parallel_size=2 a trial takes 2;",
         ),

@@ -8,7 +8,6 @@ from typing import Any
 
 import optuna
 from omegaconf import OmegaConf
-from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from autotune.config.overrides import typed_target, with_fields
@@ -21,6 +20,7 @@ from autotune.measure.backend import DryRunOutcome
 from autotune.measure.prepare import Prepared
 from autotune.measure.result import Result
 from autotune.results.study import BASELINE, REFERENCES, TRIAL, config_in, reference_params
+from autotune.search.distributions import ends
 from autotune.search.space import Space, swept_flags, value_of
 from autotune.sweep.lookup import Lookup
 from autotune.system.leases import devices
@@ -43,10 +43,15 @@ REFUSALS_IN_A_ROW = 100  # then the space is at fault
 FACTS = ("vllm", "torch", "loadgen", "environment", "simulated", "dataset_checksum")
 
 
+def each(space: Space) -> list[tuple[str, Any]]:
+    """The parameters, each with each of its choices or with the ends of its range."""
+    return [(name, value) for name, distribution in space.parameters.items() for value in ends(distribution)]
+
+
 def check_secrets(space: Space) -> None:
     """Raise InputError for a parameter whose values are secrets."""
-    for name, one in space.parameters.items():
-        if isinstance(one, CategoricalDistribution) and any(redact(item, name) != item for item in one.choices):
+    for name, value in each(space):
+        if redact(value, name) != value:
             raise InputError(f"{name}: a secret can't be swept, as every trial tells its parameters; set it once")
 
 
@@ -62,20 +67,18 @@ def check_rules(space: Space, config: Config, prepared: Prepared) -> None:
     """Raise InputError for a parameter with a value that breaks a rule of MLPerf's closed division."""
     if config.rules is not Rules.closed:
         return
-    for name, one in space.parameters.items():
-        for choice in getattr(one, "choices", None) or (getattr(one, "low", None), getattr(one, "high", None)):
-            changed = config if name.startswith(FLAG) else with_fields(config, {name: value_of(choice)})
-            if broken := rules.deviations(changed, prepared.args | swept_flags({name: choice}, prepared.args)):
-                raise InputError(f"{name}: its value {broken[0]}; leave it out of the space, or write rules=open")
+    for name, value in each(space):
+        changed = config if name.startswith(FLAG) else with_fields(config, {name: value_of(value)})
+        if broken := rules.deviations(changed, prepared.args | swept_flags({name: value}, prepared.args)):
+            raise InputError(f"{name}: its value {broken[0]}; leave it out of the space, or write rules=open")
 
 
 def check_values(space: Space, prepared: Prepared) -> None:
     """Raise InputError for fixed flags, and for values of swept objects, that vLLM's command line does not take."""
     objects = [
-        {name: choice}
-        for name, distribution in space.parameters.items()
-        for choice in getattr(distribution, "choices", ())
-        if isinstance(value_of(choice), dict) or name.count(".") > FLAG.count(".")
+        {name: value}
+        for name, value in each(space)
+        if isinstance(value_of(value), dict) or name.count(".") > FLAG.count(".")
     ]
     for params in [{}, *objects]:
         outcome = prepared.dry_run(swept_flags(params, prepared.args))
@@ -85,8 +88,8 @@ def check_values(space: Space, prepared: Prepared) -> None:
 
 def check_gpus(space: Space, config: Config, prepared: Prepared) -> None:
     """Raise InputError if the baseline's GPU is none of the study's, and for a trial that takes more than these."""
-    swept = [(name, choice) for name, one in space.parameters.items() for choice in getattr(one, "choices", ())]
-    for params in ({}, *({name: choice} for name, choice in swept if name.startswith(FLAG))) if config.gpus else ():
+    swept = [{name: value} for name, value in each(space) if name.startswith(FLAG)]
+    for params in [{}, *swept] if config.gpus else []:
         if (count := gpus(prepared.args | swept_flags(params, prepared.args))) > len(devices(config.gpus)):
             what = f"with {shorten(params)} a trial" if params else "a trial"
             raise InputError(f"gpus={config.gpus}: {what} takes {count}; write more of them, or leave it out")
