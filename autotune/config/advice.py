@@ -21,11 +21,8 @@ from autotune.errors import InputError
 from autotune.text import one_line
 
 
-def told(error: BaseException, prefix: str = "", of: str = "") -> str:
-    """`error` on one line: the key, `prefix` before it, and what to write instead, where OmegaConf knows them.
-
-    `of` names what has the fields, if it is not the part of the key before them.
-    """
+def told(error: BaseException, prefix: str = "") -> str:
+    """`error` on one line: the key, `prefix` before it, and what to write instead, where OmegaConf knows them."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _no_option(error)
     if found := re.search(r"Could not override '(.+)'\.\s*No match in the defaults list", str(error)):
@@ -37,7 +34,7 @@ def told(error: BaseException, prefix: str = "", of: str = "") -> str:
         return one_line(error) if str(why).startswith(InputError.__name__) else f"{why.full_key}: {one_line(error)}"
     key = f"{prefix}{why.full_key}"
     if isinstance(why, (ConfigKeyError, ConfigAttributeError)) and isinstance(why.parent_node, DictConfig):
-        return f"{key}: {of or 'there'} {'has' if of else 'is'} no such field; {_field(key, why.parent_node)}"
+        return f"{key}: there is no such field; {_field(key, why.parent_node)}"
     if "does not support deletion" in str(why):
         return f"~{key}: a field is always there; write {key}=<value>"
     if instead := _instead(why, key):
