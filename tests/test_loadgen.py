@@ -353,7 +353,7 @@ def test_trace_is_sent_at_its_times(tmp_path: Path, url: str):
     assert [one.sample for one in requests] == [2, 4, 3, 0]
     assert np.diff([one.issued for one in requests]) == pytest.approx([0.0, 0.15, 0.15], abs=1e-6)
     report = json.loads((tmp_path / "client.json").read_text())
-    assert report["failed"] == 0 and 0 < report["figures"]["client_lateness_p99_ms"] < 100
+    assert report["failed"] == 0 and 0 < report["figures"]["client_lateness_p99_ms"] < 500
 
 
 @pytest.mark.slow

@@ -222,6 +222,18 @@ def test_trial_that_does_not_hold_the_best_load_is_left_after_one_short_run(
     assert left.facts["simulated"] == "H100"  # what it ran on is told of any trial
 
 
+def test_trial_is_left_when_a_run_of_full_length_shows_that_it_does_not_hold_the_best_load(
+    tmp_path: Path, searched: tuple[Path, Result]
+):
+    """For two seconds it holds 5 % more than its highest load."""
+    best = 1.05 * searched[1].values[0]
+    with pytest.raises(BehindError, match=f"does not hold {best:.4g} queries/s"):
+        run(tmp_path, *SEARCH, "scenario.search.first_s=2", f"scenario.search.best={best}")
+    left = Result.load(tmp_path)
+    assert left.runs[0].verdict == "VALID" and left.runs[-1].role == "certify"
+    assert left.runs[-1].qps == pytest.approx(best) and left.metrics["load_at_most"] < best
+
+
 def test_trial_that_holds_the_best_load_is_searched_from_there_upwards(tmp_path: Path, searched: tuple[Path, Result]):
     found = run(tmp_path, *SEARCH, f"scenario.search.best={0.8 * searched[1].values[0]}")
     assert found.values[0] == pytest.approx(searched[1].values[0], rel=0.05)

@@ -31,6 +31,7 @@ OBSERVED = re.compile(
     r"|turn([1-9]|10)_(ttft|tpot|latency)_(p50|p99|p99\.9)_ms)$"
 )
 AT_ONCE = 1e9  # scale of a trace whose requests are all sent at once
+ROUNDED = 1 + 1e-6  # a load that the search's steps lead back to
 AT_MOST = "load_at_most"  # metric of a trial that was left, as it does not hold the study's best load
 # Kinds of load that lack fields, these fields, and what to write instead.
 OWN_FIELDS = (
@@ -244,7 +245,7 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
         valid = ended.measured.verdict == "VALID"
         if not valid:
             progress.publish(folder, len(result.runs), {progress.FAILING: offered})
-            if settings.best and len(result.runs) == 1:
+            if settings.best and offered <= settings.best * ROUNDED and (full or len(result.runs) == 1):
                 raise behind(ended, load, result)
         return valid
 
@@ -283,11 +284,11 @@ def longest_s(scenario: ScenarioConfig, queueing: Mapping[str, float]) -> float:
 
 
 def behind(run: RunResult, scenario: ScenarioConfig, result: Result) -> BehindError:
-    """Say that the study's best load is more than a trial holds, as its first `run` shows, and fill its `result`."""
+    """Say that the study's best load is more than a trial holds, as `run` shows, and fill its `result`."""
     over = max(run.constraints.values())
     # An estimate, so that a sampler can tell the trials which do not hold it apart.
     result.metrics = {progress.FAILING: scenario.load, AT_MOST: scenario.load / (1 + max(0.0, over))}
-    return BehindError(f"does not hold {scenario.load:.4g} {scenario.load_unit}, the best load so far")
+    return BehindError(f"does not hold {scenario.search.best:.4g} {scenario.load_unit}, the best load so far")
 
 
 def broken_limit(run: RunResult) -> str:
