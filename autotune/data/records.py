@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ LISTS = ("data", "records", "examples", "samples", "rows", "items")  # names of 
 TIME = "at_s"  # the field with the time of a request, s
 MOST = 1e15  # of a number: seconds or milliseconds of some thousand years
 BLANK = re.compile(r"\s*")
+WHOLE = re.compile(r"\s*([0-9]{1,12})(\.0*)?\s*")
 
 
 def read_records(path: Path) -> Iterator[Any]:
@@ -54,34 +56,33 @@ def _records(path: Path) -> Iterator[Any]:
 
 def digest(path: Path) -> bytes:
     """A hash of the file at `path`. Raises InputError."""
+    with _given(path) as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+@contextmanager
+def _given(path: Path) -> Iterator[io.BufferedReader]:
+    """The user's file, to be read as it is. Raises InputError."""
     try:
-        _require_file(path)
+        if path.exists() and not path.is_file():
+            raise InputError(f"dataset.path={path}: not a file; {FORMS}")
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
+            yield file
     except (OSError, ValueError) as error:
         raise InputError(f"dataset.path={path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _require_file(path: Path) -> None:
-    if path.exists() and not path.is_file():
-        raise InputError(f"dataset.path={path}: not a file; {FORMS}")
 
 
 def _checked(path: Path) -> tuple[str | None, bytes]:
     """The way in which the file is packed, None if it is not, and the first bytes of its content. Raises InputError."""
-    codec = None
-    try:
-        _require_file(path)
-        with path.open("rb") as file:
-            head = file.read(4)
-        codec = next((codec for first, codec in CODECS.items() if head.startswith(first)), None)
-        if codec:
+    with _given(path) as file:
+        head = file.read(4)
+    codec = next((codec for first, codec in CODECS.items() if head.startswith(first)), None)
+    if codec:
+        try:
             with _opened(path, codec) as file:
                 head = file.read(4)
-    except (OSError, ValueError) as error:
-        if codec:
+        except (OSError, ValueError) as error:
             raise _broken(path, codec, error) from None
-        raise InputError(f"dataset.path={path}: {getattr(error, 'strerror', None) or error}") from None
     return codec, head
 
 
@@ -132,6 +133,19 @@ def number_field(record: Record, name: str, where: str) -> float | None:
     if not abs(number) <= MOST:
         raise InputError(f"{where}: `{name}` must be a number, and is {str(written)[:40]!r}")
     return number
+
+
+def count_field(record: Record, name: str, where: str, least: int = 0) -> int:
+    """The whole number in the field `name`; a table's may be texts, or floats. Raises InputError if it is none."""
+    written = record.get(name)
+    if type(written) is int and least <= written < 10**12:
+        return written
+    if written is None:
+        raise InputError(f"{where}: no `{name}`")
+    found = None if isinstance(written, bool) else WHOLE.fullmatch(str(written))
+    if not found or int(found[1]) < least:
+        raise InputError(f"{where}: `{name}` must be a whole number from {least}, and is {str(written)[:40]!r}")
+    return int(found[1])
 
 
 def _from_json(lines: Iterator[str], path: Path) -> Iterator[Any]:

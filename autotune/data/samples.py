@@ -4,7 +4,6 @@ import functools
 import hashlib
 import inspect
 import json
-import re
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -21,7 +20,7 @@ from autotune.config.schema import Answers, DatasetConfig, Output
 from autotune.data import sessions
 from autotune.data.models import Model
 from autotune.data.prompts import Lengths, MadeUp, Tokens
-from autotune.data.records import TIME, Record, digest, number_field, read_records, text_field
+from autotune.data.records import TIME, Record, count_field, digest, number_field, read_records, text_field
 from autotune.data.synthetic import made_up_text
 from autotune.errors import InputError
 from autotune.system.files import draft_of, expanded
@@ -378,9 +377,4 @@ def _token_count(record: Record, where: str) -> int | None:
     if record.get("tok_output"):
         raise InputError(f"{where}: `tok_output` must be a list of token ids")
     name = next((name for name in COUNTS if record.get(name) is not None), "")
-    if not name:
-        return None
-    written = str(record[name]).removesuffix(".0")  # a table's numbers may be texts, or floats
-    if not (re.fullmatch(r"[0-9]{1,18}", written) and int(written) > 0):
-        raise InputError(f"{where}: `{name}` must be a whole number from 1, and is {str(record[name])[:40]!r}")
-    return int(written)
+    return count_field(record, name, where, least=1) if name else None

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ from tokenizers import Tokenizer
 
 from autotune.data.models import Model
 from autotune.data.prompts import Lengths
-from autotune.data.records import TIME, Record, number_field, read_records
+from autotune.data.records import TIME, Record, count_field, number_field, read_records
 from autotune.data.sharegpt import Encode, encoder, messages_of
 from autotune.errors import InputError
 from autotune.system.files import expanded
 
 log = logging.getLogger(__name__)
 
-WHOLE = re.compile(r"\s*([0-9]{1,12})(\.0*)?\s*")
 TEXTS = ("prompt", "messages", "tok_input")
 LIMITS = ("max_completion_tokens", "max_tokens")  # of an answer, in OpenAI's requests
 
@@ -100,8 +98,8 @@ def _form(row: Record, where: str) -> Form | None:
 
 def _lengths(row: Record, form: Form, piece_tokens: int, where: str) -> Lengths:
     at_s = _time(row, form, where)
-    output = _count(row, form.output, where)
-    prompt = _count(row, form.prompt, where)
+    output = count_field(row, form.output, where)
+    prompt = count_field(row, form.prompt, where)
     if output and not prompt:
         raise InputError(f"{where}: `{form.prompt}` must be 1 or more, and is 0")
     ids = row.get("hash_ids") or ()
@@ -136,18 +134,6 @@ def _moment(row: Record, name: str, where: str) -> float | None:
     except (ValueError, TypeError, OverflowError):
         example = "a date and time as 2023-11-16 18:15:46.68"
         raise InputError(f"{where}: `{name}` must be {example}, and is {str(written)[:40]!r}") from None
-
-
-def _count(row: Record, name: str, where: str) -> int:
-    """The whole number in the field `name`, from 0; a table's numbers may be texts, or floats."""
-    written = row.get(name)
-    if type(written) is int and 0 <= written < 10**12:
-        return written
-    if written is None:
-        raise InputError(f"{where}: no `{name}`")
-    if isinstance(written, bool) or not (found := WHOLE.fullmatch(str(written))):
-        raise InputError(f"{where}: `{name}` must be a whole number from 0, and is {str(written)[:40]!r}")
-    return int(found[1])
 
 
 def _text(row: Record, encode: Callable[[], Encode], where: str) -> Record:

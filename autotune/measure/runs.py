@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 # Metrics that depend on what could be observed of the server, the GPU and the client.
 OBSERVED = re.compile(
-    r"(gpu|client)_|((running|waiting)_mean|kv_use_max|preemptions|prefix_(hit_share|lost_share|hit_tokens|query_tokens)|evicted_blocks|step_ms|tokens_per_step"
+    r"(gpu|client)_|((running|waiting)_mean|kv_use_max|preemptions|evicted_blocks|step_ms|tokens_per_step"
+    r"|prefix_(hit_share|lost_share|hit_tokens|query_tokens)"
     r"|failing_(qps|concurrency|scale)|queued_tpot_p99_ms|scheduled_samples_per_s"
     r"|turn([1-9]|10)_(ttft|tpot|latency)_(p50|p99|p99\.9)_ms)$"
 )
@@ -139,7 +140,7 @@ def check(config: Config) -> None:
             f"scenario.qps={scenario.qps:g}: {queries:.3g} queries in {scenario.min_duration_s:g} s; lower it or "
             f"scenario.min_duration_s, to at most {MOST_QUERIES} queries"
         )
-    known = measured(scenario, searches) | ({*metrics.PER_MILLION} if config.price_per_gpu_hour else set())
+    known = metric_names(scenario, searches) | ({*metrics.PER_MILLION} if config.price_per_gpu_hour else set())
     if costs := [name for name in config.objective.metrics if name in metrics.PER_MILLION and name not in known]:
         raise InputError(f"objective.metrics: {costs[0]} needs price_per_gpu_hour=…")
     if missing := [name for name in config.objective.metrics if name not in known and not OBSERVED.match(name)]:
@@ -179,8 +180,8 @@ def planned(scenario: ScenarioConfig) -> int:
     return max(scenario.min_queries, int(rate * scenario.min_duration_s))
 
 
-def measured(scenario: ScenarioConfig, searches: bool) -> set[str]:
-    """The names of what is known of any run of `scenario`."""
+def metric_names(scenario: ScenarioConfig, searches: bool) -> set[str]:
+    """The metrics that any run of `scenario` has."""
     names = {"failed_requests", "tokens_per_s_per_gpu"}
     one = RequestTiming(0, 0.0, 1.0, 2.0, 2, 1)
     names |= metrics.from_requests([one], limits_of(scenario), planned(scenario)).keys()
