@@ -44,7 +44,7 @@ def calls(work: Callable[[Any], object], *arguments: Any) -> int:
 
 def drawn(one: Study) -> None:
     """Everything of the report that goes through all trials, but Optuna's estimates of importance."""
-    for part in (report.table, report.facts, report.failures, report.headline, report.bounds):
+    for part in (report.columns, report.facts, report.failures, report.headline, report.bounds):
         part(one)
     figures.optuna_study(one, PARETO.metrics, PARETO.directions)
 

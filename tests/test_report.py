@@ -332,3 +332,12 @@ def test_hits_are_drawn_over_the_kv_caches_use_where_something_was_found(tmp_pat
     (plot,) = sections(one)["Prefix cache"].plots
     assert '"symbol":["x"]' in plot.figure and "20% computed again" in plot.figure
     assert "Prefix cache" not in sections(study(tmp_path, [result(900)]))
+
+
+def test_trials_that_broke_a_limit_are_drawn_over_choices_too(tmp_path: Path):
+    trials = [result(value, constraints={"ttft_p99": 0.2} if value > 1000 else {}) for value in values(20)]
+    one = figures.optuna_study(study(tmp_path, trials), ["tokens_per_s"], ["maximize"])
+    for param in ("max_num_seqs", "max_num_batched_tokens"):
+        crosses, dots = figures.slice_of(one, param, "tokens_per_s").data
+        assert crosses.marker.symbol == "x" and min(crosses.y) > 1000 >= max(dots.y)
+        assert len(crosses.x) + len(dots.x) == 20

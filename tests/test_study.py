@@ -35,7 +35,7 @@ def test_baseline_failure_and_refusal_are_kept_and_the_study_goes_on(tmp_path: P
     assert "no memory is left for the KV cache" in by_values[16, LITTLE].user_attrs["reason"]
     assert by_values[64, 0.9].value > by_values[16, 0.9].value
     assert "grid: 6 points" in said
-    assert "4 trials, 2 failed, 2 combinations refused before they took a GPU" in said
+    assert "4 trials, 2 failed, 2 combinations refused before taking a GPU" in said
     assert "The best was max_num_seqs=64" in said and "These are estimates of a simulation" in said
     assert result(tmp_path, "baseline").complete
 
@@ -72,7 +72,7 @@ def test_recipe_is_a_second_baseline_also_of_a_study_that_goes_on(tmp_path: Path
     ] == []  # neither is in the space
     assert sum(trial.state is TrialState.COMPLETE for trial in asked(tmp_path)) == 2
     summary = (tmp_path / "multirun/s/summary.txt").read_text()
-    assert "against vLLM's defaults, " in summary and "% against the recipe, measured once each" in summary
+    assert "against vLLM's defaults, " in summary and "% against the recipe, estimated once each" in summary
 
 
 def test_recipe_within_the_space_is_a_trial_the_sampler_learns_from_and_is_not_run_again(tmp_path: Path):

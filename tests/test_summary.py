@@ -48,7 +48,7 @@ def study(baseline: Result | None, *trials: Result, config: Config = CONFIG) -> 
     ("trial", "words"),
     [
         (Result("interrupted"), "1 trial, 0 failed\n"),
-        (Result("refused", "too small"), "1 trial, 0 failed, 1 combination refused before they took a GPU\n"),
+        (Result("refused", "too small"), "1 trial, 0 failed, 1 combination refused before taking a GPU\n"),
         (Result("pruned"), "2 trials, 0 failed, 1 ended early\n"),
         (Result("failed", "E: x"), "2 trials, 1 failed\n"),
         (replace(result(1.0), duplicate_of="trial-0"), "1 trial, 0 failed, 1 asked for again and looked up\n"),

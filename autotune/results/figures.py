@@ -51,7 +51,7 @@ BURST = "burst"  # the role of a run that offers no rate: all requests come at o
 BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW = (
     *("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442"),
 )
-GREY = "#767676"
+GREY, LIGHT = "#767676", "#BBBBBB"
 TEMPLATE = go.layout.Template(plotly.io.templates["plotly_white"])
 TEMPLATE.layout.update(
     colorway=[BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW],
@@ -61,7 +61,7 @@ TEMPLATE.layout.update(
     legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
     title={"text": ""},
     xaxis={"automargin": True},
-    yaxis={"automargin": True},
+    yaxis={"automargin": True, "ticklabelstandoff": 4},
 )
 # Parts of a step's time, in the order in which bars show them.
 PARTS = {
@@ -158,9 +158,7 @@ def history(study: optuna.Study, metric: str, references: Mapping[str, Result]) 
     figure.update_traces(name="best so far", selector={"name": "Best Value"})
     values = {name: one.metrics[metric] for name, one in references.items() if metric in one.metrics}
     for side, (name, value) in zip(("left", "right"), values.items(), strict=False):
-        words = {"text": f"{name} {value:,.4g}", "font": {"color": VERMILLION}, "bgcolor": "rgba(255,255,255,.8)"}
-        line = {"dash": "dash", "color": VERMILLION}
-        figure.add_hline(value, line=line, annotation=words, annotation_position=f"bottom {side}")
+        _mark(figure, value, f"{name} {value:,.4g}", "dash", f"bottom {side}")
     return finished(figure, x="trial")
 
 
@@ -204,12 +202,24 @@ def importance(name: str, shares: Mapping[str, float]) -> go.Figure:
 
 
 def slice_of(study: optuna.Study, param: str, metric: str) -> go.Figure:
-    """Draw the metric over one parameter."""
-    figure = visualization.plot_slice(study, params=[param], target_name=label(metric))
-    for trace in figure.data:
-        if trace.marker.colorbar.title.text:  # the feasible ones, coloured by number
-            trace.marker.update(colorbar={"title": "trial", "thickness": 8, "x": 1.0}, colorscale="Cividis")
-    return finished(figure, height=300)
+    """Draw the metric over one parameter, of the trials that have it.
+
+    Optuna's own plot leaves out what broke a limit where the parameter is one of choices.
+    """
+    trials = [trial for trial in _complete(study, 1) if param in trial.params]
+    distribution, traces = trials[0].distributions[param], []
+    axis: dict[str, Any] = {"title_text": param}
+    if is_choice := isinstance(distribution, CategoricalDistribution):
+        axis |= {"type": "category", "categoryorder": "array", "categoryarray": [*map(str, distribution.choices)]}
+    elif isinstance(distribution, (IntDistribution, FloatDistribution)) and distribution.log:
+        axis |= {"type": "log", "dtick": math.log10(4) if distribution.high > 16 * distribution.low else None}
+    for feasible in (False, True):
+        some = [one for one in trials if all(value <= 0 for value in one.constraints.values()) == feasible]
+        dots = [(one.params[param], one.values[0], told(one.user_attrs["trial"], one.params)) for one in some]
+        dots = [(str(x), y, words) for x, y, words in dots] if is_choice else dots
+        by_age = {"color": [one.number for one in some], "colorscale": "Cividis"}
+        traces.append(_dots(dots, "%{y:,.4g}", **(by_age if feasible else {"color": LIGHT, "symbol": "x"})))
+    return finished(traces, x=axis, y=label(metric), height=300, showlegend=False)
 
 
 def front(study: optuna.Study, metrics: Sequence[str], limits: Mapping[str, float]) -> go.Figure:
@@ -223,13 +233,13 @@ def front(study: optuna.Study, metrics: Sequence[str], limits: Mapping[str, floa
         best = "Best" in (trace.hovertemplate or "")
         outside = "Infeasible" in (trace.hovertemplate or "")
         trace.name = "on the front" if best else "over a limit" if outside else "beaten by another"
-        trace.marker.color = VERMILLION if best else "#BBBBBB" if outside else BLUE
+        trace.marker.color = VERMILLION if best else LIGHT if outside else BLUE
         trace.marker.update(symbol="diamond" if best else "x" if outside else "circle", size=10 if best else 6)
         trace.showlegend = bool(trace.x)
     for axis, metric in zip("xy", metrics, strict=False):
         shown = [trial.values[metrics.index(metric)] for trial in trials]
         if metric in limits and len(metrics) == 2 and limits[metric] < 2 * max(shown):
-            _limit(figure, axis, limits[metric])
+            _mark(figure, limits[metric], f"limit {limits[metric]:g} ms", axis=axis)
     return finished(figure, height=440)
 
 
@@ -247,7 +257,7 @@ def load_curve(results: Mapping[str, Result], metric: str, limit: float | None, 
                 mode="lines+markers",
                 marker={"symbol": ["circle" if run.verdict == "VALID" else "circle-open" for run in runs], "size": 8},
                 line={"dash": "dash"} if name in REFERENCES else {},
-                hovertext=[f"{name}: {run.verdict} {'; '.join(run.reasons)}<br>{changes(result)}" for run in runs],
+                hovertext=[told(f"{name}: {run.verdict} {'; '.join(run.reasons)}", result.params) for run in runs],
                 hovertemplate=f"%{{x:.4g}} {unit}: %{{y:,.4g}} ms{HOVER}",
             )
         )
@@ -259,7 +269,7 @@ def load_points(results: Mapping[str, Result], key: str, metric: str, limit: flo
     traces = []
     for verdict, symbol, colour in (("VALID", "circle", BLUE), ("INVALID", "circle-open", VERMILLION)):
         some = {name: one for name, one in results.items() if (one.verdict == "VALID") == (verdict == "VALID")}
-        dots = [(one.params[key], one.metrics[metric], told(name, one)) for name, one in some.items()]
+        dots = [(one.params[key], one.metrics[metric], told(name, one.params)) for name, one in some.items()]
         traces.append(_dots(dots, f"%{{x:.4g}} {unit}: %{{y:,.4g}} ms", name=verdict, symbol=symbol, color=colour))
     return _over_load(traces, metric, limit, unit)
 
@@ -268,15 +278,17 @@ def _over_load(traces: list[go.Scatter], metric: str, limit: float | None, unit:
     axis = {"title_text": label(metric), "rangemode": "tozero"}
     figure = finished(traces, x=f"offered load, {unit}", y=axis)
     if limit is not None:
-        _limit(figure, "y", limit)
+        _mark(figure, limit, f"limit {limit:g} ms")
     return figure
 
 
-def _limit(figure: go.Figure, axis: str, value: float) -> None:
-    line = {"dash": "dot", "color": VERMILLION}
-    annotation = {"text": f"limit {value:g} ms", "font": {"color": VERMILLION}}
+def _mark(
+    figure: go.Figure, value: float, words: str, dash: str = "dot", at: str = "top left", axis: str = "y"
+) -> None:
+    """Draw a line with `words` on it across the figure, where `axis` has this value."""
     add = figure.add_hline if axis == "y" else figure.add_vline
-    add(value, line=line, annotation=annotation, annotation_position="top left")
+    annotation = {"text": words, "font": {"color": VERMILLION}, "bgcolor": "rgba(255,255,255,.8)"}
+    add(value, line={"dash": dash, "color": VERMILLION}, annotation=annotation, annotation_position=at)
 
 
 def bounds(results: Mapping[str, Result], metric: str) -> go.Figure:
@@ -297,7 +309,7 @@ def bounds(results: Mapping[str, Result], metric: str) -> go.Figure:
                 fillcolor="rgba(0,0,0,0)",
                 line={"color": "rgba(0,0,0,0)"},
                 marker={"color": BLUE, "opacity": 0.6},
-                hovertext=[f"{name}<br>{changes(result)}" for name, result in some.items()],
+                hovertext=[told(name, result.params) for name, result in some.items()],
                 hovertemplate=f"%{{x:,.4g}}{HOVER}",
                 hoveron="points",
                 showlegend=False,
@@ -310,7 +322,7 @@ def caching(results: Mapping[str, Result]) -> go.Figure:
     """Draw the share of prompt tokens that were found in the KV cache over what running requests took of it at most."""
     known = {name: one for name, one in results.items() if {"prefix_hit_share", "kv_use_max"} <= one.metrics.keys()}
     lost = {name: one.metrics.get("prefix_lost_share", 0.0) for name, one in known.items()}
-    words = {name: told(f"{name}: {lost[name]:.0%} computed again", one) for name, one in known.items()}
+    words = {name: told(f"{name}: {lost[name]:.0%} computed again", one.params) for name, one in known.items()}
     dots = [(one.metrics["kv_use_max"], one.metrics["prefix_hit_share"], words[name]) for name, one in known.items()]
     symbols = ["x" if share >= LOST else "circle" for share in lost.values()]
     traces = [_dots(dots, "KV use %{x:.0%}, found %{y:.1%}", symbol=symbols, color=BLUE)]
@@ -349,13 +361,15 @@ def phases(results: Mapping[str, Result]) -> go.Figure:
     timed = {name: result for name, result in results.items() if result.phases}
     if not timed:
         raise NotDrawnError("no trial got as far as to take time")
+    trials = [name.removeprefix(TRIAL) for name in timed]
     seconds = {phase: [max(0.0, one.phases.get(phase, 0.0)) for one in timed.values()] for phase in PHASES}
     bars = [
-        go.Bar(x=list(timed), y=seconds[phase], name=phase, marker={"color": colour, "line": {"width": 0}})
+        go.Bar(x=trials, y=seconds[phase], name=phase, marker={"color": colour, "line": {"width": 0}})
         for phase, colour in PHASES.items()
         if any(seconds[phase])
     ]
-    return finished(bars, x={"type": "category", "nticks": 12}, y="seconds", **STACKED, bargap=0.1)
+    axis = {"type": "category", "nticks": 12, "title_text": "trial"}
+    return finished(bars, x=axis, y="seconds", **STACKED, bargap=0.1)
 
 
 def expectations(results: Mapping[str, Result], metric: str, at: int) -> go.Figure:
@@ -377,15 +391,16 @@ def step_errors(errors: Mapping[str, Sequence[Mapping[str, Any]]], fitted_to: st
             y=[row["kind"] for row in rows],
             name=f"{name} ({'fitted to' if name == fitted_to else 'not fitted to'})",
             orientation="h",
-            text=[f"{row['error']:.1%}" for row in rows],
+            text=[f"{row['error']:.2%}" for row in rows],
             hovertext=[f"{row['steps']:,} steps, median {row['measured_s'] * 1e3:.1f} ms" for row in rows],
-            hovertemplate="%{x:.1%} (%{hovertext})<extra></extra>",
+            hovertemplate="%{x:.2%} (%{hovertext})<extra></extra>",
         )
         for name, rows in errors.items()
     ]
-    kinds = sorted({row["kind"] for rows in errors.values() for row in rows}, key=lambda kind: (len(kind), kind))
-    axis = {"tickformat": ".1%", "rangemode": "tozero", "title_text": "error of a step's time, median"}
-    order = {"categoryorder": "array", "categoryarray": kinds, "autorange": "reversed"}
+    kinds = {row["kind"] for rows in errors.values() for row in rows}
+    in_order = sorted(kinds, key=lambda kind: ("no graph" in kind, "over" in kind, len(kind), kind))
+    axis = {"tickformat": "~%", "rangemode": "tozero", "title_text": "error of a step's time, median"}
+    order = {"categoryorder": "array", "categoryarray": in_order, "autorange": "reversed"}
     return finished(bars, x=axis, y=order, height=130 + 30 * len(kinds) * len(errors), barmode="group")
 
 
@@ -406,7 +421,7 @@ def parts(bars: Mapping[Any, Mapping[str, float]], title: str) -> go.Figure:
     return finished(traces, x=title, y={"autorange": "reversed"}, height=190 + 45 * len(bars), **STACKED)
 
 
-def _dots(dots: Sequence[tuple[float, float | None, str]], hover: str, name: str = "", **marker: Any) -> go.Scatter:
+def _dots(dots: Sequence[tuple[Any, float | None, str]], hover: str, name: str = "", **marker: Any) -> go.Scatter:
     """Dots at x and y, each with its words under `hover`."""
     x, y, words = zip(*dots, strict=True) if dots else ((), (), ())
     shown = {"hovertext": words, "hovertemplate": f"{hover}{HOVER}"}
@@ -422,7 +437,7 @@ def _by_limits(
         (True, "holds the limits", BLUE, "circle"),
         (False, "broke one", GREY, "x"),
     ):
-        dots = [(*points[name], told(name, one)) for name, one in results.items() if one.feasible == feasible]
+        dots = [(*points[name], told(name, one.params)) for name, one in results.items() if one.feasible == feasible]
         traces.append(_dots(dots, hover, words, color=colour, symbol=symbol).update(showlegend=bool(dots)))
     return traces
 
@@ -462,14 +477,10 @@ def label(metric: str) -> str:
     return named.get(metric, metric.replace("_ms", " ms").replace("_per_s", "/s").replace("_", " "))
 
 
-def told(trial: str, result: Result) -> str:
+def told(trial: str, params: Mapping[str, Any]) -> str:
     """A trial and its parameters, one on each line, for hover."""
-    return "<br>".join([trial, changes(result)])
-
-
-def changes(result: Result) -> str:
-    """List the parameters of a trial, one on each line, for hover."""
-    return "<br>".join(f"{key}={value}" for key, value in _short(result.params).items()) or "vLLM's defaults"
+    lines = [f"{key}={value}" for key, value in _short(params).items()]
+    return "<br>".join([trial, *(lines or ["vLLM's defaults"])])
 
 
 def latency_limits(scenario: ScenarioConfig) -> dict[str, float]:

@@ -21,7 +21,6 @@ from optuna.trial import TrialState
 from plotly.offline import get_plotlyjs
 
 from autotune.config.schema import Config
-from autotune.config.vllm_flags import FLAG
 from autotune.measure import rouge, rules
 from autotune.measure.accuracy import NLL, OVER
 from autotune.measure.limits import heading, limits_of
@@ -31,7 +30,7 @@ from autotune.measure.result import Result, State
 from autotune.results import figures, fleet, summary
 from autotune.results.figures import drawn, label
 from autotune.results.study import BASELINE, REFERENCES, TWIN, Study
-from autotune.results.summary import HEADINGS, outcome
+from autotune.results.summary import HEADINGS
 from autotune.system.files import left_in, write_whole
 from autotune.text import by_kind, count, shorten
 
@@ -90,15 +89,24 @@ def page(study: Study) -> str:
     """The page itself."""
     beside = jinja2.FileSystemLoader(Path(__file__).parent)
     templates = jinja2.Environment(loader=beside, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    templates.filters |= {"figure": _figure, "metric": label, "shorten": shorten}
+    templates.filters |= {"figure": _figure, "metric": label, "shorten": shorten, "by_flag": by_flag}
+    templates.filters |= {"outcome": partial(summary.outcome, objectives=study.objective.metrics)}
+    best = study.results[study.served] if study.served else None
+    metrics, params = columns(study)
     return templates.get_template("report.html.j2").render(
         study=study,
         config=study.config,
         headline=headline(study),
+        best=best,
+        defaults=study.baseline.defaults if study.baseline else {},
+        edge=summary.edge(best, study.config),
+        verified=summary.verified(study.folder),
         cards=cards(study),
         sections=sections(study),
         failures=failures(study),
-        table=table(study),
+        trials=by_value(study),
+        metrics=metrics,
+        params=params,
         facts=facts(study),
         words=summary.render(study),
         estimated=any(result.estimated for result in study.results.values()),
@@ -113,29 +121,11 @@ def plotly_js() -> str:
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9)).decode()
 
 
-def headline(study: Study) -> dict[str, Any]:
-    """The configuration to serve, and how it compares."""
+def headline(study: Study) -> str:
+    """The value of what is served beside the baseline's, or the span of the Pareto front."""
     served = study.served
     if served is None:
-        return {"words": "No trial is feasible.", "command": [], "changes": []}
-    result, baseline = study.results[served], study.baseline
-    known = baseline.defaults if baseline else {}
-    return {
-        "words": _comparison(study, served),
-        "name": served,
-        "command": by_flag(result.command),
-        "changes": [(key.removeprefix(FLAG), value, known.get(key)) for key, value in result.params.items()],
-        "defaults": bool(known),
-        "invalid": "; ".join(result.reasons) if result.verdict == "INVALID" else "",
-        "once": not result.intervals and len(result.runs) < 2,
-        "several": len(study.objective.metrics) > 1,
-        "edge": summary.edge(result, study.config),
-        "verified": summary.verified(study.folder),
-    }
-
-
-def _comparison(study: Study, served: str) -> str:
-    """The value of what is served beside the baseline's, or the span of the Pareto front."""
+        return "No trial is feasible."
     result, baseline, metric = study.results[served], study.baseline, study.objective.metrics[0]
     if len(study.objective.metrics) > 1 and study.front:
         front = [study.results[name] for name in study.front]
@@ -227,7 +217,7 @@ def history(alone: Mapping[str, optuna.Study], references: Mapping[str, Result])
     """`alone` has the study as it is in each of the objective's metrics, here and below."""
     draws = [partial(figures.history, study, metric, references) for metric, study in alone.items()]
     text = "Grey trials broke a limit, or were left at a load that they do not hold. The line is the best so far."
-    return Section("Optimisation history", text, draws)
+    return Section("Optimization history", text, draws)
 
 
 def importances(alone: Mapping[str, optuna.Study]) -> tuple[Section, dict[str, list[str]]]:
@@ -253,7 +243,7 @@ def importances(alone: Mapping[str, optuna.Study]) -> tuple[Section, dict[str, l
 
 def slices(alone: Mapping[str, optuna.Study], ranked: Mapping[str, Sequence[str]]) -> Section:
     text = (
-        "Darker dots came first; grey ones broke a limit or were left early. optuna-dashboard draws contours and "
+        "Darker dots came first; crosses broke a limit or were left early. optuna-dashboard draws contours and "
         "parallel coordinates."
     )
     shown = [(metric, param) for metric in alone for param in ranked[metric][:SLICES]]
@@ -489,25 +479,12 @@ def failures(study: Study) -> list[tuple[str, list[tuple[str, str]]]]:
     return [(reasons[kind[0]], [trials[at] for at in kind]) for kind in by_kind(reasons)]
 
 
-def table(study: Study) -> dict[str, Any]:
-    """The trials that completed, the best first; with the GPU's figures where there was one."""
-    objective = study.config.objective
-    params = list(dict.fromkeys(key for result in study.complete.values() for key in result.params))
+def columns(study: Study) -> tuple[list[str], list[str]]:
+    """The metrics and the parameters in the table of trials; with the GPU's figures where there was one."""
+    params = dict.fromkeys(key for result in study.complete.values() for key in result.params)
     measured = {metric for result in study.complete.values() for metric in result.metrics}
     others = [name for name in (*figures.GPU, f"{NLL}{OVER}", *rouge.NAMES) if name in measured]
-    metrics = list(dict.fromkeys([*objective.metrics, *HEADINGS, *others]))
-    rows = [
-        {
-            "name": name,
-            "result": result,
-            "metrics": [result.metrics.get(metric) for metric in metrics],
-            "params": [result.params.get(key, result.defaults.get(key)) for key in params],
-            "seconds": result.engine_s,
-            "outcome": outcome(result, objective.metrics),
-        }
-        for name, result in by_value(study)
-    ]
-    return {"rows": rows, "metrics": metrics, "params": [key.removeprefix(FLAG) for key in params]}
+    return list(dict.fromkeys([*study.objective.metrics, *HEADINGS, *others])), list(params)
 
 
 def facts(study: Study) -> list[tuple[str, str]]:

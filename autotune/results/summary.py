@@ -133,7 +133,7 @@ def _counts(study: Study) -> str:
     looked_up = sum(bool(result.duplicate_of) for result in study.swept.values())
     states = [result.state for result in study.swept.values() if not result.duplicate_of]
     refused, pruned = states.count(State.refused), states.count(State.pruned)
-    more = f", {count(refused, 'combination')} refused before they took a GPU" if refused else ""
+    more = f", {count(refused, 'combination')} refused before taking a GPU" if refused else ""
     more += f", {looked_up} asked for again and looked up" if looked_up else ""
     more += f", {pruned} ended early" if pruned else ""
     failed = states.count(State.failed)
@@ -221,7 +221,8 @@ def _shared(study: Study) -> list[str]:
 def _against(study: Study, best: str) -> list[str]:
     """Phrases that set the best trial beside REFERENCES: what it gains, and which limits they break."""
     gains = [f"{change(study, best, name)} against {REFERENCES[name]}" for name in study.references]
-    phrases = [f"{', '.join(gains)}, measured once each"] if gains else []
+    how = "estimated" if study.results[best].estimated else "measured"
+    phrases = [f"{', '.join(gains)}, {how} once each"] if gains else []
     over = {name: study.results[name] for name in REFERENCES if name in study.complete and name not in study.references}
     if over:
         phrases.append("holds the limits")
@@ -237,7 +238,7 @@ def broken(result: Result) -> list[str]:
     """The constraints that `result` breaks, and by how much."""
     over = {name: value for name, value in result.constraints.items() if value > 0}
     failed, accuracy = over.pop("failed_requests", 0), over.pop(CONSTRAINT, 0)
-    limits = [f"{name} over by {value:.0%}" for name, value in over.items()]
+    limits = [f"{name} over by {f'{value:.0%}' if value >= 0.005 else 'less than 1%'}" for name, value in over.items()]
     limits += [f"accuracy {result.accuracy or UNKNOWN}"] if accuracy else []
     return [*limits, f"{failed:.0f} requests failed"] if failed else limits
 
