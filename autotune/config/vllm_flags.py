@@ -175,6 +175,11 @@ def unpacked(value: Any) -> Any:
     return value
 
 
+def packed(value: Any) -> Any:
+    """JSON text of an object or a list, always in the same order; any other value as it is."""
+    return json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else value
+
+
 def numbered(value: Any) -> Any:
     """An object with the short numbers in it (80m) as vLLM reads them in `--flag.field 80m`."""
     if isinstance(value, dict):
@@ -185,8 +190,8 @@ def numbered(value: Any) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """A flag's value as one word: objects and lists as JSON, always in the same order."""
-    return json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else str(value)
+    """A flag's value as one word."""
+    return str(packed(value))
 
 
 def changes(args: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

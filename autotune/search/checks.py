@@ -11,7 +11,7 @@ from optuna.distributions import CategoricalDistribution
 
 from autotune.config.overrides import with_fields
 from autotune.config.schema import Config
-from autotune.config.vllm_flags import FLAG, as_text, changes, read, recorded, value_at
+from autotune.config.vllm_flags import FLAG, changes, packed, read, recorded, value_at
 from autotune.errors import InputError
 from autotune.measure.prepare import backend_of, cache_of
 from autotune.measure.prepare import check as check_config
@@ -108,8 +108,7 @@ def _as_read(name: str, distribution: Distribution, backend: Any) -> Distributio
     field = name.removeprefix(FLAG)
 
     def as_read(value: Any) -> Any:
-        found = value_at(backend.read(changes({}, {field: value_of(value)})), field.replace("-", "_"))
-        return as_text(found) if isinstance(found, (dict, list)) else found
+        return packed(value_at(backend.read(changes({}, {field: value_of(value)})), field.replace("-", "_")))
 
     if isinstance(distribution, CategoricalDistribution):
         choices: list[Any] = []

@@ -6,7 +6,7 @@ from hydra.core.override_parser.types import Override, QuotedString, Transformer
 from hydra_plugins.hydra_optuna_sweeper._impl import create_optuna_distribution_from_override
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from autotune.config.vllm_flags import as_text
+from autotune.config.vllm_flags import packed
 from autotune.search.distributions import Distribution
 
 
@@ -16,19 +16,15 @@ def distribution_of(override: Override) -> Distribution:
     Raises ValueError, AssertionError or NotImplementedError for one that it does not take.
     """
     if override.is_choice_sweep():
-        return CategoricalDistribution([_choice(value) for value in override.sweep_iterator(Transformer.identity)])
+        choices = override.sweep_iterator(Transformer.identity)
+        return CategoricalDistribution([packed(_plain(choice)) for choice in choices])
     made: Any = create_optuna_distribution_from_override(override)
     assert isinstance(made, (IntDistribution, FloatDistribution))
     return made
 
 
-def _choice(value: Any) -> Any:
-    """A choice as Optuna can store it: objects and lists as JSON."""
-    plain = _plain(value)
-    return as_text(plain) if isinstance(plain, (dict, list)) else plain
-
-
 def _plain(value: Any) -> Any:
+    """A choice without Hydra's types."""
     if isinstance(value, QuotedString):
         return value.text
     if isinstance(value, dict):

@@ -11,7 +11,7 @@ import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from autotune.config.vllm_flags import FLAG, as_text, changes, unpacked, value_at
+from autotune.config.vllm_flags import FLAG, changes, packed, unpacked, value_at
 from autotune.errors import InputError
 from autotune.search.conditions import holds
 from autotune.search.distributions import Distribution, grid_values, suggest
@@ -200,8 +200,7 @@ def swept_flags(params: Mapping[str, Any], args: Mapping[str, Any]) -> dict[str,
 
 def default_of(name: str, known: Mapping[str, Any]) -> Any:
     """The value that a parameter has where it is not swept, as its choices are written; None if it is unknown."""
-    found = value_at(known, name.removeprefix(FLAG).replace("-", "_")) if name.startswith(FLAG) else None
-    return as_text(found) if isinstance(found, (dict, list)) else found
+    return packed(value_at(known, name.removeprefix(FLAG).replace("-", "_"))) if name.startswith(FLAG) else None
 
 
 def values(known: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:

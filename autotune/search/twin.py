@@ -49,19 +49,19 @@ Floats = NDArray[np.float64]
 RECORDINGS = 4  # to which a twin is fitted in any case: the first ones …
 AMISS = 0.05  # … and then one whose steps of some kind it tells worse than this share of their time
 SHORTLIST = 4  # distinct configurations that are simulated on draws of the twin
-FRESH = 8  # best ones of an older twin, which are simulated on a new one first
-FAR = 1.15  # factor by which a configuration that holds less load than the best one is of no interest
+CARRIED_OVER = 8  # best configurations of one twin, which are simulated first on the next
+FAR = 1.15  # what holds less load than the best configuration by this factor is not simulated any closer
 SEARCHED, DRAWN = 0.7, 0.95  # shares of a proposal's time after which the search, and the draws, have an end
-REPEATED = 25  # trials of a simulated study in a row that it has seen before; then it ends
-AT_RANDOM = 10  # first configurations of the simulated study
-LEAST = 20  # configurations of which it knows something; as a rule these take a second or two
+AT_RANDOM = 10  # first configurations of a simulated study
+LEAST = 20  # configurations that it simulates in any case; they take a second or two
+REPEATED = 25  # trials in a row that it has seen before; then it ends
 LEAST_GAIN = 0.003  # expected, as a share; below it the twin has nothing to say
 # Configurations whose values and latencies are within this share of each other do the same: sequences that are never
 # reached differ, say. That is finer than the steps of a search for the highest load.
 ALIKE, SHOWN = 0.005, ("ttft_p99_ms", "tpot_p99_ms")
-OTHERS_TURN = 3  # every third proposal from which the twin expects nothing is TPE's; the others are its next best
-INFEASIBLE = 50.0  # by which a score that breaks a limit is below all that keep them
-FAILED = -1.0  # a trial's score, against the twin's, that did not run or broke limits though the twin saw it keep them
+OTHERS_TURN = 3  # where the twin expects nothing better, every third trial is TPE's; the others are its next best
+INFEASIBLE = 50.0  # by which the score of what breaks a limit is below any that keeps them
+FAILED = -1.0  # score, less the twin's, of a trial that failed or broke limits where the twin saw it keep them
 CORRECTED = 12  # last trials of which a factor on the twin's word is learned …
 TO_CORRECT = 3  # … once there are so many
 TO_JUDGE = 4  # trials after which the twin may be called wrong:
@@ -270,7 +270,7 @@ class TwinSampler(TPESampler):
         try:
             twin = fit([*chosen[:1], *chosen[1:][-RECORDINGS:]], device, shape, near=self._factors)
             self._factors = twin.factors
-            self._use(twin, self._ranked()[:FRESH] if self._twin else [])
+            self._use(twin, self._ranked()[:CARRIED_OVER] if self._twin else [])
         except (ValueError, np.linalg.LinAlgError) as error:  # of steps that no constants explain
             log.warning("twin: it can't be fitted to the steps of %s (%s)", ", ".join(new), error)
 

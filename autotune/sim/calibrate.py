@@ -161,14 +161,10 @@ def read(file: Path, name: str) -> list[Case]:
         if body.get("state") != "complete" or body.get("estimated"):
             return []
         result = Result.of({"values": [0.0], **body})  # the objective is none of a calibration's figures
-    except (InputError, ValueError, TypeError, KeyError) as error:
-        print(f"{file} left out: {error}", file=sys.stderr)
-        return []
-    try:
         config, _, _ = compose([*kept(result.overrides), "backend=sim"])
         prepared = prepare(config)
         samples = prepare_samples(config, prepared)
-    except AutotuneError as error:
+    except (AutotuneError, ValueError, TypeError, KeyError) as error:
         print(f"{file} left out: {error}", file=sys.stderr)
         return []
     same = result.facts.get("dataset_checksum") == samples.checksum

@@ -312,11 +312,16 @@ def loop_of(data: Sequence[Recorded]) -> tuple[float, float]:
     return max(0.0, float(once)), max(0.0, float(each))
 
 
-def times_of(twin: Twin, recorded: Recorded, pace: Floats | float = 1.0) -> Times:
-    steps = recorded.steps
-    constants = prior(recorded.cost) * twin.factors
+def times_of(twin: Twin, recorded: Recorded, paced: bool = False) -> Times:
+    """Times that `twin` expects; if `paced`, with the host as fast at each step as it was at the launches before."""
+    steps, constants = recorded.steps, prior(recorded.cost) * twin.factors
     work = recorded.work._replace(by_size=size_factor(twin.by_size, recorded.work.tokens))
-    return expected(constants, work, steps.column("t1"), steps.column("t2"), recorded.overlapped, pace)
+    known = constants, work, steps.column("t1"), steps.column("t2"), recorded.overlapped
+    times = expected(*known)
+    if not paced:
+        return times
+    weight, total = (lfilter([0, 1], [1, -FORGET], x) for x in (times.host_seen, times.host_seen * times.host))
+    return expected(*known, np.exp(total / (weight + DOUBT)))
 
 
 def pace_of(twin: Twin, data: Sequence[Recorded]) -> Pace:
@@ -338,7 +343,7 @@ def pauses_of(twin: Twin, data: Sequence[Recorded]) -> tuple[tuple[float, ...], 
     pauses, busy_s = list[float](), 0.0
     for recorded in data:
         t2 = recorded.steps.column("t2")
-        late, took = t2 - times_of(twin, recorded, paced(twin, recorded)).result, t2 - recorded.steps.column("t1")
+        late, took = t2 - times_of(twin, recorded, paced=True).result, t2 - recorded.steps.column("t1")
         pauses.extend(late[(late > PAUSE_S) & (took < LONG_S)].tolist())
         busy_s += float(np.diff(t2)[np.diff(t2) < IDLE_S].sum())
     return tuple(pauses), busy_s
@@ -351,13 +356,6 @@ def longest_run(steps: Steps) -> slice:
     return max((slice(*pair) for pair in pairwise(edges)), key=lambda run: run.stop - run.start)
 
 
-def paced(twin: Twin, recorded: Recorded) -> Floats:
-    """The host's pace that is expected at each step, after what the launches before it took."""
-    times = times_of(twin, recorded)
-    weight, total = (lfilter([0, 1], [1, -FORGET], x) for x in (times.host_seen, times.host_seen * times.host))
-    return np.asarray(np.exp(total / (weight + DOUBT)))
-
-
 def by_size_of(twin: Twin, data: Sequence[Recorded]) -> tuple[float, ...]:
     """Corrections of the GPU's time by the size of a step, for what `twin` leaves unexplained: see `size_factor`.
 
@@ -367,7 +365,7 @@ def by_size_of(twin: Twin, data: Sequence[Recorded]) -> tuple[float, ...]:
     differences = np.diff(np.eye(SIZES), axis=0)
     precision, target = differences.T @ differences / SMOOTH**2 + np.eye(SIZES) / SIZE_WIDTH**2, np.zeros(SIZES)
     for recorded in data:
-        times, t2 = times_of(twin, recorded, paced(twin, recorded)), recorded.steps.column("t2")
+        times, t2 = times_of(twin, recorded, paced=True), recorded.steps.column("t2")
         shown = (times.bound > 0.9) & (t2 - recorded.steps.column("t1") < LONG_S)
         tokens = recorded.work.tokens[shown]
         gpu_s = seconds(prior(recorded.cost) * twin.factors, recorded.work).gpu_s[shown]
@@ -430,7 +428,7 @@ def errors(twin: Twin, steps: Steps) -> list[Error]:
     """The error of `twin` for each kind of step in `steps`."""
     recorded = Recorded.of(steps, twin.device, twin.shape)
     t1, t2 = steps.column("t1"), steps.column("t2")
-    usual, told = times_of(twin, recorded).result, times_of(twin, recorded, paced(twin, recorded)).result
+    usual, told = times_of(twin, recorded).result, times_of(twin, recorded, paced=True).result
     took, kinds, found = t2 - t1, np.array(recorded.kinds), []
     for kind in sorted(set(recorded.kinds)):
         chosen = (kinds == kind) & (took < LONG_S)
