@@ -9,7 +9,7 @@ def one_line(error: object) -> str:
     """An exception's message on one line, without what Hydra adds for its developers, or wrongly advises."""
     cause = str(error.__cause__ or "") if isinstance(error, BaseException) else ""
     text = str(error).split("Config search path:")[0]
-    text += f"\n{cause}" if cause not in (*text.splitlines(), "None") and cause not in text else ""
+    text += f"\n{cause}" if cause != "None" and cause not in text else ""
     text = text.removeprefix("InputError raised while resolving interpolation: ")
     noise = ["full_key:", "object_type=", "reference_type=", "Set the environment variable", "LexerNoViable"]
     lines = [line.strip() for line in text.splitlines()]

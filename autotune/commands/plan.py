@@ -27,8 +27,8 @@ from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
 from autotune.measure.result import Result
 from autotune.results import fleet
-from autotune.results.study import BASELINE, RECIPE, REFERENCES, TRIAL, Study, load
-from autotune.results.summary import change
+from autotune.results.study import BASELINE, RECIPE, TRIAL, Study, load
+from autotune.results.summary import gains
 from autotune.search.checks import check_space
 from autotune.search.device import device_of
 from autotune.search.simulate import estimate, search, search_best, simulation
@@ -114,8 +114,7 @@ def render(plan: Plan) -> str:
     if study.best:
         best = study.results[study.best]
         lines += [f"best      {_outcome(best, study.config)}", f"            {shorten(best.params)}"]
-        gains = [f"{change(study, study.best, name)} against {REFERENCES[name]}" for name in study.references]
-        lines += [f"gain      {', '.join(gains)}"] if gains else []
+        lines += [f"gain      {', '.join(gains(study, study.best))}"] if study.references else []
     else:
         lines.append("best      nothing that holds the limits; loosen them, lower the load or widen the space")
     if load := study.config.target_load:

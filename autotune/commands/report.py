@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 from omegaconf import MISSING
 
+from autotune.config.bounds import positive
 from autotune.config.command_line import errors_in_one_line, load_as_key, options
-from autotune.config.overrides import check, with_fields
+from autotune.config.overrides import with_fields
 from autotune.results import report
 from autotune.results.study import load
 from autotune.search import account
@@ -23,8 +24,8 @@ from autotune.search import account
 @dataclass
 class Report:
     study: str = MISSING
-    target_load: float | None = None
-    price_per_gpu_hour: float | None = None
+    target_load: float | None = positive(None)
+    price_per_gpu_hour: float | None = positive(None)
 
 
 def main() -> None:
@@ -34,7 +35,6 @@ def main() -> None:
         study = load(chosen.study)
         asked = {"target_load": chosen.target_load, "price_per_gpu_hour": chosen.price_per_gpu_hour}
         changed = with_fields(study.config, {key: value for key, value in asked.items() if value is not None})
-        check(changed)
         study = replace(study, config=changed)
         account.write(study)
         path = report.write(study)

@@ -155,6 +155,8 @@ def own_and_overrides(kind: type[Any], words: Sequence[str]) -> tuple[list[str],
 
 def load_as_key(words: Sequence[str]) -> list[str]:
     """A command's `words` with `--load 200` as `target_load=200`: as a key, `load` is a group."""
+    if "--load" in words[-1:]:
+        raise InputError("--load: write --load <queries/s, or users>")
     text = "\0".join(words)
     return re.sub(r"(^|\0)--load[\0=]", r"\1target_load=", text).split("\0") if words else []
 

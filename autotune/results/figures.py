@@ -296,26 +296,23 @@ def bounds(results: Mapping[str, Result], metric: str) -> go.Figure:
     bound = {name: result for name, result in results.items() if result.bound and metric in result.metrics}
     if not bound:
         raise NotDrawnError("no trial knows its bottleneck")
-    counts, boxes = Counter(result.bound for result in bound.values()), []
-    for kind, count in counts.most_common():
-        some = {name: result for name, result in bound.items() if result.bound == kind}
-        boxes.append(
-            go.Box(
-                x=[result.metrics[metric] for result in some.values()],
-                name=f"{kind} ({count})",
-                orientation="h",
-                boxpoints="all",
-                pointpos=0,
-                fillcolor="rgba(0,0,0,0)",
-                line={"color": "rgba(0,0,0,0)"},
-                marker={"color": BLUE, "opacity": 0.6},
-                hovertext=[told(name, result.params) for name, result in some.items()],
-                hovertemplate=f"%{{x:,.4g}}{HOVER}",
-                hoveron="points",
-                showlegend=False,
-            )
-        )
-    return finished(boxes, x=label(metric), y={"autorange": "reversed"}, height=110 + 45 * len(counts))
+    counts = Counter(result.bound for result in bound.values())
+    dots = go.Box(  # without its box: it keeps dots apart that would lie on each other
+        x=[result.metrics[metric] for result in bound.values()],
+        y=[f"{result.bound} ({counts[result.bound]})" for result in bound.values()],
+        orientation="h",
+        boxpoints="all",
+        pointpos=0,
+        fillcolor="rgba(0,0,0,0)",
+        line={"color": "rgba(0,0,0,0)"},
+        marker={"color": BLUE, "opacity": 0.6},
+        hovertext=[told(name, result.params) for name, result in bound.items()],
+        hovertemplate=f"%{{x:,.4g}}{HOVER}",
+        hoveron="points",
+    )
+    kinds = [f"{kind} ({count})" for kind, count in counts.most_common()]
+    axis = {"categoryorder": "array", "categoryarray": kinds, "autorange": "reversed"}
+    return finished([dots], x=label(metric), y=axis, height=110 + 45 * len(kinds))
 
 
 def caching(results: Mapping[str, Result]) -> go.Figure:

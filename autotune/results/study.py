@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -65,6 +66,11 @@ class Study:
         """The trials whose parameters a sampler chose, without those that were interrupted."""
         ended = {name: one for name, one in self.results.items() if one.state is not State.interrupted}
         return {name: one for name, one in ended.items() if name not in REFERENCES}
+
+    @property
+    def counts(self) -> Counter[State]:
+        """Number of those of `swept` that ended in each state, without those that were looked up."""
+        return Counter(result.state for result in self.swept.values() if not result.duplicate_of)
 
     @cached_property
     def complete(self) -> dict[str, Result]:
@@ -130,7 +136,9 @@ class Study:
         """`trial`, or the best one. Raises InputError if there is no such trial, or no best one."""
         if trial is not None:
             if trial not in self.results:
-                raise InputError(f"trial={trial}: {self.name} has no such trial; it has {', '.join(self.complete)}")
+                names = list(self.complete)
+                has = ", ".join([*names[:5], "…", names[-1]] if len(names) > 6 else names)
+                raise InputError(f"trial={trial}: {self.name} has no such trial; it has {has}")
             if not self.results[trial].complete:
                 state, reason = self.results[trial].state, self.results[trial].reason
                 raise InputError(f"trial={trial}: it is {state} ({reason}); choose another")

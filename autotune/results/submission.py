@@ -106,7 +106,7 @@ def write(tree: Tree, runs: Runs, scored: Mapping[str, Mapping[str, float]], end
         if kind == "performance":
             _copy(run.folder, place / "performance" / "run_1", LOGS)
             _copy(run.folder, place, ["user.conf"])
-            _page(place / "README.md", _run_page(tree, name, run))
+            write_whole(place / "README.md", _run_page(tree, name, run))
             _fill(place / "measurements.json", _measurements(run.result), MEASUREMENTS)
         elif kind == "accuracy":
             _copy(run.folder, place / "accuracy", [*LOGS, ACCURACY])
@@ -118,10 +118,10 @@ def write(tree: Tree, runs: Runs, scored: Mapping[str, Mapping[str, float]], end
             write_whole(place / kind / "verify_accuracy.txt", test06(run.folder / ACCURACY, name, ends))
     some = next(iter(runs.values())).result
     _fill(tree.description, _system(tree, some), [*NEEDED, *OTHERS])
-    _page(tree.root / "src" / str(tree.benchmark.name) / "README.md", _source_page(some))
+    write_whole(tree.root / "src" / str(tree.benchmark.name) / "README.md", _source_page(some))
     for name, what in PAGES.items():
         if not (path := tree.root / "documentation" / name).exists():
-            _page(path, f"{TO_WRITE}: {what}\n")
+            write_whole(path, f"{TO_WRITE}: {what}\n")
 
 
 def _copy(folder: Path, to: Path, names: Sequence[str]) -> None:
@@ -130,14 +130,8 @@ def _copy(folder: Path, to: Path, names: Sequence[str]) -> None:
         shutil.copyfile(folder / name, to / name)
 
 
-def _page(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
-
-
 def _fill(path: Path, known: Mapping[str, Any], names: Sequence[str]) -> None:
     """Write a JSON file with the fields `names`: as it has them already, else as they are `known`, else empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     before = read_json(path) if path.exists() else {}
     body = before | {name: before.get(name) or known.get(name, "") for name in names}
     write_whole(path, json.dumps(body, indent=2))
@@ -328,9 +322,7 @@ def broken_scores(benchmark: BenchmarkConfig, scored: Mapping[str, float]) -> li
     """The scores that are not within their bounds."""
     found = []
     for name, bounds in benchmark.scores.items():
-        value = scored[name]
-        if not bounds.least <= value <= (math.inf if bounds.most is None else bounds.most):
-            found.append(
-                f"{name} is {value:g}, not from {bounds.least:g}{f' to {bounds.most:g}' if bounds.most else ''}"
-            )
+        value, most = scored[name], math.inf if bounds.most is None else bounds.most
+        if not bounds.least <= value <= most:
+            found.append(f"{name} is {value:g}, not from {bounds.least:g}{f' to {most:g}' if most < math.inf else ''}")
     return found

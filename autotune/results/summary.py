@@ -58,9 +58,8 @@ def single(result: Result, config: Config, folder: Path) -> str:
 
 def headline(study: Study) -> dict[str, float]:
     """The study in a few figures, for MLflow's parent run."""
-    states = [result.state for result in study.swept.values() if not result.duplicate_of]
-    trials, failed = len(states) - states.count(State.refused), states.count(State.failed)
-    figures = {"trials": float(trials), "failed_trials": float(failed)}
+    counts = study.counts
+    figures = {"trials": float(counts.total() - counts[State.refused]), "failed_trials": float(counts[State.failed])}
     metric, best = study.objective.metrics[0], study.best
     for name in REFERENCES:
         if name in study.complete:
@@ -130,14 +129,13 @@ def _apart(*lines: str) -> list[str]:
 
 
 def _counts(study: Study) -> str:
-    looked_up = sum(bool(result.duplicate_of) for result in study.swept.values())
-    states = [result.state for result in study.swept.values() if not result.duplicate_of]
-    refused, pruned = states.count(State.refused), states.count(State.pruned)
+    counts = study.counts
+    refused, pruned, looked_up = counts[State.refused], counts[State.pruned], len(study.swept) - counts.total()
     more = f", {count(refused, 'combination')} refused before taking a GPU" if refused else ""
     more += f", {looked_up} asked for again and looked up" if looked_up else ""
     more += f", {pruned} ended early" if pruned else ""
-    failed = states.count(State.failed)
-    return f"Study {study.config.study}: {count(len(states) - refused, 'trial')}, {failed} failed{more}\n"
+    trials = count(counts.total() - refused, "trial")
+    return f"Study {study.config.study}: {trials}, {counts[State.failed]} failed{more}\n"
 
 
 def _references(study: Study) -> list[str]:
@@ -218,11 +216,15 @@ def _shared(study: Study) -> list[str]:
     return parts
 
 
+def gains(study: Study, best: str) -> list[str]:
+    """Phrases on what the best trial gains over each of REFERENCES that is feasible."""
+    return [f"{change(study, best, name)} against {REFERENCES[name]}" for name in study.references]
+
+
 def _against(study: Study, best: str) -> list[str]:
     """Phrases that set the best trial beside REFERENCES: what it gains, and which limits they break."""
-    gains = [f"{change(study, best, name)} against {REFERENCES[name]}" for name in study.references]
     how = "estimated" if study.results[best].estimated else "measured"
-    phrases = [f"{', '.join(gains)}, {how} once each"] if gains else []
+    phrases = [f"{', '.join(gains(study, best))}, {how} once each"] if study.references else []
     over = {name: study.results[name] for name in REFERENCES if name in study.complete and name not in study.references}
     if over:
         phrases.append("holds the limits")

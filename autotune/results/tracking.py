@@ -30,7 +30,8 @@ from autotune.config.schema import TrackingConfig
 from autotune.errors import TrackingError
 from autotune.measure import series
 from autotune.measure.result import Result
-from autotune.system.files import draft_of, write_whole
+from autotune.results import summary
+from autotune.system.files import draft_of, left_in, write_whole
 from autotune.text import one_line, shorten
 
 # A server that is gone is reported in seconds, not after MLflow's default of minutes.
@@ -229,11 +230,10 @@ class Tracker:
 
     def summarise(self, folder: Path) -> None:
         """Log a study's summary from `folder` on the parent run. Raises TrackingError."""
-        if not self._parent or not (folder / "summary.json").exists():
+        if not self._parent or not (body := left_in(folder / summary.FILE)):
             return
         from mlflow.entities import Metric, RunTag
 
-        body = json.loads((folder / "summary.json").read_text())
         best = Result.find(folder / body["best"]) if body["best"] else None
         with self._errors():
             now = int(time.time() * 1000)
@@ -362,20 +362,11 @@ def _file(uri: str) -> Path:
 
 def known_run(folder: Path, uri: str) -> str | None:
     """The run that `folder` was logged as at `uri`, which hides its password."""
-    return _runs(folder).get(uri)
+    return left_in(folder / RUNS).get(uri)
 
 
 def _remember(folder: Path, uri: str, run: str) -> None:
-    write_whole(folder / RUNS, json.dumps(_runs(folder) | {uri: run}))
-
-
-def _runs(folder: Path) -> dict[str, str]:
-    """The runs that `folder` was logged as, by URI; none if the file that says so is broken."""
-    try:
-        known = json.loads((folder / RUNS).read_text())
-        return known if isinstance(known, dict) else {}
-    except (OSError, ValueError):
-        return {}
+    write_whole(folder / RUNS, json.dumps(left_in(folder / RUNS) | {uri: run}))
 
 
 def _tags(result: Result, folder: Path) -> dict[str, str]:
