@@ -226,10 +226,11 @@ class TwinSampler(TPESampler):
         self._learn(results)
         if not self._twin:
             return self._to_tpe("waits for the first steps; TPE is asked")
-        measured = list(results.values())
-        if why := self._why_wrong(measured):
+        ran = [one for one in results.values() if one.ran and one.state is not State.pruned]
+        self._residuals = self._compared(ran[-CORRECTED:])
+        if why := self._why_wrong(ran):
             return self._to_tpe(why)
-        return dict(self._propose(measured, pending))
+        return self._propose(list(results.values()), pending)
 
     def _learn(self, results: Mapping[str, Result]) -> None:
         """Fit the twin to the steps of the trials that have ended meanwhile."""
@@ -245,8 +246,6 @@ class TwinSampler(TPESampler):
                 self._fitted[name] = steps
         if new.keys() & self._fitted.keys():
             self._fit(results, new)
-        if self._twin:
-            self._residuals = self._compared(list(results.values()))
 
     def _steps_of(self, name: str, result: Result) -> Steps | None:
         """The steps of a trial, if they were recorded; a broken file costs the twin that trial only."""
@@ -275,9 +274,9 @@ class TwinSampler(TPESampler):
             log.warning("twin: it can't be fitted to the steps of %s (%s)", ", ".join(new), error)
 
     def _compared(self, results: Sequence[Result]) -> list[tuple[Params, float]]:
-        """Parameters, and the measured score against the twin's, of the last trials that the twin saw run."""
+        """Parameters of `results`, and the measured score against the twin's, of those that the twin saw run."""
         found: list[tuple[Params, float]] = []
-        for result in [one for one in results if one.ran and one.state is not State.pruned][-CORRECTED:]:
+        for result in results:
             expected = self._simulated.result(result.params)
             if expected.feasible:
                 off = score(self._config, result) - score(self._config, expected) if result.feasible else FAILED
@@ -310,7 +309,7 @@ class TwinSampler(TPESampler):
         pairs = []
         for result in results:
             foreseen = result.feasible or not result.holds_limits  # it does not foresee answers
-            if result.expected.get("feasible") and result.ran and result.state is not State.pruned and foreseen:
+            if result.expected.get("feasible") and foreseen:
                 expected = replace(result, state=State.complete, values=result.expected["values"], constraints={})
                 told = score(self._config, expected)
                 pairs.append((score(self._config, result) if result.feasible else told + FAILED, told))

@@ -17,7 +17,7 @@ NOT_GATED = (
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "moe_topk")
 OF_EXPERTS = ("moe_intermediate_size", "shared_expert_intermediate_size", "n_shared_experts", "first_k_dense_replace")
-LATENT = ("qk_rope", "qk_nope", "v")  # sizes of DeepSeek's heads: names before _head_dim
+LATENT = ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")  # of DeepSeek's heads
 BYTES = {"fp8": 1.0, "fbgemm_fp8": 1.0, "mxfp4": 17 / 32, "bitsandbytes": 0.5}  # of a quantised weight
 
 
@@ -97,7 +97,7 @@ def _attention(config: Mapping[str, Any], hidden: int, heads: int, kv_heads: int
     """Parameters of one layer's attention, and values that it caches of one token."""
     if not (latent := config.get("kv_lora_rank")):
         return hidden * head_size * 2 * (heads + kv_heads), 2 * kv_heads * head_size
-    rotated, unrotated, value = (config[f"{name}_head_dim"] for name in LATENT)  # DeepSeek's caches one latent vector
+    rotated, unrotated, value = (config[name] for name in LATENT)  # DeepSeek's caches one latent vector
     queries, kv_values = config.get("q_lora_rank"), latent + rotated
     query = (queries or hidden) * heads * (rotated + unrotated) + hidden * (queries or 0)
     return query + hidden * kv_values + latent * heads * (unrotated + value) + heads * value * hidden, kv_values
@@ -119,17 +119,16 @@ def _mlp(config: Mapping[str, Any], hidden: int, layers: int) -> tuple[int, int,
 
 def _unlike(config: Mapping[str, Any]) -> str:
     """The reason why the model of a config.json is none that Shape describes; empty if it is one."""
-    for name in FIELDS:
-        if not isinstance(size := config.get(name), int) or size < 1:
-            return f"config.json has no {name}" if size is None else f"config.json has {name}={size!r}"
-    sparse, latent = _first(config, EXPERTS), config.get("kv_lora_rank")
+    sparse = _first(config, EXPERTS)
     if any("expert" in name for name in config) and not (sparse and _first(config, EXPERTS_PER_TOKEN)):
         return "config.json does not say how many experts it has, and how many of a token"
-    needed = [*(() if sparse else ("intermediate_size",)), *([f"{name}_head_dim" for name in LATENT] if latent else ())]
-    if missing := [name for name in needed if not isinstance(config.get(name), int)]:
-        return f"config.json has no {missing[0]}"
-    for name in (*OPTIONAL, *OF_EXPERTS):
-        if not isinstance(size := config.get(name) or 1, int):
+    of_mlp, of_heads = () if sparse else ("intermediate_size",), LATENT if config.get("kv_lora_rank") else ()
+    needed = (*FIELDS, *of_mlp, *of_heads)
+    for name in (*needed, *OPTIONAL, *OF_EXPERTS):
+        size: Any = config.get(name)
+        if size is None and name in needed:
+            return f"config.json has no {name}"
+        if not isinstance(size or 0, int) or (name in FIELDS and size < 1):
             return f"config.json has {name}={size!r}"
     heads = config["num_attention_heads"]
     if heads % (kv_heads := config.get("num_key_value_heads") or heads) or heads > config["hidden_size"]:
