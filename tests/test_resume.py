@@ -145,6 +145,18 @@ def test_storage_that_fails_amid_a_study_ends_it_in_one_line_and_loses_nothing(
     assert before.items() <= measured(tmp_path).items() and len(measured(tmp_path)) == 4
 
 
+def test_broken_storage_can_be_deleted(tmp_path: Path):
+    words = [*SWEEP, "hydra.sweeper.storage=null", "baseline=false"]
+    study(tmp_path, *words, "n_trials=1")
+    before = measured(tmp_path)
+    (tmp_path / DATABASE).write_bytes(bytes(range(256)))
+    with pytest.raises(InputError, match=r"file is not a database; a broken file can be deleted: the study goes on"):
+        study(tmp_path, *words, "n_trials=2")
+    (tmp_path / DATABASE).unlink()
+    study(tmp_path, *words, "n_trials=2")
+    assert before.items() <= measured(tmp_path).items() and len(measured(tmp_path)) == 2
+
+
 def test_broken_result_does_not_end_the_study(tmp_path: Path):
     study(tmp_path, *SWEEP, "n_trials=2")
     (tmp_path / "multirun/s/trial-1/result.json").write_text("")

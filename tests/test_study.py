@@ -90,6 +90,15 @@ def test_recipe_within_the_space_is_a_trial_the_sampler_learns_from_and_is_not_r
         ),
         (["launcher=slurm", "launcher.cluster=none"], "launcher.cluster=none: AutoExecutor doesn't know"),
         (["hydra.sweeper.storage=3"], "hydra.sweeper.storage=3: not a URL; write sqlite:///<file>"),
+        (["hydra.sweeper.storage=postgres://a/b"], "hydra.sweeper.storage=postgres://a/b: not a URL; write sqlite:///"),
+        (
+            ["hydra.sweeper.storage=mssql+pyodbc://a/b"],
+            "Please install appropriate one.; install that database's driver",
+        ),
+        (
+            ["hydra.sweeper.storage=journal:///tmp"],
+            "journal:///tmp: no file can be made there (a folder); write another",
+        ),
         (["baseline=recipe"], "baseline=recipe: llama8b has none; leave it out, or write model.recipe.args.<flag>="),
         (["baseline=[defaults,best]", *RECIPE], "baseline=best: write false, defaults, recipe, or [defaults,recipe]"),
         (

@@ -34,6 +34,7 @@ from tests.conftest import Main
         ("hydra.run.dir=", "hydra.run.dir=: write a folder, or leave it out"),
         ("resume=2", "resume=2: write true or false"),
         ("backend.steps=-1", "backend.steps=-1: write true or false"),
+        ("engine.args.x=range(1,1%s)" % ("0" * 400), "engine.args.x=range(1,10000000…: a number of 300 digits or more"),
         ("n_trials=[", "n_trials=[: no viable alternative"),
         ("backend.env.HF_TOKEN=hf_planted[", "backend.env.HF_TOKEN=***: "),
         ("=3", "=3: write key=value"),

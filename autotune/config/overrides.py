@@ -175,7 +175,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         where = "the command line, or " if overrides else ""
         raise InputError(f"{where}{path}: {told(error)}") from None
-    except (YAMLError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (YAMLError, OSError, ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise InputError(f"{path}: not the configuration of a trial ({one_line(error)})") from None
     learn_secrets(made)
     return made

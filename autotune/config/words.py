@@ -59,6 +59,8 @@ def check(words: Sequence[str]) -> None:
     for word in words:
         if word.startswith("-") or not ("=" in word or word.startswith("~")):
             continue
+        if digits := re.search(r"\d{300}", word):  # no float holds it
+            raise InputError(f"{word[: digits.start() + 8]}…: a number of 300 digits or more; write a smaller one")
         override = _override(word)
         key = override.key_or_group
         _check_override(word, override)

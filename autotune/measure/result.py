@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import sys
 from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import StrEnum
 from functools import cache
@@ -168,5 +169,6 @@ def _fits(value: Any, kind: Any) -> bool:
     if is_dataclass(outer):
         return isinstance(value, dict) and all(_fits(value[name], _kinds(kind)[name]) for name in value)
     if outer is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+        return whole or isinstance(value, float)
     return outer is Any or isinstance(value, str if outer is State else outer)

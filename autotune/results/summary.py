@@ -1,6 +1,7 @@
 """Texts and headline figures: the outcome of a trial, the summary of a study."""
 
 import json
+import math
 import shlex
 import statistics
 from collections.abc import Mapping
@@ -321,7 +322,7 @@ def _table(rows: Mapping[str, Result], config: Config) -> list[str]:
     columns = [*COLUMNS, *((name, name, 2) for name in config.objective.metrics if name not in known)]
     head = ["", *(heading for _, heading, _ in columns), next(iter(rows.values())).verdict_by]
     body = [
-        [name, *(f"{row.metrics[key]:,.{digits}f}" for key, _, digits in columns), row.verdict]
+        [name, *(f"{row.metrics.get(key, math.nan):,.{digits}f}" for key, _, digits in columns), row.verdict]
         for name, row in rows.items()
     ]
     return aligned([head, *body])

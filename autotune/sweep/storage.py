@@ -41,7 +41,9 @@ def opened(url: str, study: str) -> Iterator[Any]:
             held.enter_context(_lock_beside(path, study, url))
             yield optuna.storages.JournalStorage(JournalFileBackend(str(path)))
         else:
-            with _errors(url):
+            with _errors(
+                url, "; a broken file can be deleted: the study goes on from its results" * url.startswith("sqlite")
+            ):
                 database = _database(url, study, held)
             yield database
 
@@ -67,6 +69,7 @@ def _database(url: str, study: str, held: ExitStack) -> SingleWriterStorage:
 def _with_driver(url: str) -> sqlalchemy.URL:
     try:
         at = sqlalchemy.make_url(url)
+        at.get_dialect()  # postgres:// has none
     except (ValueError, sqlalchemy.exc.ArgumentError):  # which may quote a part of the password
         where = f"hydra.sweeper.storage={redact(url)}"
         raise InputError(
@@ -81,13 +84,14 @@ def _errors(url: str, more: str = "") -> Iterator[None]:
     where = f"hydra.sweeper.storage={redact(url)}"
     try:
         yield
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise InputError(
             f"{where}: {error}; install that database's driver "
             f"(for PostgreSQL and MySQL: uv pip install -e '.[databases]')"
         ) from None
     except (SQLAlchemyError, StorageInternalError) as error:
         why = error.__cause__ if isinstance(error, StorageInternalError) else error
+        why = getattr(why, "orig", None) or why  # without the SQL
         raise InputError(f"{where}: {redact(one_line(why or error))}{more}") from None
 
 
@@ -124,6 +128,8 @@ def _lock_beside(path: Path, study: str, url: str) -> AbstractContextManager[Non
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.with_name(f".{path.name}-{name}.lock")
         file.touch()
+        if path.is_dir():
+            raise ValueError("a folder")
     except (OSError, ValueError) as error:  # also a path without a name
         why = getattr(error, "strerror", None) or error
         raise InputError(f"hydra.sweeper.storage={url}: no file can be made there ({why}); write another one") from None
