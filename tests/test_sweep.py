@@ -20,7 +20,7 @@ from autotune.measure.result import Result, State
 from autotune.results import summary
 from autotune.results.study import Study
 from autotune.sweep import launchers, storage, worker
-from autotune.sweep.study import counted_s, seconds
+from autotune.sweep.study import Sweep, counted_s, seconds
 from autotune.system import interrupt
 from tests.conftest import processes_in
 from tests.standin import StandInEngine
@@ -321,6 +321,14 @@ def test_search_that_can_hardly_be_the_best_any_more_is_pruned(tmp_path: Path):
 def test_pruner_sampler_or_gpus_that_can_not_do_are_refused(tmp_path: Path, words: list[str], said: str):
     with pytest.raises(InputError, match=said):
         study(tmp_path, *words, f"{SEQS}=choice(4,8)")
+
+
+def test_canary_is_no_trial_that_others_are_compared_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    sweeps, end = list[Sweep](), Sweep._end
+    monkeypatch.setattr(launchers.Inline, "nodes", lambda _: ["a"])
+    monkeypatch.setattr(Sweep, "_end", lambda sweep: sweeps.append(sweep) or end(sweep))
+    study(tmp_path, "n_trials=1", f"{SEQS}=choice(4,8)")
+    assert sweeps[0].canaries.keys() == {"a"} and sweeps[0].results.keys() == {"baseline", "trial-0"}
 
 
 def test_several_objectives_are_measured_while_a_trial_says_how_far_it_is(tmp_path: Path):

@@ -30,7 +30,6 @@ from autotune.errors import InputError
 from autotune.measure import objective
 from autotune.measure.result import Result, State
 from autotune.measure.steps import NAME, Steps, read
-from autotune.results.study import CANARY
 from autotune.search.device import as_started, device_of, simulated
 from autotune.search.distributions import scaled
 from autotune.search.prior import distinct
@@ -157,7 +156,7 @@ class TwinSampler(TPESampler):
         Raises InputError.
         """
         super().__init__(seed=seed, **tpe)
-        self._config, self._space, self._all, self._folder = config, space, results, folder
+        self._config, self._space, self._results, self._folder = config, space, results, folder
         self._proposal_s, self._draws, self._seed = proposal_s, draws, seed or 0
         self._simulation = simulation(config, config.prior.backend or simulated(device_of(config, hardware())[0]))
         self._twin: Twin | None = None
@@ -222,21 +221,21 @@ class TwinSampler(TPESampler):
     # The twin
 
     def _chosen(self, pending: Sequence[Params]) -> dict[str, Any]:
-        results = {name: one for name, one in self._all.items() if not name.startswith(CANARY)}  # whose runs are short
-        self._learn(results)
+        self._learn()
         if not self._twin:
             return self._to_tpe("waits for the first steps; TPE is asked")
-        ran = [one for one in results.values() if one.ran and one.state is not State.pruned]
+        results = list(self._results.values())
+        ran = [one for one in results if one.ran and one.state is not State.pruned]
         self._residuals = self._compared(ran[-CORRECTED:])
         if why := self._why_wrong(ran):
             return self._to_tpe(why)
-        return self._propose(list(results.values()), pending)
+        return self._propose(results, pending)
 
-    def _learn(self, results: Mapping[str, Result]) -> None:
+    def _learn(self) -> None:
         """Fit the twin to the steps of the trials that have ended meanwhile."""
-        ended = [name for name in results if name not in self._looked_at]
-        new = {name: steps for name in ended if (steps := self._steps_of(name, results[name]))}
-        self._looked_at |= results.keys()
+        ended = {name: one for name, one in self._results.items() if name not in self._looked_at}
+        new = {name: steps for name, one in ended.items() if (steps := self._steps_of(name, one))}
+        self._looked_at |= ended.keys()
         for name, steps in new.items():
             if (
                 not self._twin
@@ -245,7 +244,7 @@ class TwinSampler(TPESampler):
             ):
                 self._fitted[name] = steps
         if new.keys() & self._fitted.keys():
-            self._fit(results, new)
+            self._fit(new)
 
     def _steps_of(self, name: str, result: Result) -> Steps | None:
         """The steps of a trial, if they were recorded; a broken file costs the twin that trial only."""
@@ -258,11 +257,11 @@ class TwinSampler(TPESampler):
             log.warning("twin: %s", error)
             return None
 
-    def _fit(self, results: Mapping[str, Result], new: Iterable[str]) -> None:
+    def _fit(self, new: Iterable[str]) -> None:
         """Fit the twin; `new` trials' steps have come."""
         chosen = [*self._fitted.values()]
         if not self._twin:  # no device was told: the one that these steps are of
-            first = results[next(iter(self._fitted))]
+            first = self._results[next(iter(self._fitted))]
             device = device_of(self._config, first.facts)[0]
             self._simulation = simulation(self._config, simulated(as_started(device, chosen[0].args, first.params)))
         device, shape = self._simulation.backend.config.device, self._simulation.shape

@@ -184,8 +184,8 @@ class Sweep:
     # Trials that have ended, which the gate can't judge before the baseline ends; with their nodes.
     ended: list[tuple[PendingTrial, Result, str]] = field(default_factory=list)
     results: dict[str, Result] = field(default_factory=dict)  # of what has ended, by folder
+    canaries: dict[str, Result] = field(default_factory=dict)  # by node
     wanted: list[PendingTrial] = field(default_factory=list)  # references that are still to be run
-    engine_s: float = 0.0  # of the trials that ended, as the budget counts it
     # Trials from when they are asked until they have ended, with those that repeat them.
     in_flight: dict[str, list[PendingTrial]] = field(default_factory=dict)
     exhausted: bool = False  # the sampler has nothing new
@@ -319,8 +319,8 @@ class Sweep:
 
     def _canaries(self) -> list[PendingTrial]:
         """A short baseline for each node that has not shown yet what it can."""
-        known = canaries_in(self.folder)
-        return [PendingTrial(f"{CANARY}{node}", {}, None, node) for node in self.launcher.nodes() if node not in known]
+        nodes = [node for node in self.launcher.nodes() if node not in self.canaries]
+        return [PendingTrial(f"{CANARY}{node}", {}, None, node) for node in nodes]
 
     def _ask(self) -> PendingTrial | None:
         """The baseline, then what the sampler suggests and vLLM accepts; None if nothing more is to be run now."""
@@ -373,8 +373,9 @@ class Sweep:
 
     def _spent(self) -> bool:
         """True once the budget is spent: running trials may end, and no new one begins."""
-        engine = self.config.budget_of is BudgetOf.engine
-        return (self.engine_s if engine else time.monotonic() - self.began) >= self.budget_s
+        if self.config.budget_of is BudgetOf.engine:
+            return counted_s([*self.results.values(), *self.canaries.values()]) >= self.budget_s
+        return time.monotonic() - self.began >= self.budget_s
 
     def _repeat(self, pending: PendingTrial, earlier: str) -> bool:
         """Answer with what `earlier` measures, now or once it has; False if its result is gone."""
@@ -455,13 +456,14 @@ class Sweep:
     def _finish(self, pending: PendingTrial, result: Result, node: str = "") -> None:
         """Keep the result of a trial that has ended, and tell Optuna and MLflow."""
         folder = self.folder / pending.name
-        self.engine_s += result.engine_s if self.engine_s else counted_s([result])
         result.params = pending.params
         if pending.name == BASELINE:
             result.defaults = self.defaults
         elif pending.trial and not result.duplicate_of:
             result.expected = pending.trial.user_attrs.get(prior.EXPECTED, {})
-        if pending.name.startswith(FRESH):
+        if pending.node:
+            self.canaries[pending.node] = result
+        elif pending.name.startswith(FRESH):
             trial = pending.name.removeprefix(FRESH)
             self.results[trial] = certified(self.results[trial], result)
         else:
@@ -478,10 +480,10 @@ class Sweep:
                 log.warning("%s: its canary failed: %s", pending.node, result.reason)
                 self.launcher.set_aside(pending.node)
             return
-        if pending.trial is None and not pending.name.startswith(FRESH):
-            self.record.tell_reference(pending.name, result)
-        elif pending.trial:
+        if pending.trial:
             self.record.tell(pending.trial, result)
+        elif pending.name in self.references:
+            self.record.tell_reference(pending.name, result)
         if not result.complete:
             self.lookup.remove(pending.name)
         for repeat in self.in_flight.pop(pending.name, []):
@@ -518,9 +520,8 @@ class Sweep:
 
     def _resume(self, results: dict[str, Result]) -> None:
         """Finish what ended meanwhile, watch what still runs, queue again what was interrupted."""
-        self.results = results
+        self.results, self.canaries = results, canaries_in(self.folder)
         self._judge(anew=True)
-        known_s = counted_s([*self.results.values(), *canaries_in(self.folder).values()])
         for name, result in self.results.items():
             if result.complete and not result.duplicate_of and self.config.duplicates is Duplicates.lookup:
                 self.lookup.add(name, result.params)
@@ -529,7 +530,6 @@ class Sweep:
         references = [PendingTrial(name, params, None) for name, params in self.references.items()]
         missing = [one for one in references if not self.record.has_reference(one.name)]
         self.wanted = [one for one in missing if not self._take_up(one)]
-        self.engine_s = known_s  # what was told just now is part of it
 
     def _begun(self) -> Iterator[PendingTrial]:
         """Yield the trials that Optuna has asked for and was not told of."""
