@@ -22,6 +22,13 @@ def count(number: int, word: str) -> str:
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
+def rounded(value: Any) -> str:
+    """A number with four significant digits, or all before its point; anything else as it is, None as nothing."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "" if value is None else str(value)
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+
+
 def by_kind(reasons: Iterable[str]) -> list[list[int]]:
     """Places of `reasons` that differ in nothing but digits, the most frequent kind first."""
     kinds: dict[str, list[int]] = {}

@@ -65,7 +65,7 @@ def test_trials_are_counted_by_how_they_ended(trial: Result, words: str):
     ("trial", "words"),
     [
         (Result(reason="StartError: out of memory"), "failed: StartError: out of memory"),
-        (Result("complete", values=[1234.5], verdict="VALID"), "tokens_per_s 1234; LoadGen: VALID"),
+        (Result("complete", values=[1234.5], verdict="VALID"), "tokens_per_s 1,234; LoadGen: VALID"),
         (Result("complete", values=[9.0], verdict="VALID", verdict_by="autotune"), "tokens_per_s 9; autotune: VALID"),
         (
             Result("complete", values=[5.0], verdict="INVALID", reasons=["too short"], constraints={"ttft_p99": 0.25}),

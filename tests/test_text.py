@@ -4,7 +4,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from autotune.config.schema import Config
-from autotune.text import one_line, shorten
+from autotune.text import one_line, rounded, shorten
 
 
 def test_message_is_one_line_without_hydras_search_path():
@@ -26,3 +26,11 @@ def test_cause_of_an_error_is_told_with_it():
 
 def test_changes_are_shown_without_their_prefix():
     assert shorten({"engine.args.max_num_seqs": 8, "scenario.qps": 2.5}) == "max_num_seqs=8 scenario.qps=2.5"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(15585.9, "15,586"), (1057.02, "1,057"), (8.3279, "8.328"), (1024, "1,024"), (True, "True"), (None, "")],
+)
+def test_figures_have_no_exponents(value: object, words: str):
+    assert rounded(value) == words

@@ -10,7 +10,7 @@ output  a file; without it the terminal
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -23,7 +23,7 @@ from autotune.measure.limits import limits_of
 from autotune.measure.objective import offered_load
 from autotune.measure.result import State
 from autotune.results.study import BASELINE, RECIPE, Study, load
-from autotune.text import aligned
+from autotune.text import aligned, rounded
 
 ABSENT = "–"
 
@@ -107,19 +107,19 @@ def render(columns: Sequence[Column]) -> str:
     def row(name: str, cells: Sequence[str]) -> None:
         lines.append(["≠" if len(set(cells)) > 1 else "", name, *cells])
 
-    def figure(name: str, values: Sequence[float | None], pattern: str) -> None:
+    def figure(name: str, values: Sequence[float | None], show: Callable[[float], str]) -> None:
         if "recipe" not in name or any(value is not None for value in values):
-            lines.append(["", name, *(ABSENT if value is None else pattern.format(value) for value in values)])
+            lines.append(["", name, *(ABSENT if value is None else show(value) for value in values)])
 
     for name in ("objective", "model", "dataset", "scenario", "device", "vllm", "sampler"):
         row(name, [getattr(column, name) or ABSENT for column in columns])
     lines += [[], ["", "trials", *(f"{column.trials}, {column.failed} failed" for column in columns)]]
     for name in ("baseline", "recipe", "best"):
-        figure(name, [getattr(column, name) for column in columns], "{:,.4g}")
-    figure("gain", [column.gain for column in columns], "{:+.1%}")
-    figure("gain over the recipe", [column.gain_over_recipe for column in columns], "{:+.1%}")
+        figure(name, [getattr(column, name) for column in columns], rounded)
+    figure("gain", [column.gain for column in columns], "{:+.1%}".format)
+    figure("gain over the recipe", [column.gain_over_recipe for column in columns], "{:+.1%}".format)
     minutes = [column.engine_s_to_best and column.engine_s_to_best / 60 for column in columns]
-    figure("engine time to best", minutes, "{:.1f} min")
+    figure("engine time to best", minutes, "{:.1f} min".format)
     lines += [[], ["", "best configuration", *(column.best_trial or ABSENT for column in columns)]]
     for name in dict.fromkeys(name for column in columns for name in column.params):
         values = [column.params.get(name, ABSENT) for column in columns]

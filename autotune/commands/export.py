@@ -42,7 +42,7 @@ from autotune.errors import InputError
 from autotune.measure.prepare import prepare
 from autotune.measure.result import Result
 from autotune.results.study import Study, load
-from autotune.text import aligned, shorten
+from autotune.text import aligned, rounded, shorten
 
 LOCAL, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 SHM_GIB_PER_GPU = 2  # what vLLM's own Kubernetes page gives /dev/shm
@@ -136,7 +136,7 @@ def deployment(study: Study, trial: str, image: str | None = None) -> Deployment
 def _title(study: Study, trial: str) -> str:
     result = study.results[trial]
     pairs = zip(study.objective.metrics, result.values, strict=True)
-    values = ", ".join(f"{metric} {value:.4g}" for metric, value in pairs)
+    values = ", ".join(f"{metric} {rounded(value)}" for metric, value in pairs)
     kind = "estimated" if result.estimated else "measured"
     return f"Study {study.name}, {trial}: {kind} {values} ({shorten(result.params) or 'the defaults'})"
 

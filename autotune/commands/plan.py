@@ -33,7 +33,7 @@ from autotune.search.checks import check_space
 from autotune.search.device import device_of
 from autotune.search.simulate import estimate, search, search_best, simulation
 from autotune.search.space import Space, parse
-from autotune.text import by_kind, shorten
+from autotune.text import by_kind, rounded, shorten
 
 MOST, LEAST = 200, 15  # random points of the space, and as many trials of the simulated study
 LONG_S = 35.0  # of CPU that either may take; then they are fewer
@@ -150,7 +150,7 @@ def _bottlenecks(runs: Sequence[Result]) -> str:
 def _outcome(result: Result, config: Config) -> str:
     metrics = result.metrics
     latency = f"p99 TTFT {metrics['ttft_p99_ms']:.0f} ms, TPOT {metrics['tpot_p99_ms']:.1f} ms"
-    values = [f"{name} {value:.4g}" for name, value in zip(config.objective.metrics, result.values, strict=True)]
+    values = [f"{name} {rounded(value)}" for name, value in zip(config.objective.metrics, result.values, strict=True)]
     return f"{', '.join(values)}; {latency}{'' if result.feasible else '; over the limits'}"
 
 

@@ -46,7 +46,7 @@ from autotune.sweep.launchers import Job, Launcher, begin, make_launcher
 from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
 from autotune.system.leases import devices
-from autotune.text import aligned, shorten
+from autotune.text import aligned, rounded, shorten
 
 log = logging.getLogger(__name__)
 
@@ -339,7 +339,7 @@ def render(verdict: Verdict) -> str:
     table = [("", verdict.metric, "against the baseline", "real", "limits held")]
     for row in verdict.rows:
         real = f"{min(0.999, 1 - row.difference.p):.1%}" if row.difference else ""
-        mean = f"{row.mean:,.4g}" if row.mean is not None else "failed"
+        mean = rounded(row.mean) if row.mean is not None else "failed"
         table.append((row.name, mean, change(row.difference, baseline.mean), real, f"{row.held} of {verdict.n}"))
     lines = aligned(table)
     lines += ["", *(f"  {row.name}: {shorten(row.params)}" for row in verdict.rows[1:])]

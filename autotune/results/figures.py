@@ -35,6 +35,7 @@ from autotune.results import summary
 from autotune.results.fleet import Fleet, cost
 from autotune.results.study import REFERENCES, SPACE, TRIAL, Study
 from autotune.system.files import left_in
+from autotune.text import rounded
 
 not_needed: Any = sys.modules.setdefault("matplotlib", None)  # type: ignore[arg-type]
 try:  # Optuna would import it, too: that takes a second, and much longer where it has to look for fonts
@@ -158,7 +159,7 @@ def history(study: optuna.Study, metric: str, references: Mapping[str, Result]) 
     figure.update_traces(name="best so far", selector={"name": "Best Value"})
     values = {name: one.metrics[metric] for name, one in references.items() if metric in one.metrics}
     for side, (name, value) in zip(("left", "right"), values.items(), strict=False):
-        _mark(figure, value, f"{name} {value:,.4g}", "dash", f"bottom {side}")
+        _mark(figure, value, f"{name} {rounded(value)}", "dash", f"bottom {side}")
     return finished(figure, x="trial")
 
 
@@ -218,7 +219,7 @@ def slice_of(study: optuna.Study, param: str, metric: str) -> go.Figure:
         dots = [(one.params[param], one.values[0], told(one.user_attrs["trial"], one.params)) for one in some]
         dots = [(str(x), y, words) for x, y, words in dots] if is_choice else dots
         by_age = {"color": [one.number for one in some], "colorscale": "Cividis"}
-        traces.append(_dots(dots, "%{y:,.4g}", **(by_age if feasible else {"color": LIGHT, "symbol": "x"})))
+        traces.append(_dots(dots, "%{y:,.4~r}", **(by_age if feasible else {"color": LIGHT, "symbol": "x"})))
     return finished(traces, x=axis, y=label(metric), height=300, showlegend=False)
 
 
@@ -258,7 +259,7 @@ def load_curve(results: Mapping[str, Result], metric: str, limit: float | None, 
                 marker={"symbol": ["circle" if run.verdict == "VALID" else "circle-open" for run in runs], "size": 8},
                 line={"dash": "dash"} if name in REFERENCES else {},
                 hovertext=[told(f"{name}: {run.verdict} {'; '.join(run.reasons)}", result.params) for run in runs],
-                hovertemplate=f"%{{x:.4g}} {unit}: %{{y:,.4g}} ms{HOVER}",
+                hovertemplate=f"%{{x:,.4~r}} {unit}: %{{y:,.4~r}} ms{HOVER}",
             )
         )
     return _over_load(lines, metric, limit, unit)
@@ -270,7 +271,7 @@ def load_points(results: Mapping[str, Result], key: str, metric: str, limit: flo
     for verdict, symbol, colour in (("VALID", "circle", BLUE), ("INVALID", "circle-open", VERMILLION)):
         some = {name: one for name, one in results.items() if (one.verdict == "VALID") == (verdict == "VALID")}
         dots = [(one.params[key], one.metrics[metric], told(name, one.params)) for name, one in some.items()]
-        traces.append(_dots(dots, f"%{{x:.4g}} {unit}: %{{y:,.4g}} ms", name=verdict, symbol=symbol, color=colour))
+        traces.append(_dots(dots, f"%{{x:,.4~r}} {unit}: %{{y:,.4~r}} ms", name=verdict, symbol=symbol, color=colour))
     return _over_load(traces, metric, limit, unit)
 
 
@@ -307,7 +308,7 @@ def bounds(results: Mapping[str, Result], metric: str) -> go.Figure:
         line={"color": "rgba(0,0,0,0)"},
         marker={"color": BLUE, "opacity": 0.6},
         hovertext=[told(name, result.params) for name, result in bound.items()],
-        hovertemplate=f"%{{x:,.4g}}{HOVER}",
+        hovertemplate=f"%{{x:,.4~r}}{HOVER}",
         hoveron="points",
     )
     kinds = [f"{kind} ({count})" for kind, count in counts.most_common()]
@@ -337,7 +338,7 @@ def fleets(found: Sequence[Fleet], unit: str) -> go.Figure:
         y=[fleet.parallelism for fleet in found],
         orientation="h",
         text=[f"{fleet.servers} × {fleet.gpus // fleet.servers}" for fleet in found],
-        hovertext=[f"{fleet.name}: {fleet.each:.4g} {unit} each" for fleet in found],
+        hovertext=[f"{fleet.name}: {rounded(fleet.each)} {unit} each" for fleet in found],
         hovertemplate=f"%{{x}} GPUs{HOVER}",
     )
     axis = {"title_text": "GPUs (servers × GPUs of each)", "rangemode": "tozero"}
@@ -350,7 +351,7 @@ def costs(results: Mapping[str, Result], per_gpu_hour: float) -> go.Figure:
         raise NotDrawnError("no trial completed")
     points = {name: (one.metrics["tokens_per_s_per_gpu"], cost(one, per_gpu_hour)) for name, one in results.items()}
     axis = {"title_text": "cost per million output tokens", "rangemode": "tozero"}
-    return finished(_by_limits(results, points, "%{y:,.4g} for a million tokens"), x="tokens/s of a GPU", y=axis)
+    return finished(_by_limits(results, points, "%{y:,.4~r} for a million tokens"), x="tokens/s of a GPU", y=axis)
 
 
 def phases(results: Mapping[str, Result]) -> go.Figure:
@@ -376,7 +377,7 @@ def expectations(results: Mapping[str, Result], metric: str, at: int) -> go.Figu
     ends = [min(seen), max(seen)]
     line = {"dash": "dot", "color": GREY}
     diagonal = go.Scatter(x=ends, y=ends, name="as expected", mode="lines", line=line, hoverinfo="skip")
-    dots = _by_limits(results, points, "expected %{x:,.4g}, measured %{y:,.4g}")
+    dots = _by_limits(results, points, "expected %{x:,.4~r}, measured %{y:,.4~r}")
     return finished([*dots, diagonal], x=f"expected {label(metric)}", y=f"measured {label(metric)}")
 
 

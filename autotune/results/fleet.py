@@ -9,7 +9,7 @@ from autotune.config.schema import Config, Kind
 from autotune.config.vllm_flags import FLAG, PARALLEL, gpus
 from autotune.measure import metrics, objective
 from autotune.measure.result import Result
-from autotune.text import aligned, shorten
+from autotune.text import aligned, rounded, shorten
 
 WORDS = {"tensor_parallel_size": "TP", "pipeline_parallel_size": "PP", "data_parallel_size": "DP"}
 COST = next(iter(metrics.PER_MILLION))
@@ -79,7 +79,7 @@ def rows(found: list[Fleet], unit: str) -> list[list[str]]:
     table = [["GPUs", "servers", "parallelism", f"{unit} each", *costs, "trial", "configuration"]]
     for fleet in found:
         prices = [f"{fleet.per_hour:,.2f}", f"{fleet.per_million:,.3f}" if fleet.per_million else ""] if priced else []
-        cells = [str(fleet.gpus), str(fleet.servers), fleet.parallelism, f"{fleet.each:.4g}", *prices]
+        cells = [str(fleet.gpus), str(fleet.servers), fleet.parallelism, rounded(fleet.each), *prices]
         table.append([*cells, fleet.name, shorten(fleet.params) or "vLLM's defaults"])
     return table
 

@@ -32,7 +32,7 @@ from autotune.results.figures import drawn, label
 from autotune.results.study import BASELINE, REFERENCES, TWIN, Study
 from autotune.results.summary import HEADINGS
 from autotune.system.files import left_in, write_whole
-from autotune.text import by_kind, count, shorten
+from autotune.text import by_kind, count, rounded, shorten
 
 PAGE = "report.html"
 SLICES = 8  # parameters that are drawn one by one, the most important first
@@ -40,10 +40,10 @@ SLICES = 8  # parameters that are drawn one by one, the most important first
 BOUNDS = {
     "kv": "the KV cache was full",
     "cache": "prompts' beginnings were computed again, as the KV cache had no room to keep them",
-    "sequences": "max_num_seqs sequences were running",
+    "sequences": "max_num_seqs requests were running",
     "tokens": "each step was full of tokens",
     "queue": "requests waited",
-    "arrival": "the server kept up: more load was not offered",
+    "arrival": "nothing, the server kept up with the load that was offered",
     "client": "the load generator",
     "ttft": "a higher load breaks the limit on TTFT",
     "tpot": "a higher load breaks the limit on TPOT",
@@ -89,7 +89,7 @@ def page(study: Study) -> str:
     """The page itself."""
     beside = jinja2.FileSystemLoader(Path(__file__).parent)
     templates = jinja2.Environment(loader=beside, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    templates.filters |= {"figure": _figure, "metric": label, "shorten": shorten, "by_flag": by_flag}
+    templates.filters |= {"rounded": rounded, "metric": label, "shorten": shorten, "by_flag": by_flag}
     templates.filters |= {"outcome": partial(summary.outcome, objectives=study.objective.metrics)}
     best = study.results[study.served] if study.served else None
     metrics, params = columns(study)
@@ -130,20 +130,20 @@ def headline(study: Study) -> str:
     if len(study.objective.metrics) > 1 and study.front:
         front = [study.results[name] for name in study.front]
         values = [(name, [one.metrics[name] for one in front]) for name in study.objective.metrics]
-        spans = [f"{label(name)} {_figure(min(some))} to {_figure(max(some))}" for name, some in values]
+        spans = [f"{label(name)} {rounded(min(some))} to {rounded(max(some))}" for name, some in values]
         return f"{len(front)} trials on the Pareto front: {', '.join(spans)}"
-    value = f"{_figure(result.values[0])} {label(metric)}{interval(result, metric)}"
+    value = f"{rounded(result.values[0])} {label(metric)}{interval(result, metric)}"
     if served in REFERENCES:
         pronoun = "them" if served == BASELINE else "it"
         unbeaten = f"; no trial beat {pronoun}" if study.best else ", the only feasible configuration"
         return f"{value}: {REFERENCES[served]}{unbeaten}{_others(study, served)}"
     if baseline and baseline.complete and not baseline.feasible:
-        words = f"{_figure(baseline.values[0])} with vLLM's defaults, which break them"
+        words = f"{rounded(baseline.values[0])} with vLLM's defaults, which break them"
         broken = ", ".join(summary.broken(baseline))
         return f"{value} within the limits{_others(study, served)}, against {words}: {broken}"
     if not (baseline and baseline.feasible and baseline.values[0]):
         return f"{value}; no usable baseline to compare with{_others(study, served)}"
-    against = f"{_figure(baseline.values[0])}{interval(baseline, metric)}"
+    against = f"{rounded(baseline.values[0])}{interval(baseline, metric)}"
     change = summary.change(study, served)
     return f"{change}: {value}, against {against} with vLLM's defaults{_others(study, served, BASELINE)}"
 
@@ -152,7 +152,7 @@ def _others(study: Study, served: str, *told: str) -> str:
     """The change of `served` against each of REFERENCES that is not `told` of: `, +3.1% against the recipe's 81`."""
     metric, found = study.objective.metrics[0], [name for name in study.references if name not in (served, *told)]
     return "".join(
-        f", {summary.change(study, served, name)} against {_figure(study.results[name].values[0])}"
+        f", {summary.change(study, served, name)} against {rounded(study.results[name].values[0])}"
         f"{interval(study.results[name], metric)} with {REFERENCES[name]}"
         for name in found
     )
@@ -173,7 +173,7 @@ def interval(result: Result, metric: str) -> str:
     if metric not in result.intervals:
         return ""
     low, high = result.intervals[metric]
-    return f" ({_figure(low)} to {_figure(high)})"
+    return f" ({rounded(low)} to {rounded(high)})"
 
 
 def cards(study: Study) -> list[tuple[str, str, str]]:
@@ -186,9 +186,9 @@ def cards(study: Study) -> list[tuple[str, str, str]]:
     found = []
     for metric in dict.fromkeys([*study.objective.metrics, *HEADINGS]):
         if metric in metrics:
-            words = [f"{name} {_figure(known[metric])}" for name, known in others.items() if metric in known]
+            words = [f"{name} {rounded(known[metric])}" for name, known in others.items() if metric in known]
             words += [f"limit {limits[metric]:g}"] if metric in limits else []
-            found.append((label(metric), _figure(metrics[metric]), ", ".join(words)))
+            found.append((label(metric), rounded(metrics[metric]), ", ".join(words)))
     return found
 
 
@@ -292,7 +292,7 @@ def turns(study: Study) -> list[Section]:
             found = study.complete[name].metrics if name in study.complete else {}
             values = [found[key] for one in names if (key := f"turn{turn}_{one}_p99_ms") in found]
             if name and values:
-                rows.append([str(turn), name, *map(_figure, values)])
+                rows.append([str(turn), name, *map(rounded, values)])
     text = f"p99, ms. Turn {MOST_TURNS} stands for all later ones, too."
     return [Section("Latency by turn", text, rows=[["turn", "", *map(heading, names)], *rows])] if rows else []
 
@@ -334,8 +334,7 @@ def trade_off(config: Config) -> tuple[list[str], list[str]]:
 
 def bounds(study: Study) -> Section:
     seen = {result.bound for result in study.results.values() if result.bound}
-    kinds = [f"{kind}: {BOUNDS.get(kind, kind)}." for kind in sorted(seen)]
-    text = " ".join(["What limited its throughput.", *kinds])
+    text = f"What limited it. {'; '.join(f'{kind}: {BOUNDS.get(kind, kind)}' for kind in sorted(seen))}."
     draw = partial(figures.bounds, study.complete, study.objective.metrics[0])
     return Section("Bottleneck of each trial", text, [draw])
 
@@ -513,17 +512,6 @@ def facts(study: Study) -> list[tuple[str, str]]:
         found.append(("ran", f"{first} to {last}"))
     versions = [(key.replace("_", " "), ", ".join(values)) for key, values in named.items() if any(values)]
     return found + versions
-
-
-def _figure(value: Any) -> str:
-    """A number with four significant digits; anything else as it is."""
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
 
 
 def _duration(seconds: float) -> str:

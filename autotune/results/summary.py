@@ -16,7 +16,7 @@ from autotune.measure.result import Result, State
 from autotune.results import fleet
 from autotune.results.study import BASELINE, ON_SHARED, RECIPE, REFERENCES, Study
 from autotune.system.files import left_in, write_whole
-from autotune.text import aligned, count, shorten
+from autotune.text import aligned, count, rounded, shorten
 
 SLOW = 0.1  # share of the median node's value that a slow one is worse by
 SURPRISE = 0.15  # share of the expected value by which a measured one contradicts it
@@ -40,7 +40,7 @@ def outcome(result: Result, objectives: list[str]) -> str:
     """One line on how a trial ended."""
     if not result.complete:
         return f"failed: {result.reason}"
-    values = ", ".join(f"{name} {value:.4g}" for name, value in zip(objectives, result.values, strict=True))
+    values = ", ".join(f"{name} {rounded(value)}" for name, value in zip(objectives, result.values, strict=True))
     over = broken(result)
     why = f"; infeasible: {', '.join(over)}" if over else ""
     verdict = result.verdict + (f" ({'; '.join(result.reasons)})" if result.reasons else "")
@@ -210,8 +210,8 @@ def _shared(study: Study) -> list[str]:
     parts = ["", told]
     for name, on_shared in again.items():
         result, value = study.results[name], json.loads(on_shared)[0]
-        fresh = f"{result.values[0]:.4g}" if result.complete else f"failed ({result.reason})"
-        parts.append(f"  {name} on a server of its own: {fresh}; on the shared one it was {value:.4g}")
+        fresh = rounded(result.values[0]) if result.complete else f"failed ({result.reason})"
+        parts.append(f"  {name} on a server of its own: {fresh}; on the shared one it was {rounded(value)}")
     if study.uncertified():
         parts.append(f"  {study.best} was not measured on one of its own: autotune verify study={study.name}")
     return parts
@@ -229,9 +229,9 @@ def _against(study: Study, best: str) -> list[str]:
     over = {name: study.results[name] for name in REFERENCES if name in study.complete and name not in study.references}
     if over:
         phrases.append("holds the limits")
-        value = f"{study.objective.metrics[0]} {study.results[best].values[0]:.4g}"
+        value = f"{study.objective.metrics[0]} {rounded(study.results[best].values[0])}"
         phrases += [
-            f"{value}, {one.values[0]:.4g} with {REFERENCES[name]}, which break them: {', '.join(broken(one))}"
+            f"{value}, {rounded(one.values[0])} with {REFERENCES[name]}, which break them: {', '.join(broken(one))}"
             for name, one in over.items()
         ]
     return phrases
@@ -284,15 +284,15 @@ def _surprise(result: Result) -> str:
     """Words on a trial that a simulation was wrong about; empty if it was right."""
     values, feasible = result.expected["values"], result.expected["feasible"]
     if not values:
-        return f"expected to fail, measured {result.values[0]:.4g}" if result.complete else ""
+        return f"expected to fail, measured {rounded(result.values[0])}" if result.complete else ""
     if not result.complete:
         return f"expected to run, and failed: {result.reason}"
     off = result.values[0] / values[0] - 1 if values[0] else 0.0
     if abs(off) <= SURPRISE and feasible == result.holds_limits:
         return ""
     words = {True: "feasible", False: "infeasible"}
-    expected = f"expected {values[0]:.4g} ({words[feasible]})"
-    return f"{expected}, measured {result.values[0]:.4g} ({words[result.holds_limits]})"
+    expected = f"expected {rounded(values[0])} ({words[feasible]})"
+    return f"{expected}, measured {rounded(result.values[0])} ({words[result.holds_limits]})"
 
 
 def _nodes(study: Study) -> list[str]:
@@ -302,7 +302,7 @@ def _nodes(study: Study) -> list[str]:
     lines = ["", "Nodes, by a short baseline on each:"] if study.canaries else []
     for node in sorted(study.canaries):
         worse = objective.sign(study.objective) * (middle - values[node]) if node in values else 0.0
-        told = f"{values[node]:.4g}{'  slow' if worse > SLOW * middle else ''}" if node in values else "failed"
+        told = f"{rounded(values[node])}{'  slow' if worse > SLOW * middle else ''}" if node in values else "failed"
         lines.append(f"  {node}: {told}")
     return lines
 

@@ -49,7 +49,6 @@ ARTIFACTS = (
 STUDY_ARTIFACTS = ("summary.txt", "report.html", "pareto.json")
 RUNS = "mlflow_run.json"  # in a trial's or a study's folder: its run's id, by tracking URI
 CONFIGURATION = "configuration"  # artifacts of the best trial that a registered version holds
-BATCH = 1000  # metrics that MLflow takes in one call
 ANSWER_S = 5  # a server must answer within, before a study begins
 # URIs that MLflow knows, by scheme; a database's with what makes its driver ask no longer than ANSWER_S.
 FILES = ("sqlite", "file", "")
@@ -187,9 +186,7 @@ class Tracker:
             points = series.read(folder, result.started_at)
             metrics += [Metric(one.metric, one.value, int(one.time * 1000), one.second) for one in points]
             params = [Param(key, str(value)) for key, value in (flags | result.params).items()]
-            self._client.log_batch(run, metrics[:BATCH], params, [RunTag("command", result.shell_command[:5000])])
-            for at in range(BATCH, len(metrics), BATCH):
-                self._client.log_batch(run, metrics[at : at + BATCH])
+            self._client.log_batch(run, metrics, params, [RunTag("command", result.shell_command[:5000])])
             self._log_dataset(run, folder, result)
             for one in ["", *(several.folder for several in result.runs)]:
                 for file in ARTIFACTS:

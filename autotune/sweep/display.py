@@ -13,7 +13,7 @@ from rich.text import Text
 
 from autotune.config.schema import ObjectiveConfig
 from autotune.results.study import Study
-from autotune.text import shorten
+from autotune.text import rounded, shorten
 
 EVERY_S = 0.5
 
@@ -55,8 +55,8 @@ class Display:
         left = f"{elapsed_s / done * (self._n_trials - ended) / 60:.0f} min left" if done > 0 else ""
         rate = f"{done / elapsed_s * 3600:.3g} trials/h" if done > 0 else ""
         metric, best, baseline = self._objective.metrics[0], study.best, study.baseline
-        leader = f"best {metric} {study.results[best].values[0]:.4g} ({best})" if best else "nothing feasible yet"
-        against = f", baseline {baseline.values[0]:.4g}" if baseline and baseline.complete else ""
+        leader = f"best {metric} {rounded(study.results[best].values[0])} ({best})" if best else "nothing feasible yet"
+        against = f", baseline {rounded(baseline.values[0])}" if baseline and baseline.complete else ""
         words = [f"{ended} of {self._n_trials}", rate, left, leader + against]
         table = Table(box=None)
         for heading in ("trial", "phase", "s", "node", "parameters"):
