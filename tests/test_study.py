@@ -231,6 +231,7 @@ def test_grid_runs_its_points_however_many_are_refused_in_a_row(tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ([f"{SEQS}=int(interval(1,2000000000))"], f"sampler=grid: 2,000,000,000 points, each a trial, as {SEQS} has"),
         ([f"{SEQS}=range(1,1002)"], f"sampler=grid: 1,001 points, each a trial, as {SEQS} has 1,001 values; thin"),
         ([f"{SEQS}=choice(1,2)", "warm_start=other"], "sampler=grid: it runs every point; leave out warm_start"),
     ],

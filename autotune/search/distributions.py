@@ -21,14 +21,14 @@ def suggest(trial: optuna.Trial, name: str, distribution: Distribution) -> Any:
     return number(name, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
 
 
-def grid_values(name: str, distribution: Distribution) -> list[Any]:
+def grid_values(name: str, distribution: Distribution) -> Sequence[Any]:
     """Every value of the parameter `name`. Raises InputError for one without steps."""
     if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
+        return distribution.choices
     if distribution.step is None:
         raise InputError(f"sampler=grid: {name} has no steps; write {name}=range(low,high,step=…) or choice(…)")
     if isinstance(distribution, IntDistribution):
-        return list(range(distribution.low, distribution.high + 1, distribution.step))
+        return range(distribution.low, distribution.high + 1, distribution.step)
     count = round((distribution.high - distribution.low) / distribution.step)
     return [float(f"{distribution.low + number * distribution.step:.12g}") for number in range(count + 1)]
 

@@ -25,8 +25,8 @@ MOST_POINTS = 1_000_000  # of a range
 VARIABLE = "backend.env."  # prefix of environment variables
 # A choice that leaves the flag to vLLM; Hydra's choice() takes no null.
 DEFAULT = "default"
-# Flags that can be changed of a running server, and the most that one which trials share starts with, unless a trial
-# asks for more: what is beyond takes memory and time from all of them. Null: it starts with any value.
+# Flags that can be changed while a server runs. One that trials share starts with the largest value that is swept, but
+# at most with this, as more takes memory and time from all of them. None: what it starts with does not matter.
 CHANGEABLE = {
     "max_num_seqs": 1024,
     "max_num_batched_tokens": 16384,
@@ -74,7 +74,7 @@ class Space:
         return ""
 
     @cached_property
-    def grid(self) -> dict[str, list[Any]]:
+    def grid(self) -> dict[str, Sequence[Any]]:
         """Every value of every parameter. Raises InputError for one without steps."""
         return {name: grid_values(name, distribution) for name, distribution in self.parameters.items()}
 
