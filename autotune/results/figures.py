@@ -154,12 +154,14 @@ def _short(by_key: Mapping[str, Any]) -> dict[str, Any]:
 
 def history(study: optuna.Study, metric: str, references: Mapping[str, Result]) -> go.Figure:
     """Draw each trial's value and the best so far, with what they are compared with."""
-    _complete(study, 1)
+    trials = _complete(study, 1)
     figure = visualization.plot_optimization_history(study, target_name=label(metric))
-    figure.update_traces(name="best so far", selector={"name": "Best Value"})
+    figure.update_traces(name="best so far", line={"color": BLUE}, selector={"name": "Best Value"})
     values = {name: one.metrics[metric] for name, one in references.items() if metric in one.metrics}
-    for side, (name, value) in zip(("left", "right"), values.items(), strict=False):
-        _mark(figure, value, f"{name} {rounded(value)}", "dash", f"bottom {side}")
+    ends = [trials[0].number - 0.5, trials[-1].number + 0.5]
+    for (name, value), color in zip(values.items(), (VERMILLION, ORANGE), strict=False):
+        words, line = f"{name} {rounded(value)}", {"dash": "dash", "color": color}
+        figure.add_scatter(x=ends, y=[value, value], mode="lines", name=words, line=line, hoverinfo="skip")
     return finished(figure, x="trial")
 
 
@@ -240,7 +242,7 @@ def front(study: optuna.Study, metrics: Sequence[str], limits: Mapping[str, floa
     for axis, metric in zip("xy", metrics, strict=False):
         shown = [trial.values[metrics.index(metric)] for trial in trials]
         if metric in limits and len(metrics) == 2 and limits[metric] < 2 * max(shown):
-            _mark(figure, limits[metric], f"limit {limits[metric]:g} ms", axis=axis)
+            _limit(figure, limits[metric], axis)
     return finished(figure, height=440)
 
 
@@ -279,17 +281,16 @@ def _over_load(traces: list[go.Scatter], metric: str, limit: float | None, unit:
     axis = {"title_text": label(metric), "rangemode": "tozero"}
     figure = finished(traces, x=f"offered load, {unit}", y=axis)
     if limit is not None:
-        _mark(figure, limit, f"limit {limit:g} ms")
+        _limit(figure, limit)
     return figure
 
 
-def _mark(
-    figure: go.Figure, value: float, words: str, dash: str = "dot", at: str = "top left", axis: str = "y"
-) -> None:
-    """Draw a line with `words` on it across the figure, where `axis` has this value."""
+def _limit(figure: go.Figure, value: float, axis: str = "y") -> None:
+    """Draw a line across the figure where `axis` has this value."""
+    annotation = {"text": f"limit {value:g} ms", "font": {"color": VERMILLION}, "bgcolor": "rgba(255,255,255,.8)"}
+    line = {"dash": "dot", "color": VERMILLION}
     add = figure.add_hline if axis == "y" else figure.add_vline
-    annotation = {"text": words, "font": {"color": VERMILLION}, "bgcolor": "rgba(255,255,255,.8)"}
-    add(value, line={"dash": dash, "color": VERMILLION}, annotation=annotation, annotation_position=at)
+    add(value, line=line, annotation=annotation, annotation_position="top left")
 
 
 def bounds(results: Mapping[str, Result], metric: str) -> go.Figure:

@@ -216,7 +216,7 @@ def sections(study: Study) -> list[Section]:
 def history(alone: Mapping[str, optuna.Study], references: Mapping[str, Result]) -> Section:
     """`alone` has the study as it is in each of the objective's metrics, here and below."""
     draws = [partial(figures.history, study, metric, references) for metric, study in alone.items()]
-    text = "Grey trials broke a limit, or were left at a load that they do not hold. The line is the best so far."
+    text = "Grey trials broke a limit, or were left at a load that they do not hold."
     return Section("Optimization history", text, draws)
 
 
