@@ -57,9 +57,14 @@ def penalised(objective: ObjectiveConfig, values: Sequence[float], broken: Mappi
 
     A throughput is divided by 1 + the sum of the shares over a limit, a latency multiplied by it.
     """
-    factor = 1 + sum(max(0.0, over) for over in broken.values())
+    factor = 1 + excess(broken)
     pairs = zip(values, objective.directions, strict=True)
     return [value / factor if direction == "maximize" else value * factor for value, direction in pairs]
+
+
+def excess(constraints: Mapping[str, float]) -> float:
+    """The shares by which limits are broken, summed."""
+    return sum(max(0.0, over) for over in constraints.values())
 
 
 def sign(objective: ObjectiveConfig, metric: int = 0) -> int:

@@ -53,7 +53,7 @@ def best(config: Config, space: Space) -> list[Result]:
     sign = objective.sign(config.objective)
     ranked = sorted(
         (found for found in search_best(simulated, space, settings.trials) if found.complete),
-        key=lambda found: (found.feasible, -_over(found), sign * found.values[0]),
+        key=lambda found: (found.feasible, -objective.excess(found.constraints), sign * found.values[0]),
         reverse=True,
     )
     candidates = distinct(ranked, space, CANDIDATES)
@@ -110,10 +110,6 @@ def _complementary(scores: NDArray[np.float64], count: int) -> list[int]:
         chosen.append(int(gains.argmax()))
         reached = np.maximum(reached, scores[:, chosen[-1]])
     return chosen
-
-
-def _over(result: Result) -> float:
-    return sum(max(0.0, value) for value in result.constraints.values())
 
 
 def warm_start(name: str, space: Space, count: int) -> list[Result]:

@@ -411,7 +411,7 @@ def score(config: Config, result: Result) -> float:
     if not result.complete:
         return -math.inf
     if not result.feasible:
-        return -INFEASIBLE - math.log1p(sum(max(0.0, over) for over in result.constraints.values()))
+        return -INFEASIBLE - math.log1p(objective.excess(result.constraints))
     signs = [objective.sign(config.objective, metric) for metric in range(len(result.values))]
     return sum(sign * math.log(max(value, 1e-9)) for sign, value in zip(signs, result.values, strict=True))
 

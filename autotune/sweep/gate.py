@@ -24,17 +24,17 @@ def decided(config: Config, space: Space, prepared: Prepared, folder: Path) -> A
     swept = {key.removeprefix(FLAG): one for key, one in space.parameters.items() if key.startswith((FLAG, VARIABLE))}
     deciding = [name for name in [*swept, *recipe] if name.startswith(VARIABLE) or accuracy.is_numeric(name)]
     deciding += [name for name, one in swept.items() if name == accuracy.SPECULATION and accuracy.LOSSY in str(one)]
-    none = replace(config.accuracy, check=Check.none)
-    if config.accuracy.check is Check.none or (config.accuracy.check is Check.auto and not deciding):
+    asked, none = config.accuracy.check, replace(config.accuracy, check=Check.none)
+    if asked is Check.none or (asked is Check.auto and not deciding):
         return none
     simulated = "simulated" in prepared.backend.facts
     why_not = accuracy.impossible(prepared.args, simulated)
-    check = Check.nll if config.accuracy.check is Check.auto else config.accuracy.check
-    if why_not and config.accuracy.check is check and not simulated:
-        raise InputError(f"accuracy={check.value}: there are no answers to check, as {why_not}; write accuracy=none")
+    if why_not and asked is not Check.auto and not simulated:
+        raise InputError(f"accuracy={asked.value}: there are no answers to check, as {why_not}; write accuracy=none")
     if why_not:
         log.warning("answers are not checked: %s", why_not)
         return none
+    check = Check.nll if asked is Check.auto else asked
     return replace(config.accuracy, check=check, kept_in=str(folder / accuracy.FOLDER))
 
 
@@ -118,11 +118,10 @@ class Gate:
         return name, self._numerics(reference_params(self._config).get(name, {}))
 
     def _scores(self, numerics: str) -> accuracy.Scores | None:
-        if numerics not in self._found:
-            if (scores := accuracy.Scores.load(self._folder / accuracy.file_name(numerics, self._texts))) is None:
-                return None
+        file = self._folder / accuracy.file_name(numerics, self._texts)
+        if numerics not in self._found and (scores := accuracy.Scores.load(file)):
             self._found[numerics] = scores
-        return self._found[numerics]
+        return self._found.get(numerics)
 
     def _numerics(self, params: Mapping[str, Any]) -> str:
         """The numerics of a trial with these parameters, as vLLM resolves its flags here."""
