@@ -93,6 +93,12 @@ def test_run_too_short_for_the_test_is_not_stopped():
     ]
 
 
+def test_short_run_without_limits_breaks_none():
+    watch = Watch(100, [])
+    watch.add(request(2.0))
+    assert watch.reasons() == []
+
+
 def test_a_share_decides_runs_that_are_too_short():
     watch = Watch(100, [TTFT_1S], share=0.02)
     for _ in range(3):

@@ -165,7 +165,7 @@ def resolved(config: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def has_graphs(config: Any) -> bool:
     """True if steps may run as CUDA graphs; else the largest one means nothing, whatever it is."""
-    return bool(config.compilation_config.cudagraph_mode.name != "NONE")
+    return getattr(config.compilation_config.cudagraph_mode, "name", "") != "NONE"
 
 
 # What hot_engine.py can change, by its name in vLLM's configuration; True: only to less than the server started with.

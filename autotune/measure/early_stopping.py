@@ -105,7 +105,7 @@ class Watch:
     def reasons(self) -> list[str]:
         """Reasons why the run is not VALID so far; empty if it passes should all further requests keep the limits."""
         found = [self._reason(number) for number in range(len(self._limits))]
-        if self.allowed < 0:
+        if self._limits and self.allowed < 0:
             found.append(f"{self._total} queries are too few for the test of a limit at p99, which takes {FEWEST}")
         return [reason for reason in found if reason]
 
