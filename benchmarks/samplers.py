@@ -148,7 +148,7 @@ def workload(name: str, words: str) -> Workload:
     points, series, metric = {}, {}, config.objective.metrics[0]
     for params in grid(space, simulated):
         point, seen = key(space, params), []
-        points[point] = checked(simulated, space, params, seen.append)
+        points[point] = checked(simulated, space, params, lambda _, run, seen=seen: seen.append(run))
         if seen and metric in progress.METRICS:
             load = with_fields(config, {name: value for name, value in params.items() if "scenario" in name}).scenario
             times = np.arange(PUBLISH_S, seen[0].measured.phases["run"], PUBLISH_S)

@@ -26,7 +26,6 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -35,16 +34,13 @@ from samplers import Workload, key, sampler_config, workload
 
 from autotune.config.command_line import errors_in_one_line
 from autotune.measure.result import Result, State
-from autotune.measure.slot import Slot
 from autotune.measure.steps import Steps
-from autotune.measure.trial import measure
 from autotune.results.study import BASELINE
 from autotune.search import prior
 from autotune.search.samplers import make_sampler
-from autotune.search.simulate import ask
+from autotune.search.simulate import ask, estimate
 from autotune.search.space import swept_flags
 from autotune.search.twin import TwinSampler
-from autotune.sim.backend import SimBackend
 
 GOOD = (0.05, 0.02)  # shares below the grid's best
 TRIALS = 40  # average ones, after which an arm gives up
@@ -95,20 +91,13 @@ def grid_of(name: str, truth: Truth) -> Workload:
 
 def steps_of(load: Workload, params: dict[str, Any]) -> Steps:
     """The steps that the true server records in a trial with `params`."""
-    prepared = load.simulated.prepared
-    backend = copy(prepared.backend)
-    assert isinstance(backend, SimBackend)
+    simulated, found = load.simulated, []
+    backend: Any = copy(simulated.backend)
     backend.config = replace(backend.config, steps=True)
-    flags = swept_flags(params, prepared.args)
-    resolved = prepared.dry_run(flags).resolved
-    with (
-        TemporaryDirectory() as folder,
-        backend.start(prepared.model, prepared.args | flags, load.simulated.samples, Path(folder), Slot()) as engine,
-    ):
-        measure(load.config, engine, resolved, Path(folder), Result())
-        recording = engine.recorded()
-    assert recording
-    return Steps("", recording.rows, resolved, prepared.model.config, recording.kv_tokens)
+    records = replace(simulated, prepared=replace(simulated.prepared, backend=backend))
+    estimate(records, params, lambda engine, _: found.append(engine.recorded()))
+    resolved = simulated.prepared.dry_run(swept_flags(params, simulated.prepared.args)).resolved
+    return Steps("", found[0].rows, resolved, simulated.prepared.model.config, found[0].kv_tokens)
 
 
 @dataclass(frozen=True)

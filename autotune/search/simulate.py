@@ -15,6 +15,7 @@ from autotune.config.schema import Config, Endpoint
 from autotune.config.vllm_flags import FLAG
 from autotune.data.samples import Samples
 from autotune.errors import StartError
+from autotune.measure.backend import Engine
 from autotune.measure.prepare import Prepared, prepare, prepare_samples
 from autotune.measure.result import Result, State
 from autotune.measure.runs import RunResult
@@ -28,6 +29,8 @@ from autotune.system import interrupt
 
 if TYPE_CHECKING:
     from autotune.sim.twin import Twin  # SciPy takes a while to import, and few studies fit a twin
+
+Observe = Callable[[Engine, RunResult], None]
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,10 @@ def on_twin(simulation: Simulation, twin: "Twin") -> Simulation:
     return replace(simulation, prepared=replace(simulation.prepared, backend=backend))
 
 
-def estimate(
-    simulation: Simulation, params: Mapping[str, Any], observe: Callable[[RunResult], None] = lambda _: None
-) -> Result:
+def estimate(simulation: Simulation, params: Mapping[str, Any], observe: Observe = lambda *_: None) -> Result:
     """The result of a trial with these parameters, by configuration key; without any it is the baseline's.
 
-    `observe` is given the run that it tells of.
+    `observe` is given the server, and the run that the result tells of.
     """
     interrupt.check()
     prepared = simulation.prepared
@@ -93,7 +94,7 @@ def estimate(
             TemporaryDirectory(prefix="autotune-") as folder,
             prepared.backend.start(prepared.model, args, simulation.samples, Path(folder), Slot()) as engine,
         ):
-            observe(measure(config, engine, outcome.resolved, Path(folder), result))
+            observe(engine, measure(config, engine, outcome.resolved, Path(folder), result))
     except StartError as error:
         return replace(result, reason=str(error), phases={"start": error.after_s})
     result.state = State.complete
@@ -101,10 +102,7 @@ def estimate(
 
 
 def checked(
-    simulation: Simulation,
-    space: Space,
-    params: Mapping[str, Any],
-    observe: Callable[[RunResult], None] = lambda _: None,
+    simulation: Simulation, space: Space, params: Mapping[str, Any], observe: Observe = lambda *_: None
 ) -> Result:
     """The result of a trial of `space`: refused without a simulation if it breaks one of its conditions."""
     if broken := space.violated(params, simulation.known):
