@@ -21,6 +21,9 @@ from autotune.sim.shape import Shape
 GIB = 1 << 30
 PAUSES_BETWEEN = 1.0  # from one trial to the next, of how often they come: as a logarithm; others' programs come and go
 POWER = 3.0
+# Launching a layer with experts takes so many times as long as a dense one: 1.6 to 2.4 in the steps of seven servers of
+# Qwen3-30B-A3B's shape, on three hosts (datasets/steps, docs/simulator.md).
+EXPERTS_LAUNCH = 2.0
 
 
 class Step(NamedTuple):
@@ -96,7 +99,7 @@ class Pace:
         random = np.random.default_rng(self.seed or 0)
         players = [
             itertools.cycle(np.roll(kind, random.integers(len(kind))).tolist()) if kind else None
-            for kind in (self.pieces or self.launches, self.launches or self.pieces)
+            for kind in (self.pieces or _relative(self.launches), self.launches or _relative(self.pieces))
         ]
 
         def factor(launched: bool, eager: bool) -> float:
@@ -124,6 +127,11 @@ class Pace:
             return float(random.choice(self.pauses, p=shares))
 
         return pause
+
+
+def _relative(factors: tuple[float, ...]) -> tuple[float, ...]:
+    """The pace of the other kind of launch, none of this kind being recorded: how it varied, not how fast it was."""
+    return tuple((np.array(factors) / np.mean(factors)).tolist()) if factors else ()
 
 
 class Cost:
@@ -163,7 +171,7 @@ class Cost:
             0.0,
             device.host_s,
             device.host_sequence_s,
-            device.launch_s * shape.layers * more,
+            device.launch_s * shape.layers * (EXPERTS_LAUNCH if shape.experts else 1.0) * more,
             device.piecewise_s * shape.layers,
         )
 

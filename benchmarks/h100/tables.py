@@ -139,7 +139,7 @@ def mixture() -> str:
 
 
 def mixture_again() -> str:
-    """The same with the twin as mended, on another host, and what its study began with: an H200's device for dense models."""
+    """The same with the twin as mended, on another host; it began with an H200's device, fitted to a dense model."""
     return by_twin(MIXTURE_AGAIN, {"max_qps": "max QPS", "failing_qps": "fails at"})
 
 
