@@ -45,6 +45,23 @@ def test_study_does_not_go_on_with_what_can_not_be_compared(begun: Path, changed
     assert len(asked(begun)) == 1
 
 
+SIZES = "engine.args.block_size=choice(16,32)"
+
+
+@pytest.mark.parametrize("baseline", ["baseline=defaults", "baseline=false"])
+def test_flag_that_trials_chose_is_not_fixed_later_and_a_fixed_one_not_swept(tmp_path: Path, baseline: str):
+    """Of two trials with equal parameters one would be taken for the other."""
+    study(tmp_path, *SWEEP, SIZES, "n_trials=1", baseline)
+    with pytest.raises(InputError, match=rf"was measured with {SEQS}=\w+ \(now 4\)"):
+        study(tmp_path, f"{SEQS}=4", SIZES, "sampler=random", "n_trials=3", baseline)
+    study(tmp_path, SIZES, "sampler=random", "n_trials=2", baseline)
+    other = tmp_path / "other"
+    other.mkdir()
+    study(other, f"{SEQS}=4", SIZES, "sampler=random", "n_trials=1", baseline)
+    with pytest.raises(InputError, match=rf"was measured with {SEQS}=4 \(now unset\)"):
+        study(other, *SWEEP, SIZES, "n_trials=2", baseline)
+
+
 def test_simulated_study_does_not_go_on_with_measurements(tmp_path: Path):
     study(tmp_path, *SWEEP, "n_trials=1", simulated=True)
     with pytest.raises(InputError, match=r"backend\._target_=autotune\.sim\.backend\.SimBackend"):

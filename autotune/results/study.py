@@ -173,13 +173,18 @@ def load(name: str, key: str = "study") -> Study:
     results = {folder.resolve().name: single} if single else results_in(folder)
     if not results:
         raise InputError(f"{key}={name}: no trial has ended in {folder}")
-    return Study(folder, config_in(folder, results), results, canaries_in(folder))
+    return Study(folder, config_in(folder, first_in(folder, results)), results, canaries_in(folder))
 
 
-def config_in(folder: Path, results: Mapping[str, Result]) -> Config:
-    """The configuration of the study in `folder`: that of its first trial which has one. Raises InputError."""
+def first_in(folder: Path, results: Mapping[str, Result]) -> str:
+    """The first trial of the study in `folder` that has a configuration, or the first of all."""
     left = [trial for trial in results if _config_file(folder, trial).exists()]
-    return read(_config_file(folder, (left or list(results))[0]))
+    return (left or list(results))[0]
+
+
+def config_in(folder: Path, trial: str) -> Config:
+    """The configuration of `trial` of the study in `folder`. Raises InputError."""
+    return read(_config_file(folder, trial))
 
 
 def results_in(folder: Path) -> dict[str, Result]:
