@@ -15,6 +15,7 @@ from autotune.config.schema import TrackingConfig
 from autotune.errors import InputError
 from autotune.measure.result import Result
 from autotune.results.tracking import Tracker, check
+from autotune.text import count
 
 
 def main() -> None:
@@ -30,8 +31,8 @@ def main() -> None:
     )
     with errors_in_one_line():
         options = parser.parse_args()
-        count = log(options.folder, TrackingConfig(uri=options.uri, experiment=options.experiment))
-    print(f"{count} trials of {options.folder} are in MLflow at {redact(options.uri)}")
+        trials = log(options.folder, TrackingConfig(uri=options.uri, experiment=options.experiment))
+    print(f"MLflow at {redact(options.uri)} has {count(trials, 'trial')} of {options.folder}")
 
 
 def log(folder: Path, config: TrackingConfig) -> int:

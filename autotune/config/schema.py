@@ -111,17 +111,11 @@ MOST_QUERIES = 2_000_000  # of one run: each is kept in memory
 
 
 @dataclass
-class Limit:
-    """Limits on latencies at p99; null is no limit."""
+class BenchmarkScenario:
+    """One scenario of a benchmark of MLPerf's, with its limits at p99; null is no limit."""
 
     ttft_ms: float | None = positive(None)  # issue to first token, ms
     tpot_ms: float | None = positive(None)  # (latency - TTFT) / (output tokens - 1), ms
-
-
-@dataclass
-class BenchmarkScenario(Limit):
-    """One scenario of a benchmark of MLPerf's, with its limits."""
-
     loadgen: str | None = None  # its name in LoadGen's own mlperf.conf; null: the benchmark does not have the scenario
     min_queries: int = within(100, 1, MOST_QUERIES)  # LoadGen's own default
 

@@ -89,8 +89,8 @@ class NotDrawnError(Exception):
 def optuna_study(study: Study, metrics: Sequence[str], directions: Sequence[str]) -> optuna.Study:
     """The trials of `study` as Optuna's figures want them, with `metrics` as their values and short names.
 
-    Trials keep their numbers; what a trial serves is among its user attributes, which the figures show. One that was
-    left, as it does not hold the best load, is infeasible with about what it holds.
+    Trials keep their numbers; what a trial serves is among its user attributes, which the figures show. A trial that
+    was left early counts as infeasible, with about the load that it holds.
     """
     made = optuna.create_study(directions=list(directions))  # type: ignore[arg-type]
     known = distributions(study)
@@ -158,7 +158,7 @@ def history(study: optuna.Study, metric: str, references: Mapping[str, Result]) 
     figure = visualization.plot_optimization_history(study, target_name=label(metric))
     figure.update_traces(name="best so far", line={"color": BLUE}, selector={"name": "Best Value"})
     values = {name: one.metrics[metric] for name, one in references.items() if metric in one.metrics}
-    ends = [trials[0].number - 0.5, trials[-1].number + 0.5]
+    ends = [trials[0].number, trials[-1].number]
     for (name, value), color in zip(values.items(), (VERMILLION, ORANGE), strict=False):
         words, line = f"{name} {rounded(value)}", {"dash": "dash", "color": color}
         figure.add_scatter(x=ends, y=[value, value], mode="lines", name=words, line=line, hoverinfo="skip")
