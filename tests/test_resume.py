@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from autotune.errors import InputError
@@ -66,6 +67,20 @@ def test_simulated_study_does_not_go_on_with_measurements(tmp_path: Path):
     study(tmp_path, *SWEEP, "n_trials=1", simulated=True)
     with pytest.raises(InputError, match=r"backend\._target_=autotune\.sim\.backend\.SimBackend"):
         study(tmp_path, *SWEEP, "n_trials=3")
+
+
+def test_trial_that_is_interrupted_while_its_parameters_are_chosen_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RandomSampler, "sample_independent", interrupted)
+        study(tmp_path, *SWEEP, "n_trials=1")
+    assert not (tmp_path / "multirun/s/trial-0").exists()
+    assert "queued again" not in study(tmp_path, *SWEEP, "n_trials=1")
+    assert [trial.state for trial in asked(tmp_path)] == [TrialState.FAIL, TrialState.COMPLETE]
 
 
 def test_study_goes_on_with_more_trials_another_sampler_and_a_budget(tmp_path: Path):

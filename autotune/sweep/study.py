@@ -557,10 +557,11 @@ class Sweep:
             self._finish(pending, result)
             return True
         if pending.trial:
+            self.record.queue_again(pending.trial.number)
+        if pending.trial and pending.params:  # without any it was interrupted while the sampler chose them
             result = result or Result(reason="the process that ran it ended")
             result.state, result.params = State.interrupted, pending.params
             result.save(self.folder / pending.name)
-            self.record.queue_again(pending.trial.number)
             log.info("%s was interrupted; queued again", pending.name)
         return False
 
