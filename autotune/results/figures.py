@@ -96,7 +96,7 @@ def optuna_study(study: Study, metrics: Sequence[str], directions: Sequence[str]
     known = distributions(study)
     numbers = [int(name.removeprefix(TRIAL)) for name in study.results if name.startswith(TRIAL)]
     for name in (f"{TRIAL}{number}" for number in range(max(numbers, default=-1) + 1)):
-        result = study.results.get(name, Result())
+        result = study.swept.get(name, Result())
         made.add_trial(_optuna_trial(name, result, known, metrics))
     return made
 
