@@ -58,8 +58,11 @@ def conversations(
             said = text(tokenizer, draw, output)
             asks = [{"role": "user", "content": tokenizer.decode(added)}]
             yield {
-                **{TURN: turn, "tok_input": added if turn else system + added, "tok_output": said},
-                **{MESSAGES: asks if turn else [*rules, *asks], "output": tokenizer.decode(said)},
+                TURN: turn,
+                "tok_input": added if turn else system + added,
+                MESSAGES: asks if turn else [*rules, *asks],
+                "tok_output": said,
+                "output": tokenizer.decode(said),
             }
 
 

@@ -180,17 +180,11 @@ def _loadgen(config: Config) -> Iterator[Verdict]:
     yield "scenario.kind", scenario.kind.value, scenario.kind is kind, f"LoadGen sends {scenario.name}'s requests"
     alone = scenario.answers is Answers.none
     yield "scenario.answers", scenario.answers.value, alone, "LoadGen sends the requests, each on its own"
-    yield (
-        "scenario.benchmark",
-        scenario.benchmark,
-        scenario.benchmark == official.loadgen,
-        f"LoadGen's settings are those of {official.loadgen} in its mlperf.conf",
-    )
+    own, wanted = scenario.benchmark, official.loadgen
+    yield "scenario.benchmark", own, own == wanted, f"LoadGen's settings are those of {wanted} in its mlperf.conf"
     yield "scenario.seeds", scenario.seeds, scenario.seeds == SEEDS, "LoadGen's seeds are MLPerf's"
-    yield (
-        *("scenario.equal_issue", scenario.equal_issue, scenario.equal_issue),
-        "each sample is issued equally often (sample_concatenate_permutation)",
-    )
+    equal = scenario.equal_issue
+    yield "scenario.equal_issue", equal, equal, "each sample is issued equally often (sample_concatenate_permutation)"
     long = scenario.min_duration_s >= LEAST_S
     yield "scenario.min_duration_s", f"{scenario.min_duration_s:g}", long, f"a run lasts {LEAST_S:g} s or more"
     many = scenario.min_queries >= official.min_queries
