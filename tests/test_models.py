@@ -131,7 +131,7 @@ def hub_that_says(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, st
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
-        (403, "GatedRepo", "gated; accept its licence at huggingface.co/a/b, then run `hf auth login`"),
+        (403, "GatedRepo", "gated; accept its license at huggingface.co/a/b, then run `hf auth login`"),
         (404, "RepoNotFound", "the Hub has no such model, or it is private"),
         (404, "RevisionNotFound", "the Hub has it, but not revision v9; see model.revision"),
     ],

@@ -188,7 +188,7 @@ def _download(where: str, path: str, revision: str | None, patterns: list[str]) 
         raise InputError(f"{where}: neither a local folder nor a Hub id (owner/name)") from None
     except GatedRepoError:
         raise InputError(
-            f"{where}: gated; accept its licence at huggingface.co/{path}, then run `hf auth login`"
+            f"{where}: gated; accept its license at huggingface.co/{path}, then run `hf auth login`"
         ) from None
     except RevisionNotFoundError:
         raise InputError(f"{where}: the Hub has it, but not revision {revision}; see model.revision") from None

@@ -45,7 +45,7 @@ def offered_load(objective: ObjectiveConfig, scenario: ScenarioConfig) -> str:
 
 
 def values(objective: ObjectiveConfig, metrics: Mapping[str, float]) -> list[float]:
-    """The metrics that the sampler optimises. Raises InputError for a name that `metrics` lacks."""
+    """The metrics that the sampler optimizes. Raises InputError for a name that `metrics` lacks."""
     missing = [name for name in objective.metrics if name not in metrics]
     if missing:
         raise InputError(f"objective.metrics: no metric {missing[0]}; a trial has {', '.join(sorted(metrics))}")
