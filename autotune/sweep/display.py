@@ -11,7 +11,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from autotune.config.schema import ObjectiveConfig
 from autotune.results.study import Study
 from autotune.text import rounded, shorten
 
@@ -21,9 +20,8 @@ EVERY_S = 0.5
 class Display:
     """Trials that run with their phase, the best so far beside the baseline, the rate, the time that is left."""
 
-    def __init__(self, n_trials: int, objective: ObjectiveConfig) -> None:
+    def __init__(self, n_trials: int) -> None:
         self._n_trials = n_trials
-        self._objective = objective
         self._began = self._shown = time.monotonic()
         self._ended_before: int | None = None
         self._live = Live(console=Console(), auto_refresh=False, transient=True) if sys.stdout.isatty() else None
@@ -54,7 +52,7 @@ class Display:
         done = ended - self._ended_before
         left = f"{elapsed_s / done * (self._n_trials - ended) / 60:.0f} min left" if done > 0 else ""
         rate = f"{done / elapsed_s * 3600:.3g} trials/h" if done > 0 else ""
-        metric, best, baseline = self._objective.metrics[0], study.best, study.baseline
+        metric, best, baseline = study.objective.metrics[0], study.best, study.baseline
         leader = f"best {metric} {rounded(study.results[best].values[0])} ({best})" if best else "nothing feasible yet"
         against = f", baseline {rounded(baseline.values[0])}" if baseline and baseline.complete else ""
         words = [f"{ended} of {self._n_trials}", rate, left, leader + against]

@@ -150,7 +150,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
             overrides = [*fixed, f"study={config.study}"]
             judge = Gate(config, prepared, texts, folder)
             known = defaults.resolved
-            study = Sweep(record, config, composed, overrides, prepared, known, launcher, folder, judge).run(results)
+            study = Sweep(record, config, composed, overrides, prepared, known, launcher, folder, judge, results).run()
     if not study.complete:
         sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
 
@@ -180,11 +180,10 @@ class Sweep:
     launcher: Launcher
     folder: Path
     gate: Gate
+    results: dict[str, Result]  # of what has ended, by folder
     running: list[Running] = field(default_factory=list)
     # Trials that have ended, which the gate can't judge before the baseline ends; with their nodes.
     ended: list[tuple[PendingTrial, Result, str]] = field(default_factory=list)
-    results: dict[str, Result] = field(default_factory=dict)  # of what has ended, by folder
-    canaries: dict[str, Result] = field(default_factory=dict)  # by node
     wanted: list[PendingTrial] = field(default_factory=list)  # references that are still to be run
     # Trials from when they are asked until they have ended, with those that repeat them.
     in_flight: dict[str, list[PendingTrial]] = field(default_factory=dict)
@@ -194,6 +193,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         space = self.record.space
+        self.canaries = canaries_in(self.folder)  # by node
         self.began = time.monotonic()
         self.budget_s = seconds(self.config.budget) if self.config.budget else math.inf
         shares = self.prepared.backend.shares and self.launcher.shares
@@ -205,16 +205,15 @@ class Sweep:
         if self.record.is_grid:
             log.info("grid: %d points, each once: it does not heed n_trials", self.n_trials)
 
-    def run(self, results: dict[str, Result]) -> FinishedStudy:
-        """Go on from the `results` of an earlier process, if any, to the end; returns what was measured."""
-        config = self.config
+    def run(self) -> FinishedStudy:
+        """Go on from the results of an earlier process, if any, to the end; returns what was measured."""
         with (
-            beside.study(config.tracking, config.study, self.folder) as self.tracker,
+            beside.study(self.config.tracking, self.config.study, self.folder) as self.tracker,
             interrupt.deferred(),  # neither the storage nor a job's start is cut off midway, nor what is written last
         ):
             try:
-                self._resume(results)
-                with Display(self.n_trials, config.objective) as self.display:
+                self._resume()
+                with Display(self.n_trials) as self.display:
                     self._run_trials()
                     self._certify()
             except (KeyboardInterrupt, SystemExit):
@@ -518,9 +517,8 @@ class Sweep:
 
     # Going on after an earlier process
 
-    def _resume(self, results: dict[str, Result]) -> None:
+    def _resume(self) -> None:
         """Finish what ended meanwhile, watch what still runs, queue again what was interrupted."""
-        self.results, self.canaries = results, canaries_in(self.folder)
         self._judge(anew=True)
         for name, result in self.results.items():
             if result.complete and not result.duplicate_of and self.config.duplicates is Duplicates.lookup:
