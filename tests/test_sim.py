@@ -74,6 +74,19 @@ def test_trials_of_the_same_name_in_two_studies_are_two(tmp_path: Path):
     assert calibrate.names([]) == {}
 
 
+def test_calibration_begins_with_the_model_and_the_device_that_are_named():
+    assert calibrate.start_device(["model=llama8b", "backend=sim", "backend/device=h200"]).name == "H200"
+    with pytest.raises(InputError, match="backend: calibrate fits a simulated device; leave it out"):
+        calibrate.start_device(["backend=live"])
+
+
+def test_override_of_a_study_counts_after_that_of_its_user():
+    assert calibrate.kept(["model=tiny", "gpus=all", "scenario.qps=1", "scenario.qps=4"]) == [
+        "model=tiny",
+        "scenario.qps=4",
+    ]
+
+
 def brief(case: calibrate.Case) -> calibrate.Case:
     return replace(case, draws=[(replace(scenario, min_queries=80), samples) for scenario, samples in case.draws])
 

@@ -133,9 +133,11 @@ def from_results(given: Sequence[Path], overrides: Sequence[str], check: bool) -
 
 
 def start_device(overrides: Sequence[str]) -> Device:
-    config, _, _ = compose(["model=tiny", "backend=sim", *overrides])
+    """The device that `overrides` of autotune's name, which a fit begins with."""
+    config, _, _ = compose(overrides, ["model=tiny", "backend=sim"])
     backend = prepare(config).backend
-    assert isinstance(backend, SimBackend)
+    if not isinstance(backend, SimBackend):
+        raise InputError("backend: calibrate fits a simulated device; leave it out, or write backend=sim")
     return backend.config.device
 
 
@@ -143,7 +145,7 @@ def model(overrides: Sequence[str]) -> dict[str, Any] | None:
     """The config.json of the model that `overrides` name, if they name one."""
     if not any(override.startswith("model") for override in overrides):
         return None
-    return prepare(compose([*overrides, "backend=sim"])[0]).model.config
+    return prepare(compose(overrides, ["backend=sim"])[0]).model.config
 
 
 def names(files: Sequence[Path]) -> dict[Path, str]:
@@ -161,7 +163,7 @@ def read(file: Path, name: str) -> list[Case]:
         if body.get("state") != "complete" or body.get("estimated"):
             return []
         result = Result.of({"values": [0.0], **body})  # the objective is none of a calibration's figures
-        config, _, _ = compose([*kept(result.overrides), "backend=sim"])
+        config, _, _ = compose(kept(result.overrides), ["backend=sim"])
         prepared = prepare(config)
         samples = prepare_samples(config, prepared)
     except (AutotuneError, ValueError, TypeError, KeyError) as error:
@@ -178,8 +180,9 @@ def read(file: Path, name: str) -> list[Case]:
 
 
 def kept(overrides: Sequence[str]) -> list[str]:
-    """The overrides that describe what was measured."""
-    return [override for override in overrides if override.lstrip("+~").startswith(KEPT)]
+    """The overrides that describe what was measured; of those of one key, a study's after the user's, the last."""
+    described = [override for override in overrides if override.lstrip("+~").startswith(KEPT)]
+    return list({override.partition("=")[0].lstrip("+"): override for override in described}.values())
 
 
 def fit(cases: Sequence[Case], start: Device) -> Device:
