@@ -35,7 +35,7 @@ from autotune.results import summary
 from autotune.results.fleet import Fleet, cost
 from autotune.results.study import REFERENCES, SPACE, TRIAL, Study
 from autotune.system.files import left_in
-from autotune.text import rounded
+from autotune.text import count, rounded
 
 not_needed: Any = sys.modules.setdefault("matplotlib", None)  # type: ignore[arg-type]
 try:  # Optuna would import it, too: that takes a second, and much longer where it has to look for fonts
@@ -492,7 +492,6 @@ def _complete(study: optuna.Study, least: int) -> list[FrozenTrial]:
     """Its trials that completed. Raises NotDrawnError if there are fewer than `least`."""
     trials = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     if len(trials) < least:
-        raise NotDrawnError(
-            f"needs {least} trials that completed, and there {'is' if len(trials) == 1 else 'are'} {len(trials)}"
-        )
+        has = f"{'is' if len(trials) == 1 else 'are'} {len(trials)}"
+        raise NotDrawnError(f"needs {count(least, 'trial')} that completed, and there {has}")
     return trials

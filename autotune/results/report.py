@@ -28,7 +28,7 @@ from autotune.measure.metrics import MOST_TURNS
 from autotune.measure.objective import offered_load, sign
 from autotune.measure.result import Result, State
 from autotune.results import figures, fleet, summary
-from autotune.results.figures import drawn, label
+from autotune.results.figures import label
 from autotune.results.study import BASELINE, REFERENCES, TWIN, Study
 from autotune.results.summary import HEADINGS
 from autotune.system.files import left_in, write_whole
@@ -69,7 +69,7 @@ class Section:
 
     def __post_init__(self, draws: Sequence[Callable[[], go.Figure]]) -> None:
         for draw in draws:
-            made = drawn(draw)
+            made = figures.drawn(draw)
             if isinstance(made, str):
                 self.missing += [made] if made not in self.missing else []
             else:
@@ -93,6 +93,8 @@ def page(study: Study) -> str:
     templates.filters |= {"outcome": partial(summary.outcome, objectives=study.objective.metrics)}
     best = study.results[study.served] if study.served else None
     metrics, params = columns(study)
+    every = sections(study)
+    drawn = [one for one in every if one.plots or one.rows]
     return templates.get_template("report.html.j2").render(
         study=study,
         config=study.config,
@@ -102,7 +104,8 @@ def page(study: Study) -> str:
         edge=summary.edge(best, study.config),
         verified=summary.verified(study.folder),
         cards=cards(study),
-        sections=sections(study),
+        sections=drawn,
+        empty=[one for one in every if one not in drawn and one.missing],
         failures=failures(study),
         trials=by_value(study),
         metrics=metrics,
