@@ -23,6 +23,7 @@ import math
 import re
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -172,19 +173,17 @@ def _needed_variables(served: Deployment) -> list[str]:
 def _as_mapping(flags: list[str]) -> dict[str, Any]:
     """`flags` as a YAML file for vLLM has them: `--no-x` as `no-x: true`, which each of its versions reads."""
 
-    def read(value: str) -> Any:
-        return json.loads(value) if value.startswith("{") else yaml.safe_load(value) if _is_plain(value) else value
-
-    mapping: dict[str, Any] = {}
-    for name, values in vllm_flags.groups(flags):
-        mapping[name] = True if not values else read(values[0]) if len(values) == 1 else [read(v) for v in values]
-    return mapping
+    read = ((name, [_as_value(word) for word in words]) for name, words in vllm_flags.groups(flags))
+    return {name: values[0] if len(values) == 1 else values or True for name, values in read}
 
 
-def _is_plain(word: str) -> bool:
-    """True for a number that YAML would write again as it stands here."""
-    value = yaml.safe_load(word)
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and str(value) == word
+def _as_value(word: str) -> Any:
+    """The object in `word`, or the number that is written again as it stands there; else `word` itself."""
+    with suppress(ValueError):
+        value = json.loads(word)
+        if isinstance(value, dict) or (isinstance(value, (int, float)) and str(value) == word):
+            return value
+    return word
 
 
 def in_container(template: str, served: Deployment, host: str, port: int) -> str:
