@@ -72,7 +72,6 @@ class ProcessReport:
 
     cpu_s: float
     lag_p99_ms: float  # by which its event loop ran timers late
-    lag_max_ms: float
     unsent_bytes: int  # of requests that the kernel had not taken yet, at most
     waiting: int  # requests that waited for a connection, at most
 
@@ -310,10 +309,9 @@ class _Process:
         self.loop.call_later(TICK_S, self._tick, now + TICK_S)
 
     def _report(self) -> None:
-        lags = np.array(self._lags or [0.0]) * 1e3
+        lag_p99_ms = float(np.percentile(self._lags or [0.0], 99)) * 1e3
         cpu_s = time.process_time() - self._began_cpu_s
-        most = self._client.most_unsent, self._client.most_waiting
-        report = ProcessReport(cpu_s, float(np.percentile(lags, 99)), float(lags.max()), *most)
+        report = ProcessReport(cpu_s, lag_p99_ms, self._client.most_unsent, self._client.most_waiting)
         data = json.dumps(asdict(report)).encode()
         self._send(MESSAGE.pack(MessageKind.REPORT, 0, 0, 0, len(data), 0.0, 0.0, 0.0) + data)
 
