@@ -109,5 +109,5 @@ def test_prior_takes_the_twin_of_a_study(tmp_path: Path):
 def test_steps_of_another_model_are_refused():
     device = Device(**configured("model=llama8b", "backend=sim", "scenario=offline").backend["device"])
     backend = SimBackend(SimConfig(device=device, twin=[str(STEPS / "llama8b-512.parquet")]), STEPS)
-    with pytest.raises(InputError, match="steps of llama8b-512 are another model's; leave them out"):
+    with pytest.raises(InputError, match="steps of llama8b-512 are another model's; name steps of this model"):
         backend.twin_of(Shape.of(configured("model=qwen3_30b_a3b", "scenario=offline").model.shape))

@@ -87,7 +87,8 @@ class SimBackend:
 
             for one in self._steps:
                 if one.model and Shape.of(one.model) != shape:
-                    raise InputError(f"backend.twin: the steps of {one.name} are another model's; leave them out")
+                    why = f"the steps of {one.name} are another model's; name steps of this model"
+                    raise InputError(f"backend.twin: {why}")
             self.twin = fit(self._steps, self.config.device, shape)
         return self.twin
 
