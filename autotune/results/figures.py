@@ -398,7 +398,7 @@ def step_errors(errors: Mapping[str, Sequence[Mapping[str, Any]]], fitted_to: st
     ]
     kinds = {row["kind"] for rows in errors.values() for row in rows}
     in_order = sorted(kinds, key=lambda kind: ("no graph" in kind, "over" in kind, len(kind), kind))
-    axis = {"tickformat": "~%", "rangemode": "tozero", "title_text": "error of a step's time, median"}
+    axis = {"tickformat": "~%", "nticks": 5, "rangemode": "tozero", "title_text": "median error of a step's time"}
     order = {"categoryorder": "array", "categoryarray": in_order, "autorange": "reversed"}
     return finished(bars, x=axis, y=order, height=130 + 30 * len(kinds) * len(errors), barmode="group")
 
