@@ -22,7 +22,7 @@ from autotune.config.schema import HOST, Device
 from autotune.measure.metrics import mean_and_interval
 from autotune.measure.paired import paired_difference
 from autotune.measure.result import Result
-from autotune.results import summary
+from autotune.results import figures, summary
 from autotune.results.study import BASELINE, FRESH
 from autotune.search.simulate import estimate, simulation
 from autotune.sim import calibrate
@@ -284,6 +284,18 @@ def mixture_arms() -> str:
         times = number(used / 60), number(best, 2), number(after / 60)
         rows.append((host, way, str(len(ran)), str(left), *times, flags))
     return markdown(head, rows)
+
+
+def mixture_steps() -> str:
+    """What a step of the mixture consists of, with vLLM's defaults and with the best configuration: means, ms."""
+    steps = json.loads((ONE / f"{MIXTURE}-steps.json").read_text())
+    shares = [steps[trial][kind] for kind in ("prefill", "decode") for trial in steps]
+    head = ("", *(f"{kind}, {which}" for kind in ("with prefill", "decode only") for which in ("defaults", "best")))
+    rows: list[Row] = [("tokens computed", *(number(share["tokens"] / share["steps"], 0) for share in shares))]
+    for part, (words, _) in figures.PARTS.items():
+        rows.append((words, *(number(1e3 * share["parts"][part] / share["steps"], 1) for share in shares)))
+    total = (sum(share["parts"].values()) / share["steps"] for share in shares)
+    return markdown(head, [*rows, ("all", *(number(1e3 * one, 1) for one in total))])
 
 
 def recording() -> str:
@@ -608,6 +620,7 @@ TABLES: dict[str, Callable[[], str]] = {
             mixture,
             mixture_arms,
             mixture_again,
+            mixture_steps,
             recording,
             results,
             trial_seconds,
