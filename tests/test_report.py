@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import random
 import re
 from pathlib import Path
@@ -177,6 +178,9 @@ def test_hover_over_the_front_shows_the_whole_configuration(tmp_path: Path):
     [
         pytest.param([], None, ["No trial is feasible.", "no trial completed"], id="nothing ran"),
         pytest.param([Result(State.interrupted)], None, ["No trial is feasible."], id="stopped in its first trial"),
+        pytest.param(
+            [result(900, metrics=dict.fromkeys(METRICS, math.nan))], None, ["needs 4 trials"], id="not a number"
+        ),
         pytest.param([result(900)], None, ["no usable baseline", "needs 4 trials that completed"], id="one trial"),
         pytest.param(
             [Result(reason="StartError: out of memory on GPU 1"), Result(reason="StartError: out of memory on GPU 2")],

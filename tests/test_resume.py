@@ -11,11 +11,12 @@ import pytest
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
+from autotune.data.models import build_shape
 from autotune.errors import InputError
 from autotune.measure.backend import Measurement
 from autotune.results.study import results_in
 from autotune.sweep import storage
-from tests.standin import StandInEngine
+from tests.standin import StandIn, StandInEngine
 from tests.studies import JOURNAL, SEQS, asked, study
 
 SWEEP = [f"{SEQS}=choice(16,32,64,128)", "sampler=random"]
@@ -61,6 +62,22 @@ def test_flag_that_trials_chose_is_not_fixed_later_and_a_fixed_one_not_swept(tmp
     study(other, f"{SEQS}=4", SIZES, "sampler=random", "n_trials=1", baseline)
     with pytest.raises(InputError, match=rf"was measured with {SEQS}=4 \(now unset\)"):
         study(other, *SWEEP, SIZES, "n_trials=2", baseline)
+
+
+def test_study_does_not_go_on_with_other_weights_under_the_name_of_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(StandIn, "needs_weights", True)
+    (tmp_path / "model").mkdir()
+    build_shape(tmp_path / "model", vocab_size=300, hidden_size=8)
+    words = [*SWEEP, f"model.path={tmp_path}/model", "dataset.count=8"]
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(b"\2" + bytes(7) + b"{}" + bytes(200_000))
+    study(tmp_path, *words, "n_trials=1")
+    study(tmp_path, *words, "n_trials=2")
+    weights.write_bytes(b"\2" + bytes(7) + b"{}" + b"\1" * 200_000)
+    with pytest.raises(InputError, match="was measured with model_checksum="):
+        study(tmp_path, *words, "n_trials=3")
 
 
 def test_simulated_study_does_not_go_on_with_measurements(tmp_path: Path):

@@ -315,7 +315,7 @@ def test_trial_logged_at_one_server_can_be_logged_at_another(
 
 def test_folder_without_a_trial_is_said_to_hold_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["log", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"no result.json below it"):
+    with pytest.raises(SystemExit, match=r"no result.json of a trial that ran below it"):
         log.main()
 
 

@@ -40,7 +40,7 @@ def log(folder: Path, config: TrackingConfig) -> int:
     results = {path.parent: Result.load(path.parent) for path in sorted(folder.glob("**/result.json"))}
     trials = {path: result for path, result in results.items() if result.ran}
     if not trials:
-        raise InputError(f"{folder}: no result.json below it")
+        raise InputError(f"{folder}: no result.json of a trial that ran below it")
     check(config)
     single = list(trials) == [folder]
     tracker = Tracker(config, None if single else folder.name, folder)

@@ -38,6 +38,7 @@ COUNTS = (
 PARTS = ("text_config", "language_config", "llm_config")  # where models of more than text keep these fields
 FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.py", "tokenizer*"]  # of a model without its weights
 SMALL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+SAMPLED, SAMPLED_BYTES = 32, 4096  # of each file of weights, to tell one model from another
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 
 
@@ -118,6 +119,19 @@ def locate(
         raise InputError("no model: write model=smollm2 (see --help) or model.path=<Hub id or local folder>")
     folder = _built(build, config.name, config.build, cache_dir)
     return Model(str(folder), None, folder)
+
+
+def checksum(model: Model) -> str:
+    """A hash of the model's configuration and of samples of its weights, which another model's have not."""
+    key = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode())
+    for file in sorted(file for file in model.folder.iterdir() if file.suffix in WEIGHTS):
+        size = file.stat().st_size
+        key.update(f"{file.name} {size}".encode())
+        with file.open("rb") as weights:
+            for number in range(SAMPLED):
+                weights.seek(size * number // SAMPLED)
+                key.update(weights.read(SAMPLED_BYTES))
+    return key.hexdigest()
 
 
 def as_served(model: Model, flags: Mapping[str, Any]) -> Model:

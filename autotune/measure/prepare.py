@@ -39,6 +39,11 @@ class Prepared:
     backend: Backend
     args: dict[str, Any]  # vLLM's flags, as configured
 
+    def facts(self, loaded: Samples) -> dict[str, str]:
+        """Facts that decide what a trial measures, beside its configuration: a file may change under its name."""
+        model = {"model_checksum": models.checksum(self.model)} if self.backend.needs_weights else {}
+        return {"dataset_checksum": loaded.checksum, **model}
+
     def dry_run(self, changes: Mapping[str, Any] | None = None) -> DryRunOutcome:
         """Ask vLLM for its answer to the flags with `changes`; `resolved` has every flag that is given or known."""
         args = self.args | dict(changes or {})

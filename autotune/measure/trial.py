@@ -85,7 +85,7 @@ def _measure(config: Config, result: Result, folder: Path, slot: Slot) -> None:
     texts = prepare_texts(config, prepared, loaded) if scored else []
     result.deviations = rules.deviations(config, prepared.args, len(loaded))
     result.facts = {
-        "dataset_checksum": loaded.checksum,
+        **prepared.facts(loaded),
         "dataset_samples": str(len(loaded)),
         "autotune": git_revision(),
     }

@@ -107,7 +107,7 @@ def _optuna_trial(
     shown, constraints = result.metrics if result.complete else {}, result.constraints
     if result.state is State.pruned and AT_MOST in result.metrics:
         shown, constraints = dict.fromkeys(HIGHEST, result.metrics[AT_MOST]), {LEFT: 1.0}
-    complete = all(metric in shown for metric in metrics)
+    complete = all(math.isfinite(shown.get(metric, math.nan)) for metric in metrics)
     args = {flag: value for flag, value in result.args.items() if f"{FLAG}{flag}" not in result.params}
     return create_trial(
         state=TrialState.COMPLETE if complete else TrialState.FAIL,

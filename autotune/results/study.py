@@ -173,7 +173,9 @@ def load(name: str, key: str = "study") -> Study:
     results = {folder.resolve().name: single} if single else results_in(folder)
     if not results:
         raise InputError(f"{key}={name}: no trial has ended in {folder}")
-    return Study(folder, config_in(folder, first_in(folder, results)), results, canaries_in(folder))
+    config = config_in(folder, first_in(folder, results))
+    objective.check(config.objective)  # the file may have been changed by hand
+    return Study(folder, config, results, canaries_in(folder))
 
 
 def first_in(folder: Path, results: Mapping[str, Result]) -> str:

@@ -40,7 +40,7 @@ FREE = (
 )
 REFUSALS_IN_A_ROW = 100  # then the space is at fault
 # Facts of a result that decide what it measured.
-FACTS = ("vllm", "torch", "loadgen", "environment", "simulated", "dataset_checksum")
+FACTS = ("vllm", "torch", "loadgen", "environment", "simulated", "dataset_checksum", "model_checksum")
 
 
 def each(space: Space) -> list[tuple[str, Any]]:

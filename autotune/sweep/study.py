@@ -131,7 +131,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     check_new(config, folder, space, prepared, defaults)
     with storage.disk_errors(folder), opened(folder):
         results = results_in(folder)
-        facts = {**prepared.backend.facts, "dataset_checksum": samples.checksum}
+        facts = prepared.backend.facts | prepared.facts(samples)
         check_configuration(folder, results, config, facts)
         first = [] if results else prior.first(config, space)
         url = str(sweeper["storage"] or f"sqlite:///{folder}/study.db")
