@@ -161,14 +161,14 @@ def test_every_figure_is_drawn_of_a_study_that_has_all(tmp_path: Path):
     assert {title: section.missing for title, section in drawn.items() if section.missing} == {}
     assert len(drawn["Parameter importance"].plots) == 2  # fANOVA and PED-ANOVA
     assert len(drawn["One parameter at a time"].plots) == len(SPACE)
-    assert "limit 2000 ms" in drawn["Latency over load"].plots[0].figure
+    assert "limit 2000 ms" in drawn["Latency over load"].plots[0].to_json()
 
 
 @pytest.mark.slow
 def test_hover_over_the_front_shows_the_whole_configuration(tmp_path: Path):
     two = ("tokens_per_s", "latency_p99_ms")
     one = study(tmp_path, [result(value) for value in values(8)], metrics=two, directions=("maximize", "minimize"))
-    figure = sections(one)["Pareto front"].plots[0].figure
+    figure = sections(one)["Pareto front"].plots[0].to_json()
     assert "max_num_seqs" in figure and "bfloat16" in figure and "engine.args." not in figure
     assert "8 trials on the Pareto front" in text(report.page(one))
 
@@ -315,7 +315,7 @@ def test_expected_is_shown_beside_measured_with_kendalls_tau(tmp_path: Path):
     one = study(tmp_path, [*trials, failed, result(950)], result(800))
     (section,) = report.expectations(one)
     assert section.text.startswith("tokens/s: 3 trials, off by 50.0% (median); Kendall's τ 1.00")
-    assert "expected %{x" in section.plots[0].figure and "max_num_seqs=" in section.plots[0].figure
+    assert "expected %{x" in section.plots[0].to_json() and "max_num_seqs=" in section.plots[0].to_json()
     assert "Expected and measured" not in sections(study(tmp_path, [result(900)], result(800)))
 
 
@@ -335,7 +335,7 @@ def test_hits_are_drawn_over_the_kv_caches_use_where_something_was_found(tmp_pat
     found = {"prefix_hit_share": 0.4, "kv_use_max": 0.7, "prefix_lost_share": 0.2}
     one = study(tmp_path, [result(900, metrics={**result(900).metrics, **found}), result(800)])
     (plot,) = sections(one)["Prefix cache"].plots
-    assert '"symbol":["x"]' in plot.figure and "20% computed again" in plot.figure
+    assert '"symbol":["x"]' in plot.to_json() and "20% computed again" in plot.to_json()
     assert "Prefix cache" not in sections(study(tmp_path, [result(900)]))
 
 

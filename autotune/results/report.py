@@ -51,12 +51,6 @@ BOUNDS = {
 }
 
 
-@dataclass(frozen=True)
-class Plot:
-    figure: str  # plotly's JSON
-    height: int
-
-
 @dataclass
 class Section:
     title: str
@@ -64,17 +58,16 @@ class Section:
     draws: InitVar[Sequence[Callable[[], go.Figure]]] = ()
     small: bool = False  # plots that are read side by side
     rows: list[list[str]] = field(default_factory=list)  # of a table, its headings first
-    plots: list[Plot] = field(default_factory=list)
+    plots: list[go.Figure] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # reasons why a plot is not here
 
     def __post_init__(self, draws: Sequence[Callable[[], go.Figure]]) -> None:
         for draw in draws:
             made = figures.drawn(draw)
-            if isinstance(made, str):
-                self.missing += [made] if made not in self.missing else []
-            else:
-                body = made.to_json().replace("<", "\\u003c")  # it stands within a script element
-                self.plots.append(Plot(body, made.layout.height))
+            if isinstance(made, go.Figure):
+                self.plots.append(made)
+            elif made not in self.missing:
+                self.missing.append(made)
 
 
 def write(study: Study) -> Path:
@@ -105,7 +98,7 @@ def page(study: Study) -> str:
         verified=summary.verified(study.folder),
         cards=cards(study),
         sections=drawn,
-        empty=[one for one in every if one not in drawn and one.missing],
+        empty=[one for one in every if one.missing and one not in drawn],
         failures=failures(study),
         trials=by_value(study),
         metrics=metrics,
