@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,9 @@ def configured(*words: str) -> Config:
     return typed(composed(list(words), simulated=True))
 
 
-def compose(words: list[str]) -> tuple[Config, dict[str, Any], list[str]]:
+def compose(words: list[str], defaults: Sequence[str] = ()) -> tuple[Config, dict[str, Any], list[str]]:
     """`command_line.compose` of a simulated trial, for the many that a calibration and the tables of a page read."""
-    return configured(*words), {}, []
+    return configured(*defaults, *words), {}, []
 
 
 def composed(words: list[str], simulated: bool) -> DictConfig:
