@@ -134,7 +134,7 @@ def render(columns: Sequence[Column]) -> str:
 def main() -> None:
     with errors_in_one_line():
         names = [word for word in sys.argv[1:] if "=" not in word and not word.startswith("-")]
-        chosen = options(Compare, [word for word in sys.argv[1:] if word not in names], __doc__)
+        chosen = options(Compare, [word for word in sys.argv[1:] if word not in names])
         if len(names) < 2:
             raise InputError("name two studies or more: autotune compare A B")
         columns = [column_of(load(name)) for name in names]

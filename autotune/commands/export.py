@@ -258,7 +258,7 @@ def text(options: Export) -> str:
 
 def main() -> None:
     with errors_in_one_line():
-        chosen = options(Export, sys.argv[1:], __doc__)
+        chosen = options(Export, sys.argv[1:])
         write_out(Deployable(text(chosen)), chosen.output)
 
 

@@ -30,7 +30,7 @@ class Report:
 
 def main() -> None:
     with errors_in_one_line():
-        chosen = options(Report, load_as_key(sys.argv[1:]), __doc__)
+        chosen = options(Report, load_as_key(sys.argv[1:]))
         began = time.monotonic()
         study = load(chosen.study)
         asked = {"target_load": chosen.target_load, "price_per_gpu_hour": chosen.price_per_gpu_hour}

@@ -248,7 +248,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     own, overrides = own_and_overrides(Submission, sys.argv[1:])
     with errors_in_one_line():
-        settings = options(Submission, own, __doc__)
+        settings = options(Submission, own)
         if settings.division is Rules.none:
             raise InputError("division=none: write closed or open")
         missing = submit(load(settings.study), settings, overrides)

@@ -388,7 +388,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     own, overrides = own_and_overrides(Verify, sys.argv[1:])
     with errors_in_one_line():
-        settings = options(Verify, own, __doc__)
+        settings = options(Verify, own)
         study = load(settings.study)
         verdict = verify(study, settings, overrides)
         print(f"\n{render(verdict)}\nEvery repeat: {study.folder / FOLDER}/")

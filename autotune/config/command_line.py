@@ -65,6 +65,7 @@ def compose(arguments: Sequence[str], defaults: Sequence[str] = ()) -> tuple[sch
 
     `defaults` are overrides that hold unless `arguments` say otherwise.
     """
+    show_help(arguments)
     register()
     words.check(arguments)
     folder, rest = words.split_config_dir(arguments)
@@ -114,19 +115,19 @@ def without_usage() -> Iterator[None]:
         argparse.ArgumentParser.error = before  # type: ignore[method-assign]
 
 
-def show_help(usage: str | None, words: Sequence[str]) -> None:
-    """Print `usage` and exit, if `words` ask for it."""
+def show_help(words: Sequence[str]) -> None:
+    """Print the help of a command that runs as a module of its own and exit, if `words` ask for it."""
     if {"--help", "-h"} & set(words):
-        print(usage)
+        print(sys.modules["__main__"].__doc__)
         sys.exit()
 
 
-def options(kind: type[Options], words: Sequence[str], usage: str | None) -> Options:
-    """The dataclass `kind` from words `key=value`; `usage` is printed where they ask for help.
+def options(kind: type[Options], words: Sequence[str]) -> Options:
+    """The dataclass `kind` from words `key=value`.
 
     Raises InputError for a word, a key or a value that `kind` does not take, and for a key that is missing.
     """
-    show_help(usage, words)
+    show_help(words)
     if wrong := [word for word in words if "=" not in word]:
         raise InputError(f"{wrong[0]}: write key=value, or --help")
     made: Any = OmegaConf.structured(kind)
