@@ -81,8 +81,7 @@ class Case:
     def estimated(self, device: Device) -> dict[str, float]:
         """The compared metrics, simulated."""
         cost = self.cost(device)
-        draws = [simulate(cost, scenario, samples).requests for scenario, samples in self.draws]
-        simulated = [from_requests(requests, []) for requests in draws]
+        simulated = [from_requests(simulate(cost, *draw).requests, []) for draw in self.draws]
         return {metric: float(np.mean([run[metric] for run in simulated])) for metric in self.tolerances()}
 
     def cost(self, device: Device) -> Cost:
