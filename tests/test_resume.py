@@ -64,6 +64,14 @@ def test_flag_that_trials_chose_is_not_fixed_later_and_a_fixed_one_not_swept(tmp
         study(other, *SWEEP, SIZES, "n_trials=2", baseline)
 
 
+def test_load_that_trials_chose_is_not_fixed_later(tmp_path: Path):
+    words = [*SWEEP, "baseline=false", "scenario=server", "scenario.ttft_ms=5000", "scenario.tpot_ms=500"]
+    study(tmp_path, *words, "n_trials=1", "scenario.qps=choice(2,3)")
+    study(tmp_path, *words, "n_trials=2", "scenario.qps=choice(2,3)")
+    with pytest.raises(InputError, match=r"was measured with scenario.qps=[23]\.0 \(now 9\.0\)"):
+        study(tmp_path, *words, "n_trials=3", "scenario.qps=9")
+
+
 def test_study_does_not_go_on_with_other_weights_under_the_name_of_its_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -21,7 +21,7 @@ from autotune.measure.prepare import Prepared
 from autotune.measure.result import Result
 from autotune.results.study import BASELINE, REFERENCES, TRIAL, config_in, first_in, reference_params
 from autotune.search.distributions import ends
-from autotune.search.space import VARIABLE, Space, swept_flags, value_of
+from autotune.search.space import Space, swept_flags, value_of
 from autotune.sweep.lookup import Lookup
 from autotune.system.leases import devices
 from autotune.text import mostly, shorten
@@ -125,17 +125,20 @@ def check_new(config: Config, folder: Path, space: Space, prepared: Prepared, de
         log.warning("vLLM refuses the configuration even without a sweep: %s", defaults.refusal)
 
 
-def check_configuration(folder: Path, results: Mapping[str, Result], config: Config, facts: Mapping[str, str]) -> None:
+def check_configuration(
+    folder: Path, results: Mapping[str, Result], config: Config, swept: Collection[str], facts: Mapping[str, str]
+) -> None:
     """Raise InputError if the `results` in `folder` were measured with another configuration, or other `facts`.
 
-    What a trial chose itself may differ, unless it is fixed now: what others left to vLLM would be taken for that.
+    What a trial chose itself may differ, unless it is not `swept` now, but fixed: of two trials with equal parameters
+    one would be taken for the other.
     """
     measured = next((result.facts for result in results.values() if result.complete), None)
     if measured is None:
         return
     first, backend = first_in(folder, results), config.backend["_target_"]
-    written = [f"{key}." for key in _fields(config, (), backend) if key.startswith((FLAG, VARIABLE))]
-    chosen = [name for name in results[first].params if not any(key.startswith(f"{name}.") for key in written)]
+    fixed = [f"{key}." for key in _fields(config, swept, backend)]
+    chosen = [name for name in results[first].params if not any(key.startswith(f"{name}.") for key in fixed)]
     then, now = (_fields(one, chosen, backend) for one in (config_in(folder, first), config))
     then |= {fact: measured[fact] for fact in FACTS if fact in measured}
     now |= {fact: facts[fact] for fact in FACTS if fact in measured and fact in facts}

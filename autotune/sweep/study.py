@@ -132,7 +132,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     with storage.disk_errors(folder), opened(folder):
         results = results_in(folder)
         facts = prepared.backend.facts | prepared.facts(samples)
-        check_configuration(folder, results, config, facts)
+        check_configuration(folder, results, config, space.parameters, facts)
         first = [] if results else prior.first(config, space)
         url = str(sweeper["storage"] or f"sqlite:///{folder}/study.db")
         with storage.opened(url, sweeper["study_name"]) as trials:
