@@ -46,7 +46,7 @@ from autotune.sweep.launchers import Job, Launcher, begin, make_launcher
 from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
 from autotune.system.leases import devices
-from autotune.text import aligned, rounded, shorten
+from autotune.text import aligned, count, rounded, shorten
 
 log = logging.getLogger(__name__)
 
@@ -361,8 +361,8 @@ def verify(study: Study, settings: Verify, overrides: Sequence[str]) -> Verdict:
     tracking.check(config.tracking)
     folder.mkdir(exist_ok=True)
     log.info(
-        "%d configurations and the baseline, %d repeats each: %d runs, %d of them already complete",
-        len(configs) - 1,
+        "%s and the baseline, %d repeats each: %d runs, %d of them already complete",
+        count(len(configs) - 1, "configuration"),
         settings.n,
         len(repeats),
         sum(repeat.is_complete() for repeat in repeats),
