@@ -17,7 +17,7 @@ from autotune.measure.result import Result, State
 from autotune.results.study import results_in
 from autotune.search.samplers import LIVE, chosen, make_sampler
 from autotune.search.space import Space, parse
-from autotune.search.twin import Params, TwinSampler, encoded, key
+from autotune.search.twin import LEAST, Params, TwinSampler, encoded, key
 from autotune.sweep import storage
 from autotune.sweep.record import Record
 from tests.studies import SEQS, composed, configured, study
@@ -63,6 +63,14 @@ def test_slow_host_has_time_for_more_than_the_first_configurations():
     space, _ = parse({}, [f"{SEQS}=int(interval(2,128))"], {}, {})
     sampler = TwinSampler(CONFIG, space, {}, **(QUICK | {"proposal_s": 1e-3}))
     assert asked(sampler, space=space)[SEQS] >= 64  # there are 64 requests
+
+
+def test_short_trials_are_not_held_up_by_a_long_search():
+    """A tenth of a trial's time, but for what is looked at in any case."""
+    space, _ = parse({}, [f"{SEQS}=int(interval(2,1024))", f"{TOKENS}=int(interval(256,16384))"], {}, {})
+    ended = named_by_number([trial({SEQS: 8, TOKENS: 1024}, 6500.0, 6000.0)])  # in one second
+    asked(sampler := TwinSampler(CONFIG, space, ended, **(QUICK | {"proposal_s": 60.0})), space=space)
+    assert LEAST <= len(sampler._simulated.on_twin) < 2 * LEAST
 
 
 def test_trials_side_by_side_are_asked_for_different_configurations():

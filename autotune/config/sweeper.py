@@ -28,7 +28,8 @@ class TwinSamplerConf(SamplerConfig):  # type: ignore[misc]
     _target_: str = "autotune.search.twin.TwinSampler"
     _partial_: bool = True
     seed: int | None = None
-    proposal_s: float = 4.0  # of the sweeping process' time for each proposal; a fit before it takes about 1 s
+    # Of the sweeping process' time for each proposal, at most; a tenth of a usual trial's time where that is less.
+    proposal_s: float = 4.0
     draws: int = 4  # twins from the posterior, on which the best configurations are simulated, too
 
 

@@ -51,6 +51,7 @@ SHORTLIST = 4  # distinct configurations that are simulated on draws of the twin
 CARRIED_OVER = 8  # best configurations of one twin, which are simulated first on the next
 FAR = 1.15  # what holds less load than the best configuration by this factor is not simulated any closer
 SEARCHED, DRAWN = 0.7, 0.95  # shares of a proposal's time after which the search, and the draws, have an end
+WAITING = 0.1  # most of a proposal's time, as a share of what a trial takes
 AT_RANDOM = 10  # first configurations of a simulated study
 LEAST = 20  # configurations that it simulates in any case; they take a second or two
 REPEATED = 25  # trials in a row that it has seen before; then it ends
@@ -151,7 +152,8 @@ class TwinSampler(TPESampler):
     ) -> None:
         """Prepare a sampler; `results` grow as the study's trials end, which record their steps below its `folder`.
 
-        A proposal takes `proposal_s` of this thread's time, and a fit before it about one second. Before there are
+        A proposal takes `proposal_s` of this thread's time, less where trials are short, and a fit before it about one
+        second. Before there are
         steps, the device of `config.prior.backend` is the twin; without one TPE is asked, which `tpe` configures.
         Raises InputError.
         """
@@ -325,19 +327,24 @@ class TwinSampler(TPESampler):
         running = [one for one in self._simulated.on_twin if one.complete]
         return sorted(running, key=lambda one: -score(self._config, one))
 
+    def _allowed_s(self, results: Sequence[Result]) -> float:
+        """Seconds for a proposal: less where trials are short, as a GPU may wait for it."""
+        took = [one.engine_s for one in results if one.ran]
+        return min(self._proposal_s, WAITING * float(np.median(took))) if took else self._proposal_s
+
     def _propose(self, results: Sequence[Result], pending: Sequence[Params]) -> dict[str, Any]:
         """The configuration that promises most beyond what is measured and what runs; empty if none does."""
-        began_s = time.thread_time()
+        began_s, allowed_s = time.thread_time(), self._allowed_s(results)
         tried = {key(result.params) for result in results} | {key(params) for params in pending}
         good = [one for one in self._simulated.good if key(one.params) not in tried]
-        self._simulated.search(began_s + SEARCHED * self._proposal_s)
+        self._simulated.search(began_s + SEARCHED * allowed_s)
         known = [self._simulated.result(params) for params, _ in self._residuals]
         new = (one for one in self._ranked() if key(one.params) not in tried)
         other = [one for one in new if not any(_alike(one, seen) for seen in known)] or good
         points = [one.params for one in distinct(other, self._space, SHORTLIST)]
         if not points:
             return self._to_tpe("knows no other configuration that runs; TPE is asked")
-        scores = self._scores([*points, *pending], began_s + DRAWN * self._proposal_s)
+        scores = self._scores([*points, *pending], began_s + DRAWN * allowed_s)
         scores = np.maximum(scores, scores[np.isfinite(scores)].min() + FAILED)
         ended = [score(self._config, one) for one in results if one.complete]
         measured = max(ended, default=scores.min())
