@@ -157,13 +157,13 @@ def test_command_is_one_that_exists(command: Command, folder: Path):
             space.parse(params, sweeps, config.conditions, config.only_if)
     elif command.name == "verify":
         own = [word for word in words if word.partition("=")[0] in verify.Verify.__dataclass_fields__]
-        command_line.options(verify.Verify, own, None)
+        command_line.options(verify.Verify, own)
         command_line.compose([word for word in words if word not in own])
     elif command.name == "compare":
         assert len([word for word in words if "=" not in word]) >= 2
-        command_line.options(compare.Compare, [word for word in words if "=" in word], None)
+        command_line.options(compare.Compare, [word for word in words if "=" in word])
     else:
-        command_line.options(OPTIONS[command.name], words, None)
+        command_line.options(OPTIONS[command.name], words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
