@@ -202,6 +202,15 @@ def test_storage_that_fails_amid_a_study_ends_it_in_one_line_and_loses_nothing(
     assert before.items() <= measured(tmp_path).items() and len(measured(tmp_path)) == 4
 
 
+def test_trial_of_a_data_set_that_changed_amid_the_study_is_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"input": "a b", "output": "c"}\n')
+    words = [*SWEEP, "dataset=file", f"dataset.path={data}", "baseline=false", "sampler=grid"]
+    in_second_trial(monkeypatch, lambda: data.write_text('{"input": "d e f", "output": "g h"}\n'))
+    said = study(tmp_path, *words)
+    assert len(measured(tmp_path)) == 2 and "trial-2: failed: not this study's: dataset_checksum=" in said
+
+
 def test_broken_storage_can_be_deleted(tmp_path: Path):
     words = [*SWEEP, "hydra.sweeper.storage=null", "baseline=false"]
     study(tmp_path, *words, "n_trials=1")

@@ -140,19 +140,23 @@ def check_configuration(
     fixed = [f"{key}." for key in _fields(config, swept, backend)]
     chosen = [name for name in results[first].params if not any(key.startswith(f"{name}.") for key in fixed)]
     then, now = (_fields(one, chosen, backend) for one in (config_in(folder, first), config))
-    then |= {fact: measured[fact] for fact in FACTS if fact in measured}
-    now |= {fact: facts[fact] for fact in FACTS if fact in measured and fact in facts}
     changed = [
         f"{key}={then.get(key, 'unset')} (now {now.get(key, 'unset')})"
         for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key) and not (key in FACTS and key not in now)
+        if then.get(key) != now.get(key)
     ]
-    if changed:
+    if changed := [*changed, *other_facts(measured, facts)]:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise InputError(
             f"study={folder.name} was measured with {', '.join(changed[:3])}{more}; "
             f"results of both can't be compared: write another study=…, or what it was started with"
         )
+
+
+def other_facts(measured: Mapping[str, str], facts: Mapping[str, str]) -> list[str]:
+    """The facts of a result that decide what it `measured`, and are others than the study's."""
+    both = [fact for fact in FACTS if fact in measured and fact in facts]
+    return [f"{fact}={measured[fact]} (now {facts[fact]})" for fact in both if measured[fact] != facts[fact]]
 
 
 def check_trials(stored: Sequence[FrozenTrial], folder: Path, results: Mapping[str, Result]) -> None:

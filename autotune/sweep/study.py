@@ -60,6 +60,7 @@ from autotune.sweep.checks import (
     check_secrets,
     check_together,
     check_trials,
+    other_facts,
 )
 from autotune.sweep.display import Display
 from autotune.sweep.gate import Gate, decided
@@ -131,8 +132,8 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     check_new(config, folder, space, prepared, defaults)
     with storage.disk_errors(folder), opened(folder):
         results = results_in(folder)
-        facts = prepared.backend.facts | prepared.facts(samples)
-        check_configuration(folder, results, config, space.parameters, facts)
+        facts = prepared.facts(samples)
+        check_configuration(folder, results, config, space.parameters, prepared.backend.facts | facts)
         first = [] if results else prior.first(config, space)
         url = str(sweeper["storage"] or f"sqlite:///{folder}/study.db")
         with storage.opened(url, sweeper["study_name"]) as trials:
@@ -150,7 +151,8 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
             overrides = [*fixed, f"study={config.study}"]
             judge = Gate(config, prepared, texts, folder)
             known = defaults.resolved
-            study = Sweep(record, config, composed, overrides, prepared, known, launcher, folder, judge, results).run()
+            sweep = Sweep(record, config, composed, overrides, prepared, known, facts, launcher, folder, judge, results)
+            study = sweep.run()
     if not study.complete:
         sys.exit(f"autotune: no trial of {config.study} completed; reasons above")
 
@@ -177,6 +179,7 @@ class Sweep:
     overrides: list[str]
     prepared: Prepared
     known: Mapping[str, Any]  # vLLM's flags without a sweep, resolved
+    facts: Mapping[str, str]  # of the files that decide what a trial measures
     launcher: Launcher
     folder: Path
     gate: Gate
@@ -310,6 +313,8 @@ class Sweep:
         result = result_in(self.folder / one.pending.name) or Result(reason=one.job.reason())
         if one.pruned and not result.complete:
             result.state, result.reason = State.pruned, "ended early by the pruner"
+        elif result.complete and (others := other_facts(self.facts, result.facts)):  # a file was replaced
+            result.state, result.reason = State.failed, f"not this study's: {', '.join(others)}"
         elif result.state is State.interrupted:  # by a time limit of the cluster, say, and not by the study
             result.state = State.failed
         return result
