@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 
 from autotune import __version__, commands
 from autotune.__main__ import UNREAD
-from autotune.commands import NAMES, mistake, usage
+from autotune.commands import NAMES, mistake, tune, usage
 from autotune.config import CONF
 from autotune.config.command_line import compose
 from autotune.errors import InputError
+from autotune.measure import progress
 
 ALL = f"the commands are {', '.join(NAMES)}"
 QUICK = [*sorted(set(NAMES) - set(commands.PARSED))]
@@ -138,3 +140,18 @@ def test_command_is_a_module_too(name: str):
 def test_earlier_names_still_work(module: str):
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "usage: " in done.stdout
+
+
+def test_single_trial_tells_its_runs_and_what_they_have_served(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    with tune.progress_told(tmp_path):
+        progress.phase(tmp_path, "start")
+        progress.phase(tmp_path, "probe 28.3 queries/s")
+        rates = {"tokens_per_s": 900.0, "samples_per_s": 12.0, "goodput_per_s": 11.0}
+        for step in range(3):  # one in ten seconds
+            progress.publish(tmp_path, step, rates | {"completed": 24 + step, "over_limit": 2})
+        time.sleep(0.7)
+    assert [line.strip() for line in caplog.messages] == [
+        "probe 28.3 queries/s",
+        "24 requests served, 2 of them over a limit; 12 requests/s, 900 tokens/s",
+    ]

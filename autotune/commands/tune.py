@@ -4,6 +4,9 @@ import logging
 import os
 import re
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -16,14 +19,17 @@ from autotune.config import CONF, schema, words
 from autotune.config.command_line import errors_in_one_line, register, without_sweep, without_usage
 from autotune.config.overrides import typed
 from autotune.config.redact import redact
-from autotune.measure import trial
+from autotune.measure import progress, trial
 from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result
 from autotune.results import beside, summary, tracking
 from autotune.system import interrupt
 from autotune.system.files import unless_refused, write_whole
+from autotune.text import rounded
 
 log = logging.getLogger(__name__)
+
+TOLD_EVERY_S = 10.0  # rates of a trial that runs
 
 
 @hydra.main(config_path=str(CONF), config_name="config")
@@ -44,11 +50,45 @@ def single(composed: DictConfig) -> float | list[float]:
     for file in (folder / (HydraConfig.get().output_subdir or "")).glob("*.yaml"):
         write_whole(file, redact(file.read_text()))  # Hydra's own, with hydra.output_subdir=.hydra
     tracker = beside.TrackingProcess(config.tracking, None, folder)  # ends with this process, too
-    result = trial.run(config, overrides, folder)
+    progress.begin(folder)
+    try:
+        with progress_told(folder):
+            result = trial.run(config, overrides, folder)
+    except (KeyboardInterrupt, SystemExit):
+        log.info("stopped; what was measured by then is in %s", folder)
+        raise
     log.info(summary.single(result, config, folder))
     tracker.log_trial(folder)
     tracker.end("FINISHED")
     return values(result)
+
+
+@contextmanager
+def progress_told(folder: Path) -> Iterator[None]:
+    """Log what the trial in `folder` does: each run as it begins, and every TOLD_EVERY_S what it has served so far."""
+    reader, ended, next_s = progress.Reader(folder), threading.Event(), 0.0
+
+    def tell() -> None:
+        nonlocal next_s
+        while not ended.wait(0.5):
+            for entry in reader.new():
+                if entry.get("phase", "start") != "start":  # the server's log is named then
+                    log.info(entry["phase"])
+                elif "completed" in (rates := entry.get("values", {})) and entry["time"] >= next_s:
+                    next_s = entry["time"] + TOLD_EVERY_S
+                    log.info(
+                        "  %d requests served, %d of them over a limit; %s requests/s, %s tokens/s",
+                        *(rates["completed"], rates["over_limit"]),
+                        *(rounded(rates[name]) for name in ("samples_per_s", "tokens_per_s")),
+                    )
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 def inputs(composed: DictConfig) -> tuple[schema.Config, list[str], Path]:
