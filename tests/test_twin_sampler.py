@@ -217,6 +217,11 @@ def test_storage_is_not_locked_while_the_twin_computes(tmp_path: Path, monkeypat
     assert computed == [False, False]
 
 
+def test_trials_that_run_count_as_bad_where_tpe_chooses_unless_it_is_told_otherwise():
+    for tpe, liar in (({}, True), ({"constant_liar": False}, False)):
+        assert TwinSampler(CONFIG, SPACE, {}, tpe=tpe, **QUICK)._constant_liar == liar
+
+
 def test_error_leaves_the_study_to_tpe(caplog: pytest.LogCaptureFixture):
     """As where the objective is something that no simulation knows."""
     metric = replace(CONFIG.objective, metrics=["gpu_power_w"])

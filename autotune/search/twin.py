@@ -153,11 +153,10 @@ class TwinSampler(TPESampler):
         """Prepare a sampler; `results` grow as the study's trials end, which record their steps below its `folder`.
 
         A proposal takes `proposal_s` of this thread's time, less where trials are short, and a fit before it about one
-        second. Before there are
-        steps, the device of `config.prior.backend` is the twin; without one TPE is asked, which `tpe` configures.
-        Raises InputError.
+        second. Before there are steps, the device of `config.prior.backend` is the twin; without one TPE is asked,
+        which `tpe` configures. Raises InputError.
         """
-        super().__init__(seed=seed, **tpe)
+        super().__init__(seed=seed, **{"constant_liar": True, **tpe})  # so that parallel trials differ
         self._config, self._space, self._results, self._folder = config, space, results, folder
         self._proposal_s, self._draws, self._seed = proposal_s, draws, seed or 0
         self._simulation = simulation(config, config.prior.backend or simulated(device_of(config, hardware())[0]))
