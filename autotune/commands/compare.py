@@ -116,8 +116,8 @@ def render(columns: Sequence[Column]) -> str:
     lines += [[], ["", "trials", *(f"{column.trials}, {column.failed} failed" for column in columns)]]
     for name in ("baseline", "recipe", "best"):
         figure(name, [getattr(column, name) for column in columns], rounded)
-    figure("gain", [column.gain for column in columns], "{:+.1%}".format)
-    figure("gain over the recipe", [column.gain_over_recipe for column in columns], "{:+.1%}".format)
+    figure("gain", [column.gain for column in columns], "{:+z.1%}".format)
+    figure("gain over the recipe", [column.gain_over_recipe for column in columns], "{:+z.1%}".format)
     minutes = [column.engine_s_to_best and column.engine_s_to_best / 60 for column in columns]
     figure("engine time to best", minutes, "{:.1f} min".format)
     lines += [[], ["", "best configuration", *(column.best_trial or ABSENT for column in columns)]]

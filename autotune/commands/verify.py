@@ -319,7 +319,7 @@ def _line(study: Study, settings: Verify, baseline: Row, rows: Sequence[Row], wi
         return f"Better than the defaults: {winner.name} held the limits in {repeats}."
     metric = metric_index(study, settings)
     value, default = (study.results[name].values[metric] for name in (winner.name, BASELINE))
-    in_study = f"; the study itself had shown {value / default - 1:+.1%}" if default else ""
+    in_study = f"; the study itself had shown {value / default - 1:+z.1%}" if default else ""
     gain = change(winner.difference, baseline.mean)
     return f"Better than the defaults: {winner.name}, {gain} in {settings.n} repeats, {confidence}{in_study}."
 
@@ -329,7 +329,7 @@ def change(difference: Difference | None, baseline: float | None) -> str:
     if difference is None:
         return ""
     parts = (difference.mean, difference.low, difference.high)
-    mean, low, high = (f"{part / baseline:+.1%}" if baseline else f"{part:+.4g}" for part in parts)
+    mean, low, high = (f"{part / baseline:+z.1%}" if baseline else f"{part:+.4g}" for part in parts)
     return f"{mean} [{low}, {high}]"
 
 

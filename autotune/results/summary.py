@@ -249,7 +249,7 @@ def broken(result: Result) -> list[str]:
 def change(study: Study, name: str, over: str = BASELINE) -> str:
     """The change of the first objective's metric from `over` to `name`: `+7.8%`; its value if that is 0."""
     gain = study.gain(name, over=over)
-    return f"{study.results[name].values[0]:g}" if gain is None else f"{objective.sign(study.objective) * gain:+.1%}"
+    return f"{study.results[name].values[0]:g}" if gain is None else f"{objective.sign(study.objective) * gain:+z.1%}"
 
 
 def edge(served: Result | None, config: Config) -> str:
