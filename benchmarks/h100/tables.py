@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import yaml
 from scipy.stats import kendalltau
@@ -156,7 +156,16 @@ def by_twin(folder: str, objective: dict[str, str]) -> str:
         took = [number(seconds, 0) for seconds in (result.phases.get("start"), result.engine_s)]
         server = "fresh" if name.startswith((BASELINE, FRESH)) else "shared"
         rows.append((name, server, changed(result), expected, *shown, *took))
-    return markdown(head, rows)
+    return markdown(head, rows) + f"\n\n{order(study(ONE / folder).values())}"
+
+
+def order(results: Iterable[Result]) -> str:
+    """How far off what was expected of trials is from what they reached, and whether it has their order."""
+    known = [one for one in results if one.complete and one.expected.get("values")]
+    expected, reached = [one.expected["values"][0] for one in known], [one.values[0] for one in known]
+    off = median(abs(mine / theirs - 1) for mine, theirs in zip(expected, reached, strict=True))
+    tau = f", Kendall's τ {kendalltau(expected, reached).statistic:.2f}" if len(known) > 4 else ""
+    return f"{len(known)} trials reached a value; what was expected is {off:.1%} off (median){tau}."
 
 
 def ending(result: Result) -> str:
