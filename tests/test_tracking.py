@@ -388,7 +388,7 @@ def test_study_is_logged_later_by_hand(tmp_path: Path, trial: Path):
     uri = f"sqlite:///{tmp_path}/later.db"
     command = [sys.executable, "-m", "autotune.tracking", str(trial.parent), "--uri", uri]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert "1 trials of" in done.stdout, done.stderr
+    assert "1 trial of" in done.stdout, done.stderr
     assert len(MlflowClient(uri).search_runs(["1"])) == 2
 
 
