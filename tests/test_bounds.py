@@ -137,7 +137,11 @@ def test_field_is_swept_once():
 
 
 @pytest.mark.parametrize(
-    "name", ["..", ".", "../x", "/x", "a/b", "a?b", "a#b", "a%2f", "~x", "-x", "x.", "x ", " x", "", "a\nb", "x" * 300]
+    "name",
+    [
+        *("..", ".", "../x", "/x", "a/b", "a?b", "a#b", "a%2f", "~x", "-x", "x.", "x ", " x", "", "a\nb", "x" * 300),
+        *("trials", "mlflow.db"),  # what else is in multirun/
+    ],
 )
 def test_study_name_that_is_no_folder_of_its_own_is_refused(config: Config, name: str):
     with pytest.raises(InputError, match="study="):

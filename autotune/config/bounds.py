@@ -43,6 +43,13 @@ def file_name(value: Any) -> str:
     return f"write at most {NAME_BYTES} letters, digits and . _ - + = @, a letter or digit first"
 
 
+def study(value: Any) -> str:
+    """The rule of studies' names: their folders lie beside what else is in multirun/."""
+    if str(value).casefold() in ("trials", "mlartifacts", "mlflow.db"):
+        return f"multirun/{value} is something else; write another name"
+    return file_name(value)
+
+
 def path(value: Any) -> str:
     """The rule of files, folders and names that others have given."""
     return "" if str(value).strip() else "write a path or a name"

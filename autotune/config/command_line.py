@@ -56,7 +56,7 @@ def mlperf_limit(limit: float | None, field: str, model: str) -> float:
 
 def study_name(name: str) -> str:
     """`name`, if a folder of multirun/ may have it. Raises InputError."""
-    bounds.check(name, "study", bounds.file_name)
+    bounds.check(name, "study", bounds.study)
     return name
 
 

@@ -11,7 +11,19 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from autotune.config.bounds import DAY_S, bounded, duration, file_name, gpus, pairs, path, positive, three_seeds, within
+from autotune.config.bounds import (
+    DAY_S,
+    bounded,
+    duration,
+    file_name,
+    gpus,
+    pairs,
+    path,
+    positive,
+    study,
+    three_seeds,
+    within,
+)
 from autotune.errors import InputError
 
 
@@ -469,7 +481,7 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    study: str = bounded(MISSING, file_name)  # name of the study and of its folder in multirun/
+    study: str = bounded(MISSING, study)  # name of the study and of its folder in multirun/
     n_trials: int = within(20, 1, 1e7)  # trials of a study, beside the baseline
     # What runs first, to compare with: defaults (vLLM's), recipe (model.recipe), a list of both; true is defaults.
     baseline: Any = True
