@@ -56,7 +56,8 @@ def report(fitted: Sequence[Steps], predicted: Sequence[Steps], device: Device, 
 
 def table(title: str, twin: Twin, recordings: Sequence[Steps]) -> list[str]:
     """Lines for each kind of step: medians of the time from schedule() to the result, and of the absolute error."""
-    lines = [f"{title:64s}{'steps':>7s}{'measured':>10s}{'expected':>10s}{'error':>8s}  error without the host's pace"]
+    what = f"{title}, medians"
+    lines = [f"{what:64s}{'steps':>7s}{'measured':>10s}{'expected':>10s}{'error':>8s}  error without the host's pace"]
     for steps in recordings:
         for found in errors(twin, steps):
             times = f"{found.measured_s * 1e3:7.1f} ms{found.predicted_s * 1e3:7.1f} ms"
