@@ -162,7 +162,7 @@ def test_n_trials_is_the_total_of_a_study_run_again(tmp_path: Path):
 
 @pytest.mark.slow
 def test_trials_run_side_by_side_in_processes_of_their_own(tmp_path: Path):
-    words = ["launcher=gpus", "gpus=[0,1]", "backend.steps=10", "backend.pace_s=0.05", "sampler=grid", "baseline=false"]
+    words = ["launcher=gpus", "gpus=[0,1]", "backend.steps=80", "backend.pace_s=0.05", "sampler=grid", "baseline=false"]
     study(tmp_path, *words, f"{SEQS}=choice(10,11)")
     first, second = (result(tmp_path, name) for name in ("trial-0", "trial-1"))
     assert first.started_at < second.ended_at and second.started_at < first.ended_at
