@@ -5,8 +5,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import hydra
@@ -23,7 +22,7 @@ from autotune.measure import progress, trial
 from autotune.measure.prepare import prepare, prepare_samples
 from autotune.measure.result import Result
 from autotune.results import beside, summary, tracking
-from autotune.system import interrupt
+from autotune.system import interrupt, threads
 from autotune.system.files import unless_refused, write_whole
 from autotune.text import rounded
 
@@ -63,32 +62,24 @@ def single(composed: DictConfig) -> float | list[float]:
     return values(result)
 
 
-@contextmanager
-def progress_told(folder: Path) -> Iterator[None]:
+def progress_told(folder: Path) -> AbstractContextManager[None]:
     """Log what the trial in `folder` does: each run as it begins, and every TOLD_EVERY_S what it has served so far."""
-    reader, ended, next_s = progress.Reader(folder), threading.Event(), 0.0
+    reader = progress.Reader(folder)
 
-    def tell() -> None:
-        nonlocal next_s
+    def tell(ended: threading.Event) -> None:
+        next_s = 0.0
         while not ended.wait(0.5):
             for entry in reader.new():
+                rates = entry.get("values", {})
                 if entry.get("phase", "start") != "start":  # the server's log is named then
                     log.info(entry["phase"])
-                elif "completed" in (rates := entry.get("values", {})) and entry["time"] >= next_s:
+                elif "completed" in rates and entry["time"] >= next_s:
                     next_s = entry["time"] + TOLD_EVERY_S
-                    log.info(
-                        "  %d requests served, %d of them over a limit; %s requests/s, %s tokens/s",
-                        *(rates["completed"], rates["over_limit"]),
-                        *(rounded(rates[name]) for name in ("samples_per_s", "tokens_per_s")),
-                    )
+                    served = f"{rates['completed']:.0f} requests served, {rates['over_limit']:.0f} of them over a limit"
+                    speed = f"{rounded(rates['samples_per_s'])} requests/s, {rounded(rates['tokens_per_s'])} tokens/s"
+                    log.info("  %s; %s", served, speed)
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        teller.join()
+    return threads.beside(tell)
 
 
 def inputs(composed: DictConfig) -> tuple[schema.Config, list[str], Path]:

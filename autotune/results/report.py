@@ -351,7 +351,7 @@ def expectations(study: Study) -> list[Section]:
     twin = left_in(study.folder / TWIN)
     pairs = {name: result for name, result in study.swept.items() if result.complete and result.expected.get("values")}
     metrics = study.objective.metrics if pairs else []
-    text = "".join(f"{label(metric)}: {_agreement(list(pairs.values()), at)} " for at, metric in enumerate(metrics))
+    text = "".join(f"{label(metric)}: {agreement(list(pairs.values()), at)} " for at, metric in enumerate(metrics))
     draws = [partial(figures.expectations, pairs, metric, at) for at, metric in enumerate(metrics)]
     if errors := twin.get("errors"):
         fitted_to, device = next(iter(errors)), twin["device"]
@@ -362,7 +362,7 @@ def expectations(study: Study) -> list[Section]:
     return [Section("Expected and measured", text, draws)] if draws else []
 
 
-def _agreement(results: Sequence[Result], at: int) -> str:
+def agreement(results: Sequence[Result], at: int) -> str:
     """Words on how well the objective's metric `at` was foreseen: the error, and whether the order is right."""
     from scipy.stats import kendalltau  # takes half a second
 

@@ -145,7 +145,9 @@ def distinct(ranked: Iterable[Result], space: Space, count: int) -> list[Result]
     """The first `count` of which none is nearly the same as an earlier one."""
     kept: list[Result] = []
     for one in ranked:
-        if len(kept) < count and all(_apart(one.params, other.params, space.parameters) for other in kept):
+        if len(kept) == count:
+            break
+        if all(_apart(one.params, other.params, space.parameters) for other in kept):
             kept.append(one)
     return kept
 

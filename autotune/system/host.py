@@ -9,11 +9,12 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import psutil
+
+from autotune.system.threads import beside
 
 MB = 1e6
 
@@ -50,28 +51,17 @@ def git_revision() -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-@contextmanager
-def recorded(path: Path, every_s: float) -> Iterator[None]:
+def recorded(path: Path, every_s: float) -> AbstractContextManager[None]:
     """Write `time` and `load` as a line of JSON to `path` every `every_s` seconds of the block; 0 writes none."""
-    if not every_s:
-        yield
-        return
-    ended = threading.Event()
 
-    def record() -> None:
+    def record(ended: threading.Event) -> None:
         before = psutil.net_io_counters()
         psutil.cpu_percent()  # the first call has nothing to compare with
         with path.open("w", buffering=1) as file:
             while not ended.wait(every_s):
                 file.write(json.dumps({"time": time.time(), **load(before)}) + "\n")
 
-    thread = threading.Thread(target=record, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return beside(record) if every_s else nullcontext()
 
 
 def load(before: psutil._ntuples.snetio) -> dict[str, float]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 
 import yaml
 from scipy.stats import kendalltau
@@ -22,7 +22,7 @@ from autotune.config.schema import HOST, Device
 from autotune.measure.metrics import mean_and_interval
 from autotune.measure.paired import paired_difference
 from autotune.measure.result import Result
-from autotune.results import figures, summary
+from autotune.results import figures, report, summary
 from autotune.results.study import BASELINE, FRESH
 from autotune.search.simulate import estimate, simulation
 from autotune.sim import calibrate
@@ -156,16 +156,8 @@ def by_twin(folder: str, objective: dict[str, str]) -> str:
         took = [number(seconds, 0) for seconds in (result.phases.get("start"), result.engine_s)]
         server = "fresh" if name.startswith((BASELINE, FRESH)) else "shared"
         rows.append((name, server, changed(result), expected, *shown, *took))
-    return markdown(head, rows) + f"\n\n{order(study(ONE / folder).values())}"
-
-
-def order(results: Iterable[Result]) -> str:
-    """How far off what was expected of trials is from what they reached, and whether it has their order."""
-    known = [one for one in results if one.complete and one.expected.get("values")]
-    expected, reached = [one.expected["values"][0] for one in known], [one.values[0] for one in known]
-    off = median(abs(mine / theirs - 1) for mine, theirs in zip(expected, reached, strict=True))
-    tau = f", Kendall's τ {kendalltau(expected, reached).statistic:.2f}" if len(known) > 4 else ""
-    return f"{len(known)} trials reached a value; what was expected is {off:.1%} off (median){tau}."
+    foreseen = [one for one in study(ONE / folder).values() if one.complete and one.expected.get("values")]
+    return markdown(head, rows) + f"\n\nWhat was expected and what came: {report.agreement(foreseen, 0)}"
 
 
 def ending(result: Result) -> str:
