@@ -1,6 +1,6 @@
 """A study on a shared server whose processes get SIGKILL again and again: is anything left, or lost?
 
-    python benchmarks/hot_kills.py FOLDER [--kills 10] [--trials 50] [--seed 0] [model=tiny …]
+    python benchmarks/hot_kills.py FOLDER [--kills 10] [--trials 50] [--seed 0] [--gpu 0] [WORDS …]
 
 The study's process, the trial's or one of vLLM's is killed at a random moment; after the study's own death nothing of
 it may run, hold a lease or, on a GPU, memory. Then the same command goes on, until all trials have ended.
@@ -30,7 +30,8 @@ MARK = "AUTOTUNE_HOT_KILLS"  # variable of all that the study starts
 
 
 def begun(folder: Path, mark: str, words: list[str]) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "autotune", "-m", *WORDS, *SHORT, "launcher=gpus", "gpus=[0]", "study=s", *words]
+    by_key = {word.partition("=")[0]: word for word in [*WORDS, *SHORT, "launcher=gpus", "study=s", *words]}
+    command = [sys.executable, "-m", "autotune", "-m", *by_key.values()]
     env = {**os.environ, MARK: mark, "AUTOTUNE_LEASES": str(folder / "leases")}
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=env, start_new_session=True)
@@ -57,18 +58,18 @@ def is_leased(folder: Path) -> bool:
     return False
 
 
-def used_mib() -> int:
-    """Memory in use on the first GPU; 0 without one."""
-    gpus = Gpus(1)._handles
+def used_mib(gpu: int) -> int:
+    """Memory in use on the GPU; 0 without one."""
+    gpus = Gpus(1, str(gpu))._handles
     return int(pynvml.nvmlDeviceGetMemoryInfo(gpus[0]).used) >> 20 if gpus else 0
 
 
-def left(folder: Path, mark: str, before_mib: int) -> str:
+def left(folder: Path, mark: str, gpu: int, before_mib: int) -> str:
     """What there still is ENDS_S after the death of the study."""
     deadline = time.monotonic() + ENDS_S
     while (processes := marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    more = max(0, used_mib() - before_mib - 8)
+    more = max(0, used_mib(gpu) - before_mib - 8)
     return f"{len(processes)} processes, {int(is_leased(folder))} leases, {more} MiB"
 
 
@@ -78,10 +79,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gpu", type=int, default=0)
     given, words = parser.parse_known_args()
-    words.append(f"n_trials={given.trials}")
+    words += [f"n_trials={given.trials}", f"gpus=[{given.gpu}]"]
     given.folder.mkdir(parents=True, exist_ok=True)
-    draw, mark, before_mib = random.Random(given.seed), str(os.getpid()), used_mib()
+    draw, mark, before_mib = random.Random(given.seed), str(os.getpid()), used_mib(given.gpu)
     for number in range(given.kills):
         study = begun(given.folder, mark, words)
         ended = len(results_in(given.folder / "multirun/s"))
@@ -99,7 +101,7 @@ def main() -> None:
         time.sleep(draw.uniform(0, 3))
         study.kill()
         study.wait()
-        told = left(given.folder, mark, before_mib)
+        told = left(given.folder, mark, given.gpu, before_mib)
         print(f"kill {number} ({which}, {len(results_in(given.folder / 'multirun/s'))} trials): {told}", flush=True)
     code = begun(given.folder, mark, words).wait()
     results = results_in(given.folder / "multirun/s")
@@ -107,7 +109,7 @@ def main() -> None:
     shared = sum(result.shared_server for result in results.values())
     print(f"the study ended with {code}: {complete} trials complete, {shared} of them on shared servers")
     tracebacks = (given.folder / "log").read_text().count("Traceback")
-    print(f"left: {left(given.folder, mark, before_mib)}; tracebacks: {tracebacks}")
+    print(f"left: {left(given.folder, mark, given.gpu, before_mib)}; tracebacks: {tracebacks}")
 
 
 if __name__ == "__main__":
