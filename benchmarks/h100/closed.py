@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from autotune.config.command_line import errors_in_one_line
 from autotune.config.schema import Config
 from autotune.results.study import load
 from autotune.results.submission import LOGS, NAMES, Run, objections
@@ -59,4 +60,5 @@ def of_checker(checkout: Path, folder: Path, config: Config) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()
