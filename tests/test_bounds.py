@@ -37,7 +37,7 @@ def config() -> Config:
         ("scenario.over_share", [-0.1, 1.1]),
         ("scenario.search.growth", [1, 0.5]),
         ("scenario.search.max_runs", [0]),
-        ("model.limits.server.tpot_ms", [0]),
+        ("benchmark.scenarios.server.tpot_ms", [0]),
         ("dataset.count", [0, -1]),
         ("dataset.min_output_tokens", [0, 500]),
         ("backend.device.tflops", [0, -3, math.inf]),
@@ -65,9 +65,10 @@ def config() -> Config:
 )
 def test_value_out_of_bounds_is_refused_by_its_key(config: Config, key: str, values: list[Any]):
     for value in values:
-        with pytest.raises(InputError, match=key.split("prior.backend.")[-1].split(".")[-1]) as refused:
+        with pytest.raises(InputError) as refused:
             prepare.check(with_fields(config, {key: value}))
-        assert key in str(refused.value) and "\n" not in str(refused.value)
+        told = str(refused.value)
+        assert key in told and "no such field" not in told and "\n" not in told
 
 
 def test_loads_and_ends_that_do_not_go_together_are_refused(config: Config):

@@ -1,6 +1,7 @@
 """A study goes on only with what its measurements depend on, and only where its results and its storage agree."""
 
 import resource
+import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -15,7 +16,8 @@ from autotune.data.models import build_shape
 from autotune.errors import InputError
 from autotune.measure.backend import Measurement
 from autotune.results.study import results_in
-from autotune.sweep import storage
+from autotune.sweep import launchers, storage
+from autotune.sweep.study import Sweep
 from tests.standin import StandIn, StandInEngine
 from tests.studies import JOURNAL, SEQS, asked, study
 
@@ -111,6 +113,37 @@ def test_trial_that_is_interrupted_while_its_parameters_are_chosen_leaves_nothin
 def test_study_goes_on_with_more_trials_another_sampler_and_a_budget(tmp_path: Path):
     study(tmp_path, *SWEEP, "n_trials=1")
     study(tmp_path, f"{SEQS}=choice(16,32,64,128)", "sampler=tpe", "seed=4", "n_trials=2", "budget=1h")
+
+
+class Left:
+    """A job that goes on without the process that submitted it, and has ended by now."""
+
+    node, lost = "a", False
+
+    def done(self) -> bool:
+        return True
+
+
+def test_canary_and_second_measurement_that_still_run_are_watched_and_not_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    begun = list[str]()
+
+    def attach(_: launchers.Launcher, folder: Path) -> Left | None:
+        begun.append(folder.name)
+        shutil.copytree(tmp_path / "multirun/s/baseline", folder)
+        return Left()
+
+    words = [f"{SEQS}=choice(64)", "sampler=grid", "backend.shares=true"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Sweep, "_certify", lambda _: None)
+        study(tmp_path, *words)
+    monkeypatch.setattr(launchers.Inline, "nodes", lambda _: ["a"])
+    monkeypatch.setattr(launchers.Inline, "attach", attach)
+    monkeypatch.setattr(launchers.Inline, "submit", lambda _, trials: begun.extend(str(one.folder) for one in trials))
+    said = study(tmp_path, *words)
+    assert begun == ["canary-a", "fresh-trial-0"] and "fresh-trial-0 still runs; watching it again" in said
+    assert "on a server of its own" in said
 
 
 def measured(folder: Path) -> dict[str, float]:

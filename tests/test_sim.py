@@ -179,15 +179,8 @@ def test_single_stream_never_waits():
 
 
 DECODER = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    **{
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 512,
-    },
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128},
+    **{"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512},
 }
 
 

@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import optuna
 import pytest
@@ -14,6 +14,7 @@ from autotune.search.checks import check_space
 from autotune.search.distributions import describe
 from autotune.search.space import Space, parse, shared_start, swept_flags
 from autotune.sim.backend import SimBackend
+from tests.standin import StandIn, StandInConfig
 
 
 def space(*arguments: str, conditions: dict[str, str] | None = None, only_if: dict[str, str] | None = None) -> Space:
@@ -94,13 +95,7 @@ def test_group_that_is_swept_is_said_to_need_studies_of_its_own():
         parse({}, ["model=tiny,smollm2"], {}, {})
 
 
-class AnyFlag:
-    flags = tuple(recorded())
-    facts: ClassVar[dict[str, str]] = {}
-
-    def read(self, args: dict[str, object]) -> dict[str, object]:
-        """Take every flag as it is."""
-        return args
+ANY_FLAG = StandIn(StandInConfig(), Path())
 
 
 @pytest.mark.parametrize(
@@ -135,12 +130,12 @@ def test_condition_that_can_not_be_told_is_refused(kind: str, expression: str, m
     name = "mine" if kind == "conditions" else "engine.args.max_num_seqs"
     swept = space("engine.args.max_num_seqs=choice(4,8)", **{kind: {name: expression}})
     with pytest.raises(InputError, match=message):
-        check_space(swept, Config(), AnyFlag(), {"max_num_seqs": 4})
+        check_space(swept, Config(), ANY_FLAG, {"max_num_seqs": 4})
 
 
 def test_condition_on_flags_and_swept_parameters_is_fine():
     conditions = {"mine": "max_num_seqs <= 8 and int(block_size) > 4", "other": "not enable_chunked_prefill"}
-    check_space(space("engine.args.block_size=choice(16)", conditions=conditions), Config(), AnyFlag(), {})
+    check_space(space("engine.args.block_size=choice(16)", conditions=conditions), Config(), ANY_FLAG, {})
 
 
 class Recorded:

@@ -211,16 +211,6 @@ def test_second_process_on_one_study_is_refused(tmp_path: Path):
         study(tmp_path, *SHORT_GRID)
 
 
-@pytest.mark.slow
-def test_second_process_is_refused_while_the_first_works(tmp_path: Path):
-    study = start(tmp_path, *ON_GPUS)
-    wait_for(tmp_path, 1)
-    second = autotune(tmp_path, *ON_GPUS)
-    assert second.returncode == 1 and "another process works on this study (process" in second.stderr
-    study.terminate()
-    study.wait(60)
-
-
 def test_resume_of_nothing_is_said(tmp_path: Path):
     with pytest.raises(InputError, match="resume=true: there is no study in"):
         study(tmp_path, "resume=true", f"{SEQS}=choice(4,8)")
@@ -255,11 +245,6 @@ def test_budget_ends_the_asking_and_the_study_reports(tmp_path: Path):
 @pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1.5d", 129_600)])
 def test_durations_are_read(text: str, expected: float):
     assert seconds(text) == expected
-
-
-def test_duration_without_a_unit_is_refused():
-    with pytest.raises(InputError, match="budget=90: write a duration"):
-        seconds("90")
 
 
 PRUNER = ["pruner=median", "pruner.n_startup_trials=1", "sampler=grid", "baseline=false"]
@@ -309,12 +294,8 @@ def test_search_that_can_hardly_be_the_best_any_more_is_pruned(tmp_path: Path):
         (["sampler=cmaes", "objective=pareto"], "sampler=cmaes: takes one objective; write sampler=nsga2"),
         (["gpus=[0]", "engine.args.tensor_parallel_size=2"], r"gpus=\[0\]: a trial takes 2; write more of them"),
         (
-            ["gpus=[0]", "engine.args.tensor_parallel_size=range(1,3)"],
-            r"gpus=\[0\]: with .*=2 a trial takes 2; write more",
-        ),
-        (
-            ["gpus=[0]", "engine.args.data_parallel_size=choice(1,2)"],
-            "with data_parallel_size=2 a trial takes 2;",
+            ["gpus=[0]", "engine.args.data_parallel_size=range(1,3)"],
+            r"gpus=\[0\]: with data_parallel_size=2 a trial takes 2; write more",
         ),
     ],
 )

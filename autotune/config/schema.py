@@ -116,7 +116,7 @@ class BudgetOf(Enum):
     """Choice of what a study's budget counts."""
 
     engine = "engine"  # the time that trials take, summed, without the first start, which compiles for later ones
-    wall = "wall"  # the time since the study began
+    wall = "wall"  # the time since the command began, which may go on with a study
 
 
 MOST_QUERIES = 2_000_000  # of one run: each is kept in memory

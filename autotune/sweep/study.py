@@ -254,7 +254,7 @@ class Sweep:
 
     def _run_trials(self) -> None:
         """Keep the launcher's n_jobs trials in flight until n_trials were run or the budget is spent."""
-        self._start(self._canaries())
+        self._start(self._not_begun(self._canaries()))
         while True:
             if any(one.pending.node for one in self.running):  # nothing else runs before the nodes are known
                 self._end_some()
@@ -276,7 +276,7 @@ class Sweep:
             if not (name := study.uncertified()):
                 return
             log.info("%s is the best; it shared a server, and is measured again on one of its own", name)
-            self._start([PendingTrial(f"{FRESH}{name}", study.results[name].params, None)])
+            self._start(self._not_begun([PendingTrial(f"{FRESH}{name}", study.results[name].params, None)]))
             while self.running:
                 self._end_some()
 
@@ -370,7 +370,8 @@ class Sweep:
 
     def _claimed(self, pending: PendingTrial) -> PendingTrial:
         """`pending`, whose configuration no other trial runs until it has ended."""
-        if self.config.duplicates is Duplicates.lookup:
+        answers = pending.trial or pending.name in self.references  # a canary is too short, and a trial measured before
+        if answers and self.config.duplicates is Duplicates.lookup:
             self.in_flight[pending.name] = []
             self.lookup.add(pending.name, pending.params)
         return pending
@@ -531,8 +532,11 @@ class Sweep:
         for pending in self._begun():
             self._take_up(pending)
         references = [PendingTrial(name, params, None) for name, params in self.references.items()]
-        missing = [one for one in references if not self.record.has_reference(one.name)]
-        self.wanted = [one for one in missing if not self._take_up(one)]
+        self.wanted = self._not_begun([one for one in references if not self.record.has_reference(one.name)])
+
+    def _not_begun(self, pending: Iterable[PendingTrial]) -> list[PendingTrial]:
+        """Those of `pending` that no earlier process has begun, or that are lost."""
+        return [one for one in pending if not self._take_up(one)]
 
     def _begun(self) -> Iterator[PendingTrial]:
         """Yield the trials that Optuna has asked for and was not told of."""

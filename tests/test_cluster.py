@@ -1,7 +1,8 @@
-"""What the cluster launcher asks SLURM for; sinfo stands for a cluster of several nodes."""
+"""What the cluster launcher asks SLURM for, which sinfo stands for, and how it hands trials on to jobs that wait."""
 
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from autotune.config.schema import ClusterConfig, Config
 from autotune.errors import InputError
 from autotune.measure.prepare import gpu_count
 from autotune.sweep import cluster as clusters
-from autotune.sweep import worker
-from autotune.sweep.cluster import JOB, Cluster, Queue, as_new_job, run_noted
+from autotune.sweep import handing, worker
+from autotune.sweep.cluster import JOB, Cluster, Queue, as_new_job, gigabytes, minutes, run_noted
+from autotune.sweep.handing import hand_on, has_ended, next_for, running, say_ended, waits_after
 from autotune.sweep.worker import TrialSpec
 
 CONFIG = ClusterConfig(n_jobs=2, canary=True, poll_s=1.0, parameters={"timeout_min": 1})
@@ -121,3 +123,58 @@ def test_time_left_of_a_job_is_what_squeue_says(
     program(tmp_path, "squeue", f"echo {left}")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert clusters.time_left_s("7") == seconds
+
+
+def test_time_limits_are_read_as_slurm_reads_them():
+    forms = {"90": 90, "90:30": 91, "1:30:00": 90, "2-12": 3600, "2-12:30": 3630, "2-00:00:00": 2880}
+    assert {form: minutes(form) for form in forms} == forms
+
+
+def test_memory_is_read_with_its_unit():
+    forms = {"64": 64, "64G": 64, "64GB": 64, "512M": 0.5, "1.5T": 1536, "64 GiB": 64}
+    assert {form: gigabytes(form) for form in forms} == forms
+
+
+@pytest.mark.parametrize("wrong", ["two days", "", "-5", "1:2:3:4", "5x"])
+def test_what_is_neither_is_named(wrong: str):
+    with pytest.raises(InputError, match=r"launcher.parameters.timeout_min=.*: write minutes"):
+        minutes(wrong)
+    with pytest.raises(InputError, match=r"launcher.parameters.mem_gb=.*: write GB"):
+        gigabytes(wrong)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handing, "POLL_S", 0.01)
+    monkeypatch.setattr(handing, "IDLE_S", 0.05)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_job_gets_the_trial_that_is_handed_on_and_begins_it_again_when_it_is_restarted(tmp_path: Path):
+    assert not has_ended(tmp_path, "7", "trial-1") and running(tmp_path, "7") == b""
+    say_ended(tmp_path, "7", "trial-1", waits=True)
+    assert waits_after(tmp_path, "7", "trial-1") and not has_ended(tmp_path, "7", "trial-2")
+    assert hand_on(tmp_path, "7", b"trial 2") and next_for(tmp_path, "7") == b"trial 2"
+    assert running(tmp_path, "7") == b"trial 2"
+    assert hand_on(tmp_path, "7", b"trial 3") and next_for(tmp_path, "7") == b"trial 3"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_job_that_has_given_up_is_handed_nothing(tmp_path: Path):
+    assert next_for(tmp_path, "7") == b""
+    assert not hand_on(tmp_path, "7", b"trial")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_handing_on_and_giving_up_at_once_end_with_one_of_them(tmp_path: Path):
+    with ThreadPoolExecutor(2) as pool:
+        for number in range(40):
+            waits = pool.submit(next_for, tmp_path, str(number))
+            is_handed = hand_on(tmp_path, str(number), b"trial")
+            assert waits.result() == (b"trial" if is_handed else b"")
+
+
+def test_handed_trial_is_readable_by_its_user_alone(tmp_path: Path):
+    hand_on(tmp_path, "7", b"with a token")
+    assert (tmp_path / "7.next").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["7.next"]
