@@ -17,7 +17,7 @@ from autotune.config.redact import install, redact
 from autotune.system.loopback import keep_off_proxies
 
 UNEXPECTED = 70  # exit code: EX_SOFTWARE in sysexits.h
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of the disk, or what is printed to
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOENT)  # on the disk, or what is printed to
 UNREAD = 141  # exit code of a command that SIGPIPE ends
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and nobody_reads():
             sys.exit(UNREAD)
-        if isinstance(error, OSError) and error.errno in FULL and not error.filename:
+        if isinstance(error, OSError) and error.errno in NO_ROOM and not error.filename:
             drop_output()
             sys.exit(f"autotune: {error.strerror}")
         with NamedTemporaryFile("w", prefix="autotune-", suffix=".log", delete=False) as log:

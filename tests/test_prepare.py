@@ -1,5 +1,6 @@
 """Arguments of data sets and the cache's folder: what can't be used is named before anything starts."""
 
+import errno
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,8 @@ def test_a_cache_without_room_is_named_and_keeps_no_half_file(tmp_path: Path) ->
 
 
 def test_a_file_elsewhere_is_not_blamed_on_the_cache(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^TMPDIR: No usable temporary directory"), cache_of(config(tmp_path)):
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in …")
     with pytest.raises(InputError, match=r"^/nowhere: No such file"), cache_of(config(tmp_path)):
         Path("/nowhere").read_bytes()
 

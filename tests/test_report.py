@@ -5,6 +5,8 @@ import json
 import math
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -346,3 +348,9 @@ def test_trials_that_broke_a_limit_are_drawn_over_choices_too(tmp_path: Path):
         crosses, dots = figures.slice_of(one, param, "tokens_per_s").data
         assert crosses.marker.symbol == "x" and min(crosses.y) > 1000 >= max(dots.y)
         assert len(crosses.x) + len(dots.x) == 20
+
+
+@pytest.mark.slow
+def test_figures_do_without_matplotlib():
+    plots = "import autotune.results.figures, optuna; print(optuna.visualization.matplotlib.is_available())"
+    assert subprocess.run([sys.executable, "-c", plots], capture_output=True, text=True).stdout == "False\n"

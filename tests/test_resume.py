@@ -244,6 +244,14 @@ def test_trial_of_a_data_set_that_changed_amid_the_study_is_none_of_it(tmp_path:
     assert len(measured(tmp_path)) == 2 and "trial-2: failed: not this study's: dataset_checksum=" in said
 
 
+def test_journal_that_a_full_disk_cut_off_goes_on(tmp_path: Path):
+    study(tmp_path, *SWEEP, "baseline=false", "n_trials=1")
+    with (tmp_path / JOURNAL).open("a") as journal:
+        journal.write('{"op_code":4,"worker_id":"one')
+    study(tmp_path, *SWEEP, "baseline=false", "n_trials=2")
+    assert len(measured(tmp_path)) == 2 and {trial.state for trial in asked(tmp_path)} == {TrialState.COMPLETE}
+
+
 def test_broken_storage_can_be_deleted(tmp_path: Path):
     words = [*SWEEP, "hydra.sweeper.storage=null", "baseline=false"]
     study(tmp_path, *words, "n_trials=1")

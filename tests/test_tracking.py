@@ -1,4 +1,5 @@
 import json
+import resource
 import shutil
 import socket
 import sqlite3
@@ -376,6 +377,19 @@ def test_reason_of_the_process_reaches_the_study(uri: str, trial: Path, caplog: 
         process.log_trial(trial)
     (said,) = caplog.messages
     assert said.startswith("MLflow lacks 1 of 1 trials") and "delete it" in said
+
+
+@pytest.mark.slow
+def test_full_disk_is_told_and_not_what_follows_from_it(trial: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with beside.study(config(f"sqlite:///{tmp_path}/new.db"), "s", trial.parent) as process:
+            process.log_trial(trial)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (said,) = caplog.messages
+    assert said.startswith("MLflow lacks 1 of 1 trials") and "disk" in said
 
 
 def test_check_makes_neither_a_folder_nor_a_file(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Preparation of a trial before it takes a GPU: the model, the backend, vLLM's flags, the samples."""
 
+import errno
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -97,6 +98,8 @@ def cache_of(config: Config) -> Iterator[Path]:
     except OSError as error:
         if error.filename and not Path(error.filename).is_relative_to(folder) and folder.is_dir():
             raise InputError(f"{error.filename}: {error.strerror}") from None
+        if error.errno == errno.ENOENT and not error.filename:  # tempfile's
+            raise InputError(f"TMPDIR: {error.strerror}; set it to a folder that can be written") from None
         raise InputError(f"cache_dir={folder}: {error.strerror or error}; write a folder with room") from None
 
 

@@ -105,8 +105,9 @@ class TrackingProcess:
         return [folder for folder in self._trials if known_run(folder, uri) is None]
 
     def _reason(self) -> str:
-        """The last line that the process has printed."""
-        return ((self._folder / LOG).read_text(errors="replace").splitlines() or [""])[-1]
+        """The last line that the process has printed; the first if nothing was logged, as others may follow from it."""
+        lines = (self._folder / LOG).read_text(errors="replace").splitlines() or [""]
+        return lines[0 if len(self._missing()) == len(self._trials) else -1]
 
     def _send(self, message: dict[str, Any]) -> None:
         with suppress(BlockingIOError, BrokenPipeError):  # at its end the process finds what it has not heard of

@@ -39,7 +39,7 @@ from autotune.text import count, rounded
 
 not_needed: Any = sys.modules.setdefault("matplotlib", None)  # type: ignore[arg-type]
 try:  # Optuna would import it, too: that takes a second, and much longer where it has to look for fonts
-    from optuna import visualization
+    from optuna.visualization import plot_optimization_history, plot_pareto_front
 finally:
     if not_needed is None:
         del sys.modules["matplotlib"]
@@ -155,7 +155,7 @@ def _short(by_key: Mapping[str, Any]) -> dict[str, Any]:
 def history(study: optuna.Study, metric: str, references: Mapping[str, Result]) -> go.Figure:
     """Draw each trial's value and the best so far, with what they are compared with."""
     trials = _complete(study, 1)
-    figure = visualization.plot_optimization_history(study, target_name=label(metric))
+    figure = plot_optimization_history(study, target_name=label(metric))
     figure.update_traces(name="best so far", line={"color": BLUE}, selector={"name": "Best Value"})
     values = {name: one.metrics[metric] for name, one in references.items() if metric in one.metrics}
     ends = [trials[0].number, trials[-1].number]
@@ -230,7 +230,7 @@ def front(study: optuna.Study, metrics: Sequence[str], limits: Mapping[str, floa
     trials = _complete(study, 2)
     if len(metrics) not in (2, 3):
         raise NotDrawnError(f"a front is drawn of two or three objectives, not of {len(metrics)}")
-    figure = visualization.plot_pareto_front(study, target_names=[label(metric) for metric in metrics])
+    figure = plot_pareto_front(study, target_names=[label(metric) for metric in metrics])
     figure.update_traces(marker={"showscale": False, "colorscale": None})
     for trace in figure.data:
         best = "Best" in (trace.hovertemplate or "")

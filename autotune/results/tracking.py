@@ -307,7 +307,8 @@ class Tracker:
 
 
 def _why(error: Exception) -> str:
-    return str(redact(next(iter(str(error).splitlines()), type(error).__name__)[:200]))
+    lines = [line for line in str(error).splitlines() if not line.startswith("(raised as a result of")]  # SQLAlchemy's
+    return str(redact((lines or [type(error).__name__])[0][:200]))
 
 
 def _connected(config: TrackingConfig) -> tuple[Any, str]:

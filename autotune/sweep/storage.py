@@ -39,13 +39,29 @@ def opened(url: str, study: str) -> Iterator[Any]:
         if url.startswith(JOURNAL):
             path = Path(url.removeprefix(JOURNAL))
             held.enter_context(_lock_beside(path, study, url))
-            yield optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+            yield optuna.storages.JournalStorage(Journal(path))
         else:
             with _errors(
                 url, "; a broken file can be deleted: the study goes on from its results" * url.startswith("sqlite")
             ):
                 database = _database(url, study, held)
             yield database
+
+
+class Journal(JournalFileBackend):
+    """Optuna's journal; a line that a full disk or a crash cut off is removed before another would be glued to it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with self._path.open("rb+") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            if file.read() not in (b"", b"\n"):
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        super().append_logs(logs)
 
 
 def _database(url: str, study: str, held: ExitStack) -> SingleWriterStorage:
