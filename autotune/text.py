@@ -17,6 +17,11 @@ def one_line(error: object) -> str:
     return "; ".join(kept).replace(":; ", ": ").replace("'.; ", "': ").replace("'; '", "', '")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def count(number: int, word: str) -> str:
     """`1 trial`, `21 trials`."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from autotune.commands.compare import column_of
 from autotune.config.command_line import compose
 from autotune.errors import InputError
 from autotune.measure.objective import offered_load
+from autotune.measure.result import Result, State
+from autotune.results.study import Study
 from tests import in_process
 from tests.in_process import Done
 from tests.studies import SEQS, asked, study
@@ -48,6 +51,12 @@ def test_figures_are_those_of_the_results(first: Path):
     spent = sum(sum(result["phases"].values()) for result in results)
     assert 0 < one["engine_s_to_best"] <= spent + 1e-6
     assert one["trials"] == 3 and one["failed"] == 0
+
+
+def test_trial_that_was_looked_up_is_counted_once(tmp_path: Path):
+    trials = [Result(State.failed), Result(State.failed, duplicate_of="trial-0"), Result(State.refused)]
+    one = column_of(Study(tmp_path, compose([])[0], {f"trial-{number}": trial for number, trial in enumerate(trials)}))
+    assert (one.trials, one.failed) == (1, 1)
 
 
 def test_gain_over_the_recipe_stands_below_the_one_over_the_defaults(first: Path, tmp_path: Path):

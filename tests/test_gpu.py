@@ -1,14 +1,19 @@
 """What is read of the GPUs. NVML can't exist here: its functions are replaced, nothing above them is."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pynvml
 import pytest
 
-from autotune.live import gpu
+from autotune.config.schema import LiveConfig
+from autotune.errors import StartError
+from autotune.live import backend, gpu
 from autotune.live.gpu import Gpus
+from autotune.measure.slot import Slot
 
 
 @pytest.fixture
@@ -70,8 +75,22 @@ def test_figure_that_a_gpu_does_not_have_is_zero(card: SimpleNamespace, monkeypa
     def unsupported(_: Any) -> int:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", unsupported)
+    for name in ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetMemoryInfo"):
+        monkeypatch.setattr(pynvml, name, unsupported)
     assert Gpus(1, "0").read(0.0)[0].energy_j == 0
+    assert Gpus(1, "1").others() == "GPU 0: 2 processes, 0.0 GiB"
+
+
+def test_gpus_of_a_server_are_those_that_backend_env_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def seen(count: int, visible: str | None) -> None:
+        raise StartError(f"{count} of {visible}")
+
+    monkeypatch.setattr(backend, "Gpus", seen)
+    monkeypatch.setattr(backend, "LoadGenerator", lambda *_: nullcontext())
+    live = backend.LiveBackend(LiveConfig(env={"CUDA_VISIBLE_DEVICES": "3"}), Path.home() / ".cache/autotune")
+    unused: Any = None
+    with pytest.raises(StartError, match="1 of 3"), live.start(unused, {}, unused, tmp_path, Slot()):
+        pass
 
 
 def test_machine_without_a_driver_has_no_gpus():

@@ -54,12 +54,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         yield Server("", "", process, [], log, scratch, start={"import": 9.0}, kv_tokens=None)
         flags.append({"ended": len(flags)})
 
-    @contextmanager
-    def opened(*_: Any) -> Iterator[Any]:
-        yield SimpleNamespace(read=lambda: json.dumps(ACTIVE))
-
     monkeypatch.setattr(hot, "serve", serve)
-    monkeypatch.setattr(hot.key, "opened", opened)
+    monkeypatch.setattr(hot.key, "asked", lambda *_: json.dumps(ACTIVE))
     return flags
 
 

@@ -11,7 +11,8 @@ from autotune.config.vllm_flags import MANAGED, Flag
 from autotune.errors import InputError
 from autotune.live import installed_vllm
 from autotune.live.backend import LiveBackend
-from autotune.live.installed_vllm import InstalledVllm, Probe, find_vllm, open_probe
+from autotune.live.installed_vllm import InstalledVllm, find_vllm, open_probe
+from autotune.measure.backend import DryRunOutcome
 
 VLLM = InstalledVllm(
     python="python",
@@ -89,11 +90,16 @@ def test_installed_vllm_is_read_once_and_then_cached():
     assert "fp8" in (vllm.flags["kv_cache_dtype"].choices or [])
 
 
-def test_interpreter_that_ended_is_said_not_to_answer():
-    ended = Probe("/bin/true")
-    time.sleep(0.5)
-    with pytest.raises(InputError, match="vLLM does not answer"):
-        ended.ask("flags")
+def test_configuration_of_which_vllm_dies_is_refused_and_the_next_one_is_not(tmp_path: Path):
+    python = tmp_path / "python"
+    script = """read question; echo $question | grep -q fp8 || echo '{"refusal": "", "resolved": {}}'"""
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    (tmp_path / "config.json").write_text("{}")
+    vllm = replace(VLLM, python=str(python), cache_dir=tmp_path)
+    for _ in range(2):
+        assert vllm.dry_run(tmp_path, {"kv_cache_dtype": "fp8"}).refusal.startswith("vLLM does not answer; see")
+    assert vllm.dry_run(tmp_path, {}) == DryRunOutcome("", {})
 
 
 @pytest.mark.parametrize(

@@ -87,15 +87,14 @@ def gone_within(seconds: float, gone: Callable[[], bool]) -> bool:
 
 
 def test_server_serves_one_model_under_a_name_of_its_own(engine: LiveEngine):
-    with key.opened(engine.server.url, "/v1/models", timeout_s=5) as answer:
-        assert [model["id"] for model in json.loads(answer.read())["data"]] == [engine.server.model]
+    served = json.loads(key.asked(engine.server.url, "/v1/models", timeout_s=5))["data"]
+    assert [model["id"] for model in served] == [engine.server.model]
     assert engine.server.model.startswith("autotune-")
 
 
 def test_stranger_is_refused_on_every_route_and_finds_no_key(engine: LiveEngine, tmp_path: Path):
     url = engine.server.url
-    with key.opened(url, "/openapi.json", timeout_s=60) as answer:
-        routes = json.loads(answer.read())["paths"]
+    routes = json.loads(key.asked(url, "/openapi.json", timeout_s=60))["paths"]
     assert {"/collective_rpc", "/reset_prefix_cache", "/v1/completions", "/invocations"} <= routes.keys()
     asked = [(path, method) for path, methods in routes.items() for method in methods]
     for path, method in [*asked, ("/metrics", "get"), ("/docs", "get"), ("/nothing", "get"), ("/health", "options")]:
@@ -143,11 +142,8 @@ def test_answers_that_are_kept_are_those_that_vllm_generated(engine: LiveEngine,
     sample = answers[0]["qsl_idx"]
     body = {"model": engine.server.model, "prompt": engine.samples.prompts[sample].tolist(), "temperature": 0}
     body |= {"max_tokens": int(engine.samples.output_tokens[sample]), "ignore_eos": True, "return_token_ids": True}
-    name, _, value = key.header(engine.server.url).partition(": ")
-    headers = {name: value, "Content-Type": "application/json"}
-    url = f"{engine.server.url}/v1/completions"
-    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=60) as answer:
-        ids = json.load(answer)["choices"][0]["token_ids"]
+    answer = key.asked(engine.server.url, "/v1/completions", 60, "POST", json.dumps(body).encode())
+    ids = json.loads(answer)["choices"][0]["token_ids"]
     assert np.frombuffer(bytes.fromhex(answers[0]["data"]), np.int32).tolist() == ids
     assert np.frombuffer(bytes.fromhex(answers[0]["token_data"]), np.int32).tolist() == ids[:1]
 

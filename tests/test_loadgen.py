@@ -28,16 +28,8 @@ from autotune.system.files import read_rows
 from autotune.system.process import GuardedProcess
 
 TOKENS = 4
-OK, REFUSED, CUT, SLOW, SILENT, RESET, COLD, KEPT = (
-    5,
-    1,
-    2,
-    3,
-    4,
-    6,
-    8,
-    9,
-)  # first token of a prompt, and what its request meets
+# The first token of a prompt, and what its request meets.
+OK, REFUSED, CUT, SLOW, SILENT, RESET, COLD, KEPT = 5, 1, 2, 3, 4, 6, 8, 9
 TTFT_S, TPOT_S = 0.2, 0.03  # of a slow one
 CLAIMED_TTFT_S = 0.05
 
@@ -203,10 +195,13 @@ def processes_of(load: LoadGenerator, folder: Path) -> Processes:
     deadline = time.monotonic() + 30
     while not (folder / "mlperf_log_detail.txt").exists():
         assert load.wait(0.02) is None and time.monotonic() < deadline
-    words = ["-m", "autotune.live.loadgen", str(folder / "samples.npz")]
-    started = (process for process in psutil.Process().children(recursive=True) if process.cmdline()[1:4] == words)
-    serving, *clients, of_run = sorted(started, key=lambda process: process.pid)
+    serving, *clients, of_run = sorted(started(folder), key=lambda process: process.pid)
     return Processes(serving, clients, of_run)
+
+
+def started(folder: Path) -> list[psutil.Process]:
+    words = ["-m", "autotune.live.loadgen", str(folder / "samples.npz")]
+    return [process for process in psutil.Process().children(recursive=True) if process.cmdline()[1:4] == words]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.Trace])
@@ -437,6 +432,14 @@ def test_death_of_a_process_ends_the_run_and_the_next_one_gets_new_ones(
         assert len(before.clients) == 2 and not alive
         load.begin(asked(tmp_path / "next", url, Kind.Server))
         assert ended(load, tmp_path / "next") == Ended(0, "")
+
+
+def test_death_before_a_run_is_heard_of_ends_it(tmp_path: Path, url: str):
+    with start(tmp_path, url, Kind.Server, [OK]) as load:
+        while not started(tmp_path):
+            assert load.wait(0.02) is None
+        started(tmp_path)[0].kill()  # while it still imports
+        assert load.wait(10) == 137
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from autotune.measure.result import Result, RunRecord
 from autotune.results import beside, tracking
 from autotune.system.files import write_rows
 from autotune.system.host import recorded
+from tests.conftest import Main
 from tests.slurm_cluster import wait_for
 
 
@@ -269,6 +270,15 @@ def test_failed_trial_is_logged_as_failed_with_its_reason(uri: str, trial: Path)
     logged = runs(uri)
     assert logged["trial-0"].info.status == "FAILED" and logged["s"].info.status == "FINISHED"
     assert logged["trial-0"].data.tags["reason"] == "StartError: no memory"
+
+
+@pytest.mark.slow
+def test_trial_that_fails_alone_is_logged_too(main: Main, tmp_path: Path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    small = ["model=llama8b", "backend=sim", "engine.args.gpu_memory_utilization=0.1"]
+    assert main(*small, f"tracking.uri={uri}", "tracking.experiment=e").returncode == 1
+    (run,) = all_runs(uri)
+    assert run.info.status == "FAILED" and run.data.tags["reason"].startswith("StartError: no memory is left")
 
 
 def test_stopped_study_is_logged_as_killed(uri: str, trial: Path):

@@ -1,5 +1,6 @@
 """The twin: constants of a real server, learned from the steps that it recorded (datasets/steps)."""
 
+import lzma
 import re
 from dataclasses import replace
 from functools import cache
@@ -225,6 +226,7 @@ BROKEN = "steps back in time, without a token or with negative or endless counts
         ("a.csv", "", "not a file of recorded steps|0 steps"),
         ("a.parquet", "nothing", "not a file of recorded steps"),
         ("a.csv.xz", "nothing", "not a file of recorded steps"),
+        ("a.csv.xz", lzma.compress(b"1,2,3\n" * 1000)[:-30], "not a file of recorded steps"),
         ("a.csv", STEPS.replace("1,9,", "0,9,"), BROKEN),
         ("a.csv", STEPS.replace(",9,", ",-9,"), BROKEN),
         ("a.csv", STEPS.replace(",9,", ",1e18,"), BROKEN),
@@ -233,8 +235,8 @@ BROKEN = "steps back in time, without a token or with negative or endless counts
     ],
 )
 @pytest.mark.filterwarnings("ignore:loadtxt")
-def test_file_that_holds_no_steps_is_named(tmp_path: Path, name: str, content: str, words: str):
-    (tmp_path / name).write_text(content)
+def test_file_that_holds_no_steps_is_named(tmp_path: Path, name: str, content: str | bytes, words: str):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=rf"{name}: .*({words})"):
         steps.read_all([str(tmp_path / name)])
     with pytest.raises(InputError, match=r"no steps\.parquet below it"):

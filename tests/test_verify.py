@@ -259,6 +259,16 @@ def test_better_configuration_ends_with_0(tmp_path: Path):
     assert "Better than the defaults: trial-" in done.stdout
 
 
+def test_repeat_that_nobody_recorded_keeps_the_gates_verdict(simulated: Path, monkeypatch: pytest.MonkeyPatch):
+    """It ended when `verify` had been killed, and its answers were refused in the study."""
+    monkeypatch.chdir(simulated)
+    monkeypatch.setattr(verify, "record", lambda *_: None)
+    study = load("s")
+    study.results["trial-0"].constraints["accuracy"] = 1.0
+    verdict = verify.verify(study, Verify("s", trials=["trial-0"], n=2), ["scenario.seed=300"])
+    assert [row.held for row in verdict.rows] == [2, 0]
+
+
 def test_same_loads_within_a_block_and_another_order_in_each(simulated: Path):
     found = planned(load(str(simulated / "multirun/s")), Verify("s", k=2, n=6))
     blocks = [[one for one in found if one.block == block] for block in range(1, 7)]

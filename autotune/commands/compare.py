@@ -64,8 +64,7 @@ class Column:
 
 
 def column_of(study: Study) -> Column:
-    config, best = study.config, study.best
-    states = [result.state for result in study.swept.values()]
+    config, best, counts = study.config, study.best, study.counts
     facts = next((result.facts for result in study.complete.values()), {})
     reference = {name: study.results[name].values[0] for name in study.references}
     gains = {name: study.gain(best, over=name) if best else None for name in reference}
@@ -81,8 +80,8 @@ def column_of(study: Study) -> Column:
         device=f"{facts['simulated']}, simulated" if "simulated" in facts else facts.get("gpu", facts.get("cpu", "")),
         vllm=facts.get("vllm", ""),
         sampler=config.sampler,
-        trials=sum(one.ran for one in study.swept.values()),
-        failed=states.count(State.failed),
+        trials=counts.total() - counts[State.refused],
+        failed=counts[State.failed],
         baseline=reference.get(BASELINE),
         recipe=reference.get(RECIPE),
         best=study.results[best].values[0] if best else None,

@@ -48,17 +48,17 @@ def single(composed: DictConfig) -> float | list[float]:
         tracking.check(config.tracking)
     for file in (folder / (HydraConfig.get().output_subdir or "")).glob("*.yaml"):
         write_whole(file, redact(file.read_text()))  # Hydra's own, with hydra.output_subdir=.hydra
-    tracker = beside.TrackingProcess(config.tracking, None, folder)  # ends with this process, too
     progress.begin(folder)
-    try:
-        with progress_told(folder):
-            result = trial.run(config, overrides, folder)
-    except (KeyboardInterrupt, SystemExit):
-        log.info("stopped; what was measured by then is in %s", folder)
-        raise
-    log.info(summary.single(result, config, folder))
-    tracker.log_trial(folder)
-    tracker.end("FINISHED")
+    with beside.study(config.tracking, None, folder) as tracker:
+        try:
+            with progress_told(folder):
+                result = trial.run(config, overrides, folder)
+            log.info(summary.single(result, config, folder))
+        except (KeyboardInterrupt, SystemExit):
+            log.info("stopped; what was measured by then is in %s", folder)
+            raise
+        finally:
+            tracker.log_trial(folder)
     return values(result)
 
 

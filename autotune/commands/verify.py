@@ -229,15 +229,17 @@ def start(batch: Sequence[Repeat], launcher: Launcher) -> list[tuple[Repeat, Job
 
 def record(study: Study, tracker: beside.TrackingProcess, repeat: Repeat, result: Result) -> None:
     """Save, print and track the result of a repeat."""
-    folder = repeat.trial.folder
-    known = study.results[repeat.name]
-    result.params, result.accuracy = known.params, known.accuracy
-    if CONSTRAINT in known.constraints:  # the study's gate has judged these numerics
-        result.constraints[CONSTRAINT] = known.constraints[CONSTRAINT]
+    folder, result = repeat.trial.folder, as_gated(result, study.results[repeat.name])
     result.save(folder)
     outcome = summary.outcome(result, repeat.trial.config.objective.metrics)
     log.info("block %d: %s: %s", repeat.block, repeat.name, outcome)
     tracker.log_trial(folder)
+
+
+def as_gated(result: Result, known: Result) -> Result:
+    """A repeat's result with what is known of the study's trial: its parameters, the gate's verdict on its answers."""
+    verdict = {name: over for name, over in known.constraints.items() if name == CONSTRAINT}
+    return replace(result, params=known.params, accuracy=known.accuracy, constraints=result.constraints | verdict)
 
 
 def complete_blocks(repeats: Sequence[Repeat]) -> int:
@@ -377,7 +379,10 @@ def verify(study: Study, settings: Verify, overrides: Sequence[str]) -> Verdict:
             if (blocks := complete_blocks(repeats)) >= 2:
                 log.info("%d blocks are complete: n=%d judges them without another run", blocks, blocks)
             raise
-    verdict = judge(study, settings, {(one.name, one.block): Result.load(one.trial.folder) for one in repeats})
+    results = {  # one may have ended when nobody was there to record it
+        (one.name, one.block): as_gated(Result.load(one.trial.folder), study.results[one.name]) for one in repeats
+    }
+    verdict = judge(study, settings, results)
     (study.folder / summary.VERDICT).write_text(json.dumps(asdict(verdict), indent=1))
     (study.folder / TABLE).write_text(render(verdict))
     return verdict

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from autotune.errors import InputError
 from autotune.system.files import expanded
+from autotune.text import first_line
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def _shards(local: Path, revision: str | None) -> list[Path]:
         dataset_info(REPOSITORY, revision=revision, timeout=15)  # fails at once; the download retries for a minute
         return _snapshot(revision, local_files_only=False)
     except Exception as error:  # its class depends on the HTTP library, which differs between versions
-        reason = (str(error).splitlines() or [""])[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise InputError(
             f"dataset=cnn_dailymail: no download from the Hub ({type(error).__name__}: {reason}); go online once, "
             f"or put {SHARDS} of {REPOSITORY} into {local}/3.0.0, "

@@ -277,7 +277,8 @@ def convert_smollm2(folder: Path) -> None:
     # In a process of its own: torch and transformers would stay in memory for the whole study.
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     if done.returncode:
-        raise InputError(f"model=smollm2 could not be converted: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
+        raise InputError(f"model=smollm2 could not be converted: {said[-1]}")
 
 
 def _convert(folder: str) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from autotune.errors import InputError
+from autotune.text import first_line
 
 Record = dict[str, Any]
 
@@ -219,4 +220,4 @@ def _from_parquet(path: Path, codec: str | None) -> Iterator[Record]:
             for batch in parquet.ParquetFile(body).iter_batches(batch_size=256):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]}); make it again") from None
+        raise InputError(f"{path}: not a readable Parquet file ({first_line(error)}); make it again") from None

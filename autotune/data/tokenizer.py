@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from autotune.errors import InputError
 from autotune.system.files import read_json
-from autotune.text import one_line
+from autotune.text import first_line, one_line
 
 
 def load(folder: Path, trusted: bool = False, mode: str | None = None) -> Tokenizer:
@@ -46,7 +46,7 @@ def load_transformers(folder: Path, trusted: bool = False, mode: str | None = No
             raise InputError(
                 f"{folder}: its tokenizer is code of its own; set engine.args.trust_remote_code=true if you trust it"
             ) from None
-        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
+        reason = f"{type(error).__name__}: {first_line(error)[:160]}"
         raise InputError(
             f"{folder}: no tokenizer that can be read ({reason}); get the folder again, "
             f"or set engine.args.tokenizer=<Hub id or folder>"

@@ -82,7 +82,8 @@ class LiveBackend:
     ) -> Iterator["LiveEngine"]:
         progress.phase(folder, "start")
         with LoadGenerator(samples, folder / "clients.log") as load:
-            gpus = Gpus(vllm_flags.gpus(args), slot.lease.visible if slot.lease else None)
+            leased = slot.lease.visible if slot.lease else None
+            gpus = Gpus(vllm_flags.gpus(args), self.config.env.get("CUDA_VISIBLE_DEVICES", leased))
             if others := "" if slot.server else gpus.others():
                 log.warning("other processes on %s: they change what is measured", others)
             facts = self.facts | hardware() | ({"gpu_shared_with": others} if others else {})

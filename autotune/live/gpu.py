@@ -46,7 +46,7 @@ class Gpus:
         descriptions = []
         for number, handle in enumerate(self._handles):
             if processes := _or_0(lambda h: len(pynvml.nvmlDeviceGetComputeRunningProcesses(h)), handle):
-                used = pynvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30
+                used = _or_0(lambda h: pynvml.nvmlDeviceGetMemoryInfo(h).used, handle) / 2**30
                 descriptions.append(f"GPU {number}: {processes} processes, {used:.1f} GiB")
         return "; ".join(descriptions)
 

@@ -230,8 +230,7 @@ def change(server: Server, plan: Mapping[str, Any], folder: Path) -> dict[str, A
     deadline = time.monotonic() + CHANGE_S
     body = json.dumps(plan["changes"]).encode()
     while True:
-        with key.opened(server.url, CHANGE, CHANGE_S, "POST", body) as response:
-            active: dict[str, Any] = json.loads(response.read())
+        active: dict[str, Any] = json.loads(key.asked(server.url, CHANGE, CHANGE_S, "POST", body))
         if not active.get("error", "").startswith("not idle") or time.monotonic() > deadline:
             break
         progress.check(folder)

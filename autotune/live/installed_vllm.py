@@ -82,14 +82,20 @@ class InstalledVllm:
         return ["--model", str(model), *self.command_line(args)]
 
     def _asked(self, kind: str, model: Path, question: Any, words: Sequence[str]) -> dict[str, Any]:
-        """The probe's answer to a question about command lines for `model`, cached on disk."""
+        """The probe's answer to a question about command lines for `model`, cached on disk.
+
+        A configuration of which it dies is refused; that is asked again the next time.
+        """
         shape = (model / "config.json").read_text()
         parts = [self.python, self.version, PROBE.read_text(), shape, *map(str, self.env), *words]
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
         cached = self.cache_dir / "vllm" / kind / f"{key}.json"
         if cached.exists():
             return dict(json.loads(cached.read_text()))
-        answer: dict[str, Any] = redact(self.probe().ask(question))
+        try:
+            answer: dict[str, Any] = redact(self.probe().ask(question))
+        except InputError as error:
+            return {"refusal": str(error), "resolved": {}}
         write_whole(cached, json.dumps(answer))
         return answer
 
@@ -122,6 +128,7 @@ class Probe:
                 return dict(json.loads(self._process.stdout.readline()))
         self._process.kill()
         self._process.wait()
+        open_probe.cache_clear()  # the next question gets an interpreter that lives
         raise InputError(f"vLLM does not answer; see `echo '\"flags\"' | {self.python} {PROBE} answer`")
 
 

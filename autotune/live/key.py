@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import urllib.request
-from http.client import HTTPResponse
+from http.client import HTTPException
 from pathlib import Path
 
 GATE = Path(__file__).with_name("gate.py")
@@ -31,13 +31,16 @@ def header(url: str) -> str:
     return f"Authorization: Bearer {_key(url)}"
 
 
-def opened(server: str, path: str, timeout_s: float, method: str = "GET", body: bytes | None = None) -> HTTPResponse:
-    """The answer of the server at the URL `server`. Raises OSError, also for a status other than 2xx."""
+def asked(server: str, path: str, timeout_s: float, method: str = "GET", body: bytes | None = None) -> bytes:
+    """The body of the answer of the server at the URL `server`. Raises OSError, also for a status other than 2xx."""
     name, _, value = header(server).partition(": ")
     headers = {name: value, "Content-Type": "application/json"}
     request = urllib.request.Request(server + path, body, headers, method=method)
-    answer: HTTPResponse = urllib.request.urlopen(request, timeout=timeout_s)
-    return answer
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            return bytes(answer.read())
+    except HTTPException as error:  # it died in mid-answer, or is no server of HTTP
+        raise OSError(f"{type(error).__name__}: {error}") from None
 
 
 def _key(url: str) -> str:

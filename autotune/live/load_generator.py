@@ -101,7 +101,7 @@ class LoadGenerator(Stoppable):
             self._start()
         spec.save(spec.folder / "run.json")
         self._run, self._runs = spec.folder, True
-        with suppress(BrokenPipeError):  # `wait` will tell
+        with suppress(ConnectionError):  # `wait` will tell
             self._words.send(os.fsencode(spec.folder.resolve()))
 
     def wait(self, timeout_s: float) -> int | None:
@@ -110,7 +110,10 @@ class LoadGenerator(Stoppable):
         ready = select.select([words, self._process.fileno()], [], [], timeout_s)[0]
         if not ready:
             return None
-        code = self._words.recv(PATH_BYTES) if words in ready else b""
+        code = b""
+        if words in ready:
+            with suppress(ConnectionError):  # they died with a word unread
+                code = self._words.recv(PATH_BYTES)
         ended = int(code) if code else self._process.wait(timeout_s)  # all have died
         self._runs = ended is None
         return ended
@@ -118,7 +121,7 @@ class LoadGenerator(Stoppable):
     def cancel(self) -> None:
         """End the run in its middle, if one goes on: the server sees its connections close."""
         if self._runs:
-            with suppress(BrokenPipeError):  # all have ended
+            with suppress(ConnectionError):  # all have ended
                 self._words.send(STOP)
         while self._runs:
             self.wait(timeout_s=1.0)

@@ -276,7 +276,7 @@ def warm_up(clients: Clients, messages: Iterator[list[Message]], spec: RunSpec, 
 def reset_caches(url: str) -> None:
     """Empty vLLM's prefix cache. Raises MeasureError if vLLM refuses."""
     try:
-        key.opened(url, "/reset_prefix_cache", timeout_s=60, method="POST").close()
+        key.asked(url, "/reset_prefix_cache", timeout_s=60, method="POST")
     except OSError as error:
         raise MeasureError(f"vLLM's answer to /reset_prefix_cache: {error}") from None
 

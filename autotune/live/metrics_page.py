@@ -1,7 +1,6 @@
 """vLLM's /metrics page, read while a run goes on."""
 
 import re
-from http.client import HTTPException
 from typing import NamedTuple
 
 from autotune.errors import MeasureError
@@ -36,9 +35,8 @@ class Page(dict[str, list[float]]):
 def read(server: str) -> Page | None:
     """The page of the server at this URL; None if it does not answer in time, or dies meanwhile."""
     try:
-        with key.opened(server, "/metrics", TIMEOUT_S) as answer:
-            return Page(f"{server}/metrics", answer.read().decode())
-    except (OSError, HTTPException):
+        return Page(f"{server}/metrics", key.asked(server, "/metrics", TIMEOUT_S).decode())
+    except OSError:
         return None
 
 

@@ -6,7 +6,6 @@ With `prompt_logprobs` vLLM neither reads the prefix cache nor returns a part of
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
 from typing import Any, TypeVar
 from urllib.error import HTTPError
 
@@ -73,8 +72,8 @@ def _asked(
     def ask(body: Json) -> T:
         check()
         whole = json.dumps({"model": server.model, **body}).encode()
-        with key.opened(server.url, "/v1/completions", timeout_s, "POST", whole) as answer:
-            return read(body, json.loads(answer.read())["choices"][0])
+        answer = key.asked(server.url, "/v1/completions", timeout_s, "POST", whole)
+        return read(body, json.loads(answer)["choices"][0])
 
     with ThreadPoolExecutor(side_by_side) as pool:
         asked = [pool.submit(ask, body) for body in bodies]
@@ -85,7 +84,7 @@ def _asked(
                 server.process.wait(DYING_S)
                 server.check_alive()
             raise MeasureError(f"vLLM refuses to score texts: {_reason(error)}") from None
-        except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             server.check_alive()
             raise MeasureError(f"vLLM did not score texts ({type(error).__name__}: {error})") from None
         finally:

@@ -166,16 +166,14 @@ def _await_healthy(url: str, name: str, process: GuardedProcess, log: Path, time
                 f"vLLM was not healthy after {timeout_s:.0f} s (backend.start_timeout_s); last line of {log}: "
                 f"{vllm_log.last_line(log)}"
             )
-    served = json.loads(_get(url, "/v1/models") or '{"data": []}')["data"]
-    if name not in [model["id"] for model in served] or process.exit_code() is not None:
+    if name.encode() not in (_get(url, "/v1/models") or b"") or process.exit_code() is not None:
         raise StartError(f"another server answers at {url}; set backend.port=null, or end that server")
 
 
 def _get(server: str, path: str) -> bytes | None:
     """The body of a 200 answer; None for any other, or for none."""
     try:
-        with key.opened(server, path, timeout_s=5) as response:
-            return bytes(response.read())
+        return key.asked(server, path, timeout_s=5)
     except OSError:
         return None
 

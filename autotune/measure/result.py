@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from autotune.config.redact import redact
 from autotune.errors import InputError
 from autotune.system.files import write_whole
+from autotune.text import first_line
 
 FILE = "result.json"
 # Version 0.1 wrote `failed` for an interrupted trial, with one of these exceptions as its reason.
@@ -129,8 +130,7 @@ class Result:
         except FileNotFoundError:
             raise
         except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{folder / FILE}: not the result of a trial ({why}); delete it") from None
+            raise InputError(f"{folder / FILE}: not the result of a trial ({first_line(error)}); delete it") from None
 
     @classmethod
     def of(cls, body: dict[str, Any]) -> "Result":

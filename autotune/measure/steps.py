@@ -18,6 +18,7 @@ from autotune.config.redact import redact
 from autotune.errors import InputError
 from autotune.measure import series
 from autotune.measure.backend import Recording
+from autotune.text import first_line
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +117,8 @@ def read(file: Path, name: str) -> Steps:
                 facts, rows = {}, np.loadtxt(lines, delimiter=",", ndmin=2)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; give recorded steps ({NAME}, .csv or .csv.xz), or a folder") from None
-    except (OSError, ValueError, KeyError, lzma.LZMAError, pa.ArrowException) as error:
-        raise InputError(f"{file}: not a file of recorded steps ({str(error).splitlines()[0]})") from None
+    except (OSError, EOFError, ValueError, KeyError, lzma.LZMAError, pa.ArrowException) as error:
+        raise InputError(f"{file}: not a file of recorded steps ({first_line(error)})") from None
     if rows.shape[1] != len(COLUMNS) or len(rows) < FEWEST or not np.isfinite(rows).all():
         raise InputError(
             f"{file}: {len(rows)} steps with {rows.shape[1]} columns; {len(COLUMNS)} are needed, all numbers"

@@ -37,8 +37,8 @@ log = logging.getLogger("autotune.results.beside")  # also where the module is _
 
 
 @contextmanager
-def study(config: TrackingConfig, name: str, folder: Path) -> Iterator["TrackingProcess"]:
-    """A parent run for the study `name`, ended with the study."""
+def study(config: TrackingConfig, name: str | None, folder: Path) -> Iterator["TrackingProcess"]:
+    """A parent run for the study `name`, ended with the study; without a name, for a trial alone, there is none."""
     process, status = TrackingProcess(config, name, folder), "KILLED"
     try:
         yield process
