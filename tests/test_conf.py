@@ -64,11 +64,7 @@ def test_options_compose_and_their_targets_exist(options: list[str]):
         ("backend", "live", {"start_timeout_s": 5.0, "env.X": "1"}),
         ("backend", "sim", {"device.link_gbs": 30.0}),
         ("launcher", "gpus", {"n_jobs": 2}),
-        (
-            "launcher",
-            "slurm",
-            {"n_jobs": 2, "parameters.slurm_partition": "gpu", "parameters.slurm_reservation": "mine"},
-        ),
+        ("launcher", "slurm", {"n_jobs": 2, "parameters.slurm_partition": "gpu", "parameters.slurm_qos": "mine"}),
         ("prior", "sim", {"keep": 3, "backend.pace": 2.0}),
         ("tracking", "mlflow", {"system_metrics_s": 0.0}),
     ],
@@ -293,8 +289,9 @@ def test_tracking_server_that_does_not_answer_is_refused():
 
 @pytest.mark.parametrize("shows", [["--cfg", "job"], ["-c", "hydra"], ["--info"], ["--help"]])
 def test_what_only_shows_leaves_out_the_sweep(shows: list[str], capsys: pytest.CaptureFixture[str]):
-    words = ["-m", "model=tiny", "engine.args.block_size=choice(16,32)", *shows]
-    assert command_line.without_sweep(words) == ["model=tiny", *shows]
+    study = ["-m", "model=tiny", "engine.args.block_size=choice(16,32)"]
+    assert command_line.without_sweep(study) == study
+    assert command_line.without_sweep([*study, *shows]) == ["model=tiny", *shows]
     assert "without what is swept: engine.args.block_size=choice(16,32)" in capsys.readouterr().err
 
 
@@ -305,11 +302,6 @@ def test_what_only_shows_leaves_out_the_sweep(shows: list[str], capsys: pytest.C
 def test_shell_completes_words_of_a_study_and_of_a_command(main: Main, line: str | None, choices: str):
     done = main("-sc", "query=bash", **({"COMP_LINE": line} if line else {}))
     assert (done.returncode, done.stderr) == (0, "") and choices in done.stdout.split()
-
-
-def test_study_keeps_its_sweep():
-    words = ["-m", "model=tiny", "engine.args.block_size=choice(16,32)"]
-    assert command_line.without_sweep(words) == words
 
 
 def test_composed_trial_of_a_study_is_shown(main: Main):

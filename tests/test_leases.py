@@ -37,12 +37,6 @@ def test_two_trials_get_different_gpus():
         assert {*one.gpus, *other.gpus} == {0, 1}
 
 
-def test_lease_ends_with_its_block():
-    for _ in range(2):
-        with leases.lease([0], 1) as held:
-            assert held.gpus == (0,)
-
-
 def test_trial_waits_until_enough_gpus_are_free(folder: Path):
     holder = hold(folder, 1, 0.5)
     assert holder.stdout and holder.stdout.readline() == "0\n"

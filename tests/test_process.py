@@ -58,10 +58,11 @@ def lives(pid: int) -> bool:
         return False
 
 
-def test_output_and_environment_reach_the_command(tmp_path: Path):
-    with guarded(tmp_path, "import os; print(os.environ['MARK'])") as process:
+def test_environment_reaches_the_command_and_both_streams_the_log(tmp_path: Path):
+    said = "import os, sys; print(os.environ['MARK'], flush=True); print('err', file=sys.stderr)"
+    with guarded(tmp_path, said) as process:
         assert process.wait(10) == 0
-    assert (tmp_path / "log").read_text() == "yes\n"
+    assert (tmp_path / "log").read_text() == "yes\nerr\n"
 
 
 def test_program_that_is_not_there_is_named(tmp_path: Path):
@@ -91,12 +92,6 @@ def test_command_that_heeds_sigterm_has_time_to_tidy_up(tmp_path: Path):
     assert (tmp_path / "log").read_text() == "ready\ntidy\n"
 
 
-def test_both_streams_are_in_the_log(tmp_path: Path):
-    with guarded(tmp_path, "import sys; print('out', flush=True); print('err', file=sys.stderr)") as process:
-        process.wait(10)
-    assert (tmp_path / "log").read_text() == "out\nerr\n"
-
-
 def test_stopping_what_has_ended_changes_nothing(tmp_path: Path):
     process = guarded(tmp_path, "exit(7)")
     process.wait(10)
@@ -123,14 +118,7 @@ def test_grandchildren_in_sessions_of_their_own_end_too(tmp_path: Path, lives_s:
     ],
 )
 def test_sigkill_of_the_parent_and_its_guards_leaves_nothing(tmp_path: Path, killed: list[int], grandchild: str):
-    command = [
-        sys.executable,
-        "-c",
-        FAMILY,
-        str(tmp_path / "pids"),
-        "60",
-        *(["stays"] if grandchild == "stays" else []),
-    ]
+    command = [sys.executable, "-c", FAMILY, str(tmp_path / "pids"), "60", *["stays"] * (grandchild == "stays")]
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path / "log"), *command])
     started = pids(tmp_path / "pids")
     guard = psutil.Process(parent.pid).children()[0]

@@ -34,13 +34,14 @@ def empty(slurm: Slurm) -> Iterator[None]:
 
 def start(slurm: Slurm, folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     load = LOAD if "~backend.pace" not in arguments else ["baseline=false", "scenario.min_queries=64"]
-    words = command(*load, *LAUNCHER, *arguments)
-    env = {**os.environ, **slurm.environment}
-    return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return run(slurm, folder, command(*load, *LAUNCHER, *arguments))
 
 
 def verify(slurm: Slurm, folder: Path) -> "subprocess.Popen[str]":
-    words = [sys.executable, "-m", "autotune.verify", "study=s", "k=1", "n=2"]
+    return run(slurm, folder, [sys.executable, "-m", "autotune.verify", "study=s", "k=1", "n=2"])
+
+
+def run(slurm: Slurm, folder: Path, words: list[str]) -> "subprocess.Popen[str]":
     env = {**os.environ, **slurm.environment}
     return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -19,7 +19,6 @@ Exit code: 0 a configuration is better than the defaults and holds the limits in
 import json
 import logging
 import random
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -150,8 +149,7 @@ def shared(configs: Mapping[str, Config]) -> Config:
 
 def check_secrets(config: Config, study: Study) -> None:
     """Raise InputError for a value that is hidden in the study's folder and not given on the command line."""
-    hidden = [key for key, value in leaves(config) if HIDDEN in str(value)]
-    if keys := list(dict.fromkeys(re.sub(r"\.\d+$", "", key) for key in hidden)):  # of a list, the whole
+    if keys := [key for key, value in leaves(asdict(config)) if HIDDEN in str(value)]:
         raise InputError(f"{study.folder} hides {', '.join(keys)}; add {keys[0]}=… to this command")
 
 

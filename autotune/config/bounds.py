@@ -83,16 +83,13 @@ def three_seeds(value: Any) -> str:
 
 def duration(value: Any) -> str:
     """The rule of durations, for `seconds`."""
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhd])", str(value).strip(), re.ASCII)
-    length_s = float(found[1]) * UNITS[found[2]] if found else 0.0
-    return "" if 0 < length_s <= LONGEST_S else "write a duration such as 30m or 2h, at most 1000d"
+    return "" if 0 < seconds(str(value)) <= LONGEST_S else "write a duration such as 30m or 2h, at most 1000d"
 
 
-def seconds(budget: str) -> float:
-    """`90s`, `30m`, `2h`, `1.5d` in seconds. Raises InputError."""
-    if wrong := duration(budget):
-        raise InputError(f"budget={budget}: {wrong}")
-    return float(budget.strip()[:-1]) * UNITS[budget.strip()[-1]]
+def seconds(text: str) -> float:
+    """`90s`, `30m`, `2h`, `1.5d` in seconds; 0 for anything else."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhd])", text.strip(), re.ASCII)
+    return float(found[1]) * UNITS[found[2]] if found else 0.0
 
 
 def bounded(default: Any, rule: Rule) -> Any:

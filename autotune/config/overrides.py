@@ -123,23 +123,19 @@ def check_trusted(config: Config, overrides: Sequence[str], path: Path) -> None:
     A study's folder may come from anyone; to run one more class of it takes a word on the command line.
     """
     allowed = _own_targets() | {override.partition("=")[2] for override in overrides}
-    for key, target in leaves(config):
+    for key, target in leaves(asdict(config), lists=True):
         if key.rpartition(".")[2] == "_target_" and str(target) not in allowed:
             raise InputError(f"{path}: {key}={target} is not autotune's own; add {key}={target} if you trust it")
 
 
-def leaves(config: Config) -> Iterator[tuple[str, Any]]:
-    """Each value of `config` that is no object and no list, by its key; a list's items by their numbers."""
-
-    def below(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-        items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-        if items is None:
-            yield key, node
-        else:
-            for name, item in items:
-                yield from below(item, f"{key}.{name}" if key else str(name))
-
-    return below(OmegaConf.to_container(OmegaConf.structured(config)), "")
+def leaves(node: Any, key: str = "", lists: bool = False) -> Iterator[tuple[str, Any]]:
+    """Each value in `node` that is no object, by its key below `key`; with `lists` a list's items by their numbers."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if lists and isinstance(node, list) else None
+    if items is None:
+        yield key, node
+    else:
+        for name, item in items:
+            yield from leaves(item, f"{key}.{name}" if key else str(name), lists)
 
 
 @cache

@@ -12,6 +12,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from autotune.config import CONF
+from autotune.config.overrides import leaves
 from autotune.config.schema import (
     Answers,
     BenchmarkConfig,
@@ -151,7 +152,7 @@ Verdict = tuple[str, Any, bool, str]  # a key, its value, whether the rule holds
 
 def _record(config: Config) -> Iterator[Verdict]:
     """Yield what was changed in the benchmark's record."""
-    ours, own = (dict(_leaves(asdict(one), "benchmark")) for one in (config.benchmark, _own(config.benchmark.name)))
+    ours, own = (dict(leaves(asdict(one), "benchmark")) for one in (config.benchmark, _own(config.benchmark.name)))
     for key in sorted(ours.keys() | own.keys()):
         value, right = ours.get(key), own.get(key)
         yield key, value, value == right, f"the record of the benchmark has {right}"
@@ -164,14 +165,6 @@ def _own(name: str | None) -> BenchmarkConfig:
     body: Any = next((one for one in found if one.name == name), {})
     record: Any = OmegaConf.to_object(OmegaConf.merge(BenchmarkConfig, body))
     return cast(BenchmarkConfig, record)
-
-
-def _leaves(node: Any, key: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for name, item in node.items():
-            yield from _leaves(item, f"{key}.{name}")
-    else:
-        yield key, node
 
 
 def _loadgen(config: Config) -> Iterator[Verdict]:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autotune.measure.steps import Floats, Steps
-from autotune.sim.cost import CONSTANTS, POWER, Work, seconds, size_factor
-from autotune.sim.twin import IDLE_S, Recorded, Twin, longest_run, prior
+from autotune.sim.cost import CONSTANTS, POWER, Work, seconds
+from autotune.sim.twin import IDLE_S, Recorded, Twin, longest_run, told
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ def account(twin: Twin, steps: Steps) -> dict[str, Share]:
     """Shares of the longest run in `steps`, of steps with a prefill and of those that only decode; no idle time."""
     rows = replace(steps, table=steps.table[longest_run(steps)])
     recorded = Recorded.of(rows, twin.device, twin.shape)
-    constants = prior(recorded.cost) * twin.factors
-    work = recorded.work._replace(by_size=size_factor(twin.by_size, recorded.work.tokens))
+    constants, work = told(twin, recorded)
     gpu = gpu_seconds(constants, work)
     took = between_results(rows)
     waited = waits(took - sum(gpu.values()), recorded.overlapped)

@@ -298,9 +298,8 @@ def loop_of(data: Sequence[Recorded]) -> tuple[float, float]:
     """Seconds from a result to the next step's launch: the scheduler's and what is around it, in all and a sequence."""
     seen, took = [], []
     for recorded in data:
-        t1, t2, behind = recorded.steps.column("t1"), recorded.steps.column("t2"), 2
-        if not recorded.overlapped.any():
-            behind = 1
+        t1, t2 = recorded.steps.column("t1"), recorded.steps.column("t2")
+        behind = 2 if recorded.overlapped.any() else 1
         gap = t1[behind:] - t2[:-behind]
         busy = (gap > 0) & (gap < np.quantile(gap, 0.9))
         seen.append(recorded.work.sequences[behind:][busy])
@@ -312,11 +311,15 @@ def loop_of(data: Sequence[Recorded]) -> tuple[float, float]:
     return max(0.0, float(once)), max(0.0, float(each))
 
 
+def told(twin: Twin, recorded: Recorded) -> tuple[Floats, Work]:
+    """The constants of `twin` and the work of recorded steps, for `seconds`."""
+    work = recorded.work._replace(by_size=size_factor(twin.by_size, recorded.work.tokens))
+    return prior(recorded.cost) * twin.factors, work
+
+
 def times_of(twin: Twin, recorded: Recorded, paced: bool = False) -> Times:
     """Times that `twin` expects; if `paced`, with the host as fast at each step as it was at the launches before."""
-    steps, constants = recorded.steps, prior(recorded.cost) * twin.factors
-    work = recorded.work._replace(by_size=size_factor(twin.by_size, recorded.work.tokens))
-    known = constants, work, steps.column("t1"), steps.column("t2"), recorded.overlapped
+    known = *told(twin, recorded), recorded.steps.column("t1"), recorded.steps.column("t2"), recorded.overlapped
     times = expected(*known)
     if not paced:
         return times
@@ -368,7 +371,7 @@ def by_size_of(twin: Twin, data: Sequence[Recorded]) -> tuple[float, ...]:
         times, t2 = times_of(twin, recorded, paced=True), recorded.steps.column("t2")
         shown = (times.bound > 0.9) & (t2 - recorded.steps.column("t1") < LONG_S)
         tokens = recorded.work.tokens[shown]
-        gpu_s = seconds(prior(recorded.cost) * twin.factors, recorded.work).gpu_s[shown]
+        gpu_s = seconds(*told(twin, recorded)).gpu_s[shown]
         off = np.log(np.clip(1 + (t2 - times.result)[shown] / gpu_s, *SIZE_FACTORS))
         octave = np.round(np.log2(tokens)).astype(int)
         weight = np.minimum(1.0, WORTH / np.bincount(octave)[octave]) / GPU_NOISE**2

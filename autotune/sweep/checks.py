@@ -10,7 +10,7 @@ import optuna
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
-from autotune.config.overrides import typed_target, with_fields
+from autotune.config.overrides import leaves, typed_target, with_fields
 from autotune.config.redact import redact
 from autotune.config.schema import RECIPE, Config, Rules
 from autotune.config.vllm_flags import FLAG, gpus, written_in
@@ -192,16 +192,5 @@ def _fields(config: Config, left_out: Collection[str], backend: str) -> dict[str
     if config.backend.get("_target_") == backend:
         typed = replace(config, backend=asdict(typed_target(config.backend, "backend")[1]))
     body = redact(OmegaConf.to_container(OmegaConf.structured(typed), enum_to_str=True))
-    found: dict[str, Any] = {}
-
-    def note(node: Any, key: str) -> None:
-        if key in FREE or key in left_out or node is None:
-            return
-        if isinstance(node, dict) and node:
-            for name, item in node.items():
-                note(item, f"{key}.{name}" if key else str(name))
-        elif node not in ({}, []):
-            found[key] = node
-
-    note(body, "")
-    return found
+    without = tuple(f"{key}." for key in (*FREE, *left_out))
+    return {key: one for key, one in leaves(body) if one not in (None, []) and not f"{key}.".startswith(without)}

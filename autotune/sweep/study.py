@@ -535,7 +535,7 @@ class Sweep:
         self.wanted = self._not_begun([one for one in references if not self.record.has_reference(one.name)])
 
     def _not_begun(self, pending: Iterable[PendingTrial]) -> list[PendingTrial]:
-        """Those of `pending` that no earlier process has begun, or that are lost."""
+        """The trials of `pending` that no earlier process has begun, or that are lost."""
         return [one for one in pending if not self._take_up(one)]
 
     def _begun(self) -> Iterator[PendingTrial]:
