@@ -4,6 +4,7 @@ It imports nothing but the command that is asked for: a study's own imports take
 """
 
 import errno
+import locale
 import logging
 import os
 import select
@@ -40,6 +41,9 @@ def main() -> None:
 
 
 def run() -> None:
+    if locale.getencoding().lower() != "utf-8" and not sys.flags.utf8_mode:  # this process's files and all others' are
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
     open_streams()
     logging.raiseExceptions = False  # a run goes on when nobody reads what it logs any more
     keep_off_proxies()

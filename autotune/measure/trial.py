@@ -34,7 +34,7 @@ def run(config: Config, overrides: list[str], folder: Path, slot: Slot | None = 
     Raises the AutotuneError that ended the trial, once result.json holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    result = Result(started_at=time.time(), overrides=redact(overrides))
+    result, began = Result(started_at=time.time(), overrides=redact(overrides)), time.monotonic()
     result.config = names(config)
     (folder / "config.yaml").write_text(as_yaml(config))
     try:
@@ -50,9 +50,8 @@ def run(config: Config, overrides: list[str], folder: Path, slot: Slot | None = 
         raise
     finally:
         result.ended_at = time.time()
-        elapsed = result.ended_at - result.started_at
         if not result.estimated:
-            result.phases["other"] = elapsed - sum(result.phases.values())
+            result.phases["other"] = time.monotonic() - began - sum(result.phases.values())
         result.save(folder)
     return result
 
