@@ -165,20 +165,24 @@ def start(
         yield load
 
 
-@dataclass(frozen=True)
-class Ended:
-    code: int | None
-    log: str
+def ended(load: LoadGenerator, folder: Path, code: int = 0) -> str:
+    """What the run in `folder` has printed, once it has ended with this exit code."""
+    found, log = load.wait(60), (folder / "loadgen.log").read_text()
+    assert found == code, log
+    return log
 
 
-def ended(load: LoadGenerator, folder: Path) -> Ended:
-    """The run in `folder`, once it has ended."""
-    return Ended(load.wait(60), (folder / "loadgen.log").read_text())
-
-
-def run(folder: Path, *arguments: Any, **settings: Any) -> Ended:
+def run(folder: Path, *arguments: Any, code: int = 0, **settings: Any) -> str:
     with start(folder, *arguments, **settings) as load:
-        return ended(load, folder)
+        return ended(load, folder, code)
+
+
+def requests_in(folder: Path) -> list[RequestTiming]:
+    return read_rows(folder / "requests.csv", RequestTiming)
+
+
+def report_in(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "client.json").read_text()))
 
 
 @dataclass(frozen=True)
@@ -207,9 +211,8 @@ def started(folder: Path) -> list[psutil.Process]:
 @pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.Trace])
 def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: Kind):
     enough = 64  # SingleStream's early stopping at p90 needs as many
-    done = run(tmp_path, url, kind, [OK] * 30, min_queries=enough)
-    assert done.code == 0, done.log
-    requests = read_rows(tmp_path / "requests.csv", RequestTiming)
+    run(tmp_path, url, kind, [OK] * 30, min_queries=enough)
+    requests = requests_in(tmp_path)
     assert len(requests) >= enough
     assert all(r.output_tokens == TOKENS and r.issued <= r.first_token <= r.last_token for r in requests)
     if kind is Kind.ClosedLoop:  # LoadGen has none
@@ -235,24 +238,22 @@ def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: Kind
     ids=["refused", "cut", "reset", "silent"],
 )
 def test_failed_requests_are_counted_and_the_run_ends(tmp_path: Path, url: str, first: int, words: str):
-    done = run(tmp_path, url, Kind.Server, [OK, first], request_timeout_s=0.5)
-    assert done.code == 0, done.log
-    report = json.loads((tmp_path / "client.json").read_text())
+    run(tmp_path, url, Kind.Server, [OK, first], request_timeout_s=0.5)
+    report = report_in(tmp_path)
     assert report["failed"] > 0 and len(report["errors"]) <= 5
-    assert report["failed"] + len(read_rows(tmp_path / "requests.csv", RequestTiming)) >= 20
+    assert report["failed"] + len(requests_in(tmp_path)) >= 20
     assert re.search(words, report["errors"][0])
 
 
 def test_failing_warmup_ends_the_run_in_one_line(tmp_path: Path, url: str):
-    done = run(tmp_path, url, Kind.Offline, [REFUSED], warmup_requests=2)
-    assert done.code == 1 and done.log.startswith("vLLM answered 500") and done.log.count("\n") == 1
+    log = run(tmp_path, url, Kind.Offline, [REFUSED], warmup_requests=2, code=1)
+    assert log.startswith("vLLM answered 500") and log.count("\n") == 1
 
 
 @pytest.mark.slow
 def test_latencies_are_what_the_server_took(tmp_path: Path, url: str):
-    done = run(tmp_path, url, Kind.SingleStream, [SLOW], lengths=[6], min_queries=3)
-    assert done.code == 0, done.log
-    requests = read_rows(tmp_path / "requests.csv", RequestTiming)
+    run(tmp_path, url, Kind.SingleStream, [SLOW], lengths=[6], min_queries=3)
+    requests = requests_in(tmp_path)
     for request in requests:
         assert TTFT_S <= request.ttft < TTFT_S + 0.1
         # A first token that is read late shortens the rest.
@@ -266,9 +267,8 @@ def test_latencies_are_what_the_server_took(tmp_path: Path, url: str):
 @pytest.mark.slow
 def test_tokens_are_counted_for_each_sample_on_its_own(tmp_path: Path, url: str):
     lengths = [2, 3, 9]
-    done = run(tmp_path, url, Kind.Offline, [OK] * 3, lengths)
-    assert done.code == 0, done.log
-    requests = read_rows(tmp_path / "requests.csv", RequestTiming)
+    run(tmp_path, url, Kind.Offline, [OK] * 3, lengths)
+    requests = requests_in(tmp_path)
     assert {request.sample for request in requests} == {0, 1, 2}
     assert all(request.output_tokens == lengths[request.sample] for request in requests)
     duration = metrics.from_requests(requests, ())["duration_s"]
@@ -302,7 +302,7 @@ def test_caches_are_reset_between_warmup_and_run(tmp_path: Path, url: str):
     paths = [path for path, _ in Streaming.received]
     rounds = [paths[at : at + 4] for at in range(0, 4 * paths.count("/reset_prefix_cache"), 4)]
     assert rounds == [["/v1/completions"] * 3 + ["/reset_prefix_cache"]] * len(rounds)
-    assert len(paths) == 4 * len(rounds) + len(read_rows(tmp_path / "requests.csv", RequestTiming))
+    assert len(paths) == 4 * len(rounds) + len(requests_in(tmp_path))
 
 
 @pytest.mark.slow
@@ -321,9 +321,8 @@ def test_server_that_is_warm_is_asked_for_one_round(tmp_path: Path, url: str):
 
 def test_users_of_a_closed_loop_wait_for_their_answers(tmp_path: Path, url: str):
     settings = {"users": 3, "ramp_s": 0.05, "min_duration_s": 0.5, "min_queries": 4}
-    done = run(tmp_path, url, Kind.ClosedLoop, [SLOW] * 5, **settings)
-    assert done.code == 0, done.log
-    requests = read_rows(tmp_path / "requests.csv", RequestTiming)
+    run(tmp_path, url, Kind.ClosedLoop, [SLOW] * 5, **settings)
+    requests = requests_in(tmp_path)
     ends = sorted(one.last_token for one in requests)
     begins = sorted(one.issued for one in requests)
     assert len(requests) >= 6 and all(one.prompt_tokens == 2 for one in requests)
@@ -332,9 +331,8 @@ def test_users_of_a_closed_loop_wait_for_their_answers(tmp_path: Path, url: str)
 
 
 def test_user_of_a_closed_loop_whose_request_failed_sends_no_more(tmp_path: Path, url: str):
-    done = run(tmp_path, url, Kind.ClosedLoop, [REFUSED], users=2, ramp_s=0.0, min_duration_s=30.0)
-    assert done.code == 0, done.log
-    assert json.loads((tmp_path / "client.json").read_text())["failed"] == 2
+    run(tmp_path, url, Kind.ClosedLoop, [REFUSED], users=2, ramp_s=0.0, min_duration_s=30.0)
+    assert report_in(tmp_path)["failed"] == 2
 
 
 def test_trace_is_sent_at_its_times(tmp_path: Path, url: str):
@@ -342,34 +340,31 @@ def test_trace_is_sent_at_its_times(tmp_path: Path, url: str):
     samples.save()
     with LoadGenerator(samples, tmp_path / "clients.log") as load:
         load.begin(asked(tmp_path, url, Kind.Trace, from_s=0.2, to_s=1.0, scale=2.0))
-        done = ended(load, tmp_path)
-    assert done.code == 0, done.log
-    requests = sorted(read_rows(tmp_path / "requests.csv", RequestTiming), key=lambda one: (one.issued, one.sample))
+        ended(load, tmp_path)
+    requests = sorted(requests_in(tmp_path), key=lambda one: (one.issued, one.sample))
     assert [one.sample for one in requests] == [2, 4, 3, 0]
     assert np.diff([one.issued for one in requests]) == pytest.approx([0.0, 0.15, 0.15], abs=1e-6)
-    report = json.loads((tmp_path / "client.json").read_text())
+    report = report_in(tmp_path)
     assert report["failed"] == 0 and 0 < report["figures"]["client_lateness_p99_ms"] < 500
 
 
 @pytest.mark.slow
 def test_run_that_can_pass_no_more_is_stopped(tmp_path: Path, url: str):
-    done = run(tmp_path, url, Kind.Server, [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=500, total=500)
-    assert done.code == 0, done.log
-    report = json.loads((tmp_path / "client.json").read_text())
+    run(tmp_path, url, Kind.Server, [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=500, total=500)
+    report = report_in(tmp_path)
     assert report["stopped"]
-    assert 0 < len(read_rows(tmp_path / "requests.csv", RequestTiming)) < 500
+    assert 0 < len(requests_in(tmp_path)) < 500
 
 
 @pytest.mark.slow
 def test_error_of_our_own_ends_the_process_though_loadgens_thread_goes_on(tmp_path: Path, url: str):
     (tmp_path / "requests.csv").mkdir()
-    done = run(tmp_path, url, Kind.Server, [SLOW], ttft_ms=TTFT_S * 1e3 / 2, min_queries=10_000, total=500)
-    assert done.code == 1 and "IsADirectoryError" in done.log
+    hopeless: dict[str, Any] = {"ttft_ms": TTFT_S * 1e3 / 2, "min_queries": 10_000, "total": 500}
+    assert "IsADirectoryError" in run(tmp_path, url, Kind.Server, [SLOW], code=1, **hopeless)
 
 
 def test_broken_limit_makes_the_run_invalid(tmp_path: Path, url: str):
-    done = run(tmp_path, url, Kind.Server, [SLOW], ttft_ms=TTFT_S * 1e3 / 2)
-    assert done.code == 0, done.log
+    run(tmp_path, url, Kind.Server, [SLOW], ttft_ms=TTFT_S * 1e3 / 2)
     log = loadgen_log.read(tmp_path / "mlperf_log_detail.txt")
     assert log.verdict == "INVALID" and "p99 of TTFT or TPOT is over its limit" in log.reasons
 
@@ -377,19 +372,17 @@ def test_broken_limit_makes_the_run_invalid(tmp_path: Path, url: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Kind.Offline, Kind.Server])
 def test_client_processes_share_the_requests(tmp_path: Path, url: str, kind: Kind):
-    done = run(tmp_path, url, kind, [OK] * 30, min_queries=64, client_processes=3, warmup_requests=4)
-    assert done.code == 0, done.log
-    assert len(read_rows(tmp_path / "requests.csv", RequestTiming)) >= 64
-    report = json.loads((tmp_path / "client.json").read_text())
+    run(tmp_path, url, kind, [OK] * 30, min_queries=64, client_processes=3, warmup_requests=4)
+    assert len(requests_in(tmp_path)) >= 64
+    report = report_in(tmp_path)
     assert report["failed"] == 0 and len(report["processes"]) == 3
     assert all(process["cpu_s"] > 0 for process in report["processes"])
 
 
 @pytest.mark.slow
 def test_run_audits_its_client(tmp_path: Path, url: str):
-    done = run(tmp_path, url, Kind.Server, [SLOW], qps=50)
-    assert done.code == 0, done.log
-    report = json.loads((tmp_path / "client.json").read_text())
+    run(tmp_path, url, Kind.Server, [SLOW], qps=50)
+    report = report_in(tmp_path)
     figures = report["figures"]
     assert 0 < figures["client_lateness_p99_ms"] < 1000 and 0 <= figures["client_lag_p99_ms"] < 1000
     assert 0 < figures["client_cpu"] < 0.9 and figures["client_unsent_bytes"] == 0
@@ -406,9 +399,8 @@ def test_client_that_stands_still_is_the_reason(tmp_path: Path, url: str):
         client.suspend()
         time.sleep(0.5)
         client.resume()
-        done = ended(load, tmp_path)
-    assert done.code == 0, done.log
-    report = json.loads((tmp_path / "client.json").read_text())
+        ended(load, tmp_path)
+    report = report_in(tmp_path)
     late = next(reason for reason in report["reasons"] if "client_lateness_p99_ms" in reason)
     assert re.match(r"client: client_lateness_p99_ms=\d+ is over 100 \(backend.client_ttft_share=0.1", late)
 
@@ -431,7 +423,7 @@ def test_death_of_a_process_ends_the_run_and_the_next_one_gets_new_ones(
         _, alive = psutil.wait_procs([before.run, *before.clients], timeout=5)
         assert len(before.clients) == 2 and not alive
         load.begin(asked(tmp_path / "next", url, Kind.Server))
-        assert ended(load, tmp_path / "next") == Ended(0, "")
+        assert ended(load, tmp_path / "next") == ""
 
 
 def test_death_before_a_run_is_heard_of_ends_it(tmp_path: Path, url: str):
@@ -451,11 +443,11 @@ def test_cancelled_run_ends_at_once_and_the_next_one_is_none_the_wiser(tmp_path:
         assert time.monotonic() - began < 1
         assert before.serving.is_running() and not any(one.is_running() for one in (before.run, *before.clients))
         load.begin(asked(tmp_path / "next", url, Kind.Server))
-        assert ended(load, tmp_path / "next") == Ended(0, "")
-        assert len(read_rows(tmp_path / "next" / "requests.csv", RequestTiming)) == 20
+        assert ended(load, tmp_path / "next") == ""
+        assert len(requests_in(tmp_path / "next")) == 20
         load.cancel()  # there is nothing to end
         load.begin(asked(tmp_path / "last", url, Kind.Server))
-        assert ended(load, tmp_path / "last") == Ended(0, "")
+        assert ended(load, tmp_path / "last") == ""
 
 
 @pytest.mark.slow
@@ -464,9 +456,8 @@ def test_audit_config_in_the_working_folder_changes_nothing(tmp_path: Path, url:
     (tmp_path / "audit.config").write_text("*.*.min_query_count = 3\n*.*.max_query_count = 3\n")
     folder = tmp_path / "trial"
     folder.mkdir()
-    done = run(folder, url, Kind.Server, [OK] * 30, min_queries=20)
-    assert done.code == 0, done.log
-    assert len(read_rows(folder / "requests.csv", RequestTiming)) == 20
+    run(folder, url, Kind.Server, [OK] * 30, min_queries=20)
+    assert len(requests_in(folder)) == 20
 
 
 @pytest.mark.slow
@@ -474,12 +465,12 @@ def test_next_run_has_the_clients_of_one_that_was_stopped(tmp_path: Path, url: s
     hopeless: dict[str, Any] = {"ttft_ms": TTFT_S * 1e3 / 2, "min_queries": 500, "total": 500, "client_processes": 2}
     with start(tmp_path, url, Kind.Server, [SLOW, OK], **hopeless) as load:
         clients = processes_of(load, tmp_path).clients
-        assert ended(load, tmp_path) == Ended(0, "")
-        assert json.loads((tmp_path / "client.json").read_text())["stopped"]
+        assert ended(load, tmp_path) == ""
+        assert report_in(tmp_path)["stopped"]
         for kind in (Kind.Offline, Kind.Server, Kind.SingleStream, Kind.ClosedLoop):
             load.begin(asked(tmp_path / kind.name, url, kind, client_processes=2))
-            assert ended(load, tmp_path / kind.name) == Ended(0, "")
-            requests = read_rows(tmp_path / kind.name / "requests.csv", RequestTiming)
+            assert ended(load, tmp_path / kind.name) == ""
+            requests = requests_in(tmp_path / kind.name)
             assert len(requests) == 20 and all(request.output_tokens == TOKENS for request in requests)
         assert len(clients) == 2 and all(client.is_running() for client in clients)
 
@@ -491,7 +482,7 @@ def test_next_run_has_the_connections_of_the_last_one_but_for_another_server(tmp
         for number, server in enumerate([url, url, other]):
             if number:
                 load.begin(asked(tmp_path / str(number), server, Kind.SingleStream))
-            assert ended(load, tmp_path / str(number or ".")) == Ended(0, "")
+            assert ended(load, tmp_path / str(number or ".")) == ""
             ports.append({port for path, port in Streaming.asked_by if path == "/v1/completions"})
             Streaming.asked_by.clear()
     assert ports[0] == ports[1] != ports[2] and [len(of_run) for of_run in ports] == [1, 1, 1]
@@ -502,8 +493,7 @@ def test_answers_reach_loadgen_as_token_ids(tmp_path: Path, url: str, kind: Kind
     """LoadGen's log of answers has them all in accuracy mode (1), and a share in performance mode (2) for a test."""
     (tmp_path / "audit.config").write_text(f"*.*.mode = {mode}\n*.*.accuracy_log_sampling_target = 20\n")
     firsts = list(range(10, 40))
-    done = run(tmp_path, url, kind, firsts, keep_answers=True, client_processes=2, ttft_ms=None, min_queries=64)
-    assert done.code == 0, done.log
+    run(tmp_path, url, kind, firsts, keep_answers=True, client_processes=2, ttft_ms=None, min_queries=64)
     answers = json.loads((tmp_path / "mlperf_log_accuracy.json").read_text())
     assert {answer["qsl_idx"] for answer in answers} == set(range(30)) if mode == 1 else answers
     for answer in answers:
@@ -550,10 +540,9 @@ def test_more_requests_at_once_than_connections_are_all_answered(tmp_path: Path)
             assert time.monotonic() < deadline
             time.sleep(0.05)
         at_once = {"min_queries": count, "has_metrics": False, "client_processes": 2, "request_timeout_s": 60.0}
-        done = run(tmp_path, f"http://127.0.0.1:{port}", Kind.Offline, [OK] * 8, **at_once)
-        assert done.code == 0, done.log
+        run(tmp_path, f"http://127.0.0.1:{port}", Kind.Offline, [OK] * 8, **at_once)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/stats") as answer:
             stats = json.load(answer)
-    report = json.loads((tmp_path / "client.json").read_text())
-    assert report["failed"] == 0 and len(read_rows(tmp_path / "requests.csv", RequestTiming)) == count
+    report = report_in(tmp_path)
+    assert report["failed"] == 0 and len(requests_in(tmp_path)) == count
     assert stats["most_connections"] <= RunSpec.connections and report["figures"]["client_waiting"] > 0

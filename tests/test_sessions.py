@@ -280,6 +280,17 @@ def test_simulated_turn_finds_the_blocks_of_the_last_ones_prompt_and_answer(bloc
     assert run.figures["prefix_query_tokens"] == sum(one.prompt_tokens for one in run.requests)
 
 
+def ran(samples: Samples, **settings: Any) -> dict[str, Any]:
+    """Have LoadGenerator send all turns of `samples` beside their file; returns client.json."""
+    samples.save()
+    folder = samples.path.parent
+    everything = {"answers": Answers.received, "keep_answers": True, "min_queries": len(samples), "total": len(samples)}
+    with serving() as url, LoadGenerator(samples, folder / "clients.log") as load:
+        load.begin(asked(folder, url, Kind.Server, **{**everything, **settings}))
+        assert load.wait(60) == 0, load.last_line()
+    return dict(json.loads((folder / "client.json").read_text()))
+
+
 def sent(prompt: list[int]) -> list[list[int]]:
     """The prompts that the server has had, of those that begin with `prompt`."""
     bodies = [body["prompt"] for path, body in Streaming.received if path == "/v1/completions"]
@@ -295,11 +306,7 @@ def test_prompts_hold_the_answers_that_were_received(tmp_path: Path, processes: 
     if not ignore_eos:  # each answer ends by itself: its last token is the end of sequence
         samples = replace(samples, output_tokens=samples.output_tokens + 1)
         Streaming.most = TOKENS
-    samples.save()
-    with serving() as url, LoadGenerator(samples, tmp_path / "clients.log") as load:
-        settings = {"answers": Answers.received, "min_queries": 12, "keep_answers": True, "think_s": 0.01}
-        load.begin(asked(tmp_path, url, Kind.Server, client_processes=processes, total=12, **settings))
-        assert load.wait(60) == 0, load.last_line()
+    ran(samples, client_processes=processes, think_s=0.01)
     Streaming.most = None
     requests = read_rows(tmp_path / "requests.csv", RequestTiming)
     assert len(requests) == 12 and len({one.session for one in requests}) == 4
@@ -319,12 +326,8 @@ def test_messages_hold_the_answers_that_were_received(tmp_path: Path, answers: A
     turns = [[{"role": "user", "content": f'{number}: "messages": [1], ]}}'}] for number in range(6)]
     fields = {"messages": [json.dumps(turn) for turn in turns], "continued": answers is Answers.received}
     samples = sampled([[(2, TOKENS)] * 3] * 2, tmp_path / "samples.npz", **fields)
-    samples.save()
-    with serving() as url, LoadGenerator(samples, tmp_path / "clients.log") as load:
-        keep = answers is Answers.received
-        settings = {"answers": answers, "min_queries": 6, "keep_answers": keep, "client_processes": 2}
-        load.begin(asked(tmp_path, url, Kind.Server, total=6, **settings))
-        assert load.wait(60) == 0, load.last_line()
+    keep = answers is Answers.received
+    ran(samples, answers=answers, keep_answers=keep, client_processes=2)
     bodies = [body for path, body in Streaming.received if path == "/v1/chat/completions"]
     assert len(bodies) == 6 and not any("prompt" in body or "return_token_ids" in body for body in bodies)
     assert all(body["min_tokens"] == body["max_tokens"] == TOKENS for body in bodies)
@@ -340,24 +343,14 @@ def test_messages_hold_the_answers_that_were_received(tmp_path: Path, answers: A
 def test_conversation_that_has_no_room_left_is_cut_and_counted(tmp_path: Path):
     samples = sampled([[(2, 9)] * 3] * 2, tmp_path / "samples.npz", ignore_eos=False)
     samples.prompts[0][0] = samples.prompts[3][0] = OK
-    samples.save()
-    with serving() as url, LoadGenerator(samples, tmp_path / "clients.log") as load:
-        settings = {"answers": Answers.received, "min_queries": 6, "keep_answers": True, "max_model_len": 22}
-        load.begin(asked(tmp_path, url, Kind.Server, total=6, **settings))
-        assert load.wait(60) == 0, load.last_line()
-    assert json.loads((tmp_path / "client.json").read_text())["figures"]["sessions_cut"] == 2
+    assert ran(samples, max_model_len=22)["figures"]["sessions_cut"] == 2
     assert sorted(one.sample for one in read_rows(tmp_path / "requests.csv", RequestTiming)) == [0, 1, 3, 4]
 
 
 def test_failed_turn_ends_its_conversation(tmp_path: Path):
     samples = sampled([[(2, TOKENS)] * 3] * 2, tmp_path / "samples.npz")
     samples.prompts[0][0], samples.prompts[3][0] = REFUSED, OK
-    samples.save()
-    with serving() as url, LoadGenerator(samples, tmp_path / "clients.log") as load:
-        settings = {"answers": Answers.received, "min_queries": 6, "keep_answers": True}
-        load.begin(asked(tmp_path, url, Kind.Server, total=6, **settings))
-        assert load.wait(60) == 0, load.last_line()
-    assert json.loads((tmp_path / "client.json").read_text())["failed"] == 1
+    assert ran(samples)["failed"] == 1
     requests = read_rows(tmp_path / "requests.csv", RequestTiming)
     assert sorted(one.sample for one in requests) == [3, 4, 5]
     figures = metrics.of_sessions(requests, samples)

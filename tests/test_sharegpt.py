@@ -59,11 +59,6 @@ def test_the_first_answers_alone_on_request(model: Model, write: Write) -> None:
     assert [output for _, output in made(model, write(TWO_TURNS, other), turns="first")] == ["Hello", "1"]
 
 
-def test_openais_form_is_the_same(model: Model, write: Write) -> None:
-    messages = [{"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "Hello"))]
-    assert made(model, write({"messages": messages})) == [("User: Hi\nAssistant:", "Hello")]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
 def test_the_models_chat_template_makes_the_prompt(model: Model, write: Write, place: str) -> None:

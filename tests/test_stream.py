@@ -198,25 +198,6 @@ def test_reset_is_told():
     assert errors[0].startswith("request failed: Connection")
 
 
-def test_server_that_is_not_there_is_told():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-
-    async def run() -> str:
-        ended: asyncio.Queue[str] = asyncio.Queue()
-        client = Client(
-            asyncio.get_running_loop(),
-            f"http://127.0.0.1:{port}",
-            1.0,
-            lambda _: None,
-            lambda _, e: ended.put_nowait(e),
-        )
-        client.start(0, b"GET / HTTP/1.1\r\n\r\n")
-        return await asyncio.wait_for(ended.get(), 5)
-
-    assert "Connection refused" in uvloop.run(run())
-
-
 def test_request_past_its_time_is_given_up():
     async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(10)

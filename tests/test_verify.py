@@ -235,23 +235,6 @@ def test_one_that_is_stopped_says_how_many_blocks_can_be_judged(simulated: Path,
     assert "4 runs, 4 of them already complete" in done.stdout and done.returncode == 2
 
 
-@pytest.mark.slow
-def test_process_that_is_stopped_says_how_many_blocks_can_be_judged(simulated: Path):
-    paced = ["k=1", "scenario.seed=200", "backend.pace=0.01"]
-    stopped = subprocess.Popen(
-        command("n=9", *paced), cwd=simulated, stdout=subprocess.PIPE, text=True, env=environment(simulated), bufsize=1
-    )
-    assert stopped.stdout is not None
-    for line in stopped.stdout:
-        if line.startswith("block 3"):
-            stopped.terminate()
-            break
-    said = stopped.communicate(timeout=60)[0]
-    assert "2 blocks are complete: n=2 judges them without another run" in said
-    done = run(simulated, "n=2", *paced)
-    assert "4 runs, 4 of them already complete" in done.stdout and done.returncode == 2
-
-
 def test_better_configuration_ends_with_0(tmp_path: Path):
     study(tmp_path, "n_trials=1", "engine.args.tensor_parallel_size=choice(2)", simulated=True)
     done = run(tmp_path, "n=2")
@@ -367,7 +350,6 @@ def test_what_can_not_be_verified_is_said(simulated: Path, settings: Verify, ove
         (["model.path=/none"], "model.path=/none: no model there"),
         (["dataset.path=/none"], "dataset.path=/none: No such file"),
         (["engine.args.max_num_seqs=-3"], "engine.args.max_num_seqs=-3: vLLM takes at least 1"),
-        (["trials=[]"], "trials=[]: name one besides the baseline: trials=[trial-3]"),
     ],
 )
 def test_error_is_one_line_and_no_verdict(simulated: Path, words: list[str], said: str):
