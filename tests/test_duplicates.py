@@ -67,7 +67,7 @@ def test_workers_that_are_asked_for_the_same_point_at_once_measure_it_once(
     monkeypatch.setattr(Inline, "n_jobs", 4)
     monkeypatch.setattr(sweep, "DUPLICATES_IN_A_ROW", 8)
     said = study(tmp_path, *FEW, "n_trials=6", "backend.steps=5")
-    assert ", which runs: " in said
+    assert ", which runs" in said
     assert sorted(trial.params[SEQS] for trial in asked(tmp_path) if trial not in looked_up(tmp_path)) == [4, 8, 16]
 
 

@@ -163,7 +163,7 @@ def test_every_figure_is_drawn_of_a_study_that_has_all(tmp_path: Path):
     assert {title: section.missing for title, section in drawn.items() if section.missing} == {}
     assert len(drawn["Parameter importance"].plots) == 2  # fANOVA and PED-ANOVA
     assert len(drawn["One parameter at a time"].plots) == len(SPACE)
-    assert "limit 2000 ms" in drawn["Latency over load"].plots[0].to_json()
+    assert "limit 2,000 ms" in drawn["Latency over load"].plots[0].to_json()
 
 
 @pytest.mark.slow
@@ -178,8 +178,8 @@ def test_hover_over_the_front_shows_the_whole_configuration(tmp_path: Path):
 @pytest.mark.parametrize(
     ("trials", "baseline", "said"),
     [
-        pytest.param([], None, ["No trial is feasible.", "no trial completed"], id="nothing ran"),
-        pytest.param([Result(State.interrupted)], None, ["No trial is feasible."], id="stopped in its first trial"),
+        pytest.param([], None, ["No trial has completed.", "no trial completed"], id="nothing ran"),
+        pytest.param([Result(State.interrupted)], None, ["No trial has completed."], id="stopped in its first trial"),
         pytest.param(
             [result(900, metrics=dict.fromkeys(METRICS, math.nan))], None, ["needs 4 trials"], id="not a number"
         ),
@@ -187,7 +187,7 @@ def test_hover_over_the_front_shows_the_whole_configuration(tmp_path: Path):
         pytest.param(
             [Result(reason="StartError: out of memory on GPU 1"), Result(reason="StartError: out of memory on GPU 2")],
             Result(reason="StartError: no weights"),
-            ["No trial is feasible.", "2 StartError: out of memory on GPU 1", "1 StartError: no weights"],
+            ["No trial has completed.", "2 StartError: out of memory on GPU 1", "1 StartError: no weights"],
             id="all failed",
         ),
         pytest.param(

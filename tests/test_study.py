@@ -75,7 +75,7 @@ def test_recipe_is_a_second_baseline_also_of_a_study_that_goes_on(tmp_path: Path
 
 def test_recipe_within_the_space_is_a_trial_the_sampler_learns_from_and_is_not_run_again(tmp_path: Path):
     said = study(tmp_path, "sampler=grid", f"{SEQS}=choice(64,128)", "baseline=[recipe]", *RECIPE)
-    assert " repeats recipe: max_num_seqs=64" in said and not (tmp_path / "multirun/s/baseline").exists()
+    assert " repeats recipe" in said and not (tmp_path / "multirun/s/baseline").exists()
     assert [trial.params for trial in asked(tmp_path) if "baseline" in trial.user_attrs] == [{SEQS: 64}]
 
 

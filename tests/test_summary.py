@@ -74,7 +74,41 @@ def test_trials_are_counted_by_how_they_ended(trial: Result, words: str):
     ],
 )
 def test_trial_ends_in_one_line(trial: Result, words: str):
-    assert summary.outcome(trial, ["tokens_per_s"]) == words
+    assert summary.outcome(trial, CONFIG) == words
+
+
+@pytest.mark.parametrize(
+    ("upper", "words"),
+    [(30.2, ["TPOT p99 up to 30.2 ms (limit 30)"]), (None, ["tpot_p99 over by less than 1%"]), (0, [])],
+)
+def test_broken_limit_is_told_in_its_own_unit(upper: float | None, words: list[str]):
+    """What was measured, or where that is within the limit, the bound by which it was judged."""
+    limited = replace(CONFIG, scenario=ScenarioConfig(name="server", kind=Kind.Server, tpot_ms=30))
+    trial = replace(result(29.5), constraints={"tpot_p99": 0.002 if upper != 0 else -0.1})
+    trial.metrics |= {"tpot_p99_upper_ms": upper} if upper else {}
+    assert summary.broken(trial, limited) == words
+    assert summary.broken(replace(result(47.56), constraints={"tpot_p99": 0.002}), limited) == [
+        "TPOT p99 47.56 ms (limit 30)"
+    ]
+
+
+def test_load_that_the_defaults_keep_up_with_is_said_to_decide_nothing():
+    limited = replace(CONFIG, scenario=ScenarioConfig(name="server", kind=Kind.Server, qps=12))
+    words = "vLLM's defaults keep up with 12 queries/s, and nothing can serve more than is sent: raise scenario.qps"
+    idle = replace(result(937.1), bound="arrival")
+    assert words in summary.render(study(idle, result(937.2), config=limited))
+    assert words not in summary.render(study(replace(idle, bound="kv"), result(937.2), config=limited))
+    assert words not in summary.render(study(replace(idle, constraints={"x": 1}), result(937.2), config=limited))
+    swept = study(idle, result(937.2), config=limited)
+    swept.results["trial-0"].params["scenario.qps"] = 13
+    assert words not in summary.render(swept)
+
+
+def test_next_step_is_to_verify_what_was_measured_and_seems_better():
+    measured, better = result(10), result(12)
+    assert "\nNext: autotune verify study=s " in summary.render(study(measured, better))
+    assert "Next:" not in summary.render(study(better, measured))
+    assert "Next:" not in summary.render(study(measured, replace(better, estimated=True)))
 
 
 @pytest.mark.parametrize(("objective", "best"), [(MAXIMIZE, 1), (MINIMIZE, 0)], ids=["maximize", "minimize"])
@@ -146,7 +180,7 @@ def test_defaults_that_win_are_served():
     ("baseline", "words"),
     [
         (Result(reason="StartError: no memory"), "(no usable baseline to compare with)"),
-        (result(10, over=1.0), "(holds the limits; tokens_per_s 9, 10 with vLLM's defaults, which break them: "),
+        (result(10, over=1.0), "(holds the limits; tokens_per_s 9, 10 with vLLM's defaults, which break them)"),
     ],
 )
 def test_baseline_that_is_no_measure_is_said_to_be_none(baseline: Result, words: str):

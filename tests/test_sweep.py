@@ -280,7 +280,7 @@ def test_search_that_can_hardly_be_the_best_any_more_is_pruned(tmp_path: Path):
     by_value = {trial.params[SEQS]: trial for trial in asked(tmp_path)}
     assert by_value[4].state is TrialState.PRUNED
     assert min(by_value[4].intermediate_values.values()) < 0.9 * by_value[1024].value
-    assert "pruned at failing_load" in said and "1 ended early" in said
+    assert "the pruner ends it at failing_load" in said and "1 ended early" in said
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,10 @@ from autotune.config.command_line import compose, errors_in_one_line, load_as_ke
 from autotune.config.schema import Config, baselines
 from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
+from autotune.measure import objective
 from autotune.measure.result import Result
-from autotune.results import fleet
+from autotune.results import fleet, summary
 from autotune.results.study import BASELINE, RECIPE, TRIAL, Study, load
-from autotune.results.summary import gains
 from autotune.search.checks import check_space
 from autotune.search.device import device_of
 from autotune.search.simulate import estimate, search, search_best, simulation
@@ -114,9 +114,11 @@ def render(plan: Plan) -> str:
     if study.best:
         best = study.results[study.best]
         lines += [f"best      {_outcome(best, study.config)}", f"            {shorten(best.params)}"]
-        lines += [f"gain      {', '.join(gains(study, study.best))}"] if study.references else []
+        lines += [f"gain      {', '.join(summary.gains(study, study.best))}"] if study.references else []
     else:
-        lines.append("best      nothing that holds the limits; loosen them, lower the load or widen the space")
+        lines.append(f"best      nothing holds the limits; {objective.way_out(study.config)}")
+    if words := summary.unloaded(study):
+        lines.append(f"note      {words}")
     if load := study.config.target_load:
         tried = [*study.results.items(), *((f"draw-{number}", result) for number, result in enumerate(plan.drawn))]
         lines += ["", *fleet.render(fleet.fleets(tried, study.config, load), study.config, load), ""]

@@ -229,8 +229,7 @@ def record(study: Study, tracker: beside.TrackingProcess, repeat: Repeat, result
     """Save, print and track the result of a repeat."""
     folder, result = repeat.trial.folder, as_gated(result, study.results[repeat.name])
     result.save(folder)
-    outcome = summary.outcome(result, repeat.trial.config.objective.metrics)
-    log.info("block %d: %s: %s", repeat.block, repeat.name, outcome)
+    log.info("block %d: %s: %s", repeat.block, repeat.name, summary.outcome(result, repeat.trial.config))
     tracker.log_trial(folder)
 
 

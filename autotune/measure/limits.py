@@ -33,8 +33,8 @@ class LatencyLimit:
         return max([self.seconds, *(seconds for _, seconds in self.by_prompt)])
 
     def __str__(self) -> str:
-        words = [f"{seconds * 1e3:g} ms to {tokens:,.0f} prompt tokens" for tokens, seconds in self.by_prompt]
-        words += [f"{self.seconds * 1e3:g} ms{' beyond' if words else ''}"] if self.seconds < math.inf else []
+        words = [f"{seconds * 1e3:,g} ms to {tokens:,.0f} prompt tokens" for tokens, seconds in self.by_prompt]
+        words += [f"{self.seconds * 1e3:,g} ms{' beyond' if words else ''}"] if self.seconds < math.inf else []
         return f"{heading(self.name)} {', '.join(words)}"
 
 

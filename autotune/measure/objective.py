@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from autotune.config.schema import Kind, ObjectiveConfig, ScenarioConfig
+from autotune.config.schema import Config, Kind, ObjectiveConfig, ScenarioConfig
 from autotune.errors import InputError
 from autotune.measure.limits import LatencyLimit
 from autotune.measure.result import Result
@@ -42,6 +42,13 @@ def offered_load(objective: ObjectiveConfig, scenario: ScenarioConfig) -> str:
     if searches(objective):
         return "the highest load within the limits"
     return f"{scenario.load:g} {scenario.load_unit}" if scenario.kind in LOADED else ""
+
+
+def way_out(config: Config) -> str:
+    """Words on what to change where nothing holds the limits."""
+    found = "" if searches(config.objective) else LOADED.get(config.scenario.kind, "")
+    search = f", or find the load that holds them: objective={found}" if found else ""
+    return f"loosen the limits, lower the load or widen the space{search}"
 
 
 def values(objective: ObjectiveConfig, metrics: Mapping[str, float]) -> list[float]:

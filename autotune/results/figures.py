@@ -53,6 +53,7 @@ BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW = (
     *("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442"),
 )
 GREY, LIGHT = "#767676", "#BBBBBB"
+PLAIN = {"separatethousands": True, "exponentformat": "none"}  # 16,384 instead of 16.384k
 TEMPLATE = go.layout.Template(plotly.io.templates["plotly_white"])
 TEMPLATE.layout.update(
     colorway=[BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE, YELLOW],
@@ -61,8 +62,8 @@ TEMPLATE.layout.update(
     hoverlabel={"align": "left", "font": {"size": 11}},
     legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
     title={"text": ""},
-    xaxis={"automargin": True},
-    yaxis={"automargin": True, "ticklabelstandoff": 4},
+    xaxis={"automargin": True, **PLAIN},
+    yaxis={"automargin": True, "ticklabelstandoff": 4, **PLAIN},
 )
 # Parts of a step's time, in the order in which bars show them.
 PARTS = {
@@ -158,11 +159,11 @@ def history(study: optuna.Study, metric: str, references: Mapping[str, Result]) 
     figure = plot_optimization_history(study, target_name=label(metric))
     figure.update_traces(name="best so far", line={"color": BLUE}, selector={"name": "Best Value"})
     values = {name: one.metrics[metric] for name, one in references.items() if metric in one.metrics}
-    ends = [trials[0].number, trials[-1].number]
+    ends = [trials[0].number - 0.5, trials[-1].number + 0.5]  # one trial has a line, too
     for (name, value), color in zip(values.items(), (VERMILLION, ORANGE), strict=False):
         words, line = f"{name} {rounded(value)}", {"dash": "dash", "color": color}
         figure.add_scatter(x=ends, y=[value, value], mode="lines", name=words, line=line, hoverinfo="skip")
-    return finished(figure, x="trial")
+    return finished(figure, x={"title_text": "trial", "dtick": 1 if ends[1] - ends[0] < 10 else None})
 
 
 def importances(study: optuna.Study) -> dict[str, dict[str, float]]:
@@ -287,7 +288,7 @@ def _over_load(traces: list[go.Scatter], metric: str, limit: float | None, unit:
 
 def _limit(figure: go.Figure, value: float, axis: str = "y") -> None:
     """Draw a line across the figure where `axis` has this value."""
-    annotation = {"text": f"limit {value:g} ms", "font": {"color": VERMILLION}, "bgcolor": "rgba(255,255,255,.8)"}
+    annotation = {"text": f"limit {value:,g} ms", "font": {"color": VERMILLION}, "bgcolor": "rgba(255,255,255,.8)"}
     line = {"dash": "dot", "color": VERMILLION}
     add = figure.add_hline if axis == "y" else figure.add_vline
     add(value, line=line, annotation=annotation, annotation_position="top left")

@@ -25,7 +25,7 @@ from autotune.measure import rouge, rules
 from autotune.measure.accuracy import NLL, OVER
 from autotune.measure.limits import heading, limits_of
 from autotune.measure.metrics import MOST_TURNS
-from autotune.measure.objective import offered_load, sign
+from autotune.measure.objective import offered_load, sign, way_out
 from autotune.measure.result import Result, State
 from autotune.results import figures, fleet, summary
 from autotune.results.figures import label
@@ -83,7 +83,7 @@ def page(study: Study) -> str:
     beside = jinja2.FileSystemLoader(Path(__file__).parent)
     templates = jinja2.Environment(loader=beside, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     templates.filters |= {"rounded": rounded, "metric": label, "shorten": shorten, "by_flag": by_flag}
-    templates.filters |= {"outcome": partial(summary.outcome, objectives=study.objective.metrics)}
+    templates.filters |= {"outcome": partial(summary.outcome, config=study.config)}
     best = study.results[study.served] if study.served else None
     metrics, params = columns(study)
     every = sections(study)
@@ -94,7 +94,7 @@ def page(study: Study) -> str:
         headline=headline(study),
         best=best,
         defaults=study.baseline.defaults if study.baseline else {},
-        edge=summary.edge(best, study.config),
+        warnings=list(filter(None, [summary.edge(best, study.config), summary.unloaded(study)])),
         verified=summary.verified(study.folder),
         cards=cards(study),
         sections=drawn,
@@ -121,7 +121,7 @@ def headline(study: Study) -> str:
     """The value of what is served beside the baseline's, or the span of the Pareto front."""
     served = study.served
     if served is None:
-        return "No trial is feasible."
+        return f"No trial is feasible: {way_out(study.config)}." if study.complete else "No trial has completed."
     result, baseline, metric = study.results[served], study.baseline, study.objective.metrics[0]
     if len(study.objective.metrics) > 1 and study.front:
         front = [study.results[name] for name in study.front]
@@ -135,7 +135,7 @@ def headline(study: Study) -> str:
         return f"{value}: {REFERENCES[served]}{unbeaten}{_others(study, served)}"
     if baseline and baseline.complete and not baseline.feasible:
         words = f"{rounded(baseline.values[0])} with vLLM's defaults, which break them"
-        broken = ", ".join(summary.broken(baseline))
+        broken = ", ".join(summary.broken(baseline, study.config))
         return f"{value} within the limits{_others(study, served)}, against {words}: {broken}"
     if not (baseline and baseline.feasible and baseline.values[0]):
         return f"{value}; no usable baseline to compare with{_others(study, served)}"
@@ -183,7 +183,7 @@ def cards(study: Study) -> list[tuple[str, str, str]]:
     for metric in dict.fromkeys([*study.objective.metrics, *HEADINGS]):
         if metric in metrics:
             words = [f"{name} {rounded(known[metric])}" for name, known in others.items() if metric in known]
-            words += [f"limit {limits[metric]:g}"] if metric in limits else []
+            words += [f"limit {limits[metric]:,g}"] if metric in limits else []
             found.append((label(metric), rounded(metrics[metric]), ", ".join(words)))
     return found
 
@@ -315,8 +315,8 @@ def costs(study: Study) -> list[Section]:
 
 def by_value(study: Study) -> list[tuple[str, Result]]:
     """The trials that completed, the feasible ones first, each kind from the best value to the worst."""
-    more = sign(study.objective)
-    return sorted(study.complete.items(), key=lambda item: (not item[1].feasible, -more * item[1].values[0]))
+    more, measured = sign(study.objective), {name: one for name, one in study.complete.items() if not one.duplicate_of}
+    return sorted(measured.items(), key=lambda item: (not item[1].feasible, -more * item[1].values[0]))
 
 
 def trade_off(config: Config) -> tuple[list[str], list[str]]:
@@ -331,7 +331,7 @@ def trade_off(config: Config) -> tuple[list[str], list[str]]:
 def bounds(study: Study) -> Section:
     seen = {result.bound for result in study.results.values() if result.bound}
     text = f"What limited it. {'; '.join(f'{kind}: {BOUNDS.get(kind, kind)}' for kind in sorted(seen))}."
-    draw = partial(figures.bounds, study.complete, study.objective.metrics[0])
+    draw = partial(figures.bounds, dict(by_value(study)), study.objective.metrics[0])
     return Section("Bottleneck of each trial", text, [draw])
 
 

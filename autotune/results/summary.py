@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from autotune.config.redact import redact
-from autotune.config.schema import Check, Config, Rules
+from autotune.config.schema import Check, Config, Kind, Rules
 from autotune.config.vllm_flags import FLAG
 from autotune.measure import objective, rules
 from autotune.measure.accuracy import CONSTRAINT, PASSED, UNKNOWN, impossible, is_numeric
+from autotune.measure.limits import heading, limits_of
 from autotune.measure.result import Result, State
 from autotune.results import fleet
-from autotune.results.study import BASELINE, ON_SHARED, RECIPE, REFERENCES, Study
+from autotune.results.study import BASELINE, ON_SHARED, RECIPE, REFERENCES, SPACE, Study
 from autotune.system.files import left_in, write_whole
 from autotune.text import aligned, count, rounded, shorten
 
@@ -36,20 +37,25 @@ SERVE = {BASELINE: "the defaults", RECIPE: "the recipe"}
 HEADINGS = {metric: heading for metric, heading, _ in COLUMNS}
 
 
-def outcome(result: Result, objectives: list[str]) -> str:
+def outcome(result: Result, config: Config) -> str:
     """One line on how a trial ended."""
     if not result.complete:
         return f"failed: {result.reason}"
-    values = ", ".join(f"{name} {rounded(value)}" for name, value in zip(objectives, result.values, strict=True))
-    over = broken(result)
+    named = zip(config.objective.metrics, result.values, strict=True)
+    values = ", ".join(f"{name} {rounded(value)}" for name, value in named)
+    over = broken(result, config)
     why = f"; infeasible: {', '.join(over)}" if over else ""
+    return f"{values}; {_judged(result)}{why}"
+
+
+def _judged(result: Result) -> str:
     verdict = result.verdict + (f" ({'; '.join(result.reasons)})" if result.reasons else "")
-    return f"{values}; {result.verdict_by}: {verdict}{why}"
+    return f"{result.verdict_by}: {verdict}"
 
 
 def single(result: Result, config: Config, folder: Path) -> str:
     """A trial that ran alone."""
-    lines = ["", *_table({config.model.name: result}, config), "", outcome(result, config.objective.metrics)]
+    lines = ["", *_table({config.model.name: result}, config), "", outcome(result, config)]
     lines += rules.told(config, result.deviations)
     if result.estimated:
         lines.append(ESTIMATES)
@@ -108,14 +114,16 @@ def render(study: Study) -> str:
     else:
         parts += _verdict(study, best)
         parts += _apart(edge(study.results[study.served or best], config))
+    parts += _apart(unloaded(study))
     parts += _accuracy(study) + _surprises(study) + _shared(study) + _nodes(study)
     parts += _apart(f"Sampler: {config.sampler}" if "(" in config.sampler else "")
     if (load := config.target_load) and study.complete:
         parts += _apart(*fleet.render(fleet.fleets(study.complete.items(), config, load), config, load))
-    parts += _apart(f"Verified: {words}" if (words := verified(study.folder)) else "")
+    parts += _apart(_verified(study))
     if config.rules is not Rules.none:
         parts += _apart(*rules.told(config, study.results[best].deviations if best else []))
-    parts += _apart(ESTIMATES if any(row.estimated for row in rows.values()) else "")
+    if any(result.estimated for result in study.results.values()):
+        parts += _apart(f"{ESTIMATES} With prior=sim instead the same command measures, the best guesses first.")
     parts += _apart(f"Everything measured: {study.folder}/")
     if config.tracking.enabled:
         uri = redact(config.tracking.uri)
@@ -149,7 +157,7 @@ def _references(study: Study) -> list[str]:
         if (result := study.results.get(name)) and not result.complete:
             parts.append(f"{name} failed: {result.reason}")
         elif result and not result.feasible:
-            parts.append(f"{name} is infeasible: {outcome(result, study.config.objective.metrics)}")
+            parts.append(f"{name} is infeasible: {', '.join(broken(result, study.config))}; {_judged(result)}")
     return parts
 
 
@@ -157,7 +165,7 @@ def _why_none(study: Study) -> list[str]:
     reasons = sorted({f"  {result.reason}" for result in study.swept.values() if result.state is State.failed})
     parts = ["", *(["Why trials failed:", *reasons] if reasons else [])]
     if any(result.complete for result in study.swept.values()):
-        parts += ["No trial is feasible: loosen the limits, lower the load or widen the space."]
+        parts += [f"No trial is feasible: {objective.way_out(study.config)}."]
     return parts
 
 
@@ -231,19 +239,28 @@ def _against(study: Study, best: str) -> list[str]:
         phrases.append("holds the limits")
         value = f"{study.objective.metrics[0]} {rounded(study.results[best].values[0])}"
         phrases += [
-            f"{value}, {rounded(one.values[0])} with {REFERENCES[name]}, which break them: {', '.join(broken(one))}"
-            for name, one in over.items()
+            f"{value}, {rounded(one.values[0])} with {REFERENCES[name]}, which break them" for name, one in over.items()
         ]
     return phrases
 
 
-def broken(result: Result) -> list[str]:
+def broken(result: Result, config: Config) -> list[str]:
     """The constraints that `result` breaks, and by how much."""
     over = {name: value for name, value in result.constraints.items() if value > 0}
     failed, accuracy = over.pop("failed_requests", 0), over.pop(CONSTRAINT, 0)
-    limits = [f"{name} over by {f'{value:.0%}' if value >= 0.005 else 'less than 1%'}" for name, value in over.items()]
+    limits_ms = {f"{one.name}_p99": one.seconds * 1e3 for one in limits_of(config.scenario) if not one.by_prompt}
+    limits = [_over(name, share, result, limits_ms.get(name, math.inf)) for name, share in over.items()]
     limits += [f"accuracy {result.accuracy or UNKNOWN}"] if accuracy else []
     return [*limits, f"{failed:.0f} requests failed"] if failed else limits
+
+
+def _over(name: str, share: float, result: Result, limit_ms: float) -> str:
+    """Words on a broken constraint: what was measured, or at most to be expected of it, beside its limit."""
+    known = {words: result.metrics.get(f"{name}{unit}", 0.0) for words, unit in (("", "_ms"), ("up to ", "_upper_ms"))}
+    for words, value_ms in known.items():
+        if value_ms > limit_ms:
+            return f"{heading(name.removesuffix('_p99'))} p99 {words}{rounded(value_ms)} ms (limit {limit_ms:g})"
+    return f"{name} over by {f'{share:.0%}' if share >= 0.005 else 'less than 1%'}"
 
 
 def change(study: Study, name: str, over: str = BASELINE) -> str:
@@ -263,9 +280,34 @@ def edge(served: Result | None, config: Config) -> str:
     )
 
 
+def unloaded(study: Study) -> str:
+    """A warning where vLLM's defaults serve all that is sent, so that no configuration can serve more."""
+    scenario, baseline = study.config.scenario, study.baseline
+    key, search = f"scenario.{scenario.load_field}", objective.LOADED.get(scenario.kind)
+    if not baseline or not baseline.feasible or baseline.bound != "arrival" or scenario.kind is Kind.ClosedLoop:
+        return ""
+    swept = {name for result in study.swept.values() for name in result.params} | left_in(study.folder / SPACE).keys()
+    if not search or objective.searches(study.objective) or objective.sign(study.objective) < 0 or key in swept:
+        return ""
+    load = objective.offered_load(study.objective, scenario)
+    return (
+        f"vLLM's defaults keep up with {load}, and nothing can serve more than is sent: raise {key}, or let "
+        f"each trial find the most that it can serve (objective={search})."
+    )
+
+
 def verified(folder: Path) -> str:
     """The verdict of `autotune verify` on the study in `folder`; empty without one."""
     return str(left_in(folder / VERDICT).get("line", ""))
+
+
+def _verified(study: Study) -> str:
+    """The verdict, or how to get one of what was measured and seems better."""
+    if words := verified(study.folder):
+        return f"Verified: {words}"
+    if not study.best or study.served != study.best or study.results[study.best].estimated:
+        return ""
+    return f"Next: autotune verify study={study.name} (each was measured once, and the best of many is partly luck)"
 
 
 def _surprises(study: Study) -> list[str]:

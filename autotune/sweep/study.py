@@ -333,7 +333,7 @@ class Sweep:
             return self._claimed(self.wanted.pop(0))
         found: PendingTrial | None = None
         refusals: list[str] = []  # in a row
-        looked_up = 0  # in a row
+        repeats: list[str] = []  # in a row
         while not found and not self.exhausted and self.count < self.n_trials and not self._spent():
             if sum(map(len, self.in_flight.values())) >= DUPLICATES_IN_A_ROW:  # wait for what they repeat
                 break
@@ -342,16 +342,18 @@ class Sweep:
             refusal, point = self.lookup.check(params)
             interrupt.check()
             if (earlier := None if refusal else self.lookup.names.get(point)) and self._repeat(pending, earlier):
-                looked_up += 1
-                self.exhausted = looked_up == DUPLICATES_IN_A_ROW and not self.record.is_grid
-                if self.exhausted:
-                    log.info("stopping: %d proposals in a row were already measured", looked_up)
+                repeats.append(f"{pending.name} repeats {earlier}{', which runs' if earlier in self.in_flight else ''}")
+                self.exhausted = len(repeats) == DUPLICATES_IN_A_ROW and not self.record.is_grid
             elif refusal := refusal or self.gate.refusal(params):
                 self._refuse(pending, refusal)
                 refusals.append(refusal)
                 self.exhausted = len(refusals) == REFUSALS_IN_A_ROW and not self.record.is_grid
             else:
                 found = pending
+        if len(repeats) >= DUPLICATES_IN_A_ROW and self.exhausted:
+            log.info("stopping: %d proposals in a row were already measured", len(repeats))
+        elif repeats:
+            log.info("%s%s", repeats[0], f"; {len(repeats) - 1} more repeat earlier trials" if repeats[1:] else "")
         if refusals:
             told = f"{count(len(refusals), 'combination')} can't be run: {mostly(refusals)}"
             if self.exhausted and not self.count:
@@ -385,7 +387,6 @@ class Sweep:
     def _repeat(self, pending: PendingTrial, earlier: str) -> bool:
         """Answer with what `earlier` measures, now or once it has; False if its result is gone."""
         if earlier in self.in_flight:
-            log.info("%s repeats %s, which runs: %s", pending.name, earlier, shorten(pending.params))
             self.in_flight[earlier].append(pending)
         elif result := result_in(self.folder / earlier):
             self._answer(pending, earlier, result)
@@ -396,7 +397,6 @@ class Sweep:
 
     def _answer(self, pending: PendingTrial, earlier: str, result: Result) -> None:
         """Finish a trial with the `result` of `earlier`: it takes no engine time and is none of the n_trials."""
-        log.info("%s repeats %s: %s", pending.name, earlier, shorten(pending.params))
         now = time.time()
         facts = {**result.facts, "duplicate_of": earlier}
         known = replace(result, phases={}, runs=[], duplicate_of=earlier, expected={}, facts=facts)
@@ -454,7 +454,7 @@ class Sweep:
             if trial.should_prune():
                 one.pruned = True
                 progress.stop(self.folder / one.pending.name)
-                log.info("%s: pruned at %s %.4g", one.pending.name, name, entry["values"][name])
+                log.info("%s: the pruner ends it at %s %.4g", one.pending.name, name, entry["values"][name])
 
     # Telling
 
@@ -477,9 +477,11 @@ class Sweep:
         self._judge()
         if result.state is State.pruned:
             log.info("%s: %s", pending.name, result.reason)
-        else:
+        elif not result.duplicate_of:
             estimated = " (estimated)" if result.estimated else ""
-            log.info("%s: %s%s", pending.name, summary.outcome(result, self.config.objective.metrics), estimated)
+            log.info("%s: %s%s", pending.name, summary.outcome(result, self.config), estimated)
+        if pending.name == BASELINE and (warning := summary.unloaded(self._so_far())):
+            log.warning("%s", warning)
         if pending.node:
             if not result.complete:
                 log.warning("%s: its canary failed: %s", pending.node, result.reason)
