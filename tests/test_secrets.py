@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,13 @@ def test_jobs_of_a_cluster_are_readable_for_their_user_alone(main: Main, tmp_pat
     assert {path.relative_to(tmp_path).parts[2] for path in map(Path, left(tmp_path))} <= {".submitit"}
     assert (tmp_path / "multirun/s/.submitit").stat().st_mode & 0o777 == 0o700
     assert all(Path(path).stat().st_mode & 0o777 == 0o600 for path in left(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["a" * 20_000, "\n" * 20_000, "[" * 20_000], ids=["one word", "blank", "nested"])
+def test_long_text_takes_no_time(text: str):
+    began = time.process_time()
+    assert redact.redact(text) == text
+    assert time.process_time() - began < 1  # minutes, if all before each character were looked at again
 
 
 def test_negative_numbers_of_a_list_are_no_flags():

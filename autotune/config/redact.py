@@ -27,7 +27,7 @@ KEY = re.compile(
     r"\b(?:hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}|AKIA\w{16}"
     r"|AIza[\w-]{30,}|nvapi-[\w-]{16,}|eyJ[\w-]+\.[\w-]+\.[\w-]+)|-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*"
 )
-URL = re.compile(r"""(\w[\w+.-]*://)([^\s:/@"'<>]*)(?::([^\s"'<>]*))?@""")
+URL = re.compile(r"""(\w[\w+.-]{0,30}://)([^\s:/@"'<>]*)(?::([^\s"'<>]*))?@""")
 PORT = re.compile(r"\d{1,5}(?=[/?#])")
 BEARER = re.compile(r"""(?i)(authorization["']?\s*[:=]\s*["']?(?:bearer|basic)\s+|\bbearer\s+)([^\s"',]{8,})""")
 VALUE = r"""\\+"(?:(?!\\+").)*\\+"|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^\s,;&"'{}\[\]()<>=\\][^\s,;&"'{}\[\]()<>]*"""
@@ -117,12 +117,10 @@ def _text(text: str) -> str:
         return KEY.sub(HIDDEN, _without_hidden(text))
     if text.lstrip()[:1] in ("{", "["):
         try:
-            body = json.loads(text)
-        except ValueError:
-            body = None
-        if isinstance(body, (dict, list)):
-            hidden = redact(body)
+            hidden = redact(body := json.loads(text))
             return text if hidden == body else json.dumps(hidden)
+        except (ValueError, RecursionError):  # no JSON, or nested too deep
+            pass
     key, equals, value = text.partition("=")
     if equals and value and re.fullmatch(r"[+~]*[\w./@:-]+", key) and is_secret(key.lstrip("+~")):  # an override
         return f"{key}={value if value.lower() in NOTHING else _hide(value)}"
@@ -152,7 +150,7 @@ def _of_names(names: frozenset[str]) -> tuple[re.Pattern[str], ...]:
     return (
         re.compile(rf"""(["'])((?:[\w-]+\.)*{name})=((?:\\.|(?!\1).)+)\1"""),
         re.compile(rf"""({name}(?:\\*["']?\s?=\s?|\\*["']\s*:\s*|:(?=[\w"'\\])))({VALUE})"""),
-        re.compile(rf"(?m)((?:^\s*|[{{,]\s*){name}:\s+)({VALUE})"),
+        re.compile(rf"(?m)((?:^[^\S\n]*|[{{,]\s*){name}:\s+)({VALUE})"),
         re.compile(rf"(--?{name}\s+(?!-))({VALUE})"),
     )
 
