@@ -229,6 +229,14 @@ def test_every_space_and_objective_has_a_report(
     assert "could not be drawn" not in text(page) and 'class="plot"' in page
 
 
+def test_study_whose_files_were_edited_by_hand_has_a_report(tmp_path: Path):
+    one = study(tmp_path, [result(value, verdict="\ud800") for value in values(8)], result(1000))
+    written = json.loads((tmp_path / SPACE_FILE).read_text())
+    written["engine.args.max_num_batched_tokens"]["attributes"]["choices"] += [[1], {"a": [1]}]
+    (tmp_path / SPACE_FILE).write_text(json.dumps(written))
+    assert "could not be drawn" not in text(report.write(one).read_text())
+
+
 def test_best_that_loadgen_calls_invalid_is_said_to_be(tmp_path: Path):
     best = result(900, verdict="INVALID", reasons=["shorter than min_duration"])
     assert "LoadGen says INVALID: shorter than min_duration." in text(report.page(study(tmp_path, [best])))

@@ -10,7 +10,7 @@ from autotune.results.study import results_in
 
 
 def test_result_loads_as_it_was_saved(tmp_path: Path):
-    result = Result(state="complete", values=[1.5], constraints={"ttft_p99": -0.5}, params={"a": None, "b": [1, "x"]})
+    result = Result(state="complete", values=[1.5], constraints={"ttft_p99": -0.5}, params={"a": None, "b": "[1]"})
     result.save(tmp_path)
     assert Result.load(tmp_path) == result
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
@@ -52,6 +52,9 @@ BROKEN += [
     '{"state": "complete", "values": [NaN]}',
     '{"metrics": {"a": "b"}}',
     '{"phases": {"run": 1%s}}' % ("0" * 400),  # no float holds it
+    '{"constraints": {"a": NaN}}',
+    '{"params": {"a": [1]}}',
+    '{"ended_at": 1e308}',
     '{"state": []}',
     "null",
 ]

@@ -49,6 +49,18 @@ def test_study_does_not_go_on_with_what_can_not_be_compared(begun: Path, changed
     assert len(asked(begun)) == 1
 
 
+def test_study_goes_on_with_what_it_began_with_however_that_is_written(tmp_path: Path):
+    (tmp_path / "x.jsonl").write_text('{"input": "a b", "output": "c"}\n')
+    (tmp_path / "link.jsonl").symlink_to("x.jsonl")
+    words = [*SWEEP, "dataset=file", "baseline=false"]
+    study(tmp_path, *words, "dataset.path=x.jsonl", "engine.args.max-model-len=4096", "n_trials=1")
+    for number, path in enumerate(["./x.jsonl", f"{tmp_path}/x.jsonl", "link.jsonl"], 2):
+        study(tmp_path, *words, f"dataset.path={path}", "engine.args.max_model_len=4K", f"n_trials={number}")
+    (tmp_path / "y.jsonl").write_text((tmp_path / "x.jsonl").read_text())
+    with pytest.raises(InputError, match=r"was measured with dataset.path=x.jsonl \(now y.jsonl\)"):
+        study(tmp_path, *words, "dataset.path=y.jsonl", "engine.args.max_model_len=4096", "n_trials=5")
+
+
 SIZES = "engine.args.block_size=choice(16,32)"
 
 

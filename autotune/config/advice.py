@@ -26,13 +26,15 @@ def told(error: BaseException, prefix: str = "") -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         return _no_option(error)
     if found := re.search(r"Could not override '(.+)'\.\s*No match in the defaults list", str(error)):
-        return f"{found[1]}: nothing that is chosen has options of that name; see --help"
+        return f"{found[1]}: {_unchosen(*found[1].split('@'))}"
     why = error.__cause__ if isinstance(error, HydraException) else error
     if not isinstance(why, OmegaConfBaseException) or not why.full_key:
         return one_line(error)
     if isinstance(why, InterpolationResolutionError):
         return one_line(error) if str(why).startswith(InputError.__name__) else f"{why.full_key}: {one_line(error)}"
     key = f"{prefix}{why.full_key}"
+    if group := _group(key):
+        return f"{key}: {group}"
     if isinstance(why, (ConfigKeyError, ConfigAttributeError)) and isinstance(why.parent_node, DictConfig):
         return f"{key}: there is no such field; {_field(key, why.parent_node)}"
     if "does not support deletion" in str(why):
@@ -43,9 +45,34 @@ def told(error: BaseException, prefix: str = "") -> str:
     return one_line(error)
 
 
+def _group(key: str) -> str:
+    """Advice for a `key` that means a group: by its last part, with dots, or below another key; else empty."""
+    path, known = f"/{key.replace('.', '/')}", known_keys().get(key)
+    groups = (f"/{folder.relative_to(CONF).as_posix()}" for folder in CONF.rglob("*") if folder.is_dir())
+    found = next((group for group in groups if group.endswith(path) or path.endswith(group)), "")
+    if not found or (known and (path != found or known not in (str, schema.Device))):
+        return ""
+    package = f"@{key}" if found.count("/") > 1 and len(path) > len(found) else ""
+    return f"a group; write {found[1:]}{package}=<one of {', '.join(_options(found[1:]))}>"
+
+
+def _options(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def _unchosen(group: str, package: str = "") -> str:
+    """Advice for an option of `group`, at `package`, that nothing takes in which is chosen: what would."""
+    parent, *below = package.split(".") if "." in package else group.split("/")
+    files = {option: str(OmegaConf.load(CONF / parent / f"{option}.yaml")) for option in _options(parent)}
+    taking = [f"{parent}={option}" for option, body in files.items() if below and f"{below[0]}': '" in body]
+    if not taking:
+        return "nothing that is chosen has options of that name; see --help"
+    return f"write {' or '.join(taking)}, too"
+
+
 def _no_option(error: MissingConfigException) -> str:
     group, _, name = str(error.missing_cfg_file).rpartition("/")
-    options = sorted(error.options or [file.stem for file in (CONF / group).glob("*.yaml")])
+    options = sorted(error.options or _options(group))
     where = str(error).partition(":")[0].removeprefix("In ").strip("'")
     file = "" if where == "config" or not where else f"{where}.yaml: "
     close = get_close_matches(name, options, 1)
@@ -55,6 +82,9 @@ def _no_option(error: MissingConfigException) -> str:
 
 def _field(key: str, node: DictConfig) -> str:
     """Advice for `key`, which `node` lacks: a field that it resembles, one of that name elsewhere, or all fields."""
+    if "/" in key:
+        dotted = key.replace("/", ".")
+        return f"did you mean {dotted}?" if dotted in known_keys() else "only a group has a slash; see --help"
     name = key.rpartition(".")[2]
     own = [str(field) for field in node if field not in ("_target_", "hydra")]
     group = key.partition(".")[0]

@@ -1,13 +1,12 @@
 """result.json: what a trial leaves for the study, for MLflow and for the report."""
 
 import json
-import math
 import shlex
-import sys
 from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from autotune.config.redact import redact
@@ -18,6 +17,7 @@ from autotune.text import first_line
 FILE = "result.json"
 # Version 0.1 wrote `failed` for an interrupted trial, with one of these exceptions as its reason.
 STOPPED = ("StoppedError", "KeyboardInterrupt", "SystemExit")
+MOST = 1e15  # of a number: more than any rate, and a time that a calendar has
 
 
 class State(StrEnum):
@@ -64,7 +64,8 @@ class Result:
     start: dict[str, float] = field(default_factory=dict)  # seconds of the start by part: import, weights, compile, …
     args: dict[str, Any] = field(default_factory=dict)  # vLLM's flags, as configured
     command: list[str] = field(default_factory=list)  # `vllm serve …`
-    params: dict[str, Any] = field(default_factory=dict)  # values that the sampler chose; empty for the baseline
+    # Values that the sampler chose; empty for the baseline. Objects and lists are text.
+    params: dict[str, bool | int | float | str | None] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)  # baseline only: vLLM's values of the parameters swept
     overrides: list[str] = field(default_factory=list)  # key=value, from the command line and the sampler
     config: dict[str, str] = field(default_factory=dict)  # names of model, dataset, scenario and objective
@@ -143,7 +144,7 @@ class Result:
             if not _fits(body[name], known[name]):
                 raise ValueError(f"`{name}` is {str(body[name])[:40]}")
         result = cls(**{name: value for name, value in body.items() if name in known})
-        if result.complete and not (result.values and all(map(math.isfinite, result.values))):
+        if result.complete and not result.values:
             raise ValueError("it is complete without a value")
         of_0_1 = "expected" not in body
         if of_0_1 and result.state is State.failed and result.reason.startswith(STOPPED):
@@ -168,7 +169,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
     if is_dataclass(outer):
         return isinstance(value, dict) and all(_fits(value[name], _kinds(kind)[name]) for name in value)
+    if outer is UnionType:
+        return any(_fits(value, one) for one in inner)
     if outer is float:
-        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-        return whole or isinstance(value, float)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MOST
     return outer is Any or isinstance(value, str if outer is State else outer)

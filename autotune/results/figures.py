@@ -25,7 +25,7 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autotune.config.schema import ScenarioConfig
-from autotune.config.vllm_flags import FLAG
+from autotune.config.vllm_flags import FLAG, packed
 from autotune.measure.bottleneck import LOST
 from autotune.measure.limits import limits_of
 from autotune.measure.objective import HIGHEST
@@ -45,6 +45,7 @@ finally:
         del sys.modules["matplotlib"]
 
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+warnings.filterwarnings("ignore", message="Choices for a categorical distribution")  # of a file that was edited
 
 LEFT = "left early"  # the constraint of a trial that does not hold the best load of its study
 BURST = "burst"  # the role of a run that offers no rate: all requests come at once
@@ -141,7 +142,7 @@ def _widened(distribution: BaseDistribution | None, values: Sequence[Any]) -> Ba
     numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
     if len(numbers) < len(values) or isinstance(distribution, CategoricalDistribution):
         choices = distribution.choices if isinstance(distribution, CategoricalDistribution) else ()
-        return CategoricalDistribution(list(dict.fromkeys([*choices, *values])))
+        return CategoricalDistribution(list(dict.fromkeys(map(packed, [*choices, *values]))))
     if isinstance(distribution, (IntDistribution, FloatDistribution)):
         numbers += [distribution.low, distribution.high]
     low, high, log = min(numbers), max(numbers), bool(getattr(distribution, "log", False))

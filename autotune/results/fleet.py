@@ -36,8 +36,9 @@ def holds(result: Result, config: Config) -> float:
         return searched
     scenario = config.scenario
     if scenario.kind in (Kind.ClosedLoop, Kind.Trace):
-        return float(result.params.get(f"scenario.{scenario.load_field}", scenario.load))
-    return result.metrics.get("sessions_per_s", result.metrics["samples_per_s"])
+        swept = result.params.get(f"scenario.{scenario.load_field}")
+        return float(swept) if isinstance(swept, (int, float)) else scenario.load
+    return result.metrics.get("sessions_per_s", result.metrics.get("samples_per_s", 0.0))
 
 
 def cost(result: Result, per_gpu_hour: float) -> float | None:

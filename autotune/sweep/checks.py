@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from autotune.config.overrides import leaves, typed_target, with_fields
 from autotune.config.redact import redact
 from autotune.config.schema import RECIPE, Config, Rules
-from autotune.config.vllm_flags import FLAG, gpus, written_in
+from autotune.config.vllm_flags import FLAG, as_text, gpus, numbered, written_in
 from autotune.errors import InputError
 from autotune.measure import rules
 from autotune.measure.backend import DryRunOutcome
@@ -23,6 +24,7 @@ from autotune.results.study import BASELINE, REFERENCES, TRIAL, config_in, first
 from autotune.search.distributions import ends
 from autotune.search.space import Space, swept_flags, value_of
 from autotune.sweep.lookup import Lookup
+from autotune.system.files import expanded
 from autotune.system.leases import devices
 from autotune.text import mostly, shorten
 
@@ -143,7 +145,7 @@ def check_configuration(
     changed = [
         f"{key}={then.get(key, 'unset')} (now {now.get(key, 'unset')})"
         for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
+        if not _same(then.get(key), now.get(key))
     ]
     if changed := [*changed, *other_facts(measured, facts)]:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -151,6 +153,15 @@ def check_configuration(
             f"study={folder.name} was measured with {', '.join(changed[:3])}{more}; "
             f"results of both can't be compared: write another study=…, or what it was started with"
         )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Tell whether two values of a field are equal (4K is 4096), or name the same file or folder."""
+    if one == other or as_text(numbered(one)) == as_text(numbered(other)):
+        return True
+    with suppress(OSError, ValueError):  # there is none, or the text can't be a path
+        return expanded(str(one)).samefile(expanded(str(other)))
+    return False
 
 
 def other_facts(measured: Mapping[str, str], facts: Mapping[str, str]) -> list[str]:
@@ -193,4 +204,5 @@ def _fields(config: Config, left_out: Collection[str], backend: str) -> dict[str
         typed = replace(config, backend=asdict(typed_target(config.backend, "backend")[1]))
     body = redact(OmegaConf.to_container(OmegaConf.structured(typed), enum_to_str=True))
     without = tuple(f"{key}." for key in (*FREE, *left_out))
-    return {key: one for key, one in leaves(body) if one not in (None, []) and not f"{key}.".startswith(without)}
+    found = {key.replace("-", "_"): one for key, one in leaves(body)}  # vLLM's flags have either
+    return {key: one for key, one in found.items() if one not in (None, []) and not f"{key}.".startswith(without)}

@@ -81,7 +81,7 @@ def unless_refused(folder: Path) -> Iterator[None]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write `text` to `path` by way of `draft_of`, and wait for the disk; its folder is made if missing."""
-    with draft_of(path) as draft, draft.open("w") as file:
+    with draft_of(path) as draft, draft.open("w", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())  # else a crash can leave an empty file under the new name
