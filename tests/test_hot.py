@@ -14,7 +14,7 @@ import pytest
 from autotune.config.command_line import compose
 from autotune.config.schema import Hot, LiveConfig
 from autotune.data.models import Model
-from autotune.errors import StartError, StoppedError
+from autotune.errors import MeasureError, StartError, StoppedError
 from autotune.live import hot, recording
 from autotune.live.server import Server
 from autotune.measure.prepare import prepare
@@ -61,7 +61,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Requests/s of the next runs of the reference; 1 if there are none."""
+    """Requests/s of the next runs of the reference; 1 if there are none, and below 0 for one that fails."""
     monkeypatch.setattr(hot.Shared, "memory", lambda _: 2**30)
     return []
 
@@ -71,11 +71,15 @@ def trial(tmp_path: Path, rates: list[float]) -> Callable[..., str]:
     """A trial with flags, in a slot: what it is told of its server."""
     count = iter(range(100))
 
+    def rate(_: Server) -> float:
+        if (found := rates.pop(0) if rates else 1.0) < 0:
+            raise MeasureError("vLLM ended while it was measured")
+        return found
+
     def run(slot: Slot, vllm: Vllm, error: Exception | None = None, mode: Hot = Hot.auto, **args: Any) -> str:
         folder = tmp_path / f"trial-{next(count)}"
         folder.mkdir()
         config = LiveConfig(_target_="", hot=mode, bounds={"max_num_seqs": 64})
-        rate = lambda _: rates.pop(0) if rates else 1.0  # noqa: E731
         model: Any = Model("m", None, tmp_path)
         with hot.Sharing(config, cast(Any, vllm), model, folder, slot, rate).serving(args) as server:
             server.log.open("a").write(f"requests of {folder.name}\n")
@@ -160,6 +164,16 @@ def test_server_that_drifts_is_replaced_and_the_trials_since_its_last_check_are_
     marked = [number for number, one in enumerate(facts) if one.endswith("afterwards it serves -20% requests/s")]
     assert marked == list(range(hot.CHECKED_EVERY, replaced))
     assert f"its last {len(marked)} trials are marked" in caplog.text
+
+
+@pytest.mark.parametrize(("after", "last"), [(0, "fresh"), (hot.CHECKED_EVERY, "shared: started by trial-10, ")])
+def test_reference_that_fails_costs_the_server_and_no_trial(
+    trial: Callable[..., str], started: list[Any], rates: list[float], after: int, last: str
+):
+    slot = Slot(shares=True)
+    rates += [*([1.0, 1.0] if after else []), -1.0]
+    told = [trial(slot, Vllm(), max_num_seqs=8) for _ in range(after + 1)]
+    assert told[-1].startswith(last) and slot.shares == bool(after)
 
 
 def test_server_whose_memory_grows_is_replaced(

@@ -156,18 +156,18 @@ class Sharing:
             return None
         try:
             server = self.slot.keep(self._serve(flags, "server.log", changeable=True))
-        except StartError as error:
+            self.slot.server = shared = Shared(server, flags, self.folder.name)
+            began = time.monotonic()
+            if not self._try(shared, args):
+                self.slot.shares = False  # not even the server that was started for this trial can serve it
+                return None
+            changed_s = time.monotonic() - began
+            self.rate(shared.served)  # the first run on a server is slower
+            shared.reference = dict(args), self.rate(shared.served), shared.memory()
+        except (StartError, MeasureError) as error:
             self.slot.shares = False
             log.warning("trials share no server: with the most of what is swept, %s", error)
             return None
-        self.slot.server = shared = Shared(server, flags, self.folder.name)
-        began = time.monotonic()
-        if not self._try(shared, args):
-            self.slot.shares = False  # not even the server that was started for this trial can serve it
-            return None
-        changed_s = time.monotonic() - began
-        self.rate(shared.served)  # the first run on a server is slower
-        shared.reference = dict(args), self.rate(shared.served), shared.memory()
         shared.start = {**server.start, "change": changed_s, "reference": time.monotonic() - began - changed_s}
         return shared
 
@@ -178,7 +178,11 @@ class Sharing:
         flags, rate, memory = shared.reference
         if not self._try(shared, flags):
             return False
-        drift, growth = self._drift(shared, rate), shared.memory() / memory
+        try:
+            drift, growth = self._drift(shared, rate), shared.memory() / memory
+        except MeasureError as error:  # no fault of this trial
+            log.warning("another server, as the shared one fails: %s", error)
+            return False
         if abs(drift) <= DRIFT and growth <= GROWTH:
             shared.checked = shared.changes
             shared.since.clear()
