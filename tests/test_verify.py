@@ -14,13 +14,15 @@ import pytest
 from scipy import stats
 
 from autotune.commands import verify
-from autotune.commands.verify import Repeat, Verdict, Verify
+from autotune.commands.verify import Repeat, Verify
 from autotune.config.schema import Config, InlineConfig, ObjectiveConfig
 from autotune.errors import InputError
 from autotune.measure.backend import Measurement
 from autotune.measure.paired import paired_difference
 from autotune.measure.result import Result
+from autotune.results import verdict
 from autotune.results.study import Study, load
+from autotune.results.verdict import Verdict
 from autotune.sim.backend import SimEngine
 from autotune.sweep.launchers import Inline, Job
 from autotune.sweep.worker import TrialSpec
@@ -104,15 +106,14 @@ def judged(rows: dict[str, list[float]], held: dict[str, int] | None = None, dir
     objective = ObjectiveConfig("o", ["x"], [direction])
     once = {name: Result("complete", values=values[:1], params={SEQS: 1}) for name, values in rows.items()}
     study = Study(Path("s"), Config(objective=objective), once)
-    n = len(rows["baseline"])
     results = {
-        (name, block + 1): Result(
-            "complete", values=[value], constraints={"ttft_p99": -1.0 if block < (held or {}).get(name, n) else 1.0}
-        )
+        name: [
+            Result("complete", values=[value], constraints={"ttft_p99": -1.0 if holds else 1.0})
+            for value, holds in zip(values, [True] * (held or {}).get(name, 5) + [False] * 5, strict=False)
+        ]
         for name, values in rows.items()
-        for block, value in enumerate(values)
     }
-    return verify.judge(study, Verify("s", n=n), results)
+    return verdict.judge(study, results, 0, 0.95)
 
 
 BASE = [100.0, 101.0, 99.0, 100.0, 102.0]
@@ -142,7 +143,7 @@ def test_no_better_than_the_defaults_is_said_plainly():
 def test_better_values_do_not_count_where_a_limit_broke_once():
     found = judged({"baseline": BASE, "trial-1": better(5)}, held={"trial-1": 4})
     assert found.winner is None and "trial-1 did not hold the limits in every repeat" in found.line
-    assert "4 of 5" in verify.render(found)
+    assert "4 of 5" in verdict.render(found)
 
 
 def test_limits_that_the_defaults_never_hold_make_a_winner_of_what_does():
@@ -269,6 +270,14 @@ def test_block_stays_on_its_gpus_and_others_run_beside_it(simulated: Path):
     }
     assert by_block == {1: {(1,)}, 2: {(0,)}, 3: {(1,)}, 4: {(0,)}, 5: {(1,)}}
     assert [one.block for one in found[:4]] == [1, 2, 1, 2]
+
+
+def test_each_repeat_has_a_server_of_its_own(simulated: Path):
+    study = load(str(simulated / "multirun/s"))
+    configs = verify.configurations(study, Verify("s", k=1), [])
+    for config in configs.values():
+        config.backend["hot"] = "same"
+    assert all(one.trial.config.backend["hot"] == "never" for one in verify.plan(study, Verify("s"), configs, []))
 
 
 def test_launcher_is_given_all_gpus_of_the_command(simulated: Path, monkeypatch: pytest.MonkeyPatch):

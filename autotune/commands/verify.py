@@ -31,21 +31,21 @@ from autotune.config.bounds import within
 from autotune.config.command_line import errors_in_one_line, options, own_and_overrides
 from autotune.config.overrides import check, check_trusted, leaves, with_fields
 from autotune.config.redact import HIDDEN
-from autotune.config.schema import Config
-from autotune.errors import InputError, MeasureError
+from autotune.config.schema import Config, Hot
+from autotune.errors import InputError
 from autotune.measure import objective, trial
 from autotune.measure.accuracy import CONSTRAINT
-from autotune.measure.paired import Difference, paired_difference
 from autotune.measure.prepare import gpu_count, prepare, prepare_samples
 from autotune.measure.result import Result
 from autotune.results import beside, summary, tracking
 from autotune.results.study import BASELINE, Study, load
+from autotune.results.verdict import Verdict, judge, render
 from autotune.sweep import storage
 from autotune.sweep.launchers import Job, Launcher, begin, make_launcher
 from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
 from autotune.system.leases import devices
-from autotune.text import aligned, count, rounded, shorten
+from autotune.text import count
 
 log = logging.getLogger(__name__)
 
@@ -79,32 +79,6 @@ class Repeat:
         if not (result and result.complete):
             return False
         return (folder / "config.yaml").read_text() == trial.as_yaml(self.trial.config)
-
-
-@dataclass(frozen=True)
-class Row:
-    """The repeats of one configuration."""
-
-    name: str
-    params: dict[str, Any]
-    values: list[float | None]  # by block; null where it failed
-    held: int  # repeats that completed within every limit
-    failures: list[str]  # why the others did not complete
-    mean: float | None = None
-    difference: Difference | None = None  # to the baseline; null for that itself, and for fewer than two shared blocks
-
-
-@dataclass(frozen=True)
-class Verdict:
-    study: str
-    metric: str
-    direction: str
-    n: int
-    confidence: float
-    estimated: bool
-    winner: str | None  # better than the defaults
-    line: str  # for a report
-    rows: list[Row]  # the baseline first
 
 
 def configurations(study: Study, settings: Verify, overrides: Sequence[str]) -> dict[str, Config]:
@@ -169,6 +143,8 @@ def plan(study: Study, settings: Verify, configs: Mapping[str, Config], override
             changes["scenario.search.start_qps"] = highest
         changed = [f"{key}={value}" for key, value in changes.items()]
         placement = {"gpus": groups[block % len(groups)], "launcher": common.launcher}
+        if configs[name].backend.get("hot") == Hot.same.value:  # each repeat has a server of its own
+            placement["backend.hot"] = Hot.never.value
         spec = TrialSpec(
             with_fields(configs[name], changes | placement),
             [*study.results[name].overrides, *overrides, *changed],
@@ -245,110 +221,6 @@ def complete_blocks(repeats: Sequence[Repeat]) -> int:
     return min(missing) - 1 if missing else max(repeat.block for repeat in repeats)
 
 
-def judge(study: Study, settings: Verify, results: Mapping[tuple[str, int], Result]) -> Verdict:
-    """The verdict on repeats, from their `results` by name and block; the study's own values take no part.
-
-    Raises MeasureError if the baseline completed in fewer than two blocks.
-    """
-    metric = metric_index(study, settings)
-    baseline, *trials = [
-        _row(study, name, metric, [results[name, block] for block in range(1, settings.n + 1)])
-        for name in [BASELINE, *dict.fromkeys(name for name, _ in results if name != BASELINE)]
-    ]
-    if sum(value is not None for value in baseline.values) < 2:
-        failures = "; ".join(baseline.failures)
-        raise MeasureError(f"the baseline completed fewer than two of {settings.n} repeats: {failures}")
-    rows = [replace(row, difference=_difference(row, baseline, settings, len(trials))) for row in trials]
-    winner = _winner(rows, baseline, objective.sign(study.objective, metric))
-    return Verdict(
-        study=study.name,
-        metric=study.objective.metrics[metric],
-        direction=study.objective.directions[metric],
-        n=settings.n,
-        confidence=settings.confidence,
-        estimated=any(result.estimated for result in results.values()),
-        winner=winner.name if winner else None,
-        line=_line(study, settings, baseline, rows, winner),
-        rows=[baseline, *rows],
-    )
-
-
-def _row(study: Study, name: str, metric: int, results: Sequence[Result]) -> Row:
-    values = [result.values[metric] if result.complete else None for result in results]
-    measured = [value for value in values if value is not None]
-    return Row(
-        name=name,
-        params=study.results[name].params,
-        values=values,
-        held=sum(result.feasible for result in results),
-        failures=sorted({result.reason for result in results if not result.complete}),
-        mean=sum(measured) / len(measured) if measured else None,
-    )
-
-
-def _difference(row: Row, baseline: Row, settings: Verify, comparisons: int) -> Difference | None:
-    pairs = [pair for pair in zip(row.values, baseline.values, strict=True) if None not in pair]
-    if len(pairs) < 2:
-        return None
-    values, baselines = zip(*pairs, strict=True)
-    return paired_difference(values, baselines, settings.confidence, comparisons)
-
-
-def _winner(rows: Sequence[Row], baseline: Row, sign: int) -> Row | None:
-    """The best of those that held the limits in every repeat and are better than the defaults (or these never held)."""
-
-    def is_better(row: Row) -> bool:
-        if row.difference is None or row.held < len(row.values):
-            return False
-        return baseline.held == 0 or min(sign * row.difference.low, sign * row.difference.high) > 0
-
-    return max(filter(is_better, rows), key=lambda row: sign * (row.mean or 0.0), default=None)
-
-
-def _line(study: Study, settings: Verify, baseline: Row, rows: Sequence[Row], winner: Row | None) -> str:
-    """The verdict in one line."""
-    together = f" for all {len(rows)} together" if len(rows) > 1 else ""
-    confidence = f"with {settings.confidence:.0%} confidence{together}"
-    if not winner:
-        over = [row.name for row in rows if row.held < settings.n]
-        why = f" ({', '.join(over)} did not hold the limits in every repeat)" if over else ""
-        return f"No configuration beat the defaults in {settings.n} repeats, {confidence}{why}."
-    if baseline.held == 0:
-        repeats = f"each of {settings.n} repeats, the defaults in none"
-        return f"Better than the defaults: {winner.name} held the limits in {repeats}."
-    metric = metric_index(study, settings)
-    value, default = (study.results[name].values[metric] for name in (winner.name, BASELINE))
-    in_study = f"; the study itself had shown {value / default - 1:+z.1%}" if default else ""
-    gain = change(winner.difference, baseline.mean)
-    return f"Better than the defaults: {winner.name}, {gain} in {settings.n} repeats, {confidence}{in_study}."
-
-
-def change(difference: Difference | None, baseline: float | None) -> str:
-    """`+7.8% [+5.1%, +10.6%]` of the baseline's mean; in the metric's unit if that is 0."""
-    if difference is None:
-        return ""
-    parts = (difference.mean, difference.low, difference.high)
-    mean, low, high = (f"{part / baseline:+z.1%}" if baseline else f"{part:+.4g}" for part in parts)
-    return f"{mean} [{low}, {high}]"
-
-
-def render(verdict: Verdict) -> str:
-    """The verdict as text."""
-    baseline = verdict.rows[0]
-    table = [("", verdict.metric, "against the baseline", "real", "limits held")]
-    for row in verdict.rows:
-        real = f"{min(0.999, 1 - row.difference.p):.1%}" if row.difference else ""
-        mean = rounded(row.mean) if row.mean is not None else "failed"
-        table.append((row.name, mean, change(row.difference, baseline.mean), real, f"{row.held} of {verdict.n}"))
-    lines = aligned(table)
-    lines += ["", *(f"  {row.name}: {shorten(row.params)}" for row in verdict.rows[1:])]
-    lines += [f"  {row.name} failed: {why}" for row in verdict.rows for why in row.failures]
-    lines += ["", verdict.line]
-    if verdict.estimated:
-        lines.append(summary.ESTIMATES)
-    return "\n".join(lines) + "\n"
-
-
 def verify(study: Study, settings: Verify, overrides: Sequence[str]) -> Verdict:
     """Run the repeats that are missing, judge all, and leave verify.json and verify.txt in the study's folder."""
     configs = configurations(study, settings, overrides)
@@ -376,10 +248,10 @@ def verify(study: Study, settings: Verify, overrides: Sequence[str]) -> Verdict:
             if (blocks := complete_blocks(repeats)) >= 2:
                 log.info("%d blocks are complete: n=%d judges them without another run", blocks, blocks)
             raise
-    results = {  # one may have ended when nobody was there to record it
-        (one.name, one.block): as_gated(Result.load(one.trial.folder), study.results[one.name]) for one in repeats
-    }
-    verdict = judge(study, settings, results)
+    results: dict[str, list[Result]] = {name: [] for name in configs}
+    for repeat in sorted(repeats, key=lambda one: one.block):  # it may have ended when nobody was there to record it
+        results[repeat.name].append(as_gated(Result.load(repeat.trial.folder), study.results[repeat.name]))
+    verdict = judge(study, results, metric_index(study, settings), settings.confidence)
     (study.folder / summary.VERDICT).write_text(json.dumps(asdict(verdict), indent=1))
     (study.folder / TABLE).write_text(render(verdict))
     return verdict
