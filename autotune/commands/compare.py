@@ -16,7 +16,6 @@ from enum import Enum
 from typing import Any
 
 from autotune.config.command_line import errors_in_one_line, options, write_out
-from autotune.config.schema import Config
 from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
 from autotune.measure.limits import limits_of
@@ -48,6 +47,7 @@ class Column:
     model: str
     dataset: str
     scenario: str
+    limits: str
     device: str
     vllm: str
     sampler: str
@@ -76,7 +76,8 @@ def column_of(study: Study) -> Column:
         objective=", ".join(f"{direction} {metric}" for metric, direction in pairs),
         model=config.model.name,
         dataset=config.dataset.name,
-        scenario=_scenario(config),
+        scenario=", ".join(filter(None, [config.scenario.name, offered_load(config.objective, config.scenario)])),
+        limits=", ".join(map(str, limits_of(config.scenario))),
         device=f"{facts['simulated']}, simulated" if "simulated" in facts else facts.get("gpu", facts.get("cpu", "")),
         vllm=facts.get("vllm", ""),
         sampler=config.sampler,
@@ -93,12 +94,6 @@ def column_of(study: Study) -> Column:
     )
 
 
-def _scenario(config: Config) -> str:
-    scenario = config.scenario
-    held = map(str, limits_of(scenario))
-    return ", ".join(filter(None, [scenario.name, offered_load(config.objective, scenario), *held]))
-
-
 def render(columns: Sequence[Column]) -> str:
     """A table with a column for each study; ≠ marks a row where they differ."""
     lines = [["", "", *(column.study for column in columns)]]
@@ -110,7 +105,7 @@ def render(columns: Sequence[Column]) -> str:
         if "recipe" not in name or any(value is not None for value in values):
             lines.append(["", name, *(ABSENT if value is None else show(value) for value in values)])
 
-    for name in ("objective", "model", "dataset", "scenario", "device", "vllm", "sampler"):
+    for name in ("objective", "model", "dataset", "scenario", "limits", "device", "vllm", "sampler"):
         row(name, [getattr(column, name) or ABSENT for column in columns])
     lines += [[], ["", "trials", *(f"{column.trials}, {column.failed} failed" for column in columns)]]
     for name in ("baseline", "recipe", "best"):

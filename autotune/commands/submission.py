@@ -13,7 +13,7 @@ division    closed, or open
 checker     a checkout of github.com/mlcommons/inference, whose submission checker is to look at the tree, too
 
 For each scenario LoadGen runs for performance, for accuracy and for the compliance tests, by MLPerf's rules. Any other
-key=value changes each run: dataset.path=cnn_eval.json, launcher.n_jobs=1. Runs that are complete are kept, and so is
+key=value changes each run: dataset.path=cnn_eval.json. Runs that are complete are kept, and so is
 what a person has written into the tree: the same command goes on.
 
 Exit code: 0 nothing is missing, 2 something is, 1 an error. Nothing here is verified by MLCommons.

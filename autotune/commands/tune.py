@@ -73,9 +73,10 @@ def progress_told(folder: Path) -> AbstractContextManager[None]:
                 rates = entry.get("values", {})
                 if entry.get("phase", "start") != "start":  # the server's log is named then
                     log.info(entry["phase"])
-                elif "completed" in rates and entry["time"] >= next_s:
+                elif rates.get("completed") and entry["time"] >= next_s:
                     next_s = entry["time"] + TOLD_EVERY_S
-                    served = f"{rates['completed']:.0f} requests served, {rates['over_limit']:.0f} of them over a limit"
+                    over = f", {rates['over_limit']:.0f} of them over a limit" if rates["over_limit"] else ""
+                    served = f"{rates['completed']:.0f} requests served{over}"
                     speed = f"{rounded(rates['samples_per_s'])} requests/s, {rounded(rates['tokens_per_s'])} tokens/s"
                     log.info("  %s; %s", served, speed)
 

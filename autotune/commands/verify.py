@@ -10,7 +10,7 @@ metric      one of the objective's; without it the first
 confidence  of all k intervals together, 0.95
 seed        of the order in which the repeats run
 
-Any other key=value changes the configuration of every repeat: launcher.n_jobs=1, backend.env.HF_TOKEN=…
+Any other key=value changes the configuration of every repeat: scenario.min_duration_s=300, backend.env.HF_TOKEN=…
 Completed repeats are kept: the same command goes on after a stop, and a larger n adds to them.
 
 Exit code: 0 a configuration is better than the defaults and holds the limits in every repeat, 2 none is, 1 an error.
