@@ -158,6 +158,19 @@ def test_canary_and_second_measurement_that_still_run_are_watched_and_not_begun_
     assert "on a server of its own" in said
 
 
+def test_trial_that_ended_without_its_study_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a cluster's job does whose login node is lost."""
+
+    def lost(*_: object) -> None:
+        raise RuntimeError
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(Sweep, "_finish", lost)
+        study(tmp_path, *SWEEP, "n_trials=1", "baseline=false")
+    study(tmp_path, *SWEEP, "n_trials=2", "baseline=false")
+    assert list(measured(tmp_path)) == ["trial-0", "trial-1"]
+
+
 def measured(folder: Path) -> dict[str, float]:
     """When each trial of study s began that was measured to its end."""
     results = results_in(folder / "multirun/s")

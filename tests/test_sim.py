@@ -103,6 +103,7 @@ def test_ten_minutes_of_load_take_a_second():
     ("arguments", "message"),
     [
         (["engine.args.gpu_memory_utilization=0.1"], "no memory is left for the KV cache"),
+        (["engine.args.num_gpu_blocks_override=1", "engine.args.block_size=131072"], "no memory is left for the KV"),
         (["engine.args.gpu_memory_utilization=0.21", "engine.args.max_model_len=131072"], "the KV cache holds"),
         (["engine.args.max_num_seqs=16384", "engine.args.max_num_batched_tokens=16384"], "CUDA out of memory"),
     ],

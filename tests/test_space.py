@@ -289,7 +289,7 @@ SEQS, TOKENS, GRAPHS = (f"max_{name}" for name in ("num_seqs", "num_batched_toke
         ([f"{SEQS}=int(interval(8,256))"], {SEQS: 256}),
         ([f"{SEQS}=int(interval(8,16384))"], {SEQS: 1024}),  # more would take memory from all
         ([f"{SEQS}=int(interval(8,1024))", f"{TOKENS}=choice(256,512)"], {SEQS: 512, TOKENS: 512}),
-        ([f"{GRAPHS}=choice(default,256)"], {GRAPHS: 512}),
+        ([f"{GRAPHS}=choice(default,256)", "num_gpu_blocks_override=choice(default)"], {GRAPHS: 512}),
         (["long_prefill_token_threshold=choice(0,256)", "block_size=choice(16,32)"], {}),
         (["block_size=choice(16,32)"], None),
     ],

@@ -54,7 +54,7 @@ def _check_field(name: str, values: Sequence[Any], config: Config) -> None:
     for value in values:
         changed = with_fields(config, {name: value})
         check_config(changed)
-        if name == "dataset.path" and value is not None and not expanded(value).is_file():
+        if name == "dataset.path" and (path := changed.dataset.path) and not expanded(path).is_file():
             raise InputError(f"{name}={value}: no such file")
     if name.startswith(VARIABLE):
         with cache_of(config) as folder:

@@ -9,7 +9,7 @@ from typing import Any
 
 import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 
 from autotune.config.vllm_flags import FLAG, changes, packed, unpacked, value_at
 from autotune.errors import InputError
@@ -133,7 +133,8 @@ def shared_start(space: Space, known: Mapping[str, Any]) -> dict[str, Any] | Non
             values = [*getattr(distribution, "choices", ()), getattr(distribution, "high", None)]
             if DEFAULT in values or f"{FLAG}{flag}" in space.only_if:
                 values.append(known.get(flag))
-            most[flag] = min(limit, max(value for value in values if isinstance(value, (int, float))))
+            if numbers := [value for value in values if isinstance(value, (int, float))]:
+                most[flag] = min(limit, max(numbers))
     tokens = most.get("max_num_batched_tokens", known.get("max_num_batched_tokens"))
     if "max_num_seqs" in most and tokens:
         most["max_num_seqs"] = min(most["max_num_seqs"], tokens)
@@ -168,6 +169,8 @@ def _distribution(override: Override, name: str) -> Distribution:
 def _wrong_ends(override: Override) -> str:
     """Advice for a sweep whose numbers or tags mean nothing; empty for one that is right."""
     sweep: Any = override.value()
+    if isinstance(sweep, Glob):
+        return "write choice(…), range(…) or interval(…)"
     ends = [value for end in ("start", "stop", "end") if (value := getattr(sweep, end, None)) is not None]
     step = getattr(sweep, "step", None)
     if not all(math.isfinite(value) for value in ends):

@@ -218,7 +218,7 @@ def out_of_memory(cost: Cost) -> str:
     """Describe the allocation for which vLLM would lack memory while it starts; empty if it has enough."""
     tokens, longest = cost.kv_tokens(), cost.flags.max_model_len
     share = f"gpu_memory_utilization={cost.flags.gpu_memory_utilization:g}"
-    if tokens <= 0:
+    if tokens <= cost.flags.block_size:  # vLLM keeps one for itself
         return f"no memory is left for the KV cache (simulated); raise {share} or tensor_parallel_size"
     if tokens < longest:
         return f"the KV cache holds {tokens} tokens (simulated), max_model_len={longest} needs more; raise {share}"

@@ -140,7 +140,9 @@ def check_configuration(
         return
     first, backend = first_in(folder, results), config.backend["_target_"]
     fixed = [f"{key}." for key in _fields(config, swept, backend)]
-    chosen = [name for name in results[first].params if not any(key.startswith(f"{name}.") for key in fixed)]
+    # A trial that ended without its study has not noted its parameters.
+    chosen = results[first].params or ([] if first in REFERENCES else swept)
+    chosen = [name for name in chosen if not any(key.startswith(f"{name}.") for key in fixed)]
     then, now = (_fields(one, chosen, backend) for one in (config_in(folder, first), config))
     changed = [
         f"{key}={then.get(key, 'unset')} (now {now.get(key, 'unset')})"
