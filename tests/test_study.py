@@ -308,7 +308,7 @@ def test_best_trial_on_a_shared_server_is_measured_on_one_of_its_own_before_it_w
     assert fresh.facts["server"] == result(tmp_path, "baseline").facts["server"] == "fresh"
     counted = results_in(tmp_path / "multirun/s")["trial-1"]
     assert counted.values == fresh.values and counted.params == {SEQS: 64}
-    assert "1 trial shared 1 server" in said and f"trial-1 on a server of its own: {fresh.values[0]:,.0f}" in said
+    assert "2 trials shared 1 server" in said and f"trial-1 on a server of its own: {fresh.values[0]:,.0f}" in said
     assert json.loads(counted.facts[ON_SHARED]) == [pytest.approx(FLATTERED * fresh.values[0])]
     assert load(str(tmp_path / "multirun/s")).config_of("trial-1").backend["bounds"] is None  # it is verified alone
 

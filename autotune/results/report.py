@@ -22,19 +22,27 @@ from plotly.offline import get_plotlyjs
 
 from autotune.config.schema import Config
 from autotune.measure import rouge, rules
-from autotune.measure.accuracy import NLL, OVER
+from autotune.measure.accuracy import NLL, NOT_SCORED, NUMERICS, OVER
 from autotune.measure.limits import heading, limits_of
 from autotune.measure.metrics import MOST_TURNS
 from autotune.measure.objective import offered_load, sign, way_out
 from autotune.measure.result import Result, State
 from autotune.results import figures, fleet, summary
 from autotune.results.figures import label
-from autotune.results.study import BASELINE, REFERENCES, TWIN, Study
+from autotune.results.study import BASELINE, ON_SHARED, REFERENCES, TWIN, Study
 from autotune.results.summary import HEADINGS
 from autotune.system.files import left_in, write_whole
 from autotune.text import by_kind, count, rounded, shorten
 
 PAGE = "report.html"
+OF_A_TRIAL = {
+    "server",
+    "steps",
+    "duplicate_of",
+    ON_SHARED,
+    NUMERICS,
+    NOT_SCORED,
+}  # facts that say nothing of all trials
 SLICES = 8  # parameters that are drawn one by one, the most important first
 # The bottlenecks that a result's `bound` names.
 BOUNDS = {
@@ -444,7 +452,7 @@ def _largest(now: Mapping[str, float], before: Mapping[str, float]) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{rounded(float(f'{seconds * 1e3:.3g}'))} ms"
 
 
 def phases(study: Study) -> Section:
@@ -490,8 +498,8 @@ def facts(study: Study) -> list[tuple[str, str]]:
     offered = offered_load(config.objective, config.scenario)
     named: dict[str, dict[str, None]] = {}
     for result in study.results.values():
-        for key, value in result.facts.items():
-            named.setdefault(key, {})[value] = None
+        for key in [name for name in result.facts if name not in OF_A_TRIAL]:
+            named.setdefault(key, {})[result.facts[key]] = None
     objectives = zip(config.objective.directions, config.objective.metrics, strict=True)
     found = [
         ("model", config.model.name),

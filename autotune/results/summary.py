@@ -213,7 +213,7 @@ def _shared(study: Study) -> list[str]:
         return []
     told = "No trial but the best one shared a server."
     if sharing:
-        shared = f"{count(len(sharing), 'trial')} shared {count(len(set(sharing)), 'server')}"
+        shared = f"{count(len(sharing) + len(again), 'trial')} shared {count(len(set(sharing)), 'server')}"
         told = f"{shared}, whose scheduler was changed between them (backend.hot=never: each starts its own)."
     parts = ["", told]
     for name, on_shared in again.items():
@@ -332,9 +332,9 @@ def _surprise(result: Result) -> str:
     off = result.values[0] / values[0] - 1 if values[0] else 0.0
     if abs(off) <= SURPRISE and feasible == result.holds_limits:
         return ""
-    words = {True: "feasible", False: "infeasible"}
-    expected = f"expected {rounded(values[0])} ({words[feasible]})"
-    return f"{expected}, measured {rounded(result.values[0])} ({words[result.holds_limits]})"
+    words = ("", "") if feasible == result.holds_limits else (" (infeasible)", " (feasible)")
+    expected = f"expected {rounded(values[0])}{words[feasible]}"
+    return f"{expected}, measured {rounded(result.values[0])}{words[result.holds_limits]}"
 
 
 def _nodes(study: Study) -> list[str]:
