@@ -31,7 +31,7 @@ def points(prepared: Prepared, space: Any, count: int, seed: int) -> list[tuple[
     while len(found) < count:
         chosen = space.suggest(study.ask(), known)
         if not space.violated(chosen, known):
-            args = swept_flags(chosen)
+            args = swept_flags(chosen, prepared.args)
             found.append((args, prepared.backend.dry_run(prepared.model, prepared.args | args).refusal))
     return found
 

@@ -42,12 +42,13 @@ from autotune.config.schema import Config
 from autotune.measure import progress
 from autotune.measure.result import Result, State
 from autotune.search import prior
-from autotune.search.samplers import Grid, make_sampler
+from autotune.search.optuna_private import Grid
+from autotune.search.samplers import make_sampler
 from autotune.search.simulate import Simulation, checked, simulation
 from autotune.search.space import Space, parse
 from autotune.search.tell import tell_infeasible, tell_measured
 from autotune.sim.backend import PUBLISH_S, published
-from autotune.sweep.study import REFUSALS_IN_A_ROW
+from autotune.sweep.checks import REFUSALS_IN_A_ROW
 
 SAMPLERS = ("tpe", "gp", "nsga2", "cmaes", "qmc", "random")  # botorch takes as long as all of these, several times
 LONG_ANSWERS = (

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from autotune.system.files import write_whole
 
 log = logging.getLogger(__name__)
 
-# A run that is made again, on the same flags, after every CHECKED_EVERY changes.
+# A run after a server's first trial, which is made again, on the same flags, after every CHECKED_EVERY changes.
 REFERENCE = ScenarioConfig(name="reference", kind=Kind.Offline, min_queries=64, min_duration_s=0.0)
 CHECKED_EVERY = 10
 DRIFT = 0.1  # share by which the reference may become slower or faster …
@@ -56,11 +57,12 @@ class Shared:
     server: Server
     flags: dict[str, Any]  # with which it started
     trial: str  # that started it
+    first: dict[str, Any]  # that trial's flags
     changes: int = 0
     kv_tokens: int | None = None  # of the KV cache, since the last change
     log_at: int = 0  # bytes of its log that are earlier trials'
     start: dict[str, float] = field(default_factory=dict)  # seconds of what the last trial waited for, by part
-    reference: tuple[dict[str, Any], float, int] | None = None  # flags, requests/s of REFERENCE, bytes of memory
+    reference: tuple[float, int] | None = None  # requests/s of REFERENCE with the first trial's flags, bytes of memory
     checked: int = 0  # changes at the last check
     since: list[Path] = field(default_factory=list)  # folders of the trials since then
 
@@ -119,8 +121,8 @@ class Sharing:
             if not stays:
                 self.slot.drop()
 
-    def _serve(self, args: Mapping[str, Any], log: str, changeable: bool = False) -> AbstractContextManager[Server]:
-        return serve(self.config, self.vllm, self.model, args, self.folder / log, self.slot.lease, changeable)
+    def _serve(self, args: Mapping[str, Any], log: str, **how: Any) -> AbstractContextManager[Server]:
+        return serve(self.config, self.vllm, self.model, args, self.folder / log, self.slot.lease, **how)
 
     def kept(self, args: Mapping[str, Any]) -> Shared:
         """The slot's server if it runs and has the flags `args`, or a new one that stays there."""
@@ -132,7 +134,9 @@ class Sharing:
             return shared
         self.slot.drop()
         server = self.slot.keep(self._serve(args, "server.log"))
-        shared = Shared(server, dict(args), self.folder.name, kv_tokens=server.kv_tokens, start=server.start)
+        shared = Shared(
+            server, dict(args), self.folder.name, dict(args), kv_tokens=server.kv_tokens, start=server.start
+        )
         self.slot.server = shared
         return shared
 
@@ -150,37 +154,42 @@ class Sharing:
 
     def _started(self, args: Mapping[str, Any]) -> Shared | None:
         flags = {**args, **{name: most(args.get(name), bound) for name, bound in (self.config.bounds or {}).items()}}
-        if refusal := self.vllm.change(self.model.folder, flags, args)["refusal"]:
-            self.slot.shares = False
-            log.info("trials share no server: %s", refusal)
-            return None
-        try:
-            server = self.slot.keep(self._serve(flags, "server.log", changeable=True))
-            self.slot.server = shared = Shared(server, flags, self.folder.name)
-            began = time.monotonic()
-            if not self._try(shared, args):
-                self.slot.shares = False  # not even the server that was started for this trial can serve it
+        with (
+            ThreadPoolExecutor() as pool
+        ):  # the question whether it can be changed, which imports vLLM, goes on beside it
+            plan = pool.submit(self.vllm.change, self.model.folder, flags, args)
+
+            def check() -> None:
+                if plan.done() and (refusal := plan.result()["refusal"]):
+                    raise ChangeError(refusal)
+
+            try:
+                server = self.slot.keep(self._serve(flags, "server.log", changeable=True, check=check))
+            except (ChangeError, StartError) as error:
+                self.slot.shares = False
+                how = "" if isinstance(error, ChangeError) else "with the most of what is swept, "
+                log.warning("trials share no server: %s%s", how, error)
                 return None
-            changed_s = time.monotonic() - began
-            self.rate(shared.served)  # the first run on a server is slower
-            shared.reference = dict(args), self.rate(shared.served), shared.memory()
-        except (StartError, MeasureError) as error:
-            self.slot.shares = False
-            log.warning("trials share no server: with the most of what is swept, %s", error)
+        self.slot.server = shared = Shared(server, flags, self.folder.name, dict(args))
+        began = time.monotonic()
+        if not self._try(shared, args):
+            self.slot.shares = False  # not even the server that was started for this trial can serve it
             return None
-        shared.start = {**server.start, "change": changed_s, "reference": time.monotonic() - began - changed_s}
+        shared.start = {**server.start, "change": time.monotonic() - began}
         return shared
 
     def _is_as_it_was(self, shared: Shared) -> bool:
-        """Make the reference run again if that is due; False, and the trials since are marked, if it has changed."""
-        if shared.reference is None or shared.changes < shared.checked + CHECKED_EVERY:
+        """Make the reference run if that is due; False, and the trials since then are marked, if it has changed."""
+        if shared.reference and shared.changes < shared.checked + CHECKED_EVERY:
             return True
-        flags, rate, memory = shared.reference
-        if not self._try(shared, flags):
+        if not self._try(shared, shared.first):
             return False
         try:
-            drift, growth = self._drift(shared, rate), shared.memory() / memory
-        except MeasureError as error:  # no fault of this trial
+            if first := shared.reference is None:  # its first trial's runs have warmed the server up
+                shared.reference = self.rate(shared.served), shared.memory()
+            rate, memory = shared.reference
+            drift, growth = (0.0, 1.0) if first else (self._drift(shared, rate), shared.memory() / memory)
+        except (MeasureError, psutil.Error) as error:  # no fault of this trial
             log.warning("another server, as the shared one fails: %s", error)
             return False
         if abs(drift) <= DRIFT and growth <= GROWTH:

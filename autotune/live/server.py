@@ -9,7 +9,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -89,10 +89,12 @@ def serve(
     log: Path,
     lease: Lease | None = None,
     changeable: bool = False,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Server]:
     """Start vLLM with the flags `args`, and stop it after the block; its command is written beside its `log`.
 
-    Only who knows the trial's key is answered. A `changeable` one has hot_engine.py in its processes.
+    Only who knows the trial's key is answered. A `changeable` one has hot_engine.py in its processes. `check` is called
+    again and again while it starts, which an error of it ends.
 
     Raises StartError if it ends, is not healthy in time, or another server answers in its place.
     """
@@ -120,7 +122,7 @@ def serve(
         env = _environment(config, url, Path(scratch), lease, changeable)
         try:
             with GuardedProcess(command, log, env, config.stop_timeout_s, keep) as process:
-                _await_healthy(url, name, process, log, config.start_timeout_s)
+                _await_healthy(url, name, process, log, config.start_timeout_s, check)
                 taken_s = time.monotonic() - started
                 parts = vllm_log.parts(log, datetime.now(), taken_s)
                 yield Server(url, name, process, command, log, Path(scratch), parts, vllm_log.kv_tokens(log))
@@ -154,11 +156,14 @@ def _share_inductor(scratch: Path) -> None:
             (scratch / name).symlink_to(shared)
 
 
-def _await_healthy(url: str, name: str, process: GuardedProcess, log: Path, timeout_s: float) -> None:
+def _await_healthy(
+    url: str, name: str, process: GuardedProcess, log: Path, timeout_s: float, check: Callable[[], None]
+) -> None:
     deadline = time.monotonic() + timeout_s
     while _get(url, "/health") is None:
         code = process.wait(POLL_S)
         progress.check(log.parent)
+        check()
         if code is not None:
             raise StartError(f"vLLM did not start ({_ending(code)}): {vllm_log.reason(log)}")
         if time.monotonic() > deadline:

@@ -111,11 +111,11 @@ def _line(study: Study, metric: int, baseline: Row, rows: Sequence[Row], winner:
         return f"Better than the defaults: {winner.name} held the limits in {repeats}."
     value, default = (study.results[name].values[metric] for name in (winner.name, BASELINE))
     in_study = f"; the study itself had shown {value / default - 1:+z.1%}" if default else ""
-    gain = _change(winner.difference, baseline.mean)
+    gain = change(winner.difference, baseline.mean)
     return f"Better than the defaults: {winner.name}, {gain} in {n} repeats, {confidence}{in_study}."
 
 
-def _change(difference: Difference | None, baseline: float | None) -> str:
+def change(difference: Difference | None, baseline: float | None) -> str:
     """`+7.8% [+5.1%, +10.6%]` of the baseline's mean; in the metric's unit if that is 0."""
     if difference is None:
         return ""
@@ -131,7 +131,7 @@ def render(verdict: Verdict) -> str:
     for row in verdict.rows:
         real = f"{min(0.999, 1 - row.difference.p):.1%}" if row.difference else ""
         mean = rounded(row.mean) if row.mean is not None else "failed"
-        table.append((row.name, mean, _change(row.difference, baseline.mean), real, f"{row.held} of {verdict.n}"))
+        table.append((row.name, mean, change(row.difference, baseline.mean), real, f"{row.held} of {verdict.n}"))
     lines = aligned(table)
     lines += ["", *(f"  {row.name}: {shorten(row.params)}" for row in verdict.rows[1:])]
     lines += [f"  {row.name} failed: {why}" for row in verdict.rows for why in row.failures]

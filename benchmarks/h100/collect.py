@@ -9,7 +9,10 @@ without paths of the machine where it was measured, with what autotune.verify sa
 import argparse
 import json
 import re
+import shutil
 from pathlib import Path
+
+from autotune.results.submission import LOGS
 
 DATA = Path(__file__).parent / "data"
 CUT_OFF = ("SystemExit", "KeyboardInterrupt")  # how a trial that was stopped with its study begins its reason
@@ -40,9 +43,15 @@ def main() -> None:
     for study in studies:
         trials = multirun / study
         for file in [*trials.glob("*/result.json"), *trials.glob("verify/*/result.json")]:
-            if not json.loads(file.read_text())["reason"].startswith(CUT_OFF):
-                place = file.parent.relative_to(multirun)
-                keep(file, data / place.with_suffix(".json"))
+            body = json.loads(file.read_text())
+            if body["reason"].startswith(CUT_OFF):
+                continue
+            place = data / file.parent.relative_to(multirun)
+            if body["deviations"]:  # from MLPerf's rules, by which it ran, as its log shows
+                place = data / "by-rules" / place.name
+                place.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file.parent / LOGS[1], place)
+            keep(file, place.with_suffix(".json"))
         if (verdict := multirun / study / "verify.json").exists():
             keep(verdict, data / study / "verify.json")
     if (killed := arguments.folder / "done" / "killed").exists():

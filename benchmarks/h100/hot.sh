@@ -17,8 +17,12 @@ against() { # NAME CONFIGURATIONS… -- WORDS…; on the GPU that CUDA_VISIBLE_D
 
 graphs=engine.args.max_cudagraph_capture_size tokens=engine.args.max_num_batched_tokens
 seqs=engine.args.max_num_seqs long=engine.args.long_prefill_token_threshold
-# What the first start of a model compiles on a host, so that it is in neither's time.
-warm() { trial warm model=llama8b_dummy "${loaded[@]}" scenario.qps=20 gpus=null; }
+# What the first start with a step's size compiles on a host, so that it is in neither's time.
+warm() {
+    for size in 512 1024 2048; do
+        (trial "warm-$size" model=llama8b_dummy "${loaded[@]}" scenario.qps=20 gpus=null "$tokens=$size" "$graphs=$size")
+    done
+}
 step warm warm
 step llama-against against llama-pairs \
     "$tokens=512 $graphs=512 $seqs=256 $long=256" "$tokens=768 $graphs=512 $seqs=256" \

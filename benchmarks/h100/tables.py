@@ -16,7 +16,6 @@ from statistics import mean
 import yaml
 from scipy.stats import kendalltau
 
-from autotune.commands.verify import change
 from autotune.config.command_line import compose
 from autotune.config.schema import HOST, Device
 from autotune.measure.metrics import mean_and_interval
@@ -24,6 +23,8 @@ from autotune.measure.paired import paired_difference
 from autotune.measure.result import Result
 from autotune.results import figures, report, summary
 from autotune.results.study import BASELINE, FRESH
+from autotune.results.submission import Run, objections
+from autotune.results.verdict import change
 from autotune.search.simulate import estimate, simulation
 from autotune.sim import calibrate
 from benchmarks.recorder import said
@@ -63,7 +64,15 @@ MIXTURE_ARMS = {
     "host-14/moe-tpe": "TPE",
     MIXTURE_AGAIN: "the twin",
 }
+TWELVE = ONE / "host-15/llama-twelve"
 SIDES = ("alone", "together")
+RATIOS = {
+    "step_ms": "mean step",
+    "tpot_mean_ms": "mean TPOT",
+    "tpot_p99_ms": "p99 TPOT",
+    "ttft_mean_ms": "mean TTFT",
+    "ttft_p99_ms": "p99 TTFT",
+}
 PHASES = ("start", "warmup", "run", "stop", "other")
 Row = Sequence[str]
 
@@ -167,8 +176,7 @@ def ending(result: Result) -> str:
 
 def shared_against_fresh() -> str:
     """Ratios of shared servers' metrics to fresh ones', pair by pair, with the 95 % interval."""
-    folder, metrics = ONE / "host-12/llama-pairs", {"step_ms": "mean step", "tpot_mean_ms": "mean TPOT",
-        "tpot_p99_ms": "p99 TPOT", "ttft_mean_ms": "mean TTFT", "ttft_p99_ms": "p99 TTFT"}  # fmt: skip
+    folder = ONE / "host-12/llama-pairs"
     numbers = sorted({file.stem.split("-")[1] for file in folder.glob("shared-*.json")})
     pairs = {
         number: [(read(file), read(folder / file.name.replace("shared", "fresh")))
@@ -178,8 +186,45 @@ def shared_against_fresh() -> str:
     names = [changed_by_hand(some[0][0]) for some in pairs.values()]
     graphs = [pair for some, name in zip(pairs.values(), names, strict=True) for pair in some if "=768" not in name]
     rows = [*zip(names, pairs.values(), strict=True), ("all but that with steps of 768 tokens", graphs)]
-    table = [(name, str(len(some)), *(ratio(some, metric) for metric in metrics)) for name, some in rows]
-    return markdown(("configuration", "pairs", *metrics.values()), table)
+    table = [(name, str(len(some)), *(ratio(some, metric) for metric in RATIOS)) for name, some in rows]
+    return markdown(("configuration", "pairs", *RATIOS.values()), table)
+
+
+def twelve_shared() -> str:
+    """Seconds of twelve configurations on a shared server and on fresh ones, and the ratios of the twelve pairs."""
+    trials = study(TWELVE)
+    kinds = {kind: [one for name, one in trials.items() if name.startswith(kind)] for kind in ("shared", "fresh")}
+    rows = []
+    for kind, some in kinds.items():
+        phases = [sum(one.phases.get(phase, 0.0) for one in some) for phase in PHASES]
+        first = max(some, key=lambda one: one.phases["start"])
+        seconds = (first.phases["start"], *phases, sum(one.engine_s for one in some))
+        rows.append((kind, str(len(some)), *(number(one, 0) for one in seconds)))
+    took = [sum(one.engine_s for one in some) for some in kinds.values()]
+    pairs = [
+        (one, trials[name.replace("shared", "fresh")]) for name, one in trials.items() if name.startswith("shared")
+    ]
+    ratios = ", ".join(f"{what} {ratio(pairs, metric)}" for metric, what in RATIOS.items())
+    table = markdown(("server", "trials", "longest start", *PHASES, "all"), rows)
+    return (
+        f"{table}\n\nShared to fresh: {took[0] / took[1]:.1%} of the engine time; of the {len(pairs)} pairs, {ratios}."
+    )
+
+
+def by_rules() -> str:
+    """Runs by MLPerf's rules, and what autotune's own check of a submission has against LoadGen's log of each."""
+    rows = []
+    for file in sorted(ONE.glob("host-*/by-rules/*.json")):
+        result = read(file)
+        config, _, _ = compose(result.overrides)
+        run = Run(file.with_suffix(""), result)
+        against = list(objections(run, config.benchmark, config.scenario.name, "performance"))
+        figures = [number(result.metrics[name], 2) for name in ("samples_per_s", "ttft_p99_ms", "tpot_p99_ms")]
+        length = number(result.metrics["output_tokens"] / result.metrics["requests"], 2)
+        told = (result.verdict, f"{result.metrics['requests']:,.0f}", number(result.metrics["duration_s"]))
+        rows.append((config.scenario.name, *told, *figures, length, "; ".join(against) or "nothing"))
+    head = ("scenario", "LoadGen", "samples", "seconds", "samples/s", "p99 TTFT, ms", "p99 TPOT, ms")
+    return markdown((*head, "tokens an answer", "against it"), rows)
 
 
 def changed_by_hand(result: Result) -> str:
@@ -626,6 +671,8 @@ TABLES: dict[str, Callable[[], str]] = {
             results,
             trial_seconds,
             shared_against_fresh,
+            twelve_shared,
+            by_rules,
         ),
         *(side_by_side, side_by_side_starts, beside_a_failure, tensor_parallel, killed),
     )
