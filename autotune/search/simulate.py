@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,7 @@ def ask(
 
 
 def key(params: Mapping[str, Any]) -> str:
-    """A name for a configuration: samplers repeat themselves."""
+    """A configuration as text."""
     return json.dumps(params, sort_keys=True)
 
 
@@ -137,16 +138,9 @@ def new_study(config: Config, sampler: optuna.samplers.BaseSampler) -> optuna.St
 def search(simulation: Simulation, space: Space, sampler: optuna.samplers.BaseSampler, count: int) -> Iterator[Result]:
     """Yield `count` trials that `sampler` asks for, refused and failed ones among them."""
     study = new_study(simulation.config, sampler)
-    known: dict[str, Result] = {}
-
-    def simulated(params: Mapping[str, Any]) -> Result:
-        point = key(params)
-        if point not in known:
-            known[point] = checked(simulation, space, params)
-        return known[point]
-
+    at = cache(lambda point: checked(simulation, space, json.loads(point)))  # samplers repeat themselves
     for _ in range(count):
-        yield ask(study, simulation, space, simulated)
+        yield ask(study, simulation, space, lambda params: at(key(params)))
 
 
 def search_best(simulation: Simulation, space: Space, count: int) -> Iterator[Result]:
