@@ -166,21 +166,28 @@ def test_body_may_end_with_the_connection():
     assert errors == ["", ""] and stream.tokens == again.tokens == 3
 
 
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (b"HTTP/1.1 400 Bad Request\r\nContent-Length: 12\r\n\r\nprompt is \xc3\xa9", "vLLM answered 400: prompt is é"),
-        (b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n", "vLLM answered 503: "),
-        (chunked([b'data: {"error": {"message": "out of blocks"}}\n\n']), "vLLM answered 200: .*out of blocks"),
-        (chunked([BODY])[:-40], "request failed: ConnectionError: .* in mid-answer"),
-        (LENGTH[:-1], "request failed: ConnectionError: .* in mid-answer"),
-        (b"", "request failed: ConnectionError: .* in mid-answer"),
-        (b"SSH-2.0-OpenSSH\r\n\r\n", "request failed: no HTTP in the answer: b'SSH"),
-        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nwhat\r\n", "request failed: no HTTP in the answer"),
-    ],
-    ids=["status", "status alone", "error event", "cut chunk", "cut body", "nothing", "no HTTP", "no chunk"],
-)
-def test_failure_is_told_in_words(data: bytes, words: str):
+FAILURES = {
+    "status": (
+        b"HTTP/1.1 400 Bad Request\r\nContent-Length: 12\r\n\r\nprompt is \xc3\xa9",
+        "vLLM answered 400: prompt is é",
+    ),
+    "status alone": (b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n", "vLLM answered 503: "),
+    "error event": (
+        chunked([b'data: {"error": {"message": "out of blocks"}}\n\n']),
+        "vLLM answered 200: .*out of blocks",
+    ),
+    "other events": (chunked([BODY.replace(b"data: ", b"data:")]), "vLLM counted 3 tokens and no event with one"),
+    "cut chunk": (chunked([BODY])[:-40], "request failed: ConnectionError: .* in mid-answer"),
+    "cut body": (LENGTH[:-1], "request failed: ConnectionError: .* in mid-answer"),
+    "nothing": (b"", "request failed: ConnectionError: .* in mid-answer"),
+    "no HTTP": (b"SSH-2.0-OpenSSH\r\n\r\n", "request failed: no HTTP in the answer: b'SSH"),
+    "no chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\nwhat\r\n", "request failed: no HTTP in the answer"),
+}
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_failure_is_told_in_words(how: str):
+    data, words = FAILURES[how]
     _, errors, _ = ask(writes([data], close=True))
     assert re.match(words, errors[0]), errors
 

@@ -90,7 +90,7 @@ class Stream:
             return f"vLLM answered {self.status}: {self.tail.decode(errors='replace').strip()[:ERROR_BYTES]}"
         if self.ids is not None and len(self.ids) != self.tokens:
             return f"vLLM counted {self.tokens} tokens and sent the ids of {len(self.ids)}"
-        return ""
+        return "" if self.first else f"vLLM counted {self.tokens} tokens and no event with one was seen"
 
     def parse(self) -> None:
         """Find the token ids, or the text, of the events that are whole."""
