@@ -287,15 +287,20 @@ def test_stopped_study_is_logged_as_killed(uri: str, trial: Path):
 
 
 def test_only_what_is_missing_is_logged_later(uri: str, trial: Path, monkeypatch: pytest.MonkeyPatch):
+    """Repeats have a study of their own, canaries are no trials, and a broken result costs no other."""
     follow(uri, trial.parent)
-    late = trial.with_name("trial-1")
-    late.mkdir()
-    Result.load(trial).save(late)
-    command = ["log", str(trial.parent), "--uri", uri, "--experiment", "e"]
-    monkeypatch.setattr(sys, "argv", command)
+    for name in ("trial-1", "canary-n1", "verify/trial-0-1", "trial-2"):
+        (trial.parent / name).mkdir(parents=True)
+        Result.load(trial).save(trial.parent / name)
+    (trial.parent / "trial-2/result.json").write_text("{")
+    monkeypatch.setattr(sys, "argv", ["log", str(trial.parent), "--uri", uri, "--experiment", "e"])
     for _ in range(2):
         log.main()
-    assert len(all_runs(uri)) == 3 and set(runs(uri)) == {"s", "trial-0", "trial-1"}
+    assert len(all_runs(uri)) == 5
+    found = runs(uri)
+    parents = {name: run.data.tags.get("mlflow.parentRunId") for name, run in found.items()}
+    study, repeats = found["s"].info.run_id, found["s-verify"].info.run_id
+    assert parents == {"s": None, "trial-0": study, "trial-1": study, "s-verify": None, "trial-0-1": repeats}
 
 
 def test_database_that_was_deleted_since_gets_all_of_it_again(

@@ -13,8 +13,8 @@ from autotune.config.command_line import Parser, errors_in_one_line
 from autotune.config.redact import redact
 from autotune.config.schema import TrackingConfig
 from autotune.errors import InputError
-from autotune.measure.result import Result
-from autotune.results.tracking import Tracker, check
+from autotune.results.study import VERIFY
+from autotune.results.tracking import Tracker, check, trials_in
 from autotune.text import count
 
 
@@ -36,19 +36,22 @@ def main() -> None:
 
 
 def log(folder: Path, config: TrackingConfig) -> int:
-    """Log the trials in `folder` and below it; returns how many there are. Raises InputError and TrackingError."""
-    results = {path.parent: Result.load(path.parent) for path in sorted(folder.glob("**/result.json"))}
-    trials = {path: result for path, result in results.items() if result.ran}
-    if not trials:
+    """Log the trials in `folder`, and the repeats of `autotune verify` below it; returns how many there are.
+
+    Raises InputError and TrackingError.
+    """
+    found = {place: trials for place in (folder, folder / VERIFY) if (trials := trials_in(place))}
+    if not found:
         raise InputError(f"{folder}: no result.json of a trial that ran below it")
     check(config)
-    single = list(trials) == [folder]
-    tracker = Tracker(config, None if single else folder.name, folder)
-    for path, result in trials.items():
-        tracker.log_trial(path, result)
-    tracker.summarise(folder)
-    tracker.end("FINISHED")
-    return len(trials)
+    for place, trials in found.items():
+        name = f"{place.parent.name}-{VERIFY}" if place.name == VERIFY else place.name
+        tracker = Tracker(config, None if place in trials else name, place)
+        for path, result in trials.items():
+            tracker.log_trial(path, result)
+        tracker.summarise(place)
+        tracker.end("FINISHED")
+    return sum(map(len, found.values()))
 
 
 if __name__ == "__main__":

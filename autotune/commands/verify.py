@@ -38,7 +38,7 @@ from autotune.measure.accuracy import CONSTRAINT
 from autotune.measure.prepare import gpu_count, prepare, prepare_samples
 from autotune.measure.result import Result
 from autotune.results import beside, summary, tracking
-from autotune.results.study import BASELINE, Study, load
+from autotune.results.study import BASELINE, VERIFY, Study, load
 from autotune.results.verdict import Verdict, judge, render
 from autotune.sweep import storage
 from autotune.sweep.launchers import Job, Launcher, begin, make_launcher
@@ -49,7 +49,7 @@ from autotune.text import count
 
 log = logging.getLogger(__name__)
 
-FOLDER, TABLE = "verify", "verify.txt"  # below the study's folder
+TABLE = "verify.txt"  # in the study's folder
 POLL_S = 0.1
 NO_BETTER = 2  # exit code
 
@@ -148,7 +148,7 @@ def plan(study: Study, settings: Verify, configs: Mapping[str, Config], override
         spec = TrialSpec(
             with_fields(configs[name], changes | placement),
             [*study.results[name].overrides, *overrides, *changed],
-            study.folder / FOLDER / f"{name}-{block}",
+            study.folder / VERIFY / f"{name}-{block}",
         )
         return Repeat(name, block, spec)
 
@@ -228,7 +228,7 @@ def verify(study: Study, settings: Verify, overrides: Sequence[str]) -> Verdict:
         check(one)
         prepare_samples(one, prepare(one))  # what was changed is told now, and not by each repeat
     repeats = plan(study, settings, configs, overrides)
-    config, folder = shared(configs), study.folder / FOLDER
+    config, folder = shared(configs), study.folder / VERIFY
     tracking.check(config.tracking)
     folder.mkdir(exist_ok=True)
     log.info(
@@ -240,7 +240,7 @@ def verify(study: Study, settings: Verify, overrides: Sequence[str]) -> Verdict:
     )
     with (
         storage.lock(study.folder / ".lock", str(study.folder)),
-        beside.study(config.tracking, f"{study.name}-verify", folder) as tracker,
+        beside.study(config.tracking, f"{study.name}-{VERIFY}", folder) as tracker,
     ):
         try:
             run(repeats, make_launcher(config), partial(record, study, tracker))
@@ -265,7 +265,7 @@ def main() -> None:
         settings = options(Verify, own)
         study = load(settings.study)
         verdict = verify(study, settings, overrides)
-        print(f"\n{render(verdict)}\nEvery repeat: {study.folder / FOLDER}/")
+        print(f"\n{render(verdict)}\nEvery repeat: {study.folder / VERIFY}/")
         print(f"Into the report: autotune report study={settings.study}")
     sys.exit(0 if verdict.winner else NO_BETTER)
 

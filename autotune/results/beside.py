@@ -23,8 +23,7 @@ from autotune.config.redact import install, redact
 from autotune.config.schema import TrackingConfig
 from autotune.errors import AutotuneError
 from autotune.measure.result import Result
-from autotune.results.study import CANARY
-from autotune.results.tracking import Tracker, is_server, known_run
+from autotune.results.tracking import Tracker, is_server, known_run, trials_in
 from autotune.system.process import GuardedProcess
 
 LOG = ".mlflow.log"  # in the study's folder: what the process prints
@@ -146,8 +145,7 @@ def follow(config: TrackingConfig, name: str | None, folder: Path, messages: Ite
         status = message.get("status", status)
         if "trial" in message:
             attempt(partial(_log_trial, Path(message["trial"])))
-    ended = [path.parent for path in (*folder.glob("result.json"), *sorted(folder.glob("*/result.json")))]
-    rest = [path for path in ended if not path.name.startswith(CANARY) and not known_run(path, redact(config.uri))]
+    rest = [path for path in trials_in(folder) if not known_run(path, redact(config.uri))]
     steps: list[Callable[[Tracker], None]] = [partial(_log_trial, path) for path in rest]
     steps += [lambda tracker: tracker.summarise(folder), lambda tracker: tracker.end(status)]
     return sum(not attempt(step) for step in steps)

@@ -30,6 +30,7 @@ TRIAL = "trial-"  # then its number, in Optuna's study too
 CANARY = "canary-"  # then the node's name
 FRESH = "fresh-"  # then the name of a trial on a shared server, which this one measured again on a server of its own
 ON_SHARED = "on_shared_server"  # fact of a trial that was measured again: its values on the shared server
+VERIFY = "verify"  # folder of the repeats of `autotune verify`
 SPACE = "space.json"  # in a study's folder: Optuna's distribution of each parameter, by configuration key
 TWIN = "twin.json"  # there: what recorded steps say of the baseline and the best trial (search/account.py)
 

@@ -31,6 +31,7 @@ from autotune.errors import TrackingError
 from autotune.measure import series
 from autotune.measure.result import Result
 from autotune.results import summary
+from autotune.results.study import CANARY, result_in
 from autotune.system.files import draft_of, left_in, write_whole
 from autotune.text import one_line, shorten
 
@@ -356,6 +357,13 @@ def _sole_maker(uri: str) -> Iterator[None]:
 
 def _file(uri: str) -> Path:
     return Path(urlsplit(uri).path.removeprefix("/"))
+
+
+def trials_in(folder: Path) -> dict[Path, Result]:
+    """The trials that ran in a study's `folder`, by their own, or the one that it is; canaries are none."""
+    paths = [path.parent for path in (*folder.glob("result.json"), *sorted(folder.glob("*/result.json")))]
+    found = {path: result_in(path) for path in paths if not path.name.startswith(CANARY)}
+    return {path: result for path, result in found.items() if result and result.ran}
 
 
 def known_run(folder: Path, uri: str) -> str | None:
