@@ -161,7 +161,11 @@ def test_help_shows_groups_and_examples(main: Main):
     shown = main("--help").stdout
     for group in GROUPS:
         assert f"\n{group}: " in shown
-    assert all(f"\n  {field}: " in shown for field in ("start_timeout_s", "client_ttft_share", "trials"))
+    assert re.search(r"^scenario.search.precision +a load that is higher than the certified one", shown, re.MULTILINE)
+    assert re.search(
+        r"^backend.hot +backend=live: auto \\| same \\| never: whether trials share a server", shown, re.MULTILINE
+    )
+    assert re.search(r"^scenario.min_queries", shown, re.MULTILINE) and "_target_  " not in shown
     assert all(f"\n{example}: " in shown for example in ("One trial", "A study", "Your own"))
 
 

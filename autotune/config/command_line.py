@@ -1,12 +1,12 @@
 """The command line: its words as a Config or as a command's options, errors in one line."""
 
 import argparse
+import dataclasses
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from autotune.config import CONF, bounds, overrides, schema, sweeper, words
+from autotune.config import CONF, bounds, fields, overrides, schema, sweeper, words
 from autotune.config.advice import told
 from autotune.config.redact import redact
 from autotune.errors import AutotuneError, InputError
@@ -37,6 +37,7 @@ def register() -> None:
     OmegaConf.register_resolver("file_name", study_name)  # Hydra makes the folder before anything else is checked
     # Hydra's ${now:…} moves on between a study's name and its trials' names.
     OmegaConf.register_resolver("started", lambda pattern: time.strftime(pattern, STARTED))
+    OmegaConf.register_resolver("fields", lambda *_: fields.render().replace("$", "$$"))  # Hydra fills in help's $WORDS
     schema.register()
     sweeper.register()
 
@@ -149,7 +150,7 @@ def options(kind: type[Options], words: Sequence[str]) -> Options:
 
 def own_and_overrides(kind: type[Any], words: Sequence[str]) -> tuple[list[str], list[str]]:
     """A command's `words`: those for its own options, the fields of the dataclass `kind`, and overrides of a study."""
-    keys = {field.name for field in fields(kind)}
+    keys = {field.name for field in dataclasses.fields(kind)}
     own = [word for word in words if word.partition("=")[0] in keys or "=" not in word]
     return own, [word for word in words if word not in own]
 

@@ -210,7 +210,7 @@ class DatasetConfig:
     path: str | None = bounded(None, path)
     records: Any = None  # its `_target_` yields the records where no path is given
     count: int | None = within(None, 1, 1e7)  # samples to use; null is all
-    output: Output = Output.reference
+    output: Output = Output.reference  # what ends an answer: its reference's length, or the model
     max_output_tokens: int = within(128, 1, 1e6)  # upper bound of a request's output length, tokens
     min_output_tokens: int = within(2, 1, 1e6)  # lower bound; TPOT is undefined for one token
 
@@ -237,10 +237,10 @@ class LoadSearch:
 @dataclass
 class ScenarioConfig:
     name: str = bounded(MISSING, file_name)
-    kind: Kind = MISSING
+    kind: Kind = MISSING  # who sends what when
     # Queries/s. Server: rate of Poisson arrivals; Offline: expected rate, which sets the query's size.
     qps: float = positive(1.0, 1e6)
-    users: int = within(16, 1, 100_000)  # of a ClosedLoop
+    users: int = within(16, 1, 100_000)  # of a ClosedLoop, each of whom waits for the answer
     scale: float = positive(1.0, 1e6)  # of a Trace: 2 sends its requests twice as fast
     from_s: float = within(0.0, 0, 1e9)  # of a Trace: what comes earlier is left out, s since its first request
     to_s: float | None = positive(None, 1e9)  # of a Trace: what comes then or later is left out; null is to its end
@@ -255,10 +255,10 @@ class ScenarioConfig:
     # Limits on p99 TTFT by the prompt's length, each [most tokens, ms]; prompts that are longer than all have ttft_ms.
     ttft_by_prompt: Any = field(default_factory=list, metadata={"rule": pairs})
     # LoadGen's settings by these names; of a Trace the maxima cut the run short.
-    min_duration_s: float = within(60.0, 0, 7 * DAY_S)  # s
-    max_duration_s: float = within(0.0, 0, 7 * DAY_S)  # s; 0 is no limit
-    min_queries: int = within(100, 1, MOST_QUERIES)
-    max_queries: int = within(0, 0, MOST_QUERIES)  # 0 is no limit
+    min_duration_s: float = within(60.0, 0, 7 * DAY_S)  # a run lasts at least so long, s
+    max_duration_s: float = within(0.0, 0, 7 * DAY_S)  # and at most, s; 0 is no limit
+    min_queries: int = within(100, 1, MOST_QUERIES)  # a run has at least so many
+    max_queries: int = within(0, 0, MOST_QUERIES)  # and at most; 0 is no limit
     # Sent together before LoadGen starts, again and again until they get no faster.
     warmup_requests: int = within(16, 0, 1e5)
     seed: int = 1  # of LoadGen's order of samples and its arrival times
@@ -266,7 +266,7 @@ class ScenarioConfig:
     seeds: list[int] | None = field(default=None, metadata={"rule": three_seeds})
     equal_issue: bool = False  # LoadGen issues each sample equally often, for which it makes the run longer
     benchmark: str | None = None  # name of a benchmark in LoadGen's own mlperf.conf, which then holds; null: none
-    mode: Mode = Mode.performance
+    mode: Mode = Mode.performance  # LoadGen's
     audit: dict[str, Any] = field(default_factory=dict)  # settings of a compliance test, as in its audit.config
     stop: Stop = Stop.failed  # when a Server run ends early
     # Share of queries that may exceed a limit; null: what LoadGen's test allows.
@@ -344,11 +344,11 @@ class LiveConfig:
     request_timeout_s: float = positive(600.0)  # one HTTP request, s; what waits for a connection has not begun
     run_timeout_s: float = positive(7200.0)  # one run of LoadGen with its warm-up, s
     steps: bool = True  # the engine's steps are recorded in steps.parquet: what was in each, and its times
-    hot: Hot = Hot.auto  # auto: trials share a server where it can be changed; same: with equal flags; never: none does
+    hot: Hot = Hot.auto  # whether trials share a server: where it can be changed, with equal flags, or never
     # The study sets it: flags with which a shared server starts, the most of what is swept; null: trials share none.
     bounds: dict[str, Any] | None = None
     observe_s: float = positive(1.0, 3600)  # between two observations of vLLM's /metrics and the GPU during a run, s
-    # That send requests; null: one for each 16 cores, at least 1, at most 8.
+    # Processes that send requests; null: one for each 16 cores, at least 1, at most 8.
     client_processes: int | None = within(None, 1, 1024)
     # A run is INVALID if its client was too slow. A process that is busy nearly all the time delays tokens:
     client_cpu_limit: float = positive(0.9)  # share of a core, for the busiest client process and for LoadGen's own
@@ -464,7 +464,7 @@ class PriorConfig:
     backend: Any = None  # it simulates the study; null: no prior
     trials: int = within(200, 1, 1e5)  # simulated ones
     keep: int = within(5, 0, 1000)  # best distinct ones, with which the study starts
-    # The best are simulated again on this many devices, as the device's fitted constants may be off:
+    # The best are simulated again on this many devices, as the device's fitted constants may be off.
     devices: int = within(8, 0, 1000)
     sigma: float = within(0.15, 0, 2)  # how far off: the standard deviation of each constant's logarithm
     # Of a factor that the host's share: those were off by 1.8 and more, the GPU's were not.
@@ -473,7 +473,7 @@ class PriorConfig:
 
 @dataclass
 class TrackingConfig:
-    enabled: bool = True
+    enabled: bool = True  # tracking=none switches it off
     uri: str = MISSING  # MLflow's tracking URI
     experiment: str = MISSING  # MLflow's experiment
     system_metrics_s: float = 10.0  # between samples of the machine (CPU, memory, disk, network, GPUs), s; 0 takes none
@@ -487,18 +487,18 @@ class Config:
     baseline: Any = True
     # 30m, 2h: after it no trial starts, and those that run may end; null is no limit.
     budget: str | None = bounded(None, duration)
-    budget_of: BudgetOf = BudgetOf.engine
+    budget_of: BudgetOf = BudgetOf.engine  # what it counts: the time of trials, or that of the clock
     price_per_gpu_hour: float | None = positive(None)  # in any currency: trials then say what a million tokens cost
     # Load (queries/s, or users of a closed loop) for which the study says how many GPUs serve it, and at what price.
     target_load: float | None = positive(None)
     max_failures: int = within(10, 1, 1e7)  # trials that fail in a row end the study
-    duplicates: Duplicates = Duplicates.lookup
+    duplicates: Duplicates = Duplicates.lookup  # what happens to a configuration that was measured already
     resume: bool = False  # refuse to begin a new study; one that exists is continued in any case
     sampler: str = "auto"  # its name; conf/sampler/ sets it
     seed: int = 0  # of the sampler
     rules: Rules = Rules.none  # MLPerf's, that runs keep; conf/rules/ sets what follows from it
     warm_start: str | None = bounded(None, path)  # a study whose best `prior.keep` configurations are tried first
-    # That trials may lease: a list of indices, or `all`; null: no leases, vLLM takes what it sees.
+    # GPUs that trials may lease: a list of indices, or `all`; null: no leases, vLLM takes what it sees.
     gpus: Any = field(default=None, metadata={"rule": gpus})
     baseline_gpu: int | None = None  # GPU for the baseline; null is any of `gpus`
     conditions: dict[str, str] = field(default_factory=dict)  # rules between parameters, by name
