@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -154,15 +154,14 @@ class LiveEngine:
         return self._measured(spec, states, gpu_states)
 
     def prefilled(self, texts: Sequence[list[int]]) -> list[scoring.Floats]:
-        return scoring.prefilled(self.server, texts, self.config.request_timeout_s, self._stopped)
+        check = partial(progress.check, self.folder)
+        return scoring.prefilled(self.server, texts, self.config.request_timeout_s, check)
 
     def decoded(
         self, prompts: Sequence[tuple[list[int], int]], temperature: float
     ) -> list[tuple[list[int], scoring.Floats]]:
-        return scoring.decoded(self.server, prompts, temperature, self.config.request_timeout_s, self._stopped)
-
-    def _stopped(self) -> None:
-        progress.check(self.folder)
+        check = partial(progress.check, self.folder)
+        return scoring.decoded(self.server, prompts, temperature, self.config.request_timeout_s, check)
 
     def recorded(self) -> Recording | None:
         if not self.config.steps:

@@ -21,7 +21,7 @@ from autotune.config.redact import redact
 from autotune.config.vllm_flags import Flag
 from autotune.errors import InputError
 from autotune.measure.backend import DryRunOutcome
-from autotune.system.files import write_whole
+from autotune.system.files import last_line, write_whole
 from autotune.system.process import GuardedProcess
 
 Env = tuple[tuple[str, str], ...]  # names and values, hashable
@@ -164,7 +164,7 @@ def _versions(python: str) -> dict[str, Any]:
         log = Path(folder) / "log"
         with GuardedProcess([python, str(PROBE), "versions"], log, ENV, stop_timeout_s=1.0) as process:
             code = process.wait(VERSIONS_S)
-        last = (log.read_text(errors="replace").strip().splitlines() or ["it prints nothing"])[-1]
+        last = last_line(log, "it prints nothing")
     if code is None:
         last = f"no answer in {VERSIONS_S:g} s"
     elif code == 0:

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from autotune.config.schema import LiveConfig, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.live import key
-from autotune.system.files import write_whole
+from autotune.system.files import last_line, write_whole
 from autotune.system.process import GuardedProcess, Stoppable
 
 PATH_BYTES = 4096  # of a run's folder, at most, in a message that asks for the run
@@ -128,8 +128,7 @@ class LoadGenerator(Stoppable):
 
     def last_line(self) -> str:
         """The last line that the run printed."""
-        lines = (self._run / "loadgen.log").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"see {self._log}"
+        return last_line(self._run / "loadgen.log", f"see {self._log}")
 
     def stop(self) -> None:
         self._process.stop()

@@ -24,7 +24,7 @@ from autotune.errors import MeasureError, StartError
 from autotune.live import key, plugins, recording, vllm_log
 from autotune.live.installed_vllm import InstalledVllm
 from autotune.measure import progress
-from autotune.system.files import write_whole
+from autotune.system.files import last_line, write_whole
 from autotune.system.leases import Lease
 from autotune.system.process import GuardedProcess
 
@@ -169,7 +169,7 @@ def _await_healthy(
         if time.monotonic() > deadline:
             raise StartError(
                 f"vLLM was not healthy after {timeout_s:.0f} s (backend.start_timeout_s); last line of {log}: "
-                f"{vllm_log.last_line(log)}"
+                f"{last_line(log, '(empty)')}"
             )
     if name.encode() not in (_get(url, "/v1/models") or b"") or process.exit_code() is not None:
         raise StartError(f"another server answers at {url}; set backend.port=null, or end that server")

@@ -5,6 +5,8 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
+from autotune.system.files import last_line
+
 # The words in the first line after each part of a start; vLLM 0.26 to 0.32.
 ENDS = {
     "import": "",  # the API server's first line
@@ -69,9 +71,4 @@ def reason(log: Path) -> str:
             text = lines[number + 1].strip() + " " + lines[number + 2].strip()
             text = re.sub(r"\s*\[type=.*", "", text).strip()
         return f"{kind}: {text}"[:240]
-    return f"no error in {log}; its last line: {last_line(log)}"
-
-
-def last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "(empty)"
+    return f"no error in {log}; its last line: {last_line(log, '(empty)')}"

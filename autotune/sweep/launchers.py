@@ -15,6 +15,7 @@ from autotune.measure import progress
 from autotune.measure.slot import Slot
 from autotune.sweep import worker
 from autotune.sweep.worker import TrialSpec
+from autotune.system.files import last_line
 from autotune.system.leases import devices
 from autotune.system.process import Forked, ForkServer
 
@@ -194,6 +195,5 @@ class LocalJob:
     def reason(self) -> str:
         if self._answer is not None:
             return self._answer or "no result.json"
-        texts = (log.read_text(errors="replace").strip() for log in self._logs if log.exists())
-        last = next((text.splitlines()[-1] for text in texts if text), "no output")
+        last = next(filter(None, (last_line(log, "") for log in self._logs if log.exists())), "no output")
         return f"the trial's process ended with {self._process.exit_code()}: {last}"

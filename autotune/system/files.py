@@ -54,6 +54,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return body
 
 
+def last_line(log: Path, otherwise: str) -> str:
+    """The last line of a `log`, or `otherwise` if it is empty."""
+    return (log.read_text(errors="replace").strip().splitlines() or [otherwise])[-1]
+
+
 def left_in(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`; empty if there is none, or if it is broken, which the log says."""
     if not path.exists():
