@@ -56,6 +56,8 @@ def test_variable_that_vllm_does_not_read_is_named_with_the_closest_one():
     )
     with pytest.raises(InputError, match=said):
         vllm.check_variable("VLLM_USE_RUST_FRONTED")
+    with pytest.raises(InputError, match="VLLM_API_KEY: autotune's servers have a key of their own; leave it out"):
+        vllm.check_variable("VLLM_API_KEY")
 
 
 @pytest.mark.parametrize(

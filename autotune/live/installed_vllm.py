@@ -51,7 +51,9 @@ class InstalledVllm:
         return vllm_flags.read(args, self.flags, f"vLLM {self.version}")
 
     def check_variable(self, name: str) -> None:
-        """Raise InputError for a variable of vLLM's by its name that this vLLM does not know: it would ignore it."""
+        """Raise InputError for a variable of vLLM's by its name that it would ignore, or that would lock us out."""
+        if name == "VLLM_API_KEY":
+            raise InputError(f"backend.env.{name}: autotune's servers have a key of their own; leave it out")
         if name.startswith("VLLM_") and name not in self.variables:
             rest = {known.removeprefix("VLLM_"): known for known in sorted(self.variables)}
             longer = [known for known in rest.values() if known.startswith(name)][:3]
