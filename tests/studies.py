@@ -4,7 +4,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from optuna.trial import FrozenTrial
 from autotune.config import command_line
 from autotune.config.overrides import typed
 from autotune.config.schema import Config
+from autotune.search.space import Space, parse
 from autotune.sweep import study as sweep
 from autotune.system import interrupt, leases
 from tests.in_process import as_it_was
@@ -90,6 +91,11 @@ def chosen(groups: tuple[str, ...], simulated: bool) -> DictConfig:
     if not simulated:
         config.backend = STAND_IN
     return config
+
+
+def space(*sweeps: str, conditions: Mapping[str, str] = {}, only_if: Mapping[str, str] = {}) -> Space:
+    """The search space that these words of a command line span."""
+    return parse({}, sweeps, conditions, only_if)[0]
 
 
 def asked(folder: Path) -> list[FrozenTrial]:

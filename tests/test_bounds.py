@@ -16,13 +16,13 @@ from autotune.measure import prepare
 from autotune.search.checks import check_space
 from autotune.search.space import parse
 from tests.standin import StandIn
-from tests.studies import SEQS, composed, study
+from tests.studies import SEQS, configured, space, study
 
 
 @pytest.fixture(scope="module")
 def config() -> Config:
     words = ["model=llama8b", "backend=sim", "scenario=server", "prior=sim", "launcher=gpus", "gpus=[0]"]
-    return prepare.overrides.typed(composed(words, simulated=True))
+    return configured(*words)
 
 
 @pytest.mark.parametrize(
@@ -128,14 +128,14 @@ def test_field_takes_the_type_that_the_schema_gives_it(config: Config):
 )
 def test_swept_field_is_checked_with_each_of_its_values(config: Config, sweep: str, words: str):
     with pytest.raises(InputError) as refused:
-        check_space(parse({}, [sweep], {}, {})[0], config, StandIn, {})
+        check_space(space(sweep), config, StandIn, {})
     assert words in str(refused.value) and sweep.split("=")[0] in str(refused.value)
 
 
 def test_field_is_swept_once():
     for twice in (f"{SEQS}=choice(4,8)", f"{SEQS}=7", "engine.args.max-num-seqs=choice(4,8)", f"+{SEQS}=choice(4,8)"):
         with pytest.raises(InputError, match="written twice"):
-            parse({}, [f"{SEQS}=choice(1,2)", twice], {}, {})
+            space(f"{SEQS}=choice(1,2)", twice)
     assert parse({SEQS: "choice(1,2)"}, ["engine.args.max-num-seqs=choice(4,8)"], {}, {})[0].grid == {SEQS: (4, 8)}
 
 

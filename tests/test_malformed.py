@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 
 from autotune.commands import compare, export
 from autotune.config.command_line import errors_in_one_line
-from autotune.config.overrides import typed, with_fields
+from autotune.config.overrides import with_fields
 from autotune.config.schema import Config, SimConfig
 from autotune.measure import prepare
 from autotune.results import report, summary
 from autotune.results.study import load
 from autotune.search.checks import check_space
-from autotune.search.space import parse
 from autotune.sim.backend import SimBackend
-from tests.studies import SEQS, composed, study
+from tests.studies import SEQS, configured, space, study
 
 pytestmark = pytest.mark.slow
 HANG_S = 20
@@ -57,9 +56,6 @@ NUMBERS = st.one_of(
     st.integers(-5, 3),
     st.floats(-2, 2),
 )
-ODD = st.text(st.characters(codec="utf-8"), max_size=12)
-NO_FOLDERS = ["..", ".", "../x", "/x", "a/b", "a?b", "a\0b", "x" * 300, "é" * 128, "a\u202eb", "x.", "x ", "~", "-m"]
-NAMES = ODD | st.sampled_from(NO_FOLDERS) | st.from_regex(r"[a-z][a-z0-9._-]{0,20}[a-z0-9]", fullmatch=True)
 
 
 class Hang(BaseException):
@@ -102,7 +98,7 @@ def is_accepted(action: Callable[[], object], *named: str) -> bool:
 @pytest.fixture(scope="module")
 def config() -> Config:
     words = ["model=llama8b", "backend=sim", "scenario=server", "prior=sim", "launcher=gpus", "gpus=[0]"]
-    return typed(composed(words, simulated=True))
+    return configured(*words)
 
 
 @fuzzed(200)
@@ -134,9 +130,7 @@ def test_sweeps_are_of_fields_and_their_values(
     swept = misspelt(key, *error) if error else key
     word = f"{swept}={form.format(*ends)}"
     backend = SimBackend(SimConfig(), Path())
-    accepted = is_accepted(
-        lambda: check_space(parse({}, [word], {}, {})[0], config, backend, {}), *swept.split("."), word
-    )
+    accepted = is_accepted(lambda: check_space(space(word), config, backend, {}), *swept.split("."), word)
     numbers = all(isinstance(end, (int, float)) and end < 1e12 for end in ends)
     group = key.partition(".")[0]
     if accepted:
@@ -144,27 +138,6 @@ def test_sweeps_are_of_fields_and_their_values(
         assert numbers and (
             key not in FIELDS or all(FIELDS[key](end) for end in ends[: 2 if "range" not in form else 1])
         )
-
-
-@fuzzed(80)
-@given(NAMES)
-def test_study_names_are_one_folder_below_multirun(config: Config, name: str):
-    accepted = is_accepted(lambda: prepare.check(with_fields(config, {"study": name})), "study=")
-    inside = Path("/multirun", name).parent == Path("/multirun") if "\0" not in name else False
-    plain = inside and name.isprintable() and not set(name) & set("?#%*\\:'\"$`") and name == name.strip(" .")
-    assert not accepted or (plain and 0 < len(name.encode()) < 256), repr(name)
-    if name.isascii() and name.replace("-", "a").replace("_", "a").isalnum() and name[0].isalnum() and len(name) < 50:
-        assert accepted, name
-
-
-@fuzzed(60)
-@given(st.one_of(ODD, st.from_regex(r"-?\d{1,3}(\.\d)?\.?\d? ?(s|m|h|d|w|ms|)", fullmatch=True), st.just("1e99h")))
-def test_budgets_are_durations(config: Config, text: str):
-    accepted = is_accepted(lambda: prepare.check(with_fields(config, {"budget": text})), "budget=")
-    number, unit = text.strip()[:-1].strip(), text.strip()[-1:]
-    parts = number.split(".")
-    right = unit in ("s", "m", "h", "d") and len(parts) < 3 and all(p.isascii() and p.isdigit() for p in parts)
-    assert accepted == (right and float(number) > 0 and (unit != "d" or float(number) <= 1000)), repr(text)
 
 
 CONTENT = {

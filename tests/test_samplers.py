@@ -12,17 +12,12 @@ from autotune.config import command_line, schema
 from autotune.errors import InputError
 from autotune.measure import objective
 from autotune.search import samplers
-from autotune.search.space import parse
-from tests.studies import composed
+from tests.studies import composed, space
 
 SAMPLERS = sorted(path.stem for path in (command_line.CONF / "sampler").glob("*.yaml"))
-SPACE, _ = parse(
-    {},
-    ["engine.args.a=range(1,5,step=1)", "engine.args.b=range(0.1,0.5,step=0.1)", "engine.args.c=choice(x,y)"],
-    {},
-    {},
-)
-NUMERIC, _ = parse({}, ["engine.args.a=range(1,5,step=1)", "engine.args.b=range(0.1,0.5,step=0.1)"], {}, {})
+OTHERS = ("botorch", "twin")  # they have tests of their own
+NUMBERS = ["engine.args.a=range(1,5,step=1)", "engine.args.b=range(0.1,0.5,step=0.1)"]
+SPACE, NUMERIC = space(*NUMBERS, "engine.args.c=choice(x,y)"), space(*NUMBERS)
 
 
 def sampler(name: str, seed: int = 3) -> optuna.samplers.BaseSampler:
@@ -43,11 +38,7 @@ def asked(name: str, trials: int) -> list[dict]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name == "gp"))
-        for name in SAMPLERS
-        if name not in ("botorch", "twin")
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "gp")) for name in SAMPLERS if name not in OTHERS],
 )
 def test_same_seed_gives_the_same_trials(name: str):
     first = asked(name, 12)
@@ -78,10 +69,10 @@ def test_botorch_asks_by_its_model_once_it_has_ten_trials():
 
 
 def test_grid_changes_what_takes_another_server_as_seldom_as_can_be():
-    space, _ = parse({}, ["engine.args.block_size=choice(16,32)", "engine.args.max_num_seqs=choice(8,16,32)"], {}, {})
+    both = space("engine.args.block_size=choice(16,32)", "engine.args.max_num_seqs=choice(8,16,32)")
     made = composed(["model=tiny", "sampler=grid", "seed=3"], simulated=True)
-    study = optuna.create_study(sampler=samplers.make_sampler(made.hydra.sweeper.sampler, space))
-    points = [space.suggest(study.ask(), {}) for _ in range(space.grid_size)]
+    study = optuna.create_study(sampler=samplers.make_sampler(made.hydra.sweeper.sampler, both))
+    points = [both.suggest(study.ask(), {}) for _ in range(both.grid_size)]
     sizes, seqs = ([params[f"engine.args.{flag}"] for params in points] for flag in ("block_size", "max_num_seqs"))
     assert sizes in ([16, 16, 16, 32, 32, 32], [32, 32, 32, 16, 16, 16])
     assert sorted(seqs[:3]) == sorted(seqs[3:]) == [8, 16, 32]

@@ -15,10 +15,7 @@ from autotune.search.distributions import describe
 from autotune.search.space import Space, parse, shared_start, swept_flags
 from autotune.sim.backend import SimBackend
 from tests.standin import StandIn, StandInConfig
-
-
-def space(*arguments: str, conditions: dict[str, str] | None = None, only_if: dict[str, str] | None = None) -> Space:
-    return parse({}, arguments, conditions or {}, only_if or {})[0]
+from tests.studies import space
 
 
 def test_command_line_adds_a_parameter_to_the_group():

@@ -16,28 +16,24 @@ from autotune.errors import InputError
 from autotune.measure.result import Result, State
 from autotune.results.study import results_in
 from autotune.search.samplers import LIVE, chosen, make_sampler
-from autotune.search.space import Space, parse
+from autotune.search.space import Space
 from autotune.search.twin import LEAST, Params, TwinSampler, encoded, key
 from autotune.sweep import storage
 from autotune.sweep.record import Record
-from tests.studies import SEQS, composed, configured, study
+from tests.studies import SEQS, composed, configured, space, study
 
 TOKENS, BACKEND = "engine.args.max_num_batched_tokens", "engine.args.attention_backend"
-SPACE, _ = parse(
-    {},
-    [f"{SEQS}=choice(2,8,32,128)", f"{TOKENS}=choice(256,1024,4096)", f"{BACKEND}=choice(default,FLASHINFER)"],
-    {},
-    {},
-)
+NOT_SIMULATED = f"{BACKEND}=choice(default,FLASHINFER)"
+SPACE = space(f"{SEQS}=choice(2,8,32,128)", f"{TOKENS}=choice(256,1024,4096)", NOT_SIMULATED)
 CONFIG = configured("model=llama8b", "backend=sim", "scenario=offline", "scenario.min_queries=64", "prior=sim")
 QUICK = {"proposal_s": 2.0, "draws": 1, "seed": 0}
 
 
-def asked(sampler: TwinSampler, running: int = 0, space: Space = SPACE) -> Params:
+def asked(sampler: TwinSampler, running: int = 0, swept: Space = SPACE) -> Params:
     """The parameters that a study's next trial is asked for beside others that run, empty where TPE is to choose."""
     made = optuna.create_study(sampler=sampler, direction="maximize")
     for _ in range(running):
-        space.suggest(made.ask(), {})
+        swept.suggest(made.ask(), {})
     trial = made.ask()
     return trial.relative_params
 
@@ -60,16 +56,16 @@ def test_twin_asks_for_what_is_good_on_it(caplog: pytest.LogCaptureFixture):
 
 def test_slow_host_has_time_for_more_than_the_first_configurations():
     """The first ten configurations of a simulated study are random."""
-    space, _ = parse({}, [f"{SEQS}=int(interval(2,128))"], {}, {})
-    sampler = TwinSampler(CONFIG, space, {}, **(QUICK | {"proposal_s": 1e-3}))
-    assert asked(sampler, space=space)[SEQS] >= 64  # there are 64 requests
+    swept = space(f"{SEQS}=int(interval(2,128))")
+    sampler = TwinSampler(CONFIG, swept, {}, **(QUICK | {"proposal_s": 1e-3}))
+    assert asked(sampler, swept=swept)[SEQS] >= 64  # there are 64 requests
 
 
 def test_short_trials_are_not_held_up_by_a_long_search():
     """A tenth of a trial's time, but for what is looked at in any case."""
-    space, _ = parse({}, [f"{SEQS}=int(interval(2,1024))", f"{TOKENS}=int(interval(256,16384))"], {}, {})
+    swept = space(f"{SEQS}=int(interval(2,1024))", f"{TOKENS}=int(interval(256,16384))")
     ended = named_by_number([replace(trial({SEQS: 8, TOKENS: 1024}, 6500.0, 6000.0), phases={"run": 1.0})])
-    asked(sampler := TwinSampler(CONFIG, space, ended, **(QUICK | {"proposal_s": 60.0})), space=space)
+    asked(sampler := TwinSampler(CONFIG, swept, ended, **(QUICK | {"proposal_s": 60.0})), swept=swept)
     assert LEAST <= len(sampler._simulated.on_twin) < 2 * LEAST
 
 
@@ -81,11 +77,11 @@ def test_trials_side_by_side_are_asked_for_different_configurations():
 
 
 def test_configuration_that_would_do_what_a_measured_one_did_is_not_asked_for():
-    space, _ = parse({}, [f"{SEQS}=choice(2,64,128,256)"], {}, {})  # there are 64 requests
+    swept = space(f"{SEQS}=choice(2,64,128,256)")  # there are 64 requests
     ended = {"trial-0": trial({SEQS: 128}, 100.0, 100.0)}
-    sampler = TwinSampler(CONFIG, space, ended, **QUICK)
+    sampler = TwinSampler(CONFIG, swept, ended, **QUICK)
     made = optuna.create_study(sampler=sampler, direction="maximize")
-    assert space.suggest(made.ask(), {})[SEQS] == 2
+    assert swept.suggest(made.ask(), {})[SEQS] == 2
 
 
 def test_twin_that_is_wrong_leaves_the_choice_to_tpe(caplog: pytest.LogCaptureFixture):
@@ -141,30 +137,29 @@ def test_model_that_can_not_be_simulated_is_refused_with_what_to_write(model: Mo
     assert "none that it knows" in named(replace(bert, backend=LIVE_BACKEND), SPACE)
 
 
-def named(config: Config, space: Space) -> str:
+def named(config: Config, swept: Space) -> str:
     """The name of the sampler that sampler=auto stands for."""
-    return chosen(composed(["sampler=auto"], simulated=True).hydra.sweeper.sampler, config, space)[1]
+    return chosen(composed(["sampler=auto"], simulated=True).hydra.sweeper.sampler, config, swept)[1]
 
 
 LIVE_BACKEND = {"_target_": LIVE, "steps": True}
-NOT_SIMULATED, _ = parse({}, [f"{BACKEND}=choice(default,FLASHINFER)"], {}, {})
 
 
 @pytest.mark.parametrize(
-    ("change", "space", "name"),
+    ("change", "swept", "name"),
     [
         ({}, SPACE, "twin (auto)"),
         ({"prior": CONFIG.prior}, SPACE, "twin (auto)"),
         ({"backend": {"_target_": "tests.standin.StandIn"}}, SPACE, "tpe (auto: the backend is not live vLLM)"),
         ({"backend": {"_target_": LIVE, "steps": False}}, SPACE, "tpe (auto: backend.steps=false records no steps)"),
         ({"objective": configured("objective=pareto").objective}, SPACE, "tpe (auto: it has several objectives)"),
-        ({}, NOT_SIMULATED, "tpe (auto: none of what it sweeps is simulated)"),
+        ({}, space(NOT_SIMULATED), "tpe (auto: none of what it sweeps is simulated)"),
         ({"sampler": "gp"}, SPACE, "gp"),
     ],
 )
-def test_default_is_the_twin_where_a_live_study_sweeps_what_it_models(change: dict[str, Any], space: Space, name: str):
+def test_default_is_the_twin_where_a_live_study_sweeps_what_it_models(change: dict[str, Any], swept: Space, name: str):
     live = {"backend": LIVE_BACKEND, "prior": replace(CONFIG.prior, backend=None), **change}
-    assert named(replace(CONFIG, **live), space) == name
+    assert named(replace(CONFIG, **live), swept) == name
 
 
 def test_summary_says_why_it_was_tpe(tmp_path: Path):
@@ -173,9 +168,9 @@ def test_summary_says_why_it_was_tpe(tmp_path: Path):
 
 
 def test_parameters_are_numbers_from_0_to_1():
-    space, _ = parse({}, ["engine.args.a=tag(log,int(interval(1,100)))", "engine.args.b=choice(x,y)"], {}, {})
-    assert encoded({"engine.args.a": 10, "engine.args.b": "y"}, space) == [0.5, 0.0, 1.0]
-    assert encoded({"engine.args.b": "x"}, space) == [0.5, 1.0, 0.0]
+    swept = space("engine.args.a=tag(log,int(interval(1,100)))", "engine.args.b=choice(x,y)")
+    assert encoded({"engine.args.a": 10, "engine.args.b": "y"}, swept) == [0.5, 0.0, 1.0]
+    assert encoded({"engine.args.b": "x"}, swept) == [0.5, 1.0, 0.0]
 
 
 def test_enqueued_trial_costs_no_simulation():

@@ -111,12 +111,9 @@ def known_keys() -> dict[str, Any]:
         "backend.": (schema.LiveConfig, schema.SimConfig),
         "launcher.": (schema.LocalConfig, schema.ClusterConfig),
     }
-    found = [*below(schema.Config, "")]
+    found = [*((f"{FLAG}{flag}", Any) for flag in recorded()), *below(schema.Config, "")]
     found += [one for at, kinds in groups.items() for kind in kinds for one in below(kind, at)]
-    found.sort(key=lambda one: (one[0].count("."), one[0].startswith("backend.device")))
-    flags = [(f"{FLAG}{flag}", Any) for flag in recorded()]
-    at = next(number for number, (key, _) in enumerate(found) if key.count(".") > 1)
-    return dict([*found[:at], *flags, *found[at:]])
+    return dict(sorted(found, key=lambda one: (one[0].count("."), one[0].startswith("backend.device"))))
 
 
 def _instead(why: OmegaConfBaseException, key: str) -> str:

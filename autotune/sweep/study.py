@@ -295,7 +295,7 @@ class Sweep:
             self._finish(pending, result, node)
         for one in self.running:
             self._watch(one)
-        self.display.show(self.running, self._so_far(), self.count)
+        self.display.show(self.running, self._so_far(), self.asked)
         if not ended:
             self.running[0].job.wait(POLL_S)
 
@@ -334,7 +334,7 @@ class Sweep:
         found: PendingTrial | None = None
         refusals: list[str] = []  # in a row
         repeats: list[str] = []  # in a row
-        while not found and not self.exhausted and self.count < self.n_trials and not self._spent():
+        while not found and not self.exhausted and self.asked < self.n_trials and not self._spent():
             if sum(map(len, self.in_flight.values())) >= DUPLICATES_IN_A_ROW:  # wait for what they repeat
                 break
             trial, params = self.record.ask(self.known)
@@ -356,16 +356,16 @@ class Sweep:
             log.info("%s%s", repeats[0], f"; {len(repeats) - 1} more repeat earlier trials" if repeats[1:] else "")
         if refusals:
             told = f"{count(len(refusals), 'combination')} can't be run: {mostly(refusals)}"
-            if self.exhausted and not self.count:
+            if self.exhausted and not self.asked:
                 raise InputError(f"{told}; narrow the space")
             log.info("%s%s", "stopping: " if self.exhausted else "", told)
         if not found:
             return None
-        log.info("%s (%d of %d): %s", found.name, self.count, self.n_trials, shorten(found.params))
+        log.info("%s (%d of %d): %s", found.name, self.asked, self.n_trials, shorten(found.params))
         return self._claimed(found)
 
     @property
-    def count(self) -> int:
+    def asked(self) -> int:
         """Trials of the n_trials, in flight or ended; one that waits for what it repeats is none."""
         repeats = 0 if self.record.is_grid else sum(map(len, self.in_flight.values()))
         return sum(map(self.record.counts, self.record.trials)) - repeats
