@@ -1,5 +1,6 @@
 """What the cluster launcher asks SLURM for, which sinfo stands for, and how it hands trials on to jobs that wait."""
 
+import json
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -89,10 +90,44 @@ def test_job_is_queued_until_squeue_answers(tmp_path: Path, monkeypatch: pytest.
     queue.submitted("7")
     program(tmp_path, "squeue", "echo down >&2; exit 1")
     assert queue.has("7")
-    program(tmp_path, "squeue", "echo 7 7_N/A RUNNING node1; echo 8 8_N/A COMPLETED")
+    program(tmp_path, "squeue", "echo '7|7_N/A|RUNNING|node1|None'; echo '8|8_N/A|COMPLETED||None'")
     assert queue.has("7") and queue.node("7") == "node1" and not queue.has("8")
     program(tmp_path, "squeue", "true")
     assert not queue.has("7")
+
+
+def test_job_that_waits_says_why_once_if_it_is_not_for_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    jobs = ["7|7_N/A|PENDING||ReqNodeNotAvail, UnavailableNodes:a", "8|8_N/A|PENDING||Priority"]
+    waiting = [*jobs, "9|9_N/A|PENDING||JobHeldUser"]  # the last is none of the study's
+    program(tmp_path, "squeue", "\n".join(f"echo '{line}'" for line in waiting))
+    queue = Queue(poll_s=0.0)
+    for job in "78":
+        queue.submitted(job)
+    assert queue.has("7") and queue.has("7")
+    assert caplog.messages == ["SLURM job 7 waits: ReqNodeNotAvail, UnavailableNodes:a"]
+
+
+def test_job_is_submitted_once_slurm_is_back_and_at_once_refused_where_it_never_was(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def ended(_: float) -> None:
+        program(tmp_path, "sbatch", "echo Submitted batch job 8")
+
+    trial = TrialSpec(Config(), [], tmp_path / "s/trial-0")
+    trial.folder.mkdir(parents=True)
+    monkeypatch.setattr(clusters.time, "sleep", ended)
+    for name in ("squeue", "sbatch"):
+        program(tmp_path, name, "echo no controller >&2; exit 1")
+    with pytest.raises(InputError, match=r"^launcher: the cluster refuses the job: no controller$"):
+        cluster.submit([trial])
+    program(tmp_path, "squeue", "true")
+    assert not cluster._queue.is_away()
+    program(tmp_path, "squeue", "exit 1")
+    cluster.submit([trial])
+    assert json.loads((trial.folder / JOB).read_text()) == {"id": "8"}
 
 
 def test_job_gets_the_gpus_of_a_flag_that_is_written_with_hyphens(tmp_path: Path):

@@ -25,6 +25,7 @@ from autotune.measure.slot import Slot
 from autotune.sweep import handing, worker
 from autotune.sweep.launchers import Job, Launcher
 from autotune.sweep.worker import TrialSpec
+from autotune.system import interrupt
 from autotune.system.files import left_in, write_whole
 from autotune.text import one_line
 
@@ -39,6 +40,7 @@ ENDED = {
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"),
     *("PREEMPTED", "REVOKED"),
 }
+USUAL = ("None", "Priority", "Resources", "BeginTime", "Dependency")  # SLURM's reasons why a job waits
 
 
 class Cluster(Launcher):
@@ -77,22 +79,32 @@ class Cluster(Launcher):
             else:
                 alike.setdefault((gpu_count(trial.config), trial.node), []).append(trial)
         for (gpus, node), group in alike.items():
-            executor = self._executor(group[0].folder.parent, gpus, node)
-            try:
-                main = run_noted if self._is_slurm else worker.run_job
-                with as_new_job(), executor.batch() if self._config.array and len(group) > 1 else nullcontext():
-                    submitted = [executor.submit(main, trial) for trial in group]
-                ids = [job.job_id for job in submitted]
-            except submitit.core.utils.FailedJobError as error:
-                raise InputError(f"launcher: the cluster refuses the job: {one_line(error)}") from None
-            for trial, job, job_id in zip(group, submitted, ids, strict=True):
-                for file in (job.paths.submitted_pickle, job.paths.submission_file):
-                    if file.exists():  # an array has one script
-                        file.chmod(0o600)
-                write_whole(trial.folder / JOB, json.dumps({"id": job_id}))
-                jobs[trial.folder] = self._job(trial.folder, job)
-                self._last[job_id] = gpus, trial.folder
+            for together in [group] if self._config.array else [[trial] for trial in group]:
+                for trial, job in zip(together, self._submitted(together, gpus, node), strict=True):
+                    write_whole(trial.folder / JOB, json.dumps({"id": job.job_id}))
+                    jobs[trial.folder] = self._job(trial.folder, job)
+                    self._last[job.job_id] = gpus, trial.folder
         return [jobs[trial.folder] for trial in trials]
+
+    def _submitted(self, trials: Sequence[TrialSpec], gpus: int, node: str) -> list[Any]:
+        """Submitit's jobs of `trials`, once SLURM answers if it did before. Raises InputError if it refuses them twice."""
+        main, refusals = run_noted if self._is_slurm else worker.run_job, 0
+        while True:
+            executor = self._executor(trials[0].folder.parent, gpus, node)
+            try:
+                with as_new_job(), executor.batch() if len(trials) > 1 else nullcontext():
+                    jobs = [executor.submit(main, trial) for trial in trials]
+                break
+            except submitit.core.utils.FailedJobError as error:
+                refusals += not self._queue.is_away()  # a busy one may have timed out
+                if refusals > 1 or not self._queue.has_answered:
+                    raise InputError(f"launcher: the cluster refuses the job: {one_line(str(error))}") from None
+            interrupt.check()
+            time.sleep(self._config.poll_s)
+        for file in {file for job in jobs for file in (job.paths.submitted_pickle, job.paths.submission_file)}:
+            if file.exists():  # an array has one script
+                file.chmod(0o600)
+        return jobs
 
     def _handed_on(self, trial: TrialSpec) -> Job | None:
         """The job that runs `trial` on the server of an earlier one; None if no job waits for such a trial."""
@@ -274,7 +286,9 @@ class SlurmJob(ClusterJob):
         return self._queue.node(self.job.job_id)
 
     def cancel(self) -> None:
-        subprocess.run(["scancel", self.job.job_id], capture_output=True)
+        done = subprocess.run(["scancel", self.job.job_id], capture_output=True, text=True)
+        if done.returncode:
+            log.warning("SLURM job %s may go on, scancel failed: %s", self.job.job_id, one_line(done.stderr))
 
     def reason(self) -> str:
         show = ["scontrol", "show", "job", "-o", self.job.job_id]
@@ -293,15 +307,25 @@ class Queue:
         self._new: set[str] = set()  # submitted since squeue last answered
         self._queued: set[str] = set()
         self._nodes: dict[str, str] = {}
+        self.has_answered = self._is_away = False  # ever; when it was asked last
+        self._ours: set[str] = set()  # all that were submitted
+        self._told = {*USUAL}
 
     def submitted(self, job_id: str) -> None:
         """It is queued until squeue answers, which it is asked to at the next question."""
         self._new.add(job_id)
+        self._ours.add(job_id)
         self._asked = -math.inf
 
     def has(self, job_id: str) -> bool:
         self._ask()
         return job_id in self._queued or job_id in self._new
+
+    def is_away(self) -> bool:
+        """True if squeue does not answer."""
+        self._asked = -math.inf
+        self._ask()
+        return self._is_away
 
     def node(self, job_id: str) -> str:
         return self._nodes.get(job_id, "")
@@ -311,16 +335,22 @@ class Queue:
             return
         self._asked = time.monotonic()
         # %F_%K names one job of an array; -r writes each on its own line.
-        command = ["squeue", "--noheader", "--me", "-r", "-t", "all", "-o", "%A %F_%K %T %N"]
+        command = ["squeue", "--noheader", "--me", "-r", "-t", "all", "-o", "%A|%F_%K|%T|%N|%r"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            log.warning("squeue failed, asked again in %g s: %s", self._poll_s, done.stderr.strip())
+            if not self._is_away:
+                log.warning("squeue failed, asked again every %g s: %s", self._poll_s, done.stderr.strip())
+            self._is_away = True
             return
+        self.has_answered, self._is_away = True, False
         self._queued, self._new = set(), set()
         for line in done.stdout.splitlines():
-            job_id, in_array, state, *node = line.split()
+            job_id, in_array, state, node, why = line.split("|", 4)
             names = {job_id, in_array}
             if node:
-                self._nodes.update(dict.fromkeys(names, node[0]))
+                self._nodes.update(dict.fromkeys(names, node))
             if state not in ENDED:
                 self._queued |= names
+            if state == "PENDING" and names & self._ours and why not in self._told:
+                self._told.add(why)
+                log.warning("SLURM job %s waits: %s", job_id, why)
