@@ -87,7 +87,7 @@ class Cluster(Launcher):
         return [jobs[trial.folder] for trial in trials]
 
     def _submitted(self, trials: Sequence[TrialSpec], gpus: int, node: str) -> list[Any]:
-        """Submitit's jobs of `trials`, once SLURM answers if it did before. Raises InputError if it refuses them twice."""
+        """Submitit's jobs of `trials`, once SLURM answers, if it ever did. Raises InputError if it refuses twice."""
         main, refusals = run_noted if self._is_slurm else worker.run_job, 0
         while True:
             executor = self._executor(trials[0].folder.parent, gpus, node)
