@@ -192,7 +192,7 @@ def test_study_without_a_usable_trial_says_why():
     trials = [Result(reason="StartError: no memory"), Result(reason="StartError: no memory"), result(9, over=1.0)]
     shown = summary.render(study(None, *trials))
     assert "3 trials, 2 failed" in shown
-    assert shown.count("  StartError: no memory") == 1
+    assert shown.count("StartError: no memory") == 1 and "\n  2 trials: StartError: no memory\n" in shown
     assert "No trial is feasible: loosen the limits" in shown
 
 

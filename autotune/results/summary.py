@@ -17,7 +17,7 @@ from autotune.measure.result import Result, State
 from autotune.results import fleet
 from autotune.results.study import BASELINE, ON_SHARED, RECIPE, REFERENCES, SPACE, Study
 from autotune.system.files import left_in, write_whole
-from autotune.text import aligned, count, rounded, shorten
+from autotune.text import aligned, by_kind, count, rounded, shorten
 
 SLOW = 0.1  # share of the median node's value that a slow one is worse by
 SURPRISE = 0.15  # share of the expected value by which a measured one contradicts it
@@ -106,7 +106,7 @@ def render(study: Study) -> str:
     several = len(study.objective.metrics) > 1
     names = study.front if several else [best] if best else []
     rows = {name: study.results[name] for name in [*REFERENCES, *names] if name in study.complete}
-    parts = [_counts(study), *_table(rows, config), *_references(study)]
+    parts = [_counts(study), *_apart(*_table(rows, config)), *_references(study)]
     if best is None:
         parts += _why_none(study)
     elif several:
@@ -144,7 +144,7 @@ def _counts(study: Study) -> str:
     more += f", {looked_up} asked for again and looked up" if looked_up else ""
     more += f", {pruned} ended early" if pruned else ""
     trials = count(counts.total() - refused, "trial")
-    return f"Study {study.config.study}: {trials}, {counts[State.failed]} failed{more}\n"
+    return f"Study {study.config.study}: {trials}, {counts[State.failed]} failed{more}"
 
 
 def _references(study: Study) -> list[str]:
@@ -162,10 +162,11 @@ def _references(study: Study) -> list[str]:
 
 
 def _why_none(study: Study) -> list[str]:
-    reasons = sorted({f"  {result.reason}" for result in study.swept.values() if result.state is State.failed})
-    parts = ["", *(["Why trials failed:", *reasons] if reasons else [])]
+    reasons = [result.reason for result in study.swept.values() if result.state is State.failed]
+    kinds = [f"  {count(len(kind), 'trial')}: {reasons[kind[0]]}" for kind in by_kind(reasons)]
+    parts = _apart(*(["Why trials failed:", *kinds] if kinds else []))
     if any(result.complete for result in study.swept.values()):
-        parts += [f"No trial is feasible: {objective.way_out(study.config)}."]
+        parts += ["", f"No trial is feasible: {objective.way_out(study.config)}."]
     return parts
 
 
