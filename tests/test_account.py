@@ -9,7 +9,7 @@ import pytest
 from autotune.config.schema import Config, PriorConfig
 from autotune.measure.result import Result
 from autotune.measure.steps import NAME, Steps
-from autotune.results import report
+from autotune.results import sections
 from autotune.results.study import TWIN, Study
 from autotune.search import account as of_study
 from autotune.search.device import device_of
@@ -18,13 +18,13 @@ from autotune.sim.cost import CONSTANTS, Work, seconds
 from autotune.sim.shape import Shape
 from autotune.sim.twin import longest_run, unfitted
 from tests.test_report import config, result
-from tests.test_twin import h200, recorded
+from tests.test_twin import prior_of, recorded
 
 
 def shares(steps: Steps) -> dict[str, account.Share]:
     """The account of a server by the device's YAML alone, which takes no time to fit."""
     assert steps.model
-    return account.account(unfitted(h200(), Shape.of(steps.model), 0.1, 0.1), steps)
+    return account.account(unfitted(prior_of(), Shape.of(steps.model), 0.1, 0.1), steps)
 
 
 def test_parts_of_the_gpu_sum_to_a_step():
@@ -70,7 +70,7 @@ def left(folder: Path, steps: dict[str, Steps], **results: Result) -> Study:
         one.save(folder / name / NAME)
     found = {name.replace("_", "-"): one for name, one in results.items()}
     made = config(["tokens_per_s"], ["maximize"])
-    made.prior = PriorConfig(backend={"device": vars(h200())})
+    made.prior = PriorConfig(backend={"device": vars(prior_of())})
     return Study(folder, made, found)
 
 
@@ -79,26 +79,26 @@ def test_model_that_is_not_simulated_is_said_in_one_line(tmp_path: Path):
     foreign = Steps("", one.table[:50], one.args, {"model_type": "mamba"})
     study = left(tmp_path, {"baseline": foreign}, baseline=result(5.0))
     of_study.write(study)
-    (section,) = report.steps(study)
+    (section,) = sections.steps(study)
     assert "backend=sim knows decoders" in section.missing[0] and not section.plots
-    assert report.expectations(study) == []
+    assert sections.expectations(study) == []
     (tmp_path / "baseline" / NAME).write_text("broken")
     of_study.write(study)
-    assert "not a file of recorded steps" in report.steps(study)[0].missing[0]
+    assert "not a file of recorded steps" in sections.steps(study)[0].missing[0]
 
 
 def test_study_without_recorded_steps_has_no_such_section(tmp_path: Path):
     (tmp_path / TWIN).write_text("{}")  # of an earlier one in this folder
     study = left(tmp_path, {}, baseline=result(5.0))
     of_study.write(study)
-    assert not (tmp_path / TWIN).exists() and not report.steps(study)
+    assert not (tmp_path / TWIN).exists() and not sections.steps(study)
 
 
 def test_device_is_the_priors_then_the_simulated_one_then_the_machines():
-    device = vars(h200())
+    device = vars(prior_of())
     live = Config(backend={"_target_": "autotune.live.backend.LiveBackend"})
     assert device_of(Config(prior=PriorConfig(backend={"device": device})), {})[1] == "prior.backend.device"
-    assert device_of(Config(backend={"device": device}), {})[0] == h200()
+    assert device_of(Config(backend={"device": device}), {})[0] == prior_of()
     for facts, name, named_by in (
         ({"gpu": "NVIDIA H200", "cpu": "Xeon"}, "H200", "NVIDIA H200"),
         ({"gpu": "NVIDIA A100-SXM4-80GB", "cpu": "Xeon"}, "A100", "NVIDIA A100-SXM4-80GB"),
@@ -119,9 +119,9 @@ def test_report_says_why_the_winner_wins(tmp_path: Path):
     of_study.write(study)
     told = json.loads((tmp_path / TWIN).read_text())
     assert set(told["errors"]) == set(told["accounts"]) == {"baseline", "trial-0"} and told["device"] == "H200"
-    (section,) = report.steps(study)
+    (section,) = sections.steps(study)
     assert "In steps with prefill the largest is launches (the GPU waits)" in section.text
     assert "CUDA graphs hold 100% of their tokens" in section.text
     assert len(section.plots) == 2 and not section.missing
-    (section,) = report.expectations(study)
+    (section,) = sections.expectations(study)
     assert "1 trial, off by 12.5%" in section.text and len(section.plots) == 2

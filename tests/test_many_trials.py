@@ -14,7 +14,7 @@ from autotune.commands import compare, export
 from autotune.config.schema import Config, Kind, ModelConfig, ObjectiveConfig, ScenarioConfig, TrackingConfig
 from autotune.measure.result import Result
 from autotune.measure.trial import as_yaml
-from autotune.results import beside, figures, report, summary
+from autotune.results import beside, figures, report, sections, summary
 from autotune.results.study import Study, load
 
 PARETO = ObjectiveConfig("pareto", ["tokens_per_s", "ttft_p99_ms"], ["maximize", "minimize"])
@@ -44,7 +44,7 @@ def calls(work: Callable[[Any], object], *arguments: Any) -> int:
 
 def drawn(one: Study) -> None:
     """Everything of the report that goes through all trials, but Optuna's estimates of importance."""
-    for part in (report.columns, report.facts, report.failures, report.headline, report.bounds):
+    for part in (report.columns, report.facts, report.failures, report.headline, sections.bounds):
         part(one)
     figures.optuna_study(one, PARETO.metrics, PARETO.directions)
 

@@ -25,6 +25,8 @@ from autotune.config.schema import (
 )
 from autotune.measure.result import Result, RunRecord, State
 from autotune.results import figures, report
+from autotune.results import sections as sections_of
+from autotune.results.sections import Section
 from autotune.results.study import SPACE as SPACE_FILE
 from autotune.results.study import Study
 from tests.browser import browser_page
@@ -99,7 +101,7 @@ def drawn(distribution: Any, draw: random.Random) -> Any:
     return round(draw.uniform(distribution.low, distribution.high), 2)
 
 
-def sections(one: Study) -> dict[str, report.Section]:
+def sections(one: Study) -> dict[str, Section]:
     return {section.title: section for section in report.sections(one)}
 
 
@@ -243,7 +245,7 @@ def test_best_that_loadgen_calls_invalid_is_said_to_be(tmp_path: Path):
 
 
 def test_page_says_where_the_time_went(tmp_path: Path):
-    section = report.phases(study(tmp_path, [result(5.0), result(6.0)]))
+    section = sections_of.phases(study(tmp_path, [result(5.0), result(6.0)]))
     assert section.text.startswith("3.0 min in all: start 33%, run 67%.")
     assert section.text.endswith("A start, by the median of each part: import 10 s, compile 20 s.")
 
@@ -323,7 +325,7 @@ def test_expected_is_shown_beside_measured_with_kendalls_tau(tmp_path: Path):
     trials = [result(value, expected={"values": [2 * value], "feasible": True}) for value in (900, 1000, 1100)]
     failed = Result(reason="StartError", expected={"values": [], "feasible": False})
     one = study(tmp_path, [*trials, failed, result(950)], result(800))
-    (section,) = report.expectations(one)
+    (section,) = sections_of.expectations(one)
     assert section.text.startswith("tokens/s: 3 trials, off by 50.0% (median); Kendall's τ 1.00")
     assert "expected %{x" in section.plots[0].to_json() and "max_num_seqs=" in section.plots[0].to_json()
     assert "Expected and measured" not in sections(study(tmp_path, [result(900)], result(800)))

@@ -21,7 +21,7 @@ from autotune.config.schema import HOST, Device
 from autotune.measure.metrics import mean_and_interval
 from autotune.measure.paired import paired_difference
 from autotune.measure.result import Result
-from autotune.results import figures, report, summary
+from autotune.results import figures, sections, summary
 from autotune.results.study import BASELINE, FRESH
 from autotune.results.submission import Run, objections
 from autotune.results.verdict import change
@@ -166,7 +166,7 @@ def by_twin(folder: str, objective: dict[str, str]) -> str:
         server = "fresh" if name.startswith((BASELINE, FRESH)) else "shared"
         rows.append((name, server, changed(result), expected, *shown, *took))
     foreseen = [one for one in study(ONE / folder).values() if one.complete and one.expected.get("values")]
-    return markdown(head, rows) + f"\n\nWhat was expected and what came: {report.agreement(foreseen, 0)}"
+    return markdown(head, rows) + f"\n\nWhat was expected and what came: {sections.agreement(foreseen, 0)}"
 
 
 def ending(result: Result) -> str:
