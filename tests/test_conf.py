@@ -250,6 +250,8 @@ def test_wrong_configuration_is_one_line(main: Main, arguments: list[str], words
         (["launcher=slurm", "launcher.canry=1"], "there is no such field; did you mean canary"),
         (["launcher=slurm", "launcher.n_jobs=0"], "launcher.n_jobs=0: write a number from 1 to 100000"),
         (["max_failures=0"], "max_failures=0: write a number from 1 to 10000000"),
+        (["secrets=[[a]]"], "secrets=['a']: write one value, no list and no object"),
+        (["backend.prefix=[[a]]"], "backend.prefix=['a']: write one value, no list and no object"),
     ],
 )
 def test_wrong_field_or_value_is_refused(arguments: list[str], words: str):

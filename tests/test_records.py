@@ -29,10 +29,14 @@ def as_csv(delimiter: str) -> str:
     return file.getvalue()
 
 
-def as_parquet(records: list[dict[str, Any]] = RECORDS) -> bytes:
+def as_parquet(records: list[dict[str, Any]] = RECORDS, **schema: pyarrow.DataType) -> bytes:
     file = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(records), file)
+    table = pyarrow.Table.from_pylist(records, pyarrow.schema(schema) if schema else None)
+    parquet.write_table(table, file)
     return file.getvalue()
+
+
+FAR_DAY = as_parquet([{"prompt": "a", "day": 1 << 30}], prompt=pyarrow.string(), day=pyarrow.date32())
 
 
 ZSTD = pyarrow.compress(LINES.encode(), codec="zstd", asbytes=True)
@@ -130,6 +134,8 @@ GOOD = {"prompt": "a", "output": "bb"}
             as_parquet([{"prompt": b"\xff", "output": "b"}]),
             "record 1: `prompt` must be a text, and is byte",
         ),
+        ("d.parquet", FAR_DAY, "d.parquet: not a readable Parquet file (days=1073741824; must have magnitude"),
+        ("d.jsonl", lines(GOOD, None, GOOD), "record 2: null instead of an object; leave it out"),
         ("d.csv", "prompt,output\na,b,c\n", "d.csv, record 1: more cells than the header has names"),
         ("d.csv", 'prompt,output\n"a,b\n', "d.csv, line 1: not CSV (unexpected end of data)"),
         ("d.csv", "prompt;output\na;b\n", "record 1: no prompt among prompt;output; give `input` or `prompt`"),

@@ -112,6 +112,7 @@ def test_prompts_over_the_limit_are_left_out_and_counted(
             "record 2, turn 2: from 'robot'; write one of system, developer, human",
         ),
         ({"conversations": [{"value": "Hi"}]}, "record 2, turn 1: from None"),
+        ({"messages": [], "tools": 3}, "record 2: `tools` must be OpenAI's: a list of objects"),
         ({"conversations": [{"from": "human"}]}, "record 2, turn 1: no text; write `value`"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "record 2, turn 1: no text"),
     ],

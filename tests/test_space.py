@@ -36,6 +36,23 @@ def test_empty_space_says_what_to_write():
 
 
 @pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("8", r"engine.args.a=8: a space holds choice\(…\), range"),
+        ("[8, 16]", r"engine.args.a=\[8, 16\]: a space holds choice"),
+        ("{'b': 1}", "engine.args.a={'b': 1}: no viable alternative .* quote"),
+        ("choice(8", r"engine.args.a=choice\(8: no viable alternative .* close each bracket"),
+        ("choice(null,8)", "write choice.*, with default in it for vLLM's own value"),
+        ("glob(*)", r"engine.args.a=glob\(\*\): write choice"),
+    ],
+)
+def test_line_of_a_space_that_is_no_sweep_is_named_alone(written: str, message: str):
+    with pytest.raises(InputError, match=message) as error:
+        parse({"engine.args.a": written, "engine.args.b": "choice(1,2)"}, ["seed=1"], {}, {})
+    assert "seed" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("written", "shown"),
     [
         ("tag(log,int(interval(16,1024)))", "16…1024, log"),

@@ -82,6 +82,7 @@ def test_recipe_within_the_space_is_a_trial_the_sampler_learns_from_and_is_not_r
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["only_if={scenario.foo: async_scheduling}"], "only_if.scenario.foo: no parameter has that name"),
         (
             ["only_if.max_num_seqs=async_scheduling"],
             "only_if.max_num_seqs: no parameter has that name; write its whole",

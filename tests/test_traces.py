@@ -140,6 +140,7 @@ GOOD = '{"at_s": 1, "prompt_tokens": 2, "output_tokens": 3}\n'
         ("t.csv", f"{BURST}1,,,x,20,0,20,API log\n", "no records"),
         ("t.csv", "at_s,at_s,prompt_tokens,output_tokens\n0,1,2,3\n", "line 1: two columns are called 'at_s'"),
         ("t.jsonl", lines({"at_s": 1, "messages": []}), "record 1: `messages` is empty"),
+        ("t.jsonl", lines({"at_s": 1, "prompt": "a", "max_tokens": "x"}), "`max_tokens` must be a whole number from 1"),
         (
             "t.jsonl",
             lines({"timestamp": 0, "input_length": 20, "output_length": 3, "hash_ids": [1, 2]}),

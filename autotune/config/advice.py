@@ -116,6 +116,11 @@ def known_keys() -> dict[str, Any]:
     return dict(sorted(found, key=lambda one: (one[0].count("."), one[0].startswith("backend.device"))))
 
 
+def is_field(key: str) -> bool:
+    """Tell whether `key` is that of a field in a group, or lies in one that has fields of others' (backend.env.X)."""
+    return any(f"{key}.".startswith(f"{known}.") for known in known_keys() if "." in known)
+
+
 def _instead(why: OmegaConfBaseException, key: str) -> str:
     """The values, in words, that the field takes which `why` is about; empty if that is unknown."""
     kind, rule = why.object_type, ANY_NUMBER

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import field, fields, is_dataclass
-from typing import Any
+from typing import Any, get_args
 
 from autotune.errors import InputError
 
@@ -33,6 +33,11 @@ def number(least: float = 0.0, most: float = MOST, above: float | None = None) -
 def finite(value: Any) -> str:
     """The rule of values that others read: vLLM, Optuna, a function of the user's own."""
     return "write a number" if isinstance(value, float) and not math.isfinite(value) else ""
+
+
+def single(value: Any) -> str:
+    """The rule of what a list or a dictionary of texts or numbers holds: OmegaConf takes lists and objects, too."""
+    return "write one value, no list and no object" if isinstance(value, (dict, list)) else finite(value)
 
 
 def file_name(value: Any) -> str:
@@ -108,21 +113,22 @@ def within(default: Any, least: float, most: float) -> Any:
 ANY_NUMBER = number()
 
 
-def check(value: Any, key: str = "", rule: Rule = ANY_NUMBER) -> None:
+def check(value: Any, key: str = "", rule: Rule = ANY_NUMBER, items: Rule = finite) -> None:
     """Raise InputError, naming its key, for the first value in a configuration that the rule of its field forbids.
 
-    A number's field without a rule of its own takes ANY_NUMBER.
+    A number's field without a rule of its own takes ANY_NUMBER; `items` is the rule of what a container holds.
     """
     if is_dataclass(value):
         for one in fields(value):
-            own = one.metadata.get("rule", rule)
-            check(getattr(value, one.name), f"{key}.{one.name}".removeprefix("."), own)
+            own, held = one.metadata.get("rule", rule), get_args(one.type)[-1:]
+            of_items = single if held and held[0] in (str, int, float) else finite
+            check(getattr(value, one.name), f"{key}.{one.name}".removeprefix("."), own, of_items)
         return
     if value is not None and (wrong := rule(value)):
         raise InputError(f"{key}={str(value)[:NAME_BYTES]}: {wrong}")
     if isinstance(value, dict):
         for part, item in value.items():
-            check(item, f"{key}.{part}", finite)
+            check(item, f"{key}.{part}", items)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            check(item, key, finite)
+            check(item, key, items)

@@ -40,7 +40,8 @@ def check(config: Config) -> None:
 
 
 def learn_secrets(config: Config) -> None:
-    """Hide the secrets of `config` in all that this process writes from here on."""
+    """Hide the secrets of `config` in all that this process writes from here on. Raises InputError for no names."""
+    bounds.check(config.secrets, "secrets", items=bounds.single)
     redact.add_names(config.secrets)
     redact.redact(asdict(config))
 

@@ -61,7 +61,7 @@ def check(words: Sequence[str]) -> None:
             continue
         if digits := re.search(r"\d{300}", word):  # no float holds it
             raise InputError(f"{word[: digits.start() + 8]}…: a number of 300 digits or more; write a smaller one")
-        override = _override(word)
+        override = parsed(word)
         key = override.key_or_group
         _check_override(word, override)
         if own and (key.startswith(("hydra.", "hydra/")) or key == "hydra"):
@@ -107,7 +107,8 @@ def _is_option(group: str, value: object) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _override(word: str) -> Override:
+def parsed(word: str) -> Override:
+    """A word `key=value` as Hydra reads it. Raises InputError."""
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:

@@ -163,6 +163,8 @@ def _from_json(lines: Iterator[str], path: Path) -> Iterator[Any]:
                 )
             for record in value if isinstance(value, list) else [value]:
                 count += 1
+                if record is None:
+                    raise InputError(f"{path}, record {count}: null instead of an object; leave it out")
                 yield record
     except NotJsonError as error:
         raise InputError(f"{path}, record {count + 1}: not JSON ({error})") from None
@@ -219,5 +221,5 @@ def _from_parquet(path: Path, codec: str | None) -> Iterator[Record]:
             body = pyarrow.BufferReader(file.read()) if codec else str(path)
             for batch in parquet.ParquetFile(body).iter_batches(batch_size=256):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: not a readable Parquet file ({first_line(error)}); make it again") from None

@@ -57,6 +57,8 @@ def records(
         where = f"{path}, record {number}"
         messages = messages_of(record, where)
         tools = _parsed(record.get("tools"), f"{where}, `tools`")
+        if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise InputError(f"{where}: `tools` must be OpenAI's: a list of objects")
         ends = _answered(messages)
         if messages and messages[-1]["role"] in ("user", "tool"):
             ends += [len(messages)] if Output(output) is Output.natural else []

@@ -139,9 +139,8 @@ def _moment(row: Record, name: str, where: str) -> float | None:
 def _text(row: Record, encode: Callable[[], Encode], where: str) -> Record:
     """A request with a text as any data set has it: OpenAI's messages go through the model's chat template."""
     record = dict(row)
-    limit = next((row[name] for name in LIMITS if row.get(name) is not None), None)
-    if limit is not None:
-        record.setdefault("output_tokens", limit)
+    if limit := next((name for name in LIMITS if row.get(name) is not None), None):
+        record.setdefault("output_tokens", count_field(row, limit, where, least=1))
     if row.get("messages") is not None:
         if not (messages := messages_of(row, where)):
             raise InputError(f"{where}: `messages` is empty; write one, or leave the record out")

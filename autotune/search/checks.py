@@ -9,6 +9,7 @@ from typing import Any
 
 from optuna.distributions import CategoricalDistribution
 
+from autotune.config.advice import is_field
 from autotune.config.overrides import with_fields
 from autotune.config.schema import Config
 from autotune.config.vllm_flags import FLAG, changes, packed, read, recorded, value_at
@@ -17,7 +18,7 @@ from autotune.measure.prepare import backend_of, cache_of
 from autotune.measure.prepare import check as check_config
 from autotune.search.conditions import holds, names_in
 from autotune.search.distributions import Distribution, ends
-from autotune.search.space import DEFAULT, SWEPT, VARIABLE, Space, value_of, values
+from autotune.search.space import DEFAULT, VARIABLE, Space, value_of, values
 from autotune.system.files import expanded
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def check_space(space: Space, config: Config, backend: Any, known: Mapping[str, 
     flags = {*known, *backend.flags, *recorded()}
     for key in space.only_if:
         known_flag = key.startswith(FLAG) and key.removeprefix(FLAG).partition(".")[0] in flags
-        if not known_flag and key not in space.parameters and key.partition(".")[0] not in SWEPT[1:]:
+        if not known_flag and key not in space.parameters and not is_field(key):
             raise InputError(f"only_if.{key}: no parameter has that name; write its whole key: {FLAG}<flag>")
     nameable = flags | {one for key in space.parameters for one in (key.rpartition(".")[2], key.removeprefix(FLAG))}
     for kind, expressions in (("conditions", space.conditions), ("only_if", space.only_if)):

@@ -8,10 +8,10 @@ from math import prod
 from typing import Any
 
 import optuna
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 
 from autotune.config.vllm_flags import FLAG, changes, packed, unpacked, value_at
+from autotune.config.words import parsed
 from autotune.errors import InputError
 from autotune.search.conditions import holds
 from autotune.search.distributions import Distribution, grid_values, suggest
@@ -99,13 +99,14 @@ def parse(
     parameters: dict[str, Distribution] = {}
     fixed: dict[str, str] = {}
     written = [f"{name}={value}" for name, value in space.items()]
-    for at, override in enumerate(OverridesParser.create().parse_overrides([*written, *arguments])):
+    for at, line in enumerate([*written, *arguments]):
+        override = parsed(line)
         name = _field_name(override.get_key_element())
-        line = override.input_line
-        assert line is not None
         before = [_field_name(other.partition("=")[0]) for other in arguments[: max(0, at - len(written))]]
         if name in before and (override.is_sweep_override() or name in parameters):
             raise InputError(f"{line}: {name} is written twice, and swept; write it once")
+        if at < len(written) and not override.is_sweep_override():
+            raise InputError(f"{line}: a space holds choice(…), range(…) and interval(…); write one of them")
         if override.is_sweep_override():
             parameters[name] = _distribution(override, name)
             fixed.pop(name, None)
