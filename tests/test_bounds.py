@@ -173,6 +173,7 @@ def test_study_with_a_bad_value_leaves_nothing_behind(tmp_path: Path):
         ["pruner=median", "pruner.n_startup_trials=abc"],
         ["pruner=hyperband", "pruner.min_resource=0"],
         ["pruner=patient", "pruner.wrapped_pruner=3"],
+        ["pruner._target_=optuna.samplers.TPESampler"],
     ):
         with pytest.raises(InputError, match=re.escape(bad[-1].partition("=")[0].split(".")[0])):
             study(tmp_path, f"{SEQS}=choice(4,8)", *bad)

@@ -246,6 +246,7 @@ def test_wrong_configuration_is_one_line(main: Main, arguments: list[str], words
             "backend.port: there is no such field; another option of backend has it, ",
         ),
         (["backend._target_=none.None"], "backend._target_=none.None: there is no such class; write backend=…"),
+        (["backend._target_=autotune.config.schema.SimConfig"], "schema.SimConfig: there is no such class; write"),
         (["launcher.n_jobs=2"], "launcher.n_jobs: there is no such field; another option"),
         (["launcher=slurm", "launcher.canry=1"], "there is no such field; did you mean canary"),
         (["launcher=slurm", "launcher.n_jobs=0"], "launcher.n_jobs=0: write a number from 1 to 100000"),

@@ -106,6 +106,7 @@ BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("defaults: [none]\n", "scenario/mine.yaml: scenario=none: there is no such option"),
         ("- 1\n", "list is not a subclass of ScenarioConfig"),
         ("qpss: 1\n", "Key 'qpss' not in 'ScenarioConfig'"),
+        ("# @package _global_\nhydra: null\n", "--config-dir .: "),
     ],
     ids=lambda value: None if isinstance(value, bytes) else value[:12],
 )

@@ -101,7 +101,7 @@ def typed_target(node: Mapping[str, Any], group: str) -> tuple[Any, Any]:
         return target_class, OmegaConf.to_object(OmegaConf.merge(_schema(target_class.Config), dict(node)))
     except OmegaConfBaseException as error:
         raise InputError(told(error, f"{group}.")) from None
-    except (ImportError, HydraException, ValueError):
+    except (ImportError, HydraException, ValueError, AttributeError):  # or a class without Config
         raise InputError(f"{group}._target_={target}: there is no such class; write {group}=… (--help)") from None
 
 

@@ -173,19 +173,19 @@ def naming_files(folder: Path | None) -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         if str(error):
             raise
-        raise InputError(_broken(folder) or one_line(error)) from None
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        if not _is_hydras(error):
-            raise
-        raise InputError(_broken(folder) or one_line(error)) from None
+        raise InputError(_broken(folder, error)) from None
     except RecursionError:
         if not folder:
             raise
         raise InputError(f"--config-dir {folder}: the defaults of a file there lead back to it") from None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        if not _is_hydras(error):
+            raise
+        raise InputError(_broken(folder, error)) from None
 
 
-def _broken(folder: Path | None) -> str:
-    """The first file below `folder` that is no configuration, and why; empty if there is none."""
+def _broken(folder: Path | None, stumbled: Exception) -> str:
+    """The first file below `folder` that is no configuration, and why; if all are, what Hydra `stumbled` over."""
     for file in sorted(folder.rglob("*.yaml")) if folder else []:
         try:
             OmegaConf.load(file)
@@ -193,7 +193,7 @@ def _broken(folder: Path | None) -> str:
                 raise ValueError(f"{header[0]!r} lacks its value")
         except Exception as error:  # a broken file may raise anything in YAML's or OmegaConf's depths
             return f"{file}: {one_line(error)}"
-    return ""
+    return f"--config-dir {folder}: {one_line(stumbled)}" if folder else one_line(stumbled)
 
 
 def _is_hydras(error: BaseException) -> bool:

@@ -31,6 +31,8 @@ class BehindBest(optuna.pruners.BasePruner):
 
 def make_pruner(config: Config) -> optuna.pruners.BasePruner:
     """The pruner of the `pruner` group. Raises InputError if it can't be made, or can't watch the objective."""
+    if not isinstance(config.pruner, dict):
+        raise InputError(f"pruner={config.pruner}: write an option of the group (--help)")
     for name, value in config.pruner.items():
         bounds.check(value, f"pruner.{name}")
     wrapped = config.pruner.get("wrapped_pruner")
@@ -42,6 +44,8 @@ def make_pruner(config: Config) -> optuna.pruners.BasePruner:
         if isinstance(pruner, optuna.pruners.HyperbandPruner):  # it looks at these only when it is first asked
             own = {name: config.pruner[name] for name in ("min_resource", "reduction_factor") if name in config.pruner}
             optuna.pruners.SuccessiveHalvingPruner(**own)
+        if not isinstance(pruner, optuna.pruners.BasePruner):
+            raise ValueError("no pruner; write a _target_, as the files in conf/pruner do")
     except (ValueError, TypeError) as error:
         raise InputError(f"pruner: {one_line(error)}") from None
     wanted = config.objective.metrics
