@@ -150,8 +150,10 @@ def test_single_trial_tells_its_runs_and_what_they_have_served(tmp_path: Path, c
         rates = {"tokens_per_s": 900.0, "samples_per_s": 12.0, "goodput_per_s": 11.0}
         for step in range(3):  # one in ten seconds
             progress.publish(tmp_path, step, rates | {"completed": 24 + step, "over_limit": 2})
+        progress.publish(tmp_path, 3, {progress.FAILING: 28.3})
         time.sleep(0.7)
     assert [line.strip() for line in caplog.messages] == [
         "probe 28.3 queries/s",
         "24 requests served, 2 of them over a limit; 12 requests/s, 900 tokens/s",
+        "it breaks a limit",
     ]

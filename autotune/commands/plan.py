@@ -140,7 +140,7 @@ def _binding(runs: Sequence[Result]) -> str:
     if not broken:
         return ""
     name, count = broken.most_common(1)[0]
-    return f"; the limit that binds is {name.replace('_', ' ')}, broken by {count / len(runs):.0%}"
+    return f"; the limit that binds is {name.replace('_', ' ')}, which {count / len(runs):.0%} break"
 
 
 def _bottlenecks(runs: Sequence[Result]) -> str:

@@ -73,6 +73,8 @@ def progress_told(folder: Path) -> AbstractContextManager[None]:
                 rates = entry.get("values", {})
                 if entry.get("phase", "start") != "start":  # the server's log is named then
                     log.info(entry["phase"])
+                elif progress.FAILING in rates:
+                    log.info("  it breaks a limit")
                 elif rates.get("completed") and entry["time"] >= next_s:
                     next_s = entry["time"] + TOLD_EVERY_S
                     over = f", {rates['over_limit']:.0f} of them over a limit" if rates["over_limit"] else ""
