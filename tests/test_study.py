@@ -314,6 +314,14 @@ def test_best_trial_on_a_shared_server_is_measured_on_one_of_its_own_before_it_w
     assert load(str(tmp_path / "multirun/s")).config_of("trial-1").backend["bounds"] is None  # it is verified alone
 
 
+def test_trial_that_repeats_the_best_one_does_not_win_by_what_a_shared_server_told(tmp_path: Path):
+    said = study(tmp_path, "backend.shares=true", "sampler=random", f"{SEQS}=choice(64,1100)", "n_trials=3")
+    assert "proposals in a row were already measured" in said and said.count("is measured again on one of its own") == 1
+    (fresh,) = (tmp_path / "multirun/s").glob("fresh-*")
+    found = load(str(tmp_path / "multirun/s"))
+    assert found.best and found.results[found.best].values == Result.load(fresh).values
+
+
 def test_shared_server_that_flatters_a_trial_does_not_make_it_win(tmp_path: Path):
     said = study(tmp_path, *SHARED, f"{SEQS}=choice(1040)")  # a little slower than the defaults
     assert "fresh-trial-0" in said and "No trial beat vLLM's defaults" in said

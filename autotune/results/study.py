@@ -84,7 +84,8 @@ class Study:
 
     def ranked_by(self, metric: int) -> list[str]:
         """The same by the metric with this index among the objective's."""
-        feasible = [name for name, result in self.swept.items() if result.feasible]
+        # A trial that repeats another keeps what a shared server told, whatever the other one shows on its own.
+        feasible = [name for name, one in self.swept.items() if one.feasible and one.duplicate_of not in self.swept]
         sign = objective.sign(self.objective, metric)
         ordered = sorted(feasible, key=lambda name: -sign * self.results[name].values[metric])
         unique: dict[str, str] = {}
