@@ -67,8 +67,9 @@ def progress_told(folder: Path) -> AbstractContextManager[None]:
     reader = progress.Reader(folder)
 
     def tell(ended: threading.Event) -> None:
-        next_s = 0.0
-        while not ended.wait(0.5):
+        next_s, last = 0.0, False
+        while not last:
+            last = ended.wait(0.5)
             for entry in reader.new():
                 rates = entry.get("values", {})
                 if entry.get("phase", "start") != "start":  # the server's log is named then
