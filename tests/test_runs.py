@@ -11,7 +11,7 @@ import pytest
 
 from autotune.config.schema import Kind, ScenarioConfig
 from autotune.errors import BehindError, InputError
-from autotune.measure import runs, trial
+from autotune.measure import checks, runs, trial
 from autotune.measure.backend import DryRunOutcome, Measurement
 from autotune.measure.prepare import check_time, prepare, prepare_samples
 from autotune.measure.result import Result, State
@@ -243,16 +243,16 @@ def test_trial_that_holds_the_best_load_is_searched_from_there_upwards(tmp_path:
 
 def test_users_without_a_closed_loop_are_refused():
     with pytest.raises(InputError, match="only a closed loop has users; write load=concurrency"):
-        runs.check(configured(*SIMULATED, "scenario=interactive", "scenario.users=8"))
+        checks.check(configured(*SIMULATED, "scenario=interactive", "scenario.users=8"))
 
 
 def test_setting_of_loadgens_for_traffic_that_it_does_not_send_is_refused():
     with pytest.raises(InputError, match=r"scenario\.equal_issue: a setting of LoadGen's, .*; leave it out"):
-        runs.check(configured(*SIMULATED, "scenario=trace", "scenario.equal_issue=true"))
+        checks.check(configured(*SIMULATED, "scenario=trace", "scenario.equal_issue=true"))
 
 
 def test_longest_part_of_a_trace_is_no_least_one():
-    runs.check(configured(*SIMULATED[:2], "scenario=trace", "scenario.max_queries=5", "scenario.max_duration_s=5"))
+    checks.check(configured(*SIMULATED[:2], "scenario=trace", "scenario.max_queries=5", "scenario.max_duration_s=5"))
 
 
 def test_run_that_its_time_out_would_cut_off_is_refused():

@@ -16,14 +16,14 @@ from typing import Any, get_args, get_origin, get_type_hints
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 
-from autotune.config import overrides, schema, vllm_flags
+from autotune.config import overrides, vllm_flags
 from autotune.config.overrides import typed_target
 from autotune.config.schema import Answers, Check, Config, Endpoint, Kind, Mode
 from autotune.data import models, samples
 from autotune.data.models import Model
 from autotune.data.samples import Samples
 from autotune.errors import InputError
-from autotune.measure import accuracy, objective, rouge, rules, runs, traffic
+from autotune.measure import accuracy, checks, objective, rouge, rules, traffic
 from autotune.measure.backend import Backend, DryRunOutcome
 from autotune.system.files import expanded
 
@@ -59,7 +59,7 @@ def prepare(config: Config) -> Prepared:
         backend = backend_of(config, cache)
         args = read_flags(config, backend)
         rules.check(config, args)  # first: what rules set need not go together with a scenario that they don't have
-        check_together(config)
+        checks.check(config)
         if config.scenario.mode is Mode.accuracy and not backend.needs_weights:
             raise InputError("scenario.mode=accuracy: a simulation answers nothing; write backend=live")
         chat = config.scenario.endpoint is Endpoint.chat
@@ -106,20 +106,7 @@ def cache_of(config: Config) -> Iterator[Path]:
 def check(config: Config) -> None:
     """Raise InputError for what can be told from `config` alone: values out of bounds, what does not go together."""
     overrides.check(config)
-    check_together(config)
-
-
-def check_together(config: Config) -> None:
-    """Raise InputError for values of which each is allowed, but not beside the others."""
-    objective.check(config.objective)
-    schema.baselines(config)
-    runs.check(config)
-    dataset = config.dataset
-    if dataset.min_output_tokens > dataset.max_output_tokens:
-        raise InputError(
-            f"dataset.min_output_tokens={dataset.min_output_tokens}: write at most "
-            f"dataset.max_output_tokens={dataset.max_output_tokens}"
-        )
+    checks.check(config)
 
 
 def configured_flags(config: Config) -> dict[str, Any]:

@@ -2,21 +2,18 @@
 
 import logging
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from autotune.config.schema import MOST_QUERIES, Answers, Config, Endpoint, Kind, ObjectiveConfig, ScenarioConfig, Stop
+from autotune.config.schema import Answers, Config, Kind, ScenarioConfig, Stop
 from autotune.data.samples import Samples
-from autotune.errors import BehindError, InputError
+from autotune.errors import BehindError
 from autotune.measure import bottleneck, early_stopping, max_qps, metrics, objective, progress, series, traffic
-from autotune.measure.arrivals import OFFLINE_SLACK
-from autotune.measure.backend import Engine, Measurement, RequestTiming
+from autotune.measure.backend import Engine, Measurement
 from autotune.measure.bottleneck import ServerState
 from autotune.measure.limits import limits_of
 from autotune.measure.result import Result, RunRecord
@@ -24,26 +21,9 @@ from autotune.system.files import write_rows
 
 log = logging.getLogger(__name__)
 
-# Metrics that depend on what could be observed of the server, the GPU and the client.
-OBSERVED = re.compile(
-    r"(gpu|client)_|((running|waiting)_mean|kv_use_max|preemptions|evicted_blocks|step_ms|tokens_per_step"
-    r"|prefix_(hit_share|lost_share|hit_tokens|query_tokens)"
-    r"|failing_(qps|concurrency|scale)|queued_tpot_p99_ms|scheduled_samples_per_s"
-    r"|turn([1-9]|10)_(ttft|tpot|latency)_(p50|p99|p99\.9)_ms)$"
-)
 AT_ONCE = 1e9  # scale of a trace whose requests are all sent at once
 ROUNDED = 1 + 1e-6  # a load that the search's steps lead back to
 AT_MOST = "load_at_most"  # metric of a trial that was left, as it does not hold the study's best load
-# Kinds of load that lack fields, these fields, and what to write instead.
-OWN_FIELDS = (
-    ({*Kind} - {Kind.ClosedLoop}, ("users",), "only a closed loop has users; write load=concurrency"),
-    ({*Kind} - {Kind.Trace}, ("scale", "from_s", "to_s"), "only a trace has it; write scenario=trace"),
-    (
-        {Kind.Trace},
-        ("qps", "min_duration_s", "min_queries"),
-        "a trace has its own; write scenario.scale, or a window: scenario.from_s, scenario.to_s",
-    ),
-)
 CLIENT = "client"  # first word of a reason that says that the load generator itself was too slow
 
 
@@ -123,97 +103,6 @@ def repeated(config: Config, engine: Engine, flags: Mapping[str, Any], folder: P
     return replace(done[-1], measured=judged[-1].measured, metrics=means, constraints=worst)
 
 
-def check(config: Config) -> None:
-    """Raise InputError for a load that can't be sent, a search that could find none, a metric that no run has."""
-    scenario = config.scenario
-    searches = objective.searches(config.objective)
-    if searches:
-        _check_search(config.objective, scenario)
-    _check_load(scenario)
-    for unit in ("duration_s", "queries"):
-        least, most = (getattr(scenario, f"{end}_{unit}") for end in ("min", "max"))
-        if 0 < most < least and scenario.kind is not Kind.Trace:
-            raise InputError(f"scenario.max_{unit}={most:g}: write scenario.min_{unit}={least:g} or more, or 0")
-    queries = planned(scenario)
-    if queries > MOST_QUERIES and not searches:
-        raise InputError(
-            f"scenario.qps={scenario.qps:g}: {queries:.3g} queries in {scenario.min_duration_s:g} s; lower it or "
-            f"scenario.min_duration_s, to at most {MOST_QUERIES} queries"
-        )
-    known = metric_names(scenario, searches) | ({*metrics.PER_MILLION} if config.price_per_gpu_hour else set())
-    if costs := [name for name in config.objective.metrics if name in metrics.PER_MILLION and name not in known]:
-        raise InputError(f"objective.metrics: {costs[0]} needs price_per_gpu_hour=…")
-    if missing := [name for name in config.objective.metrics if name not in known and not OBSERVED.match(name)]:
-        close = get_close_matches(missing[0], known, 1)
-        hint = f"did you mean {close[0]}" if close else f"a run has {', '.join(sorted(known))}"
-        raise InputError(f"objective.metrics: scenario={scenario.name} gives no {missing[0]}; {hint}")
-
-
-def _check_load(scenario: ScenarioConfig) -> None:
-    """Raise InputError for a field that this kind of load lacks, and for a window without a second in it."""
-    for kinds, names, instead in OWN_FIELDS:
-        for name in names:
-            value = getattr(scenario, name)
-            if scenario.kind in kinds and value != getattr(ScenarioConfig, name):
-                raise InputError(f"scenario.{name}={value:g}: {instead}")
-    in_sessions = scenario.answers is not Answers.none
-    if in_sessions and scenario.kind is Kind.Trace:
-        raise InputError("scenario.answers: a trace has no turns; leave it out, or write scenario=sessions")
-    own = ("equal_issue", "benchmark", "seeds")
-    if found := [name for name in own if getattr(scenario, name) and not scenario.by_loadgen]:
-        raise InputError(f"scenario.{found[0]}: a setting of LoadGen's, which does not send this traffic; leave it out")
-    if scenario.endpoint is Endpoint.chat and not in_sessions:
-        raise InputError("scenario.endpoint=chat: for scenario=sessions only; leave it out")
-    for name in ("max_duration_s", "max_queries") if in_sessions else ("think_s",):
-        if value := getattr(scenario, name):
-            instead = "conversations are finished; leave it out" if in_sessions else "for scenario=sessions only"
-            raise InputError(f"scenario.{name}={value:g}: {instead}")
-    if scenario.to_s is not None and scenario.to_s <= scenario.from_s:
-        raise InputError(f"scenario.to_s={scenario.to_s:g}: write more than scenario.from_s={scenario.from_s:g}")
-
-
-def planned(scenario: ScenarioConfig) -> int:
-    """The number of queries of a run of `scenario`: the least where requests wait for answers, the most of a trace."""
-    if scenario.kind is Kind.Trace:
-        return MOST_QUERIES
-    rate = {Kind.Offline: OFFLINE_SLACK * scenario.qps, Kind.Server: scenario.qps}.get(scenario.kind, 0.0)
-    return max(scenario.min_queries, int(rate * scenario.min_duration_s))
-
-
-def metric_names(scenario: ScenarioConfig, searches: bool) -> set[str]:
-    """The metrics that any run of `scenario` has."""
-    names = {"failed_requests", "tokens_per_s_per_gpu"}
-    one = RequestTiming(0, 0.0, 1.0, 2.0, 2, 1)
-    names |= metrics.from_requests([one], limits_of(scenario), planned(scenario)).keys()
-    if scenario.answers is not Answers.none:
-        names |= {"sessions", "sessions_completed", "sessions_cut", "sessions_per_s"}
-    if searches:
-        highest = objective.LOADED[scenario.kind]
-        names |= {highest, f"{highest}_per_gpu"}
-    return names
-
-
-def _check_search(config: ObjectiveConfig, scenario: ScenarioConfig) -> None:
-    wanted = next(name for name in config.metrics if name in objective.HIGHEST)
-    found = objective.LOADED.get(scenario.kind)
-    if found != wanted and found:
-        raise InputError(
-            f"objective.metrics: {wanted} is no load of {scenario.kind.value}; write objective={found}, or "
-            f"{objective.OFFERED_BY[wanted]}"
-        )
-    if not found or not limits_of(scenario):
-        lacks = "limits; write scenario.ttft_ms=…, tpot_ms=… or latency_ms=…, or scenario=interactive, or a workload"
-        lacks = lacks if found else "arrival rate; write scenario=interactive or server, or a workload"
-        raise InputError(
-            f"objective.metrics: {wanted} is the highest load under limits, and scenario={scenario.name} has no {lacks}"
-        )
-    if scenario.search.certify_queries < early_stopping.FEWEST:
-        raise InputError(
-            f"scenario.search.certify_queries={scenario.search.certify_queries}: LoadGen's test passes no run of so "
-            f"few queries; write {early_stopping.FEWEST} or more"
-        )
-
-
 def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folder: Path, result: Result) -> RunResult:
     """Search for the highest load that keeps the limits.
 
@@ -237,7 +126,7 @@ def highest_load(config: Config, engine: Engine, flags: Mapping[str, Any], folde
     def keeps_limits(offered: float, seconds: float, full: bool) -> bool:
         load = certifying(scenario, offered)
         if not full:  # the share of queries that may exceed a limit is that of the certifying run
-            queries = (not load.by_loadgen and traffic.source(load, engine.samples).total) or planned(load)
+            queries = (not load.by_loadgen and traffic.source(load, engine.samples).total) or traffic.planned(load)
             share = early_stopping.allowed(queries) / queries
             load = replace(load, stop=Stop.decided, over_share=share, **shortened(load, seconds))
         ended = run("certify" if full else "probe", load)

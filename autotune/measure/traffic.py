@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from autotune.config.schema import MOST_QUERIES, Kind, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.errors import InputError
-from autotune.measure.arrivals import issues, least_queries, server_times
+from autotune.measure.arrivals import OFFLINE_SLACK, issues, least_queries, server_times
 from autotune.measure.early_stopping import FEWEST
 
 Floats = NDArray[np.float64]
@@ -216,6 +216,14 @@ def window(scenario: ScenarioConfig, samples: Samples) -> tuple[Floats, Indices]
     if scenario.max_duration_s:
         count = min(count, int(np.searchsorted(times, scenario.max_duration_s)))
     return times[:count], order[first:last][:count]
+
+
+def planned(scenario: ScenarioConfig) -> int:
+    """The number of queries of a run of `scenario`: the least where requests wait for answers, the most of a trace."""
+    if scenario.kind is Kind.Trace:
+        return MOST_QUERIES
+    rate = {Kind.Offline: OFFLINE_SLACK * scenario.qps, Kind.Server: scenario.qps}.get(scenario.kind, 0.0)
+    return max(scenario.min_queries, int(rate * scenario.min_duration_s))
 
 
 def check(scenario: ScenarioConfig, samples: Samples, searches: bool) -> None:
