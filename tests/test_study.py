@@ -322,6 +322,12 @@ def test_trial_that_repeats_the_best_one_does_not_win_by_what_a_shared_server_to
     assert found.best and found.results[found.best].values == Result.load(fresh).values
 
 
+def test_trial_on_a_shared_server_does_not_win_where_three_others_were_measured_on_their_own(tmp_path: Path):
+    said = study(tmp_path, *SHARED, f"{SEQS}=choice(60,61,62,63,64)")
+    assert said.count("is measured again on one of its own") == 3 and "Best: max_num_seqs=64 " in said
+    assert "was not measured on one of its own: autotune verify" in said
+
+
 def test_shared_server_that_flatters_a_trial_does_not_make_it_win(tmp_path: Path):
     said = study(tmp_path, *SHARED, f"{SEQS}=choice(1040)")  # a little slower than the defaults
     assert "fresh-trial-0" in said and "No trial beat vLLM's defaults" in said

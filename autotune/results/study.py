@@ -31,6 +31,7 @@ CANARY = "canary-"  # then the node's name
 FRESH = "fresh-"  # then the name of a trial on a shared server, which this one measured again on a server of its own
 ON_SHARED = "on_shared_server"  # fact of a trial that was measured again: its values on the shared server
 VERIFY = "verify"  # folder of the repeats of `autotune verify`
+FINALISTS = 3  # trials on a shared server that are measured again, at most
 SPACE = "space.json"  # in a study's folder: Optuna's distribution of each parameter, by configuration key
 TWIN = "twin.json"  # there: what recorded steps say of the baseline and the best trial (search/account.py)
 
@@ -95,19 +96,27 @@ class Study:
 
     @property
     def best(self) -> str | None:
-        """The best feasible trial but the baseline; of several objectives, the best in the first."""
-        return self.ranked[0] if self.ranked else None
+        """The best feasible trial but the baseline; of several objectives, the best in the first.
+
+        Once FINALISTS were measured again, it is the best of those that were measured on a server of their own.
+        """
+        again = sum(ON_SHARED in result.facts for result in self.results.values())
+        alone = (name for name in self.ranked if again < FINALISTS or not self.results[name].shared_server)
+        return next(alone, None)
 
     @property
     def served(self) -> str | None:
         """The configuration to serve: the best trial, or what none of them beats; None if none is feasible."""
-        sign, candidates = objective.sign(self.objective), [*self.references, *([self.best] if self.best else [])]
+        return self._unbeaten(self.best)
+
+    def _unbeaten(self, trial: str | None) -> str | None:
+        sign, candidates = objective.sign(self.objective), [*self.references, *([trial] if trial else [])]
         return max(candidates, key=lambda name: sign * self.results[name].values[0], default=None)
 
     def uncertified(self) -> str | None:
-        """The trial to be measured on a server of its own: the one to serve, if it shared one."""
-        best = self.best if len(self.objective.metrics) == 1 else None
-        return best if best and self.served == best and self.results[best].shared_server else None
+        """The trial to be measured on a server of its own: the first of `ranked`, if it shared one and is unbeaten."""
+        first = self.ranked[0] if self.ranked and len(self.objective.metrics) == 1 else None
+        return first if first and self.results[first].shared_server and self._unbeaten(first) == first else None
 
     def gain(self, name: str, metric: int = 0, over: str = BASELINE) -> float | None:
         """The share by which `name` is better than `over`; None without one that completed, or if that is 0."""

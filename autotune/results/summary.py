@@ -221,8 +221,8 @@ def _shared(study: Study) -> list[str]:
         result, value = study.results[name], json.loads(on_shared)[0]
         fresh = rounded(result.values[0]) if result.complete else f"failed ({result.reason})"
         parts.append(f"  {name} on a server of its own: {fresh}; on the shared one it was {rounded(value)}")
-    if study.uncertified():
-        parts.append(f"  {study.best} was not measured on one of its own: autotune verify study={study.name}")
+    if left := study.uncertified():
+        parts.append(f"  {left} was not measured on one of its own: autotune verify study={study.name}")
     return parts
 
 

@@ -36,6 +36,7 @@ from autotune.results import beside, summary, tracking
 from autotune.results.study import (
     BASELINE,
     CANARY,
+    FINALISTS,
     FRESH,
     ON_SHARED,
     SPACE,
@@ -77,7 +78,6 @@ log = logging.getLogger(__name__)
 POLL_S = 0.05
 DUPLICATES_IN_A_ROW = 50  # then the sampler has nothing new
 ENDING_S = 10.0  # for which a study that was stopped waits for the ends of its jobs; the next one settles the others
-FINALISTS = 3  # trials on a shared server that are measured again, at most
 NODE_FAILURES = 3  # in a row, then a node is set aside
 # Enough to compare nodes by.
 CANARY_RUN: dict[str, Any] = {"scenario.min_duration_s": 10.0, "scenario.min_queries": 32, "accuracy.check": "none"}
