@@ -120,7 +120,7 @@ def test_short_prompts_have_limits_of_their_own():
     assert watch.over == [0] and watch.decided is None
     watch.add(request(0.6, prompt_tokens=800))
     assert watch.over == [1] and watch.decided is False
-    assert str(by_length) == "TTFT 500 ms to 1,000 prompt tokens, 1000 ms to 4,000 prompt tokens, 2000 ms beyond"
+    assert str(by_length) == "TTFT 500 ms to 1,000 prompt tokens, 1,000 ms to 4,000 prompt tokens, 2,000 ms beyond"
 
 
 def turns(slow: list[int], conversations: int, each: int) -> list[RequestTiming]:
