@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import time
 from importlib import import_module
 from pathlib import Path
@@ -12,9 +13,10 @@ from autotune import __version__, commands
 from autotune.__main__ import UNREAD
 from autotune.commands import NAMES, mistake, tune, usage
 from autotune.config import CONF
-from autotune.config.command_line import compose
+from autotune.config.command_line import compose, errors_in_one_line
 from autotune.errors import InputError
 from autotune.measure import progress
+from autotune.system.threads import beside
 
 ALL = f"the commands are {', '.join(NAMES)}"
 QUICK = [*sorted(set(NAMES) - set(commands.PARSED))]
@@ -76,6 +78,16 @@ def test_closed_or_full_output_is_no_riddle(into: str, code: int, said: str):
         f"{sys.executable} -m autotune plan --help {into}", shell=True, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_machine_that_takes_no_more_threads_is_no_riddle():
+    before = threading.stack_size(1 << 46)  # more than there is
+    try:
+        said = pytest.raises(SystemExit, match=r"^autotune: can't start new thread: raise the limit on processes")
+        with said, errors_in_one_line(), beside(lambda _: None):
+            pass
+    finally:
+        threading.stack_size(before)
 
 
 def test_version():

@@ -104,7 +104,7 @@ def test_study_survives_a_crash_a_cancel_a_time_out_and_a_preemption(slurm: Slur
     assert failed.keys() == {crashed, cancelled, late}, output
     # SLURM warns first, and ends the job if the warning was lost.
     assert "timed-out" in failed[late] or "SystemExit" in failed[late] or "TIMEOUT" in failed[late]
-    assert "SLURM job" in failed[crashed] and "SystemExit" in failed[cancelled]
+    assert "SLURM job" in failed[crashed] and "CANCELLED" in failed[cancelled]
     assert "Study s: 12 trials, 3 failed" in output
     assert ended[preempted].state is TrialState.COMPLETE
     assert "Restarts=0" not in slurm.run("scontrol", "show", "job", job)

@@ -184,5 +184,9 @@ def errors_in_one_line() -> Iterator[None]:
         if error.filename is None:
             raise
         sys.exit(f"autotune: {error.filename}: {error.strerror}")
+    except RuntimeError as error:
+        if str(error) != "can't start new thread":
+            raise
+        sys.exit(f"autotune: {error}: raise the limit on processes (ulimit -u, or the container's)")
     except KeyboardInterrupt:
         sys.exit(130)

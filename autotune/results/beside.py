@@ -104,9 +104,8 @@ class TrackingProcess:
         return [folder for folder in self._trials if known_run(folder, uri) is None]
 
     def _reason(self) -> str:
-        """The last line that the process has printed; the first if nothing was logged, as others may follow from it."""
-        lines = (self._folder / LOG).read_text(errors="replace").splitlines() or [""]
-        return lines[0 if len(self._missing()) == len(self._trials) else -1]
+        """The last line that the process has printed."""
+        return ((self._folder / LOG).read_text(errors="replace").splitlines() or [""])[-1]
 
     def _send(self, message: dict[str, Any]) -> None:
         with suppress(BlockingIOError, BrokenPipeError):  # at its end the process finds what it has not heard of
@@ -128,6 +127,7 @@ def main() -> None:
 def follow(config: TrackingConfig, name: str | None, folder: Path, messages: Iterable[dict[str, str]]) -> int:
     """Log what `messages` name as they come, and at their end what is missing; returns how many steps failed then."""
     made: list[Tracker] = []
+    errors: list[AutotuneError] = []
 
     def attempt(step: Callable[[Tracker], None]) -> bool:
         try:
@@ -135,7 +135,8 @@ def follow(config: TrackingConfig, name: str | None, folder: Path, messages: Ite
                 made.append(Tracker(config, name, folder))
             step(made[0])
         except AutotuneError as error:
-            log.warning("%s", error)
+            errors.append(error)
+            log.warning("%s", error if made else errors[0])  # half made, a database says other things than why
             return False
         return True
 

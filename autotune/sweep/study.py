@@ -316,7 +316,8 @@ class Sweep:
         elif result.complete and (others := other_facts(self.facts, result.facts)):  # a file was replaced
             result.state, result.reason = State.failed, f"not this study's: {', '.join(others)}"
         elif result.state is State.interrupted:  # by a time limit of the cluster, say, and not by the study
-            result.state = State.failed
+            why = one.job.reason()
+            result.state, result.reason = State.failed, why if result.reason in why else f"{result.reason}; {why}"
         return result
 
     # Asking
