@@ -4,7 +4,7 @@ import difflib
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -80,7 +80,10 @@ class Study:
 
     @cached_property
     def ranked(self) -> list[str]:
-        """The feasible trials but REFERENCES, the best in the first objective first; equal parameters once."""
+        """The feasible trials but REFERENCES, the best in the first objective first; equal parameters once.
+
+        Once FINALISTS were measured again, those that have only shared a server come last.
+        """
         return self.ranked_by(0)
 
     def ranked_by(self, metric: int) -> list[str]:
@@ -88,7 +91,9 @@ class Study:
         # A trial that repeats another keeps what a shared server told, whatever the other one shows on its own.
         feasible = [name for name, one in self.swept.items() if one.feasible and one.duplicate_of not in self.swept]
         sign = objective.sign(self.objective, metric)
-        ordered = sorted(feasible, key=lambda name: -sign * self.results[name].values[metric])
+        again = sum(ON_SHARED in one.facts for one in self.results.values())
+        last = {name for name in feasible if again >= FINALISTS and self.results[name].shared_server}
+        ordered = sorted(feasible, key=lambda name: (name in last, -sign * self.results[name].values[metric]))
         unique: dict[str, str] = {}
         for name in ordered:
             unique.setdefault(json.dumps(self.results[name].params, sort_keys=True), name)
@@ -96,27 +101,22 @@ class Study:
 
     @property
     def best(self) -> str | None:
-        """The best feasible trial but the baseline; of several objectives, the best in the first.
-
-        Once FINALISTS were measured again, it is the best of those that were measured on a server of their own.
-        """
-        again = sum(ON_SHARED in result.facts for result in self.results.values())
-        alone = (name for name in self.ranked if again < FINALISTS or not self.results[name].shared_server)
-        return next(alone, None)
+        """The best feasible trial but the baseline; of several objectives, the best in the first."""
+        return self.ranked[0] if self.ranked else None
 
     @property
     def served(self) -> str | None:
         """The configuration to serve: the best trial, or what none of them beats; None if none is feasible."""
-        return self._unbeaten(self.best)
+        return self._highest([*self.references, *self.ranked[:1]])
 
-    def _unbeaten(self, trial: str | None) -> str | None:
-        sign, candidates = objective.sign(self.objective), [*self.references, *([trial] if trial else [])]
-        return max(candidates, key=lambda name: sign * self.results[name].values[0], default=None)
+    def _highest(self, names: Iterable[str]) -> str | None:
+        sign = objective.sign(self.objective)
+        return max(names, key=lambda name: sign * self.results[name].values[0], default=None)
 
     def uncertified(self) -> str | None:
-        """The trial to be measured on a server of its own: the first of `ranked`, if it shared one and is unbeaten."""
-        first = self.ranked[0] if self.ranked and len(self.objective.metrics) == 1 else None
-        return first if first and self.results[first].shared_server and self._unbeaten(first) == first else None
+        """The trial to be measured on a server of its own: what has the best value, if it shared one."""
+        highest = self._highest([*self.references, *self.ranked]) if len(self.objective.metrics) == 1 else None
+        return highest if highest and self.results[highest].shared_server else None
 
     def gain(self, name: str, metric: int = 0, over: str = BASELINE) -> float | None:
         """The share by which `name` is better than `over`; None without one that completed, or if that is 0."""
