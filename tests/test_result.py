@@ -83,3 +83,11 @@ def test_result_with_more_values_than_others_is_left_out(tmp_path: Path, caplog:
         Result(state="complete", values=values).save(tmp_path / f"trial-{number}")
     assert set(results_in(tmp_path)) == {"trial-0", "trial-1"}
     assert "trial-2: 2 values, others have 1; left out" in caplog.text
+
+
+def test_folder_with_a_number_that_no_study_gives_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for name in ("trial-1", "trial-01", "trial-1000", "trial-9999999999", "trial-²"):
+        (tmp_path / name).mkdir()
+        Result(state="complete", values=[1.0]).save(tmp_path / name)
+    assert list(results_in(tmp_path)) == ["trial-1", "trial-1000"]
+    assert caplog.messages == [f"{tmp_path}/trial-9999999999: no study gave a trial that number; left out"]

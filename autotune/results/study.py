@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,9 @@ MULTIRUN = Path("multirun")
 BASELINE = "baseline"
 REFERENCES = {BASELINE: "vLLM's defaults", RECIPE: "the recipe"}  # what trials are compared with, in words
 TRIAL = "trial-"  # then its number, in Optuna's study too
+MOST_LOST = (
+    1000  # trials of a study, and nine of ten more, that left no result; numbers up to the last one are gone over
+)
 CANARY = "canary-"  # then the node's name
 FRESH = "fresh-"  # then the name of a trial on a shared server, which this one measured again on a server of its own
 ON_SHARED = "on_shared_server"  # fact of a trial that was measured again: its values on the shared server
@@ -203,12 +207,13 @@ def config_in(folder: Path, trial: str) -> Config:
 def results_in(folder: Path) -> dict[str, Result]:
     """The results of a study's trials, by folder: REFERENCES, then trials by number.
 
-    One with more or fewer values than most is left out, and named in the log.
+    One with more or fewer values than most is left out, and named in the log; so is one whose number no study gave it.
     """
-    trials = [path.parent for path in folder.glob(f"{TRIAL}*/result.json")]
-    numbered = [path for path in trials if path.name.removeprefix(TRIAL).isdecimal()]
-    numbered.sort(key=lambda path: int(path.name.removeprefix(TRIAL)))
-    paths = [*(folder / name for name in REFERENCES), *numbered]
+    trials = {path.parent.name.removeprefix(TRIAL): path.parent for path in folder.glob(f"{TRIAL}*/result.json")}
+    numbered = {int(name): path for name, path in trials.items() if re.fullmatch(r"0|[1-9][0-9]*", name)}
+    for number in [number for number in numbered if number > MOST_LOST + 10 * len(numbered)]:
+        log.warning("%s: no study gave a trial that number; left out", numbered.pop(number))
+    paths = [*(folder / name for name in REFERENCES), *(numbered[number] for number in sorted(numbered))]
     found = {path.name: result for path in paths if (result := result_in(path))}
     for name in found:
         if (folder / f"{FRESH}{name}").exists() and (fresh := result_in(folder / f"{FRESH}{name}")):
