@@ -289,6 +289,22 @@ def test_broken_storage_can_be_deleted(tmp_path: Path):
     assert before.items() <= measured(tmp_path).items() and len(measured(tmp_path)) == 2
 
 
+@pytest.mark.parametrize(
+    "edit", ["trial_params set distribution_json='{'", "trial_params set param_value=99", "trials set state='ODD'"]
+)
+def test_storage_that_was_edited_can_be_deleted(tmp_path: Path, edit: str):
+    words = [*SWEEP, "hydra.sweeper.storage=null", "baseline=false"]
+    study(tmp_path, *words, "n_trials=1")
+    with closing(sqlite3.connect(tmp_path / DATABASE)) as database:
+        database.execute(f"update {edit}")
+        database.commit()
+    with pytest.raises(InputError, match=r"study=s can't be read .*; a broken file can be deleted: the study goes on"):
+        study(tmp_path, *words, "n_trials=2")
+    (tmp_path / DATABASE).unlink()
+    study(tmp_path, *words, "n_trials=2")
+    assert len(measured(tmp_path)) == 2
+
+
 def test_broken_result_does_not_end_the_study(tmp_path: Path):
     study(tmp_path, *SWEEP, "n_trials=2")
     (tmp_path / "multirun/s/trial-1/result.json").write_text("")

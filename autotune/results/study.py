@@ -28,9 +28,7 @@ MULTIRUN = Path("multirun")
 BASELINE = "baseline"
 REFERENCES = {BASELINE: "vLLM's defaults", RECIPE: "the recipe"}  # what trials are compared with, in words
 TRIAL = "trial-"  # then its number, in Optuna's study too
-MOST_LOST = (
-    1000  # trials of a study, and nine of ten more, that left no result; numbers up to the last one are gone over
-)
+MOST_LOST = 1000  # trials without a result, beside nine for each with one: what draws them counts up to the last
 CANARY = "canary-"  # then the node's name
 FRESH = "fresh-"  # then the name of a trial on a shared server, which this one measured again on a server of its own
 ON_SHARED = "on_shared_server"  # fact of a trial that was measured again: its values on the shared server

@@ -43,11 +43,12 @@ class Record:
             self._study = optuna.create_study(
                 study_name=name, storage=storage, directions=directions, load_if_exists=True
             )
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            self._check_continues()  # it reads all trials
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             raise InputError(
-                f"hydra.sweeper.storage: study={name} can't be read ({error!r}); it is broken or another program's"
+                f"hydra.sweeper.storage: study={name} can't be read ({error!r}); it is broken or another program's; "
+                "a broken file can be deleted: the study goes on from its results"
             ) from None
-        self._check_continues()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental since Optuna 3.2
             self._study.set_metric_names(objective.metrics)  # for whoever looks into the storage
