@@ -269,6 +269,17 @@ def test_trial_of_a_data_set_that_changed_amid_the_study_is_none_of_it(tmp_path:
     assert len(measured(tmp_path)) == 2 and "trial-2: failed: not this study's: dataset_checksum=" in said
 
 
+@pytest.mark.parametrize("line", ["x", "null", "{}", '{"op_code": 99, "worker_id": "a"}'])
+def test_journal_that_was_edited_is_named_and_can_be_deleted(tmp_path: Path, line: str):
+    study(tmp_path, *SWEEP, "n_trials=1")
+    lines = (tmp_path / JOURNAL).read_text().splitlines(keepends=True)
+    (tmp_path / JOURNAL).write_text("".join([*lines[:3], f"{line}\n", *lines[3:]]))
+    with pytest.raises(InputError, match=r"study.log: not a journal of Optuna's .*; a broken file can be deleted"):
+        study(tmp_path, *SWEEP, "n_trials=2")
+    (tmp_path / JOURNAL).unlink()
+    study(tmp_path, *SWEEP, "n_trials=2")
+
+
 def test_journal_that_a_full_disk_cut_off_goes_on(tmp_path: Path):
     study(tmp_path, *SWEEP, "baseline=false", "n_trials=1")
     with (tmp_path / JOURNAL).open("a") as journal:

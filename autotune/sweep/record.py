@@ -23,6 +23,7 @@ from autotune.search.prior import EXPECTED
 from autotune.search.pruners import watched
 from autotune.search.space import Space
 from autotune.search.tell import tell_infeasible, tell_measured
+from autotune.sweep.storage import DELETED
 
 # User attributes of trials in Optuna's storage.
 LOST = "lost"  # interrupted, and queued again
@@ -46,8 +47,8 @@ class Record:
             self._check_continues()  # it reads all trials
         except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             raise InputError(
-                f"hydra.sweeper.storage: study={name} can't be read ({error!r}); it is broken or another program's; "
-                "a broken file can be deleted: the study goes on from its results"
+                f"hydra.sweeper.storage: study={name} can't be read ({error!r}); it is broken or another program's"
+                f"{DELETED}"
             ) from None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental since Optuna 3.2

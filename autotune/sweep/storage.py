@@ -25,6 +25,7 @@ KEPT = "what was measured is kept, and the same command continues the study"
 LOCKED_S = 60.0  # for which SQLite waits for another process that holds its file
 JOURNAL = "journal://"
 DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql"}  # the extras' ones, for a URL that names none
+DELETED = "; a broken file can be deleted: the study goes on from its results"
 # One row with true for whoever gets the lock; the server frees it with the connection.
 LOCKS = {"postgresql": "SELECT pg_try_advisory_lock(:number)", "mysql": "SELECT GET_LOCK(:name, 0)"}
 
@@ -39,11 +40,15 @@ def opened(url: str, study: str) -> Iterator[Any]:
         if url.startswith(JOURNAL):
             path = Path(url.removeprefix(JOURNAL))
             held.enter_context(_lock_beside(path, study, url))
-            yield optuna.storages.JournalStorage(Journal(path))
+            try:
+                journal = optuna.storages.JournalStorage(Journal(path))
+            except (ValueError, LookupError, TypeError, AssertionError) as error:
+                raise InputError(
+                    f"hydra.sweeper.storage={url}: not a journal of Optuna's ({error!r}){DELETED}"
+                ) from None
+            yield journal
         else:
-            with _errors(
-                url, "; a broken file can be deleted: the study goes on from its results" * url.startswith("sqlite")
-            ):
+            with _errors(url, DELETED * url.startswith("sqlite")):
                 database = _database(url, study, held)
             yield database
 
