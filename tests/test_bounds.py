@@ -139,6 +139,8 @@ def test_field_is_swept_once():
     for twice in (f"{SEQS}=choice(4,8)", f"{SEQS}=7", "engine.args.max-num-seqs=choice(4,8)", f"+{SEQS}=choice(4,8)"):
         with pytest.raises(InputError, match="written twice"):
             space(f"{SEQS}=choice(1,2)", twice)
+    with pytest.raises(InputError, match="written twice"):
+        parse({SEQS: "choice(1,2)", "engine.args.max-num-seqs": "choice(4,8)"}, [], {}, {})
     assert parse({SEQS: "choice(1,2)"}, ["engine.args.max-num-seqs=choice(4,8)"], {}, {})[0].grid == {SEQS: (4, 8)}
 
 

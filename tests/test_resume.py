@@ -269,6 +269,13 @@ def test_trial_of_a_data_set_that_changed_amid_the_study_is_none_of_it(tmp_path:
     assert len(measured(tmp_path)) == 2 and "trial-2: failed: not this study's: dataset_checksum=" in said
 
 
+def test_trials_may_choose_their_data_and_the_study_goes_on(tmp_path: Path):
+    words = ["dataset.count=choice(10,20)", "sampler=grid", "baseline=false"]
+    study(tmp_path, *words, "n_trials=1")
+    study(tmp_path, *words)
+    assert len(measured(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("line", ["x", "null", "{}", '{"op_code": 99, "worker_id": "a"}'])
 def test_journal_that_was_edited_is_named_and_can_be_deleted(tmp_path: Path, line: str):
     study(tmp_path, *SWEEP, "n_trials=1")

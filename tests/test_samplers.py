@@ -95,3 +95,10 @@ def test_penalty_makes_every_objective_worse_by_what_is_over():
     config = schema.ObjectiveConfig("o", ["tokens_per_s", "ttft_p99_ms"], ["maximize", "minimize"])
     assert objective.penalised(config, [100.0, 50.0], {"ttft_p99": 0.25, "tpot_p99": -0.5}) == [80.0, 62.5]
     assert objective.penalised(config, [100.0, 50.0], {"ttft_p99": -0.1}) == [100.0, 50.0]
+
+
+def test_name_of_a_sampler_alone_is_refused_and_not_taken_for_it():
+    for name, option in [("random", "random"), ("auto", "tpe"), ("nsga2", "nsgaii"), ("my-own", "tpe")]:
+        samplers.check_name(name, option)
+    with pytest.raises(InputError, match="override /sampler: random"):
+        samplers.check_name("random", "tpe")

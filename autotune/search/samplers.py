@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from optuna.samplers import GridSampler
 
-from autotune.config import bounds
+from autotune.config import CONF, bounds
 from autotune.config.schema import Config
 from autotune.config.vllm_flags import FLAG
 from autotune.errors import InputError
@@ -34,6 +34,15 @@ MOST = 1e5  # trials, candidates, individuals: a sampler's memory
 LEAST = {"inc_popsize": -1}  # as Optuna writes that CMA-ES does not restart
 ABOVE_0 = ("n_ei_candidates", "sigma0", "proposal_s")
 WHITELIST = ("optuna.*", "optuna_integration.*", "hydra_plugins.*", "autotune.search.twin.*")
+
+
+def check_name(name: str, option: str) -> None:
+    """Raise InputError if `name` is that of a sampler of ours which takes another one of Hydra's than `option`."""
+    file = CONF / f"sampler/{name}.yaml"
+    if file.exists() and option != OmegaConf.load(file).defaults[0]["override /hydra/sweeper/sampler"]:
+        raise InputError(
+            f"sampler: {name}: its name alone; in a file's defaults list, write: override /sampler: {name}"
+        )
 
 
 def chosen(sampler: Any, config: Config, space: Space) -> tuple[Any, str]:

@@ -102,7 +102,8 @@ def parse(
     for at, line in enumerate([*written, *arguments]):
         override = parsed(line)
         name = _field_name(override.get_key_element())
-        before = [_field_name(other.partition("=")[0]) for other in arguments[: max(0, at - len(written))]]
+        earlier = written[:at] if at < len(written) else arguments[: at - len(written)]
+        before = [_field_name(other.partition("=")[0]) for other in earlier]
         if name in before and (override.is_sweep_override() or name in parameters):
             raise InputError(f"{line}: {name} is written twice, and swept; write it once")
         if at < len(written) and not override.is_sweep_override():

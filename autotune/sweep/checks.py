@@ -43,6 +43,15 @@ FREE = (
 REFUSALS_IN_A_ROW = 100  # then the space is at fault
 # Facts of a result that decide what it measured.
 FACTS = ("vllm", "torch", "loadgen", "environment", "simulated", "dataset_checksum", "model_checksum")
+# Beginnings of fields with which, if they are swept, a trial may have data and a model of its own.
+OF_DATA = (
+    "dataset.",
+    "model.",
+    "scenario.answers",
+    "scenario.endpoint",
+    f"{FLAG}tokenizer",
+    f"{FLAG}trust_remote_code",
+)
 
 
 def each(space: Space) -> list[tuple[str, Any]]:

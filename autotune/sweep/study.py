@@ -51,10 +51,11 @@ from autotune.results.study import Study as FinishedStudy
 from autotune.search import prior
 from autotune.search.checks import check_space
 from autotune.search.pruners import make_pruner
-from autotune.search.samplers import chosen, make_sampler
+from autotune.search.samplers import check_name, chosen, make_sampler
 from autotune.search.space import default_of, parse, shared_start, swept_flags, value_of
 from autotune.sweep import storage
 from autotune.sweep.checks import (
+    OF_DATA,
     REFUSALS_IN_A_ROW,
     check_configuration,
     check_new,
@@ -123,6 +124,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     check_together(space, config, prepared)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     launcher, pruner = make_launcher(config), make_pruner(config)
+    check_name(config.sampler, job.hydra.runtime.choices["hydra/sweeper/sampler"])
     sampler, composed.sampler = chosen(sweeper["sampler"], config, space)  # it can be made, before there is a folder
     tracking.check(config.tracking)
     folder = Path(job.hydra.sweep.dir)
@@ -132,7 +134,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     check_new(config, folder, space, prepared, defaults)
     with storage.disk_errors(folder), opened(folder):
         results = results_in(folder)
-        facts = prepared.facts(samples)
+        facts = {} if any(name.startswith(OF_DATA) for name in space.parameters) else prepared.facts(samples)
         check_configuration(folder, results, config, space.parameters, prepared.backend.facts | facts)
         first = [] if results else prior.first(config, space)
         url = str(sweeper["storage"] or f"sqlite:///{folder}/study.db")
