@@ -139,7 +139,8 @@ def test_model_that_can_not_be_simulated_is_refused_with_what_to_write(model: Mo
 
 def named(config: Config, swept: Space) -> str:
     """The name of the sampler that sampler=auto stands for."""
-    return chosen(composed(["sampler=auto"], simulated=True).hydra.sweeper.sampler, config, swept)[1]
+    hydra = composed([f"sampler={config.sampler}"], simulated=True).hydra
+    return chosen(hydra.sweeper.sampler, hydra.runtime.choices, config, swept)[1]
 
 
 LIVE_BACKEND = {"_target_": LIVE, "steps": True}

@@ -45,11 +45,12 @@ def check_name(name: str, option: str) -> None:
         )
 
 
-def chosen(sampler: Any, config: Config, space: Space) -> tuple[Any, str]:
+def chosen(sampler: Any, choices: Mapping[str, str], config: Config, space: Space) -> tuple[Any, str]:
     """The configuration of the sampler that a study uses, and its name; of sampler=auto also why it is TPE.
 
-    Raises InputError for what it can't be made with.
+    `choices` are Hydra's options by group. Raises InputError for what it can't be made with.
     """
+    check_name(config.sampler, choices["hydra/sweeper/sampler"])
     make_sampler(sampler, space, config)
     if config.sampler != AUTO or not sampler._target_.endswith("TPESampler"):
         return sampler, config.sampler

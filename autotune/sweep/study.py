@@ -51,7 +51,7 @@ from autotune.results.study import Study as FinishedStudy
 from autotune.search import prior
 from autotune.search.checks import check_space
 from autotune.search.pruners import make_pruner
-from autotune.search.samplers import check_name, chosen, make_sampler
+from autotune.search.samplers import chosen, make_sampler
 from autotune.search.space import default_of, parse, shared_start, swept_flags, value_of
 from autotune.sweep import storage
 from autotune.sweep.checks import (
@@ -124,8 +124,7 @@ def run(sweeper: dict[str, Any], job: DictConfig, config_loader: ConfigLoader, a
     check_together(space, config, prepared)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     launcher, pruner = make_launcher(config), make_pruner(config)
-    check_name(config.sampler, job.hydra.runtime.choices["hydra/sweeper/sampler"])
-    sampler, composed.sampler = chosen(sweeper["sampler"], config, space)  # it can be made, before there is a folder
+    sampler, composed.sampler = chosen(sweeper["sampler"], job.hydra.runtime.choices, config, space)
     tracking.check(config.tracking)
     folder = Path(job.hydra.sweep.dir)
     config = replace(config, sampler=composed.sampler, accuracy=decided(config, space, prepared, folder))
