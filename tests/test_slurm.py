@@ -181,4 +181,5 @@ def test_best_is_verified_in_jobs_that_a_lost_login_node_does_not_end(slurm: Slu
     assert "No configuration beat the defaults in 2 repeats" in output
     assert [job_in(repeat) for repeat in repeats] == jobs
     assert all(Result.load(repeat).complete for repeat in repeats)
+    wait_until(lambda: not slurm.run("squeue", "--noheader", "--me"))  # a job ends a moment after its result is there
     assert [slurm.state(job) for job in jobs] == ["COMPLETED"] * 4
