@@ -131,6 +131,19 @@ def test_start_of_a_server_that_could_not_become_what_the_trial_needs_is_ended(
     assert started == [{"max_num_seqs": 8}, {"ended": 1}]
 
 
+def test_start_ends_once_the_study_stops_the_trial(
+    trial: Callable[..., str], started: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    def stopped(folder: Path) -> None:
+        raise StoppedError("stopped by the study")
+
+    monkeypatch.setattr(hot.progress, "check", stopped)
+    for slot in (Slot(), Slot(shares=True)):
+        with pytest.raises(StoppedError):
+            trial(slot, Vllm(), max_num_seqs=8)
+    assert not started
+
+
 def test_server_that_reads_back_something_else_is_not_used(
     trial: Callable[..., str], started: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

@@ -57,12 +57,12 @@ class Shared:
     server: Server
     flags: dict[str, Any]  # with which it started
     trial: str  # that started it
-    first: dict[str, Any]  # that trial's flags
+    first: dict[str, Any] = field(default_factory=dict)  # that trial's flags, which the reference runs with
     changes: int = 0
     kv_tokens: int | None = None  # of the KV cache, since the last change
     log_at: int = 0  # bytes of its log that are earlier trials'
     start: dict[str, float] = field(default_factory=dict)  # seconds of what the last trial waited for, by part
-    reference: tuple[float, int] | None = None  # requests/s of REFERENCE with the first trial's flags, bytes of memory
+    reference: tuple[float, int] | None = None  # requests/s of REFERENCE, bytes of memory
     checked: int = 0  # changes at the last check
     since: list[Path] = field(default_factory=list)  # folders of the trials since then
 
@@ -121,8 +121,14 @@ class Sharing:
             if not stays:
                 self.slot.drop()
 
-    def _serve(self, args: Mapping[str, Any], log: str, **how: Any) -> AbstractContextManager[Server]:
-        return serve(self.config, self.vllm, self.model, args, self.folder / log, self.slot.lease, **how)
+    def _serve(
+        self, args: Mapping[str, Any], log: str, changeable: bool = False, check: Callable[[], None] | None = None
+    ) -> AbstractContextManager[Server]:
+        given = (self.config, self.vllm, self.model, args, self.folder / log, self.slot.lease)
+        return serve(*given, changeable=changeable, check=check or self._check_goes_on)
+
+    def _check_goes_on(self) -> None:
+        progress.check(self.folder)
 
     def kept(self, args: Mapping[str, Any]) -> Shared:
         """The slot's server if it runs and has the flags `args`, or a new one that stays there."""
@@ -134,9 +140,7 @@ class Sharing:
             return shared
         self.slot.drop()
         server = self.slot.keep(self._serve(args, "server.log"))
-        shared = Shared(
-            server, dict(args), self.folder.name, dict(args), kv_tokens=server.kv_tokens, start=server.start
-        )
+        shared = Shared(server, dict(args), self.folder.name, kv_tokens=server.kv_tokens, start=server.start)
         self.slot.server = shared
         return shared
 
@@ -154,12 +158,12 @@ class Sharing:
 
     def _started(self, args: Mapping[str, Any]) -> Shared | None:
         flags = {**args, **{name: most(args.get(name), bound) for name, bound in (self.config.bounds or {}).items()}}
-        with (
-            ThreadPoolExecutor() as pool
-        ):  # the question whether it can be changed, which imports vLLM, goes on beside it
+        # It starts beside the question whether it can be changed, for which a probe imports vLLM.
+        with ThreadPoolExecutor() as pool:
             plan = pool.submit(self.vllm.change, self.model.folder, flags, args)
 
             def check() -> None:
+                self._check_goes_on()
                 if plan.done() and (refusal := plan.result()["refusal"]):
                     raise ChangeError(refusal)
 

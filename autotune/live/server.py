@@ -23,7 +23,6 @@ from autotune.data.models import Model
 from autotune.errors import MeasureError, StartError
 from autotune.live import key, plugins, recording, vllm_log
 from autotune.live.installed_vllm import InstalledVllm
-from autotune.measure import progress
 from autotune.system.files import last_line, write_whole
 from autotune.system.leases import Lease
 from autotune.system.process import GuardedProcess
@@ -93,8 +92,8 @@ def serve(
 ) -> Iterator[Server]:
     """Start vLLM with the flags `args`, and stop it after the block; its command is written beside its `log`.
 
-    Only who knows the trial's key is answered. A `changeable` one has hot_engine.py in its processes. `check` is called
-    again and again while it starts, which an error of it ends.
+    Only who knows the trial's key is answered. A `changeable` one has hot_engine.py in its processes. An error of
+    `check`, which is called again and again, ends the start.
 
     Raises StartError if it ends, is not healthy in time, or another server answers in its place.
     """
@@ -162,7 +161,6 @@ def _await_healthy(
     deadline = time.monotonic() + timeout_s
     while _get(url, "/health") is None:
         code = process.wait(POLL_S)
-        progress.check(log.parent)
         check()
         if code is not None:
             raise StartError(f"vLLM did not start ({_ending(code)}): {vllm_log.reason(log)}")

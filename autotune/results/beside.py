@@ -24,6 +24,7 @@ from autotune.config.schema import TrackingConfig
 from autotune.errors import AutotuneError
 from autotune.measure.result import Result
 from autotune.results.tracking import Tracker, is_server, known_run, trials_in
+from autotune.system.files import last_line
 from autotune.system.process import GuardedProcess
 
 LOG = ".mlflow.log"  # in the study's folder: what the process prints
@@ -105,7 +106,7 @@ class TrackingProcess:
 
     def _reason(self) -> str:
         """The last line that the process has printed."""
-        return ((self._folder / LOG).read_text(errors="replace").splitlines() or [""])[-1]
+        return last_line(self._folder / LOG, "")
 
     def _send(self, message: dict[str, Any]) -> None:
         with suppress(BlockingIOError, BrokenPipeError):  # at its end the process finds what it has not heard of

@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 import plotly.graph_objects as go
@@ -76,6 +76,7 @@ PARTS = {
     "sequences": ("sequences", PURPLE),
 }
 PHASES = {"start": SKY, "warmup": YELLOW, "run": BLUE, "accuracy": GREEN, "stop": PURPLE, "other": GREY}
+T = TypeVar("T")
 LEAST = 4  # trials that importance is computed of
 FOREST = 200  # trials that fANOVA's forest is grown of: its time goes with them
 GPU = {"gpu_utilization": "GPU busy", "gpu_j_per_token": "J/token"}  # of a trial, by metric
@@ -451,8 +452,8 @@ def spread(trials: Sequence[FrozenTrial], count: int) -> list[FrozenTrial]:
     return [ordered[round(at * (len(ordered) - 1) / (count - 1))] for at in range(count)]
 
 
-def drawn(draw: Callable[[], go.Figure]) -> go.Figure | str:
-    """Return the figure, or the reason why there is none; no error of Optuna's or plotly's ends a report."""
+def drawn(draw: Callable[[], T]) -> T | str:
+    """Return what `draw` makes, or the reason why it makes nothing; no error of Optuna's or plotly's ends a report."""
     try:
         return draw()
     except NotDrawnError as why:

@@ -91,11 +91,10 @@ def importances(alone: Mapping[str, optuna.Study]) -> tuple[Section, dict[str, l
     draws, missing, ranked = [], [], {}
     for metric, study in alone.items():
         of = label(metric) if len(alone) > 1 else ""
-        try:
-            shares = figures.importances(study)
-        except Exception as why:
-            shares = {}
-            missing.append(f"{of}: {why}" if of else str(why))
+        found = figures.drawn(partial(figures.importances, study))
+        shares = {} if isinstance(found, str) else found
+        if isinstance(found, str):
+            missing.append(f"{of}: {found}" if of else found)
         draws += [partial(figures.importance, f"{name} of {of}" if of else name, one) for name, one in shares.items()]
         complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
         params = dict.fromkeys(name for trial in complete for name in trial.params)
