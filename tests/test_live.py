@@ -168,7 +168,7 @@ def test_server_without_statistics_is_measured_but_for_its_state(silent: LiveEng
         (tmp_path / name).mkdir()
         measured = silent.run(scenario(Kind.Server), tmp_path / name)
         assert len(measured.requests) >= 64 and not measured.failed and not measured.server
-        assert "client_ttft_added_mean_ms" not in measured.figures
+        assert "client_ttft_added_mean_ms" in measured.figures and "frontend_ttft_mean_ms" not in measured.figures
     found = silent.recorded()
     assert found and not len(found.rows) and found.missing == "NameError: name 'counts' is not defined"
 

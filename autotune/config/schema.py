@@ -354,7 +354,7 @@ class LiveConfig:
     client_cpu_limit: float = positive(0.9)  # share of a core, for the busiest client process and for LoadGen's own
     # The client's own part of TTFT must be small beside the limit. Null: 0.05 with a GPU. Without one, vLLM computes on
     # the cores that the client waits for, so the figures are recorded, not judged.
-    client_ttft_share: float | None = None  # of scenario.ttft_ms: p99 lateness, p99 loop lag, mean TTFT beyond vLLM's
+    client_ttft_share: float | None = None  # of scenario.ttft_ms: p99 lateness, p99 loop lag, mean TTFT that it adds
 
 
 @dataclass

@@ -65,7 +65,7 @@ def reasons(spec: RunSpec, figures: dict[str, float]) -> list[str]:
         most |= {
             "client_lateness_p99_ms": ("p99 from when a request is due to its last byte sent, ms", limit, where),
             "client_lag_p99_ms": ("p99 of its event loop's lag, ms", limit, where),
-            "client_ttft_added_mean_ms": ("mean TTFT at LoadGen beyond vLLM's own, ms", limit, where),
+            "client_ttft_added_mean_ms": ("mean TTFT but for the wait on the server, ms", limit, where),
         }
     return [
         f"client: {name}={figures[name]:.3g} is over {limit:.3g} (backend.{where}): {what}"

@@ -25,6 +25,7 @@ class Requests:
         self.failures: list[str] = []
         self.issued = array("d")  # when each was issued, or was due; on the clock of time.perf_counter, as `sent`
         self.sent = array("d")  # 0 until its answer has ended
+        self.waited_s = 0.0  # from a request's last byte sent to its first token read, of all completed ones
         self._asks: dict[int, Ask] = {}  # that are not answered
         self._clients = clients
 
@@ -49,6 +50,7 @@ class Requests:
                 times = ask.at_s, message.first, message.last
                 timing = RequestTiming(ask.sample, *times, message.amount, message.prompt, ask.session)
                 self.completed.append(timing)
+                self.waited_s += message.first - message.sent
                 self._watch.add(timing)
             else:
                 self.failures.append(message.data.decode())

@@ -203,11 +203,14 @@ def measure(spec: RunSpec, clients: Clients, samples: Samples) -> None:
     sent = sut.sent[:]  # LoadGen's thread may still append to `issued` and then to this
     figures = audit.figures(reports, own_cpu_s, run_s, audit.lateness(spec, sut.issued[: len(sent)], sent))
     figures |= traffic.figures([source]) if source else {}
+    if sut.completed:
+        waited_ms = 1e3 * sut.waited_s / len(sut.completed)
+        figures["client_ttft_added_mean_ms"] = ttft_mean_ms(spec, sut, stopped) - waited_ms
     if before and sut.completed and (after := metrics_page.totals(spec.url)):
         during = Totals(*np.subtract(after, before).tolist())
         figures |= {"prefix_hit_tokens": during.prefix_hit_tokens, "prefix_query_tokens": during.prefix_query_tokens}
-        if not stopped:  # else vLLM has begun requests that we have no time of
-            figures |= ttft_added(spec, sut, during)
+        if during.first_tokens and not stopped:  # else vLLM has begun requests that we have no time of
+            figures["frontend_ttft_mean_ms"] = waited_ms - 1e3 * during.ttft_s / during.first_tokens
     report = ClientReport(
         failed=len(sut.failures),
         errors=sut.failures[:5],
@@ -240,15 +243,11 @@ def run_test(sut: Sut | Issuer, clients: Clients, messages: Iterator[list[Messag
     return stopped
 
 
-def ttft_added(spec: RunSpec, sut: Requests, during: Totals) -> dict[str, float]:
-    """The figure of how far the mean TTFT at LoadGen is above vLLM's own, ms; none if vLLM counted no request."""
-    # LoadGen has no TTFT in Offline, and no part in our own traffic: there it is ours.
+def ttft_mean_ms(spec: RunSpec, sut: Requests, stopped: bool) -> float:
+    """LoadGen's mean TTFT; ours in Offline, of our own traffic, and of a run that was stopped: LoadGen has none there."""
     log = spec.folder / "mlperf_log_detail.txt"
-    loadgens = loadgen_log.read(log).figures.get("ttft_mean_ms") if log.exists() else None
-    mean_ms = loadgens or 1e3 * sum(timing.ttft for timing in sut.completed) / len(sut.completed)
-    if not during.first_tokens:
-        return {}
-    return {"client_ttft_added_mean_ms": mean_ms - 1e3 * during.ttft_s / during.first_tokens}
+    loadgens = loadgen_log.read(log).figures.get("ttft_mean_ms") if log.exists() and not stopped else None
+    return loadgens or 1e3 * sum(timing.ttft for timing in sut.completed) / len(sut.completed)
 
 
 def warm_up(clients: Clients, messages: Iterator[list[Message]], spec: RunSpec, samples: int) -> None:
