@@ -3,27 +3,47 @@
     python benchmarks/dry_run.py --points 200 --starts 12
 
 Draws random points of space=all for model=tiny, asks the dry run about each, then starts real vLLM on some that
-it passes and some that it refuses. Prints both counts, and every point on which the two disagree; exits with 1 then.
+it passes and some that it refuses. As many points again are without the choices that are refused on their own, such
+as parallelism without GPUs: nearly none would pass. Prints both counts, and every point on which the two disagree;
+exits with 1 then.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import CategoricalDistribution
 
 from autotune.config.command_line import compose
 from autotune.errors import StartError
 from autotune.live.backend import LiveBackend
 from autotune.live.server import serve
 from autotune.measure.prepare import Prepared, prepare
-from autotune.search.space import parse, swept_flags
+from autotune.search.distributions import Distribution
+from autotune.search.space import Space, parse, swept_flags
 
 
-def points(prepared: Prepared, space: Any, count: int, seed: int) -> list[tuple[dict[str, Any], str]]:
+def possible(space: Space, prepared: Prepared) -> Space:
+    """`space` without the choices that the dry run refuses on their own."""
+    kept: dict[str, Distribution] = {}
+    for name, one in space.parameters.items():
+        if not isinstance(one, CategoricalDistribution):
+            kept[name] = one
+        elif choices := [choice for choice in one.choices if not why_refused(prepared, {name: choice})]:
+            kept[name] = CategoricalDistribution(choices)
+    return replace(space, parameters=kept)
+
+
+def why_refused(prepared: Prepared, params: dict[str, Any]) -> str:
+    return prepared.dry_run(swept_flags(params, prepared.args)).refusal
+
+
+def points(prepared: Prepared, space: Space, count: int, seed: int) -> list[tuple[dict[str, Any], str]]:
     """`count` random flags that the space's own conditions allow, each with the dry run's refusal."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     known = prepared.args | prepared.backend.dry_run(prepared.model, prepared.args).resolved
@@ -58,7 +78,8 @@ def main() -> int:
     config, params, _ = compose(["model=tiny", "space=all", "+engine.args.enforce_eager=true"])
     prepared = prepare(config)
     space, _ = parse(params, [], config.conditions, config.only_if)
-    drawn = points(prepared, space, options.points, options.seed)
+    spaces = (space, possible(space, prepared))
+    drawn = [point for one in spaces for point in points(prepared, one, options.points, options.seed)]
     passed = [args for args, refusal in drawn if not refusal]
     refused = [(args, refusal) for args, refusal in drawn if refusal]
     print(f"{len(drawn)} points: the dry run passes {len(passed)}, refuses {len(refused)}", flush=True)

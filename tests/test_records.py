@@ -136,6 +136,8 @@ GOOD = {"prompt": "a", "output": "bb"}
         ),
         ("d.parquet", FAR_DAY, "d.parquet: not a readable Parquet file (days=1073741824; must have magnitude"),
         ("d.jsonl", lines(GOOD, None, GOOD), "record 2: null instead of an object; leave it out"),
+        ("d.jsonl", lines(GOOD, [], GOOD), "record 2: [] instead of an object; leave it out"),
+        ("d.jsonl", lines([], GOOD), "record 1: [] instead of an object; leave it out"),
         ("d.csv", "prompt,output\na,b,c\n", "d.csv, record 1: more cells than the header has names"),
         ("d.csv", 'prompt,output\n"a,b\n', "d.csv, line 1: not CSV (unexpected end of data)"),
         ("d.csv", "prompt;output\na;b\n", "record 1: no prompt among prompt;output; give `input` or `prompt`"),

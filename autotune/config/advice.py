@@ -12,7 +12,14 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from autotune.config import CONF, schema
 from autotune.config.bounds import ANY_NUMBER, NAME_BYTES, Rule
@@ -30,9 +37,13 @@ def told(error: BaseException, prefix: str = "") -> str:
     why = error.__cause__ if isinstance(error, HydraException) else error
     if not isinstance(why, OmegaConfBaseException) or not why.full_key:
         return one_line(error)
+    if isinstance(why, InterpolationToMissingValueError):
+        return _missing(one_line(why).split()[-1])
     if isinstance(why, InterpolationResolutionError):
         return one_line(error) if str(why).startswith(InputError.__name__) else f"{why.full_key}: {one_line(error)}"
     key = f"{prefix}{why.full_key}"
+    if isinstance(why, MissingMandatoryValue):
+        return _missing(key)
     if group := _group(key):
         return f"{key}: {group}"
     if isinstance(why, (ConfigKeyError, ConfigAttributeError)) and isinstance(why.parent_node, DictConfig):
@@ -43,6 +54,12 @@ def told(error: BaseException, prefix: str = "") -> str:
         written = "" if why.key is None else f"={'null' if why.value is None else str(why.value)[:NAME_BYTES]}"
         return f"{key}{written}: write {instead}"
     return one_line(error)
+
+
+def _missing(key: str) -> str:
+    """The line for a `key` without a value: it, or an option of its group that sets it, is to be written."""
+    instead = _group(key.rpartition(".")[0]).removeprefix("a group; ") or f"write {key}=<value>"
+    return f"{key}: no value; {instead}"
 
 
 def _group(key: str) -> str:

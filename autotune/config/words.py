@@ -94,7 +94,7 @@ def _check_override(word: str, override: Override) -> None:
         raise InputError(f"{word}: write the name of a file in conf/{key}")
     if type(override.value()) is int and override.value() not in (0, 1) and known_keys().get(key) is bool:
         raise InputError(f"{word}: write true or false")  # which OmegaConf takes it for
-    if key in FOLDERS and not str(override.value()).strip():
+    if key in FOLDERS and (override.value() in (None, "???") or not str(override.value()).strip()):
         raise InputError(f"{word}: write a folder, or leave it out")
     if key == "hydra.searchpath":
         _check_folders(override)

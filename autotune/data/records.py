@@ -161,10 +161,12 @@ def _from_json(lines: Iterator[str], path: Path) -> Iterator[Any]:
                     if following
                     else next(value[name] for name in LISTS if isinstance(value.get(name), list))
                 )
+            elif value == []:
+                value = [value]
             for record in value if isinstance(value, list) else [value]:
                 count += 1
-                if record is None:
-                    raise InputError(f"{path}, record {count}: null instead of an object; leave it out")
+                if record in (None, []):
+                    raise InputError(f"{path}, record {count}: {json.dumps(record)} instead of an object; leave it out")
                 yield record
     except NotJsonError as error:
         raise InputError(f"{path}, record {count + 1}: not JSON ({error})") from None
