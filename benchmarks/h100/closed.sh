@@ -4,7 +4,7 @@
 #
 #     benchmarks/h100/closed.sh FOLDER [interactive] [offline] [check]
 #
-# On an H200 some 12 and 15 minutes, by the simulation. With two GPUs they may run side by side:
+# On an H200 12 and 16 minutes. With two GPUs they may run side by side:
 # GPUS=[0] closed.sh FOLDER interactive & GPUS=[1] closed.sh FOLDER offline
 #
 # CHECKER  a checkout of mlcommons/inference, whose own check of performance logs the step `check` then makes, too
