@@ -4,8 +4,8 @@
 #
 #     GPUS=[0] benchmarks/h100/twin.sh FOLDER recorder moe-twin moe-grid & GPUS=[1] … warm moe-tpe moe-random
 #
-recorder=$(realpath "$(dirname "${BASH_SOURCE[0]}")/../recorder.py")
-source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
+here=$(realpath "$(dirname "${BASH_SOURCE[0]}")")
+source "$here/steps.sh"
 
 space=("space=[scheduler,graphs]" n_trials=100 tracking=none)
 twin=(sampler=twin backend/device@prior.backend.device=h200)
@@ -37,7 +37,7 @@ long_answers=(
 )
 recorder() {
     with_words model=qwen3_30b_a3b_dummy gpus="${GPUS:-all}" "${long_answers[@]}"
-    python3 "$recorder" "$PWD/recorder" "${all[@]}"
+    python3 "$here/../recorder.py" "$PWD/recorder" "${all[@]}"
 }
 # What the first start of a model compiles on a host, so that it is in no study's time.
 warm() { trial warm model=qwen3_30b_a3b_dummy "${long_answers[@]}" dataset.records.output_tokens=16; }
@@ -48,6 +48,9 @@ step moe-twin study moe-twin "${moe[@]}" "${space[@]}" "${spared[@]}" "${twin[@]
 step moe-tpe study moe-tpe "${moe[@]}" "${space[@]}" "${spared[@]}" sampler=tpe seed=4
 step moe-random study moe-random "${moe[@]}" "${space[@]}" "${spared[@]}" sampler=random seed=5
 step moe-grid study moe-grid "${moe[@]}" space=none "${grid[@]}" "${spared[@]}" sampler=grid
+# The best of host 12's study and vLLM's defaults, repeated in turn on fresh servers: some 6 minutes for a pair, by what each took there.
+step moe-restore python3 "$here/restore.py" one-gpu/host-12/moe-twin multirun/moe baseline trial-2
+step moe-verify verify moe trials=[trial-2] n="${REPEATS:-5}"
 step long-twin study long-twin "${long[@]}" "${space[@]}" "${twin[@]}"
 step long-random study long-random "${long[@]}" "${space[@]}" "${spared[@]}" sampler=random seed=3
 exit $failed
