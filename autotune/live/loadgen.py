@@ -244,7 +244,7 @@ def run_test(sut: Sut | Issuer, clients: Clients, messages: Iterator[list[Messag
 
 
 def ttft_mean_ms(spec: RunSpec, sut: Requests, stopped: bool) -> float:
-    """LoadGen's mean TTFT; ours in Offline, of our own traffic, and of a run that was stopped: LoadGen has none there."""
+    """LoadGen's mean TTFT; ours where it has none: in Offline, of our own traffic, of a run that was stopped."""
     log = spec.folder / "mlperf_log_detail.txt"
     loadgens = loadgen_log.read(log).figures.get("ttft_mean_ms") if log.exists() and not stopped else None
     return loadgens or 1e3 * sum(timing.ttft for timing in sut.completed) / len(sut.completed)

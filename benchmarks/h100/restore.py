@@ -1,6 +1,6 @@
 """Restore a study from the trials that data/ keeps of it, so that `autotune verify` repeats them on another machine:
 
-    python benchmarks/h100/restore.py one-gpu/host-12/moe-twin multirun/moe baseline trial-2
+python benchmarks/h100/restore.py one-gpu/host-12/moe-twin multirun/moe baseline trial-2
 """
 
 import argparse
