@@ -52,6 +52,7 @@ from tests.conftest import Main
             "hydra.searchpath=[file:///none]",
             "hydra.searchpath: file:///none: no such folder; write --config-dir FOLDER",
         ),
+        ("hydra/sweeper=basic", "hydra/sweeper=basic: write sampler=grid for each combination once"),
         ("--config-dir", "--config-dir: write --config-dir FOLDER"),
         ("--config-dir none", "--config-dir none: no such folder"),
         ("--config-dir /etc/hostname", "--config-dir /etc/hostname: not a folder"),

@@ -159,7 +159,8 @@ def _one(value: Any, flag: Flag) -> Any:
     try:
         made = takes(str(value))
     except (ValueError, OverflowError):
-        raise ValueError(f"takes {wanted}") from None
+        drawn = "; write int(interval(…)) in a sweep" if isinstance(value, float) else ""
+        raise ValueError(f"takes {wanted}{drawn}") from None
     if not all(BOUNDS[name][0](made, bound) for name, bound in flag.bounds.items() if isinstance(made, (int, float))):
         raise ValueError(f"takes {' and '.join(f'{BOUNDS[name][1]} {bound:g}' for name, bound in flag.bounds.items())}")
     return made

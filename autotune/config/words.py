@@ -98,6 +98,8 @@ def _check_override(word: str, override: Override) -> None:
         raise InputError(f"{word}: write a folder, or leave it out")
     if key == "hydra.searchpath":
         _check_folders(override)
+    if key == "hydra/sweeper" and override.value() == "basic":  # it has no samplers, which sampler=… would choose from
+        raise InputError(f"{word}: write sampler=grid for each combination once")
 
 
 def _is_option(group: str, value: object) -> bool:
