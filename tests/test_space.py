@@ -222,7 +222,7 @@ def test_choices_are_what_vllm_reads(written: str, choices: tuple[object, ...]):
     ("written", "message"),
     [
         ("max_num_seqs=choice(8,abc)", "engine.args.max_num_seqs=abc: vLLM takes a whole number"),
-        ("max_num_seqs=interval(8,64)", "engine.args.max_num_seqs=8.0: vLLM takes a whole number; write int(interval"),
+        ("max_num_seqs=interval(8,64)", r"max_num_seqs=8.0: vLLM takes a whole number; write int\(interval"),
         ("max_num_seqs=interval(8.5,64)", "engine.args.max_num_seqs=8.5: vLLM takes a whole number"),
         ("max_num_seqs=int(interval(0,64))", "engine.args.max_num_seqs=0: vLLM takes at least 1"),
         ("gpu_memory_utilization=range(0.9,1.2,step=0.1)", "takes more than 0 and at most 1"),
