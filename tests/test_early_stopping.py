@@ -88,7 +88,7 @@ def test_run_too_short_for_the_test_is_not_stopped():
         watch.add(request(2.0))
     assert watch.decided is None and not watch.ends_run(Stop.decided)
     assert watch.reasons() == [
-        "TTFT over its limit in 100 of 100 queries, 0 of 100 may be",
+        "TTFT over its limit in 100 of 100 queries, 0 may be",
         "100 queries are too few for the test of a limit at p99, which takes 459",
     ]
 

@@ -24,10 +24,12 @@ def main() -> None:
     parser.add_argument(
         "--uri",
         default=os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///multirun/mlflow.db"),
-        help="MLflow tracking URI",
+        help="MLflow's tracking URI; without it MLFLOW_TRACKING_URI, or sqlite:///multirun/mlflow.db",
     )
     parser.add_argument(
-        "--experiment", default=os.environ.get("MLFLOW_EXPERIMENT_NAME", "autotune"), help="MLflow experiment"
+        "--experiment",
+        default=os.environ.get("MLFLOW_EXPERIMENT_NAME", "autotune"),
+        help="MLflow's experiment; without it MLFLOW_EXPERIMENT_NAME, or autotune",
     )
     with errors_in_one_line():
         options = parser.parse_args()

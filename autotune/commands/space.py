@@ -1,6 +1,8 @@
 """List a search space beside vLLM's defaults: what makes vLLM compile again, and what it refuses of it:
 
-autotune space model=smollm2 space=[scheduler,memory]
+    autotune space model=smollm2 space=[scheduler,memory]
+
+Takes the words of a study, and shows what they would sweep. With backend=sim it needs no vLLM.
 """
 
 import sys

@@ -219,7 +219,7 @@ class DatasetConfig:
 class LoadSearch:
     """Settings of the search, on one server, for the highest load that keeps the limits: queries/s, or users."""
 
-    # First load, also of users, if the result is roughly known; null: a burst and short runs find it.
+    # First load, queries/s or users, if the result is roughly known; null: a burst and short runs find it.
     start_qps: float | None = positive(None, 1e6)
     # The study sets it: the best trial's load so far. A trial is asked for it first, and left if it does not hold it.
     best: float | None = positive(None, 1e6)
@@ -254,14 +254,13 @@ class ScenarioConfig:
     latency_ms: float | None = positive(None)  # limit on p99 of the latency to the last token, ms; null is no limit
     # Limits on p99 TTFT by the prompt's length, each [most tokens, ms]; prompts that are longer than all have ttft_ms.
     ttft_by_prompt: Any = field(default_factory=list, metadata={"rule": pairs})
-    # LoadGen's settings by these names; of a Trace the maxima cut the run short.
     min_duration_s: float = within(60.0, 0, 7 * DAY_S)  # a run lasts at least so long, s
-    max_duration_s: float = within(0.0, 0, 7 * DAY_S)  # and at most, s; 0 is no limit
+    max_duration_s: float = within(0.0, 0, 7 * DAY_S)  # and at most, s; 0 is no limit; cuts a Trace short
     min_queries: int = within(100, 1, MOST_QUERIES)  # a run has at least so many
-    max_queries: int = within(0, 0, MOST_QUERIES)  # and at most; 0 is no limit
-    # Sent together before LoadGen starts, again and again until they get no faster.
+    max_queries: int = within(0, 0, MOST_QUERIES)  # and at most; 0 is no limit; cuts a Trace short
+    # Requests sent together before a run, again and again until they get no faster.
     warmup_requests: int = within(16, 0, 1e5)
-    seed: int = 1  # of LoadGen's order of samples and its arrival times
+    seed: int = 1  # of the order of samples and of arrival times
     # Instead, LoadGen's three: of the order in which it loads samples, of that in which it issues them, of the times.
     seeds: list[int] | None = field(default=None, metadata={"rule": three_seeds})
     equal_issue: bool = False  # LoadGen issues each sample equally often, for which it makes the run longer

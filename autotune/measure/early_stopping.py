@@ -121,7 +121,9 @@ class Watch:
         worth = (
             f" (as conversations go, they are worth {self._total / effect:.0f} independent ones)" if effect > 1 else ""
         )
-        words = f"over its limit in {over} of {self.seen} queries, {most} of {self._total} may be{worth}"
+        ended = self.seen < self._total
+        queries, all_ = (f"the first {self.seen}", f" of all {self._total}") if ended else (f"{self.seen}", "")
+        words = f"over its limit in {over} of {queries} queries, {most}{all_} may be{worth}"
         return f"{heading(self._limits[number].name)} {words}"
 
 

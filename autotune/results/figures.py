@@ -159,7 +159,8 @@ def history(study: optuna.Study, metric: str, references: Mapping[str, Result]) 
     """Draw each trial's value and the best so far, with what they are compared with."""
     trials = _complete(study, 1)
     figure = plot_optimization_history(study, target_name=label(metric))
-    figure.update_traces(name="best so far", line={"color": BLUE}, selector={"name": "Best Value"})
+    best = {"color": BLUE, "shape": "hv"}  # it changes when a trial ends, not on the way to it
+    figure.update_traces(name="best so far", line=best, selector={"name": "Best Value"})
     values = {name: one.metrics[metric] for name, one in references.items() if metric in one.metrics}
     ends = [trials[0].number - 0.5, trials[-1].number + 0.5]  # one trial has a line, too
     for (name, value), color in zip(values.items(), (VERMILLION, ORANGE), strict=False):
@@ -203,7 +204,7 @@ def importance(name: str, shares: Mapping[str, float]) -> go.Figure:
     """Draw the shares of one evaluator as bars."""
     params, values = list(shares)[::-1], list(shares.values())[::-1]
     bars = go.Bar(x=values, y=params, text=[f"{share:.0%}" for share in values], orientation="h")
-    axis = {"tickformat": ".0%", "rangemode": "tozero", "title_text": name}
+    axis = {"showticklabels": False, "rangemode": "tozero", "title_text": name}
     return finished([bars], x=axis, height=90 + 26 * len(params))
 
 
@@ -476,7 +477,8 @@ def finished(made: Any, x: Any = "", y: Any = "", height: int = 360, **layout: A
 def label(metric: str) -> str:
     """A metric's heading, with its unit."""
     named = summary.HEADINGS | GPU
-    return named.get(metric, metric.replace("_ms", " ms").replace("_per_s", "/s").replace("_", " "))
+    words = metric.replace("_ms", " ms").replace("_per_s", "/s").replace("_qps", " queries/s").replace("_", " ")
+    return named.get(metric, words)
 
 
 def told(trial: str, params: Mapping[str, Any]) -> str:
