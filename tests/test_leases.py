@@ -1,3 +1,4 @@
+import fcntl
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from autotune.errors import InputError
+from autotune.errors import InputError, StoppedError
 from autotune.system import leases
 
 HOLD = """
@@ -54,6 +55,19 @@ def test_killed_holder_frees_its_gpus(folder: Path):
     with leases.lease([0, 1], 2) as held:
         assert len(held.gpus) == 2
     holder.wait()
+
+
+@pytest.mark.parametrize("lock", ["queue", "gpu-0"])
+def test_trial_that_is_told_to_stop_waits_no_longer_and_keeps_no_turn(folder: Path, lock: str):
+    def stopped() -> None:
+        raise StoppedError("stopped")
+
+    with (folder / f"{lock}.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(StoppedError), leases.lease([0], 1, stopped):
+            pass
+    with leases.lease([0], 1) as held:
+        assert held.gpus == (0,)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """A place for one trial at a time: its GPUs, and a server that may stay on them for the next trial."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -21,11 +21,14 @@ class Slot:
         self._lease_held, self._server_held = ExitStack(), ExitStack()
 
     @contextmanager
-    def leased(self, gpus: Any, count: int) -> Iterator[None]:
-        """Lease `count` of `gpus`, which are given back unless a server stays on them. Raises InputError."""
+    def leased(self, gpus: Any, count: int, check: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Lease `count` of `gpus`, which are given back unless a server stays on them.
+
+        Raises InputError, and what `check` raises while it waits for them.
+        """
         if self._leased_for != (gpus, count):
             self.close()
-            self.lease = None if gpus is None else self._lease_held.enter_context(lease(devices(gpus), count))
+            self.lease = None if gpus is None else self._lease_held.enter_context(lease(devices(gpus), count, check))
             self._leased_for = gpus, count
         try:
             yield

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def _measure(config: Config, result: Result, folder: Path, slot: Slot) -> None:
     with ThreadPoolExecutor(1) as pool:
         outcome = pool.submit(prepared.dry_run)
         with (
-            slot.leased(config.gpus, gpu_count(config)),
+            slot.leased(config.gpus, gpu_count(config), partial(progress.check, folder)),
             prepared.backend.start(prepared.model, prepared.args, loaded, folder, slot) as engine,
         ):
             result.facts |= {"leased_gpus": slot.lease.visible} if slot.lease else {}

@@ -4,8 +4,9 @@ import fcntl
 import os
 import stat
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +53,8 @@ def devices(gpus: Any) -> list[int]:
 
 
 @contextmanager
-def lease(gpus: Sequence[int], count: int) -> Iterator[Lease]:
-    """Lease `count` of `gpus` until the block ends; waits until that many are free.
+def lease(gpus: Sequence[int], count: int, check: Callable[[], None] = lambda: None) -> Iterator[Lease]:
+    """Lease `count` of `gpus` until the block ends; waits until that many are free, or `check` raises.
 
     First come, first served, so that small trials can't keep one that needs many GPUs waiting for ever. Raises
     InputError if there are not that many.
@@ -64,7 +65,7 @@ def lease(gpus: Sequence[int], count: int) -> Iterator[Lease]:
         folder = _folder()
         locks.callback(os.close, folder)
         with _open(folder, "queue") as queue:
-            fcntl.flock(queue, fcntl.LOCK_EX)
+            _wait_in(queue, check)
             taken: dict[int, BinaryIO] = {}
             while len(taken) < count:
                 for gpu in gpus:
@@ -76,8 +77,19 @@ def lease(gpus: Sequence[int], count: int) -> Iterator[Lease]:
                         except BlockingIOError:
                             file.close()
                 if len(taken) < count:
+                    check()
                     time.sleep(POLL_S)
         yield Lease(tuple(taken), tuple(file.fileno() for file in taken.values()))
+
+
+def _wait_in(queue: BinaryIO, check: Callable[[], None]) -> None:
+    """Lock `queue` once all who came before have, or until `check` raises: closing it then gives the turn up."""
+    turn = threading.Thread(target=fcntl.flock, args=(queue.fileno(), fcntl.LOCK_EX), daemon=True)
+    turn.start()  # the kernel keeps the order of those who wait in such a call, which can't be ended
+    turn.join(POLL_S)
+    while turn.is_alive():
+        check()
+        turn.join(POLL_S)
 
 
 def are_awaited() -> bool:
