@@ -1,5 +1,6 @@
 """What a study survives: kills, stops, a second process, trials that are slow, bad or too many."""
 
+import errno
 import json
 import random
 import signal
@@ -315,6 +316,24 @@ def test_canary_is_no_trial_that_others_are_compared_with(tmp_path: Path, monkey
 def test_several_objectives_are_measured_while_a_trial_says_how_far_it_is(tmp_path: Path):
     study(tmp_path, "objective=pareto", "n_trials=1", "backend.steps=5", f"{SEQS}=choice(64)")
     assert [trial.state for trial in asked(tmp_path)] == [TrialState.COMPLETE]
+
+
+def test_trial_that_can_not_be_told_to_stop_does_not_keep_the_study_from_its_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Sweep, "_watch", interrupted)
+    monkeypatch.setattr(progress, "stop", full)
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path, "backend.pace_s=0.3", f"{SEQS}=choice(4,8)")
+    log = (tmp_path / "multirun/s/autotune.log").read_text()
+    assert "baseline may still run: OSError: [Errno 28] No space left on device" in log
+    assert (tmp_path / "multirun/s/summary.txt").exists()
 
 
 @pytest.mark.parametrize("storage", ["journal://multirun/s/study.log", "sqlite:///other.db"])

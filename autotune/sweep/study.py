@@ -230,7 +230,7 @@ class Sweep:
     def _end(self) -> FinishedStudy:
         """Leave nothing running, and write what was measured; the storage or the disk may be what ended the study."""
         for one in self.running:
-            one.job.cancel()
+            self._attempt(f"{one.pending.name} may still run", one.job.cancel)
         self._attempt("a server that trials shared may still run", self.launcher.close)
         self._attempt("the last trials were not recorded", self._abandon)
         study = FinishedStudy(self.folder, self.config, results_in(self.folder), canaries_in(self.folder))
