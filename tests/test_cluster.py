@@ -15,7 +15,7 @@ from autotune.errors import InputError
 from autotune.measure.prepare import gpu_count
 from autotune.sweep import cluster as clusters
 from autotune.sweep import handing, worker
-from autotune.sweep.cluster import JOB, Cluster, Queue, as_new_job, gigabytes, minutes, run_noted
+from autotune.sweep.cluster import JOB, LOGS, Cluster, Queue, as_new_job, gigabytes, minutes, run_noted
 from autotune.sweep.handing import hand_on, has_ended, next_for, running, say_ended, waits_after
 from autotune.sweep.worker import TrialSpec
 
@@ -207,6 +207,27 @@ def test_handing_on_and_giving_up_at_once_end_with_one_of_them(tmp_path: Path):
             waits = pool.submit(next_for, tmp_path, str(number))
             is_handed = hand_on(tmp_path, str(number), b"trial")
             assert waits.result() == (b"trial" if is_handed else b"")
+
+
+def test_job_that_waits_gets_the_next_trial_unless_it_has_left_the_queue(cluster: Cluster, tmp_path: Path):
+    cluster = Cluster(replace(CONFIG, poll_s=1e-6), None)
+    trials, logs = (
+        [TrialSpec(Config(), [], tmp_path / f"s/trial-{number}") for number in range(3)],
+        tmp_path / "s" / LOGS,
+    )
+    for trial in trials:
+        trial.folder.mkdir(parents=True)
+    program(tmp_path, "sbatch", "echo Submitted batch job 7")
+    program(tmp_path, "squeue", "echo '7|7_N/A|RUNNING|a|None'")
+    cluster.submit(trials[:1])
+    say_ended(logs, "7", "trial-0", waits=True)
+    cluster.submit(trials[1:2])
+    assert next_for(logs, "7")
+    say_ended(logs, "7", "trial-1", waits=True)
+    program(tmp_path, "sbatch", "echo Submitted batch job 8")
+    program(tmp_path, "squeue", "true")
+    cluster.submit(trials[2:])
+    assert [json.loads((trial.folder / JOB).read_text())["id"] for trial in trials] == ["7", "7", "8"]
 
 
 def test_handed_trial_is_readable_by_its_user_alone(tmp_path: Path):

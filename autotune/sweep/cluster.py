@@ -65,7 +65,7 @@ class Cluster(Launcher):
                 self._parameters[name] = number(value)
         self._asks_for_gpus = config.parameters.get("gpus_per_node", 0) is not None  # null leaves them to other options
         self._excluded: list[str] = []
-        self._last: dict[str, tuple[int, Path]] = {}  # by job: its GPUs, and the last trial that it was given
+        self._last: dict[str, tuple[int, Path]] = {}  # by job in the queue: its GPUs, and the last trial it was given
         self._queue = Queue(config.poll_s)
         with TemporaryDirectory() as folder:  # so that a mistake is known before anything starts
             self._executor(Path(folder), 1, "")
@@ -83,7 +83,8 @@ class Cluster(Launcher):
                 for trial, job in zip(together, self._submitted(together, gpus, node), strict=True):
                     write_whole(trial.folder / JOB, json.dumps({"id": job.job_id}))
                     jobs[trial.folder] = self._job(trial.folder, job)
-                    self._last[job.job_id] = gpus, trial.folder
+                    if self.shares:
+                        self._last[job.job_id] = gpus, trial.folder
         return [jobs[trial.folder] for trial in trials]
 
     def _submitted(self, trials: Sequence[TrialSpec], gpus: int, node: str) -> list[Any]:
@@ -108,6 +109,7 @@ class Cluster(Launcher):
 
     def _handed_on(self, trial: TrialSpec) -> Job | None:
         """The job that runs `trial` on the server of an earlier one; None if no job waits for such a trial."""
+        self._last = {job_id: given for job_id, given in self._last.items() if self._queue.has(job_id)}
         for job_id, (gpus, last) in list(self._last.items()):
             waits = handing.waits_after(last.parent / LOGS, job_id, last.name)
             if not waits or gpus != gpu_count(trial.config) or trial.node or self._queue.node(job_id) in self._excluded:
