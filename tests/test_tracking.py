@@ -301,6 +301,7 @@ def test_only_what_is_missing_is_logged_later(uri: str, trial: Path, monkeypatch
     parents = {name: run.data.tags.get("mlflow.parentRunId") for name, run in found.items()}
     study, repeats = found["s"].info.run_id, found["s-verify"].info.run_id
     assert parents == {"s": None, "trial-0": study, "trial-1": study, "s-verify": None, "trial-0-1": repeats}
+    assert [found[name].data.tags["study"] for name in ("trial-0", "trial-0-1")] == ["s", "s-verify"]
 
 
 def test_database_that_was_deleted_since_gets_all_of_it_again(

@@ -153,7 +153,7 @@ class Tracker:
 
     def __init__(self, config: TrackingConfig, study: str | None, folder: Path) -> None:
         """Connect, and begin or find the parent run of `study`, which `folder` holds. Raises TrackingError."""
-        self._uri = redact(config.uri)
+        self._uri, self._study = redact(config.uri), study or ""
         self._parent: str | None = None
         with self._errors():
             self._client, self._experiment = _connected(config)
@@ -174,7 +174,7 @@ class Tracker:
                 return
             tags = _tags(result, folder)
             if self._parent:
-                tags |= {"mlflow.parentRunId": self._parent, "study": folder.parent.name}
+                tags |= {"mlflow.parentRunId": self._parent, "study": self._study}
             run = self._create(shorten(result.params) or folder.name, tags, result.started_at)
             ended = int(result.ended_at * 1000)
             figures = result.metrics | {f"phase_{phase}_s": value for phase, value in result.phases.items()}
