@@ -30,11 +30,9 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from autotune.commands import verify
-from autotune.commands.verify import Repeat
 from autotune.config import bounds
 from autotune.config.command_line import compose, errors_in_one_line, options, own_and_overrides
-from autotune.config.overrides import check_trusted, with_fields
+from autotune.config.overrides import with_fields
 from autotune.config.schema import Check, Config, Hot, Mode, Output, Rules, TrackingConfig
 from autotune.data import samples
 from autotune.data.models import Model
@@ -46,9 +44,10 @@ from autotune.results.study import Study, load
 from autotune.results.submission import ACCURACY, NAMES, UNVERIFIED, Run, Runs, Tree
 from autotune.sweep import storage
 from autotune.sweep.launchers import make_launcher
+from autotune.sweep.repeats import Repeat, config_of, run_missing
 from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
-from autotune.system.files import expanded, read_json, write_whole
+from autotune.system.files import LOCK, expanded, read_json, write_whole
 from autotune.text import aligned
 
 log = logging.getLogger(__name__)
@@ -79,9 +78,7 @@ def configuration(study: Study, settings: Submission, overrides: Sequence[str]) 
     trial = study.chosen(settings.trial)
     if study.results[trial].estimated:
         raise InputError(f"study={study.name}: simulated, and a simulation answers nothing; run it with backend=live")
-    config = study.config_of(trial, overrides)
-    check_trusted(config, overrides, study.folder / trial)
-    verify.check_secrets(config, study)
+    config = config_of(study, trial, overrides)
     benchmark = config.benchmark
     if benchmark.name is None:
         raise InputError(f"study={study.name}: its model is in no benchmark of MLPerf's; run it with benchmark=…")
@@ -149,8 +146,8 @@ def measure(study: Study, repeats: Sequence[Repeat], config: Config) -> Runs:
         if not result.complete:
             failed.append(f"{repeat.name} failed: {result.reason}")
 
-    with storage.lock(study.folder / ".lock", str(study.folder)), closing(make_launcher(config)) as launcher:
-        verify.run(repeats, launcher, ended)
+    with storage.lock(study.folder / LOCK, str(study.folder)), closing(make_launcher(config)) as launcher:
+        run_missing(repeats, launcher, ended)
     if failed:
         raise MeasureError(f"{'; '.join(failed)}; the same command goes on with the others kept")
     runs = {}

@@ -20,7 +20,8 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,11 +30,10 @@ from omegaconf import MISSING
 
 from autotune.config.bounds import within
 from autotune.config.command_line import errors_in_one_line, options, own_and_overrides
-from autotune.config.overrides import check, check_trusted, leaves, with_fields
-from autotune.config.redact import HIDDEN
+from autotune.config.overrides import check, with_fields
 from autotune.config.schema import Config, Hot
 from autotune.errors import InputError
-from autotune.measure import objective, trial
+from autotune.measure import objective
 from autotune.measure.accuracy import CONSTRAINT
 from autotune.measure.prepare import gpu_count, prepare, prepare_samples
 from autotune.measure.result import Result
@@ -41,16 +41,17 @@ from autotune.results import beside, summary, tracking
 from autotune.results.study import BASELINE, VERIFY, Study, load
 from autotune.results.verdict import Verdict, judge, render
 from autotune.sweep import storage
-from autotune.sweep.launchers import Job, Launcher, begin, make_launcher
+from autotune.sweep.launchers import make_launcher
+from autotune.sweep.repeats import Repeat, config_of, run_missing
 from autotune.sweep.worker import TrialSpec
 from autotune.system import interrupt
+from autotune.system.files import LOCK, write_whole
 from autotune.system.leases import devices
 from autotune.text import count
 
 log = logging.getLogger(__name__)
 
 TABLE = "verify.txt"  # in the study's folder
-POLL_S = 0.1
 NO_BETTER = 2  # exit code
 
 
@@ -65,29 +66,9 @@ class Verify:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Repeat:
-    """A run of one configuration in one block."""
-
-    name: str  # of the study's trial
-    block: int  # from 1
-    trial: TrialSpec
-
-    def is_complete(self) -> bool:
-        """True if it has completed already, with this very configuration."""
-        folder, result = self.trial.folder, Result.find(self.trial.folder)
-        if not (result and result.complete):
-            return False
-        return (folder / "config.yaml").read_text() == trial.as_yaml(self.trial.config)
-
-
 def configurations(study: Study, settings: Verify, overrides: Sequence[str]) -> dict[str, Config]:
     """The configurations to repeat, by trial: the baseline's, then those compared with it. Raises InputError."""
-    configs = {name: study.config_of(name, overrides) for name in [BASELINE, *compared(study, settings)]}
-    check_secrets(shared(configs), study)
-    for name, config in configs.items():
-        check_trusted(config, overrides, study.folder / name)
-    return configs
+    return {name: config_of(study, name, overrides) for name in [BASELINE, *compared(study, settings)]}
 
 
 def compared(study: Study, settings: Verify) -> list[str]:
@@ -119,12 +100,6 @@ def metric_index(study: Study, settings: Verify) -> int:
 def shared(configs: Mapping[str, Config]) -> Config:
     """The configuration whose launcher and GPUs all repeats use; the baseline's own may be others (baseline_gpu)."""
     return next(config for name, config in configs.items() if name != BASELINE)
-
-
-def check_secrets(config: Config, study: Study) -> None:
-    """Raise InputError for a value that is hidden in the study's folder and not given on the command line."""
-    if keys := [key for key, value in leaves(asdict(config)) if HIDDEN in str(value)]:
-        raise InputError(f"{study.folder} hides {', '.join(keys)}; add {keys[0]}=… to this command")
 
 
 def plan(study: Study, settings: Verify, configs: Mapping[str, Config], overrides: Sequence[str]) -> list[Repeat]:
@@ -170,37 +145,6 @@ def gpu_groups(gpus: Any, size: int) -> list[Any]:
     return [ids[first : first + size] for first in range(0, len(ids) - size + 1, size)] or [gpus]
 
 
-def run(repeats: Sequence[Repeat], launcher: Launcher, on_end: Callable[[Repeat, Result], None]) -> None:
-    """Run those that are not complete, up to the launcher's n_jobs side by side; `on_end` gets each result."""
-    waiting = [repeat for repeat in repeats if not repeat.is_complete()]
-    running: list[tuple[Repeat, Job]] = []
-    try:
-        with interrupt.deferred():  # a job that has started is always in `running`
-            while waiting or running:
-                interrupt.check()
-                free = launcher.n_jobs - len(running)
-                batch, waiting = waiting[:free], waiting[free:]
-                running += start(batch, launcher)
-                for repeat, job in [pair for pair in running if pair[1].done()]:
-                    running.remove((repeat, job))
-                    on_end(repeat, Result.find(repeat.trial.folder) or Result(reason=job.reason()))
-                if running:
-                    running[0][1].wait(POLL_S)
-    finally:
-        for _, job in running:
-            job.cancel()
-
-
-def start(batch: Sequence[Repeat], launcher: Launcher) -> list[tuple[Repeat, Job]]:
-    """Jobs for `batch`; a cluster's job that outlived an earlier process is attached."""
-    attached = [(repeat, launcher.attach(repeat.trial.folder)) for repeat in batch]
-    fresh = [repeat for repeat, job in attached if not job]
-    for repeat in fresh:
-        log.info("block %d: %s", repeat.block, repeat.name)
-    started = zip(fresh, begin(launcher, [repeat.trial for repeat in fresh]), strict=True)
-    return [*((repeat, job) for repeat, job in attached if job), *started]
-
-
 def record(study: Study, tracker: beside.TrackingProcess, repeat: Repeat, result: Result) -> None:
     """Save, print and track the result of a repeat."""
     folder, result = repeat.trial.folder, as_gated(result, study.results[repeat.name])
@@ -239,11 +183,12 @@ def verify(study: Study, settings: Verify, overrides: Sequence[str]) -> Verdict:
         sum(repeat.is_complete() for repeat in repeats),
     )
     with (
-        storage.lock(study.folder / ".lock", str(study.folder)),
+        storage.lock(study.folder / LOCK, str(study.folder)),
         beside.study(config.tracking, f"{study.name}-{VERIFY}", folder) as tracker,
+        closing(make_launcher(config)) as launcher,
     ):
         try:
-            run(repeats, make_launcher(config), partial(record, study, tracker))
+            run_missing(repeats, launcher, partial(record, study, tracker))
         except (KeyboardInterrupt, SystemExit):
             if (blocks := complete_blocks(repeats)) >= 2:
                 log.info("%d blocks are complete: n=%d judges them without another run", blocks, blocks)
@@ -252,8 +197,8 @@ def verify(study: Study, settings: Verify, overrides: Sequence[str]) -> Verdict:
     for repeat in sorted(repeats, key=lambda one: one.block):  # it may have ended when nobody was there to record it
         results[repeat.name].append(as_gated(Result.load(repeat.trial.folder), study.results[repeat.name]))
     verdict = judge(study, results, metric_index(study, settings), settings.confidence)
-    (study.folder / summary.VERDICT).write_text(json.dumps(asdict(verdict), indent=1))
-    (study.folder / TABLE).write_text(render(verdict))
+    write_whole(study.folder / summary.VERDICT, json.dumps(asdict(verdict), indent=1))
+    write_whole(study.folder / TABLE, render(verdict))
     return verdict
 
 
