@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,23 @@ def test_broken_result_is_named_in_one_line(tmp_path: Path, body: str):
     with pytest.raises(InputError, match=r"result\.json: not the result of a trial") as error:
         Result.find(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('{"metrics": {"a": 1, "b": "x"}}', '`metrics.b` is "x"'),
+        ('{"intervals": {"a": [1, null]}}', "`intervals.a.1` is null"),
+        ('{"params": {"a": [1]}}', "`params.a` is [1]"),
+        ('{"runs": [{"qps": "x"}]}', '`runs.0` is {"qps": "x"}'),
+        ('{"values": {"a": 1}}', '`values` is {"a": 1}'),
+        ('{"verdict": 3}', "`verdict` is 3"),
+    ],
+)
+def test_broken_part_of_a_result_is_named(tmp_path: Path, body: str, said: str):
+    (tmp_path / "result.json").write_text(body)
+    with pytest.raises(InputError, match=re.escape(f"not the result of a trial ({said}); delete it")):
+        Result.find(tmp_path)
 
 
 def test_broken_result_costs_its_own_trial_only(tmp_path: Path, caplog: pytest.LogCaptureFixture):

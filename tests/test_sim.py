@@ -1,8 +1,10 @@
 """The simulator against what it stands for: LoadGen's schedule, measured trials, vLLM's memory."""
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +67,27 @@ def test_calibration_finds_a_host_that_is_slower():
     cases = calibrate.read(H100 / "host-5/interactive-grid/trial-0.json", "trial-0")[:2]  # all at once, and by and by
     slower = [replace(case, measured=case.estimated(truth), start_s=None) for case in map(brief, cases)]
     assert calibrate.fit(slower, start).launch_s == pytest.approx(truth.launch_s, rel=0.1)  # 0.16 from one start alone
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({"metrics": {"tpot_p99_ms": 0}}, "metrics.tpot_p99_ms=0: write a number above 0"),
+        ({"metrics": {"tpot_p99_ms": None}}, "`metrics.tpot_p99_ms` is null"),
+        ({"overrides": ["model=tinyy"]}, "model=tinyy: there is no such option; did you mean tiny?"),
+        (
+            {"runs": [{"folder": "x", "role": "certify", "qps": 1e15, "verdict": "VALID"}]},
+            "scenario.qps=1000000000000000.0: write a number above 0, at most 1000000",
+        ),
+    ],
+)
+def test_broken_trial_is_left_out_of_a_calibration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], broken: dict[str, Any], said: str
+):
+    file = tmp_path / "trial-0.json"
+    file.write_text(json.dumps({"state": "complete", "overrides": ["model=tiny"], **broken}))
+    assert calibrate.read(file, "trial-0") == []
+    assert f"{file} left out: " in (told := capsys.readouterr().err) and said in told and told.count("\n") == 1
 
 
 def test_trials_of_the_same_name_in_two_studies_are_two(tmp_path: Path):

@@ -16,9 +16,10 @@ from autotune.commands import verify
 from autotune.commands.verify import Verify
 from autotune.config.schema import Config, InlineConfig, ObjectiveConfig
 from autotune.errors import InputError
+from autotune.measure import trial
 from autotune.measure.backend import Measurement
 from autotune.measure.paired import paired_difference
-from autotune.measure.result import Result
+from autotune.measure.result import Result, State
 from autotune.results import verdict
 from autotune.results.study import Study, load
 from autotune.results.verdict import Verdict
@@ -251,6 +252,19 @@ def test_repeat_that_nobody_recorded_keeps_the_gates_verdict(simulated: Path, mo
     study.results["trial-0"].constraints["accuracy"] = 1.0
     verdict = verify.verify(study, Verify("s", trials=["trial-0"], n=2), ["scenario.seed=300"])
     assert [row.held for row in verdict.rows] == [2, 0]
+
+
+@pytest.mark.parametrize("config", [b"\xff", b"", None])
+def test_repeat_whose_configuration_is_damaged_runs_again(simulated: Path, tmp_path: Path, config: bytes | None):
+    one = planned(load(str(simulated / "multirun/s")), Verify("s", k=1, n=2))[0]
+    repeat = replace(one, trial=replace(one.trial, folder=tmp_path))
+    Result(state=State.complete, values=[1.0]).save(tmp_path)
+    (tmp_path / "config.yaml").write_text(trial.as_yaml(repeat.trial.config))
+    assert repeat.is_complete()
+    (tmp_path / "config.yaml").unlink()
+    if config is not None:
+        (tmp_path / "config.yaml").write_bytes(config)
+    assert not repeat.is_complete()
 
 
 def test_same_loads_within_a_block_and_another_order_in_each(simulated: Path):

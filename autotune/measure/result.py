@@ -142,7 +142,7 @@ class Result:
             raise TypeError(f"it holds {json.dumps(body)[:40]}")
         for name in known.keys() & body.keys():
             if not _fits(body[name], known[name]):
-                raise ValueError(f"`{name}` is {str(body[name])[:40]}")
+                raise ValueError(_misfit(body[name], known[name], name))
         result = cls(**{name: value for name, value in body.items() if name in known})
         if result.complete and not result.values:
             raise ValueError("it is complete without a value")
@@ -174,3 +174,12 @@ def _fits(value: Any, kind: Any) -> bool:
     if outer is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MOST
     return outer is Any or isinstance(value, str if outer is State else outer)
+
+
+def _misfit(value: Any, kind: Any, key: str) -> str:
+    """The innermost part of `value` that is not of its type in `kind`, by its key: "`metrics.tpot_p99_ms` is null"."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items if get_origin(kind) in (dict, list) else ():
+        if not _fits(item, inner := get_args(kind)[-1]):
+            return _misfit(item, inner, f"{key}.{name}")
+    return f"`{key}` is {json.dumps(value)[:40]}"

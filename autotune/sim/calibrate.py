@@ -22,9 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hydra.errors import HydraException
 from numpy.typing import NDArray
+from omegaconf.errors import OmegaConfBaseException
 from scipy.optimize import least_squares
 
+from autotune.config import bounds
+from autotune.config.advice import told
 from autotune.config.command_line import Parser, compose, errors_in_one_line
 from autotune.config.schema import FITTED, HOST, Device, Kind, ScenarioConfig
 from autotune.data.samples import Samples
@@ -165,13 +169,18 @@ def read(file: Path, name: str) -> list[Case]:
         config, _, _ = compose(kept(result.overrides), ["backend=sim"])
         prepared = prepare(config)
         samples = prepare_samples(config, prepared)
-    except (AutotuneError, ValueError, TypeError, KeyError) as error:
-        print(f"{file} left out: {error}", file=sys.stderr)
+        measured = runs.whole(config.scenario, result)
+        for _, scenario, metrics in measured:
+            bounds.check(scenario, "scenario")
+            compared = {metric: metrics[metric] for metric in metrics.keys() & (OFFLINE | ONLINE)}
+            bounds.check(compared, "metrics", items=bounds.number(above=0))
+    except (AutotuneError, HydraException, OmegaConfBaseException, ValueError, TypeError, KeyError) as error:
+        print(f"{file} left out: {told(error)}", file=sys.stderr)
         return []
     same = result.facts.get("dataset_checksum") == samples.checksum
     shape, start_s = Shape.of(prepared.model.config), result.phases.get("start")
     cases = []
-    for run, scenario, metrics in runs.whole(config.scenario, result):
+    for run, scenario, metrics in measured:
         seeds = [scenario.seed] if same or scenario.kind is Kind.Offline else range(1, SEEDS + 1)
         draws = [(dataclasses.replace(scenario, seed=seed), samples) for seed in seeds]
         cases.append(Case(f"{name} {run}".rstrip(), shape, prepared.args, draws, metrics, start_s))

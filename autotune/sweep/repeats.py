@@ -30,10 +30,10 @@ class Repeat:
 
     def is_complete(self) -> bool:
         """True if it has completed already, with this very configuration."""
-        folder, result = self.trial.folder, Result.find(self.trial.folder)
-        if not (result and result.complete):
+        config, result = self.trial.folder / "config.yaml", Result.find(self.trial.folder)
+        if not (result and result.complete and config.is_file()):
             return False
-        return (folder / "config.yaml").read_text() == trial.as_yaml(self.trial.config)
+        return config.read_bytes() == trial.as_yaml(self.trial.config).encode()
 
 
 def config_of(study: Study, name: str, overrides: Sequence[str]) -> Config:
