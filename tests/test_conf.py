@@ -310,6 +310,13 @@ def test_what_is_refused_leaves_no_folder(main: Main, tmp_path: Path, words: lis
     assert not list(tmp_path.glob("**/s"))
 
 
+@pytest.mark.parametrize("words", [["n_trials=3", "sampler=tpe"], ["space=memory"], ["launcher=gpus", "study=s"], []])
+def test_single_trial_tells_what_only_a_study_heeds(main: Main, words: list[str]):
+    done = main(*words, "model=tiny", "dataset=cnn_small", "backend=sim", "tracking=none", "scenario.min_queries=8")
+    heeded = ", ".join(word for word in words if not word.startswith("study="))
+    assert (f"does not heed {heeded}: add -m for a study" in done.stdout) == bool(heeded), done.stdout + done.stderr
+
+
 def test_tracking_server_that_does_not_answer_is_refused():
     config = configured("model=tiny", "tracking=mlflow", "tracking.uri=http://127.0.0.1:9")
     with pytest.raises(TrackingError, match="no MLflow server answers"):

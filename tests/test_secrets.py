@@ -10,8 +10,9 @@ import pytest
 from autotune.config import redact
 from autotune.errors import InputError
 from autotune.sweep import storage
+from autotune.sweep.checks import check_secrets
 from tests.conftest import Main
-from tests.studies import SEQS, study
+from tests.studies import SEQS, space, study
 
 PLACES = [  # § is the secret
     "engine.args.model_loader_extra_config={api_key: '§1', server: {password: '§2'}}",
@@ -137,6 +138,10 @@ def test_database_that_does_not_answer_is_named_without_its_password():
 def test_secret_is_not_swept(tmp_path: Path):
     with pytest.raises(InputError, match=r"hf_token: a secret can't be swept"):
         study(tmp_path, "engine.args.hf_token=choice(a,b)", simulated=True)
+
+
+def test_choice_that_is_no_number_is_no_secret():
+    check_secrets(space(f"{SEQS}=choice(nan,4)"))
 
 
 @pytest.mark.slow

@@ -202,7 +202,7 @@ def test_conversation_that_is_no_chat_of_texts_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["dataset=cnn_small"], "no conversations; write dataset=sessions, or dataset=sharegpt"),
+        (["dataset=cnn_small"], "no conversations; write dataset=sharegpt with dataset.path, or"),
         (["scenario=custom", "dataset=sessions"], "turns of conversations; write scenario=sessions"),
         (["dataset=sessions", "dataset.count=300"], "256 conversations, fewer than dataset.count=300"),
         (["dataset=sessions", "engine.args.max_model_len=512"], "exceed max_model_len=512"),

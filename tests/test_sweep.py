@@ -291,6 +291,11 @@ def test_search_that_can_hardly_be_the_best_any_more_is_pruned(tmp_path: Path):
         (["pruner=median", "objective=max_qps", "scenario=interactive"], "write pruner=behind"),
         (["pruner=behind"], "pruner=behind: needs objective=max_qps"),
         (["pruner=median", "pruner.n_startup_trials=-1"], r"pruner\.n_startup_trials=-1: write a number from 0"),
+        (
+            ["pruner=median", "pruner._target_=os.getcwd"],
+            r"pruner=\{'_target_': 'os.getcwd', .*write Optuna's _target_",
+        ),
+        (["hydra.sweeper.sampler._target_=optuna.Nope"], r"sampler\._target_=optuna\.Nope: write one of Optuna's"),
         (["sampler=nsga2", "hydra.sweeper.sampler.population_size=1"], "hydra.sweeper.sampler: `population"),
         (["sampler=cmaes", "objective=pareto"], "sampler=cmaes: takes one objective; write sampler=nsga2"),
         (["gpus=[0]", "engine.args.tensor_parallel_size=2"], r"gpus=\[0\]: a trial takes 2; write more of them"),

@@ -119,6 +119,15 @@ def test_broken_file_of_one_s_own_is_named(body: str | bytes, said: str, tmp_pat
     assert len(done.stderr.splitlines()) == 1 and ("mine" in done.stderr or "--config-dir" in done.stderr)
 
 
+@pytest.mark.parametrize("body", ["", "- 1\n", "# @pakage _global_\nhydra: {sweeper: {params: {}}}\n"])
+def test_space_without_its_header_is_told_to_have_one(body: str, tmp_path: Path, main: Main):
+    (tmp_path / "space").mkdir()
+    (tmp_path / "space/mine.yaml").write_text(body)
+    done = main("-m", "--config-dir", ".", "model=tiny", "space=mine")
+    assert done.returncode == 1
+    assert done.stderr == "autotune: space/mine.yaml: its first line must be `# @package _global_`\n"
+
+
 def test_composing_command_names_it_too(tmp_path: Path):
     register()
     (tmp_path / "scenario").mkdir()

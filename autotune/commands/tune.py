@@ -29,6 +29,11 @@ from autotune.text import rounded
 log = logging.getLogger(__name__)
 
 TOLD_EVERY_S = 10.0  # rates of a trial that runs
+# What only a study heeds.
+OF_STUDIES = (
+    *("n_trials", "budget", "budget_of", "max_failures", "duplicates", "resume", "baseline", "baseline_gpu"),
+    *("sampler", "seed", "prior", "warm_start", "pruner", "launcher", "space", "conditions", "only_if"),
+)
 
 
 @hydra.main(config_path=str(CONF), config_name="config")
@@ -46,6 +51,8 @@ def single(composed: DictConfig) -> float | list[float]:
         config, overrides, _ = inputs(composed)
         prepare_samples(config, prepare(config))
         tracking.check(config.tracking)
+    if unheeded := [word for word in overrides if re.split(r"[.=]", word.lstrip("+~"))[0] in OF_STUDIES]:
+        log.info("this is one trial, which does not heed %s: add -m for a study", ", ".join(unheeded))
     for file in (folder / (HydraConfig.get().output_subdir or "")).glob("*.yaml"):
         write_whole(file, redact(file.read_text()))  # Hydra's own, with hydra.output_subdir=.hydra
     progress.begin(folder)

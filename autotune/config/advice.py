@@ -34,6 +34,8 @@ def told(error: BaseException, prefix: str = "") -> str:
         return _no_option(error)
     if found := re.search(r"Could not override '(.+)'\.\s*No match in the defaults list", str(error)):
         return f"{found[1]}: {_unchosen(*found[1].split('@'))}"
+    if found := re.search(r"In '((\w+)/.+)': .*Key '\2' not in 'Config'", str(error), re.DOTALL):
+        return f"{found[1]}.yaml: its first line must be `# @package _global_`"
     why = error.__cause__ if isinstance(error, HydraException) else error
     if not isinstance(why, OmegaConfBaseException) or not why.full_key:
         return one_line(error)

@@ -75,7 +75,8 @@ def taken(records: Iterable[Any], count: int | None, recorded: bool, source: str
     found, history, told = 0, list[int](), list[Any]()
     for record in records:
         if not isinstance(record, dict) or TURN not in record:
-            raise InputError(f"dataset {source}: no conversations; write dataset=sessions, or dataset=sharegpt")
+            instead = "write dataset=sharegpt with dataset.path, or dataset=sessions without"
+            raise InputError(f"dataset {source}: no conversations; {instead}")
         if record[TURN] == 0:
             if found == count:
                 return

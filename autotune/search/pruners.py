@@ -1,6 +1,7 @@
 """The pruner that `pruner=` names, and the value that it watches."""
 
 import optuna
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 
 from autotune.config import bounds
@@ -46,6 +47,8 @@ def make_pruner(config: Config) -> optuna.pruners.BasePruner:
             optuna.pruners.SuccessiveHalvingPruner(**own)
         if not isinstance(pruner, optuna.pruners.BasePruner):
             raise ValueError("no pruner; write a _target_, as the files in conf/pruner do")
+    except HydraException:
+        raise InputError(f"pruner={config.pruner}: write Optuna's _target_, as the files in conf/pruner do") from None
     except (ValueError, TypeError) as error:
         raise InputError(f"pruner: {one_line(error)}") from None
     wanted = config.objective.metrics

@@ -117,7 +117,8 @@ def make_sampler(
     except (InstantiationException, ImportError) as error:
         if "optuna_integration" in str(error) or "botorch" in str(error):
             raise InputError("sampler=botorch needs the extra `botorch`: uv pip install -e '.[botorch]'") from None
-        raise
+        target = f"hydra.sweeper.sampler._target_={sampler._target_}"
+        raise InputError(f"{target}: write one of Optuna's, as the files in conf/sampler do") from None
     except (ValueError, TypeError, AssertionError) as error:
         raise InputError(f"hydra.sweeper.sampler: {one_line(error)}") from None
     if type(made).__name__ in ("GPSampler", "BoTorchSampler"):

@@ -62,7 +62,7 @@ def each(space: Space) -> list[tuple[str, Any]]:
 def check_secrets(space: Space) -> None:
     """Raise InputError for a parameter whose values are secrets."""
     for name, value in each(space):
-        if redact(value, name) != value:
+        if str(redact(value, name)) != str(value):
             raise InputError(f"{name}: a secret can't be swept, as every trial tells its parameters; set it once")
 
 
