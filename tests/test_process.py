@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from autotune.system.guard import SCRATCH
 from autotune.system.process import Forked, ForkServer, GuardedProcess
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
@@ -25,6 +26,7 @@ time.sleep(float(sys.argv[2]))
 PARENT = """
 import sys, time
 from pathlib import Path
+from autotune.system.guard import SCRATCH
 from autotune.system.process import ForkServer, GuardedProcess
 with GuardedProcess(sys.argv[2:], Path(sys.argv[1]), {}, 1.0):
     time.sleep(60)
@@ -131,6 +133,20 @@ def test_sigkill_of_the_parent_and_its_guards_leaves_nothing(tmp_path: Path, kil
     assert gone(above)
 
 
+def test_sigkill_of_the_parent_leaves_no_scratch_folder(tmp_path: Path):
+    (scratch := tmp_path / "scratch").mkdir()
+    command = [sys.executable, "-c", FAMILY, str(tmp_path / "pids"), "60"]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path / "log"), *command], env={**os.environ, SCRATCH: str(scratch)}
+    )
+    started = pids(tmp_path / "pids")
+    assert scratch.exists()
+    guard = psutil.Process(parent.pid).children()[0].pid
+    parent.kill()
+    parent.wait()
+    assert gone([*started, guard]) and not scratch.exists()
+
+
 def test_killed_guard_is_an_end_once_nothing_is_left(tmp_path: Path):
     with guarded(tmp_path, FAMILY, str(tmp_path / "pids"), "60") as process:
         family = pids(tmp_path / "pids")
@@ -142,6 +158,7 @@ def test_killed_guard_is_an_end_once_nothing_is_left(tmp_path: Path):
 # Each fork runs the Python that it was sent.
 FORKS = """
 import sys
+from autotune.system.guard import SCRATCH
 from autotune.system.process import serve
 requests = serve(int(sys.argv[1]), float(sys.argv[2]))
 exec(requests.recv(10000))
@@ -149,6 +166,7 @@ exec(requests.recv(10000))
 PARENT_OF_FORKS = """
 import sys, time
 from pathlib import Path
+from autotune.system.guard import SCRATCH
 from autotune.system.process import ForkServer
 server = ForkServer([sys.executable, "-c", sys.argv[2]], Path(sys.argv[1]), 1.0)
 fork = server.fork()

@@ -24,6 +24,7 @@ from autotune.errors import MeasureError, StartError
 from autotune.live import key, plugins, recording, vllm_log
 from autotune.live.installed_vllm import InstalledVllm
 from autotune.system.files import last_line, write_whole
+from autotune.system.guard import SCRATCH
 from autotune.system.leases import Lease
 from autotune.system.process import GuardedProcess
 
@@ -132,7 +133,7 @@ def serve(
 def _environment(config: LiveConfig, url: str, scratch: Path, lease: Lease | None, changeable: bool) -> dict[str, str]:
     """Variables of the server's environment beside ours; what vLLM is to find there is put into `scratch`."""
     devices = {"CUDA_VISIBLE_DEVICES": lease.visible} if lease else {}
-    env = {**ENV, "TMPDIR": str(scratch), **devices, **config.env}
+    env = {**ENV, "TMPDIR": str(scratch), SCRATCH: str(scratch), **devices, **config.env}
     _share_inductor(scratch)
     env |= key.gated(url, scratch, config.env.get("PYTHONPATH", os.environ.get("PYTHONPATH", "")))
     if config.steps:

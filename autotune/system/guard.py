@@ -4,8 +4,9 @@
 
 Standard input is a socket that the parent never writes to. Its end means that the parent wants the command to end, or
 has died in whatever way; SIGTERM means the same. The command then gets SIGTERM and, GRACE_S later, SIGKILL. Once it
-has ended, every process that it left behind gets SIGKILL, also those that left its process group. Exits with the
-command's code, or 128 + the signal that ended it. Uses the standard library only, so that it starts in milliseconds.
+has ended, every process that it left behind gets SIGKILL, also those that left its process group, and the folder that
+the variable AUTOTUNE_SCRATCH names is removed. Exits with the command's code, or 128 + the signal that ended it. Uses
+the standard library only, so that it starts in milliseconds.
 
 The guard is two processes. If either is killed, the other one ends the command and all that it left. If both are, the
 kernel hangs up the terminal that all of them share: it ends what has not left the guard's process group.
@@ -15,12 +16,14 @@ import ctypes
 import fcntl
 import os
 import select
+import shutil
 import signal
 import sys
 import termios
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+SCRATCH = "AUTOTUNE_SCRATCH"
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -106,6 +109,8 @@ def main() -> int:
             os.execvp(sys.argv[2], sys.argv[2:])
         except OSError as error:
             sys.exit(f"{sys.argv[2]}: {error.strerror}")
+    if scratch := os.environ.get(SCRATCH):
+        shutil.rmtree(scratch, ignore_errors=True)
     return code
 
 
