@@ -1,13 +1,15 @@
 """`autotune plan`: a study simulated before it takes a GPU."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from autotune.commands import plan
 from autotune.config.command_line import compose
-from autotune.config.schema import Device, SimConfig
+from autotune.config.schema import Device, PriorConfig, SimConfig
 from autotune.errors import InputError
+from autotune.measure.result import Result, State
 from autotune.results.study import Study, results_in
 from autotune.search.space import parse
 from autotune.sim.backend import SimBackend
@@ -76,6 +78,20 @@ def test_twin_that_does_not_exist_or_has_no_steps_is_one_line(monkeypatch: pytes
     monkeypatch.setattr(plan, "load", lambda *_: Study(tmp_path, config, {}))
     with pytest.raises(InputError, match=r"twin=s: no trial of it has recorded its steps .*; backend.steps=true does"):
         plan.on_twin_of("s", config, keep_device=True)
+
+
+def test_device_of_a_twin_is_that_of_a_trial_that_ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    results = {
+        "trial-0": Result(State.refused),
+        "trial-1": Result(State.complete, values=[1.0], facts={"gpu": "NVIDIA H200"}),
+    }
+    (tmp_path / "trial-1").mkdir()
+    (tmp_path / "trial-1/steps.parquet").touch()
+    config = configured("model=llama8b", "scenario=offline", "prior=sim")
+    study = Study(tmp_path, replace(config, prior=PriorConfig()), results)
+    monkeypatch.setattr(plan, "load", lambda *_: study)
+    plan.on_twin_of("s", config, keep_device=False)
+    assert config.prior.backend["device"]["name"] == "H200"
 
 
 @pytest.mark.slow

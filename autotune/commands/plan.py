@@ -90,7 +90,8 @@ def on_twin_of(name: str, config: Config, keep_device: bool) -> None:
     if config.prior.backend is None:
         return
     config.prior.backend["twin"] = [str(study.folder)]
-    device, named_by = device_of(study.config, next(iter(study.results.values())).facts)
+    facts = next((result.facts for result in study.complete.values()), {})  # a refused trial has none
+    device, named_by = device_of(study.config, facts)
     if named_by and not keep_device:
         config.prior.backend["device"] = asdict(device)
 
