@@ -66,7 +66,7 @@ def test_short_trials_are_not_held_up_by_a_long_search():
     swept = space(f"{SEQS}=int(interval(2,1024))", f"{TOKENS}=int(interval(256,16384))")
     ended = named_by_number([replace(trial({SEQS: 8, TOKENS: 1024}, 6500.0, 6000.0), phases={"run": 1.0})])
     asked(sampler := TwinSampler(CONFIG, swept, ended, **(QUICK | {"proposal_s": 60.0})), swept=swept)
-    assert LEAST <= len(sampler._simulated.on_twin) < 2 * LEAST
+    assert LEAST <= len(sampler._simulated.seen) < 2 * LEAST
 
 
 def test_trials_side_by_side_are_asked_for_different_configurations():

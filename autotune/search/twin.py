@@ -91,18 +91,18 @@ class Simulated:
         """The result expected of `params`; draw 0 is the twin itself. Its search for the highest load starts `near`."""
         point = key(params)
         if (point, draw) not in self._results:
-            near = load(self._results.get((point, 0), self._before.get(point))) or near
+            near = highest_load(self._results.get((point, 0), self._before.get(point))) or near
             self._results[point, draw] = checked(starting_at(self._simulations[draw], near), self._space, params)
         return self._results[point, draw]
 
     def roughly(self, params: Params) -> Result:
         """The result expected of `params`; of what holds far less load than the best so far, only that it does."""
-        point, most = key(params), max(map(load, self.on_twin), default=0.0)
+        point, most = key(params), max(map(highest_load, self.seen), default=0.0)
         if not most or (point, 0) in self._results or point in self._before:
             return self.result(params)
         if point not in self._rough:
             found = checked(starting_at(self._simulations[0], most / FAR, 1), self._space, params)
-            if not found.complete or load(found):
+            if not found.complete or highest_load(found):
                 return self.result(params, near=most)
             self._rough[point] = found
         return self._rough[point]
@@ -118,11 +118,12 @@ class Simulated:
             repeated = repeated + 1 if known == (known := len(self._results) + len(self._rough)) else 0
 
     @property
-    def on_twin(self) -> list[Result]:
+    def seen(self) -> list[Result]:
+        """What the twin itself said of each configuration that was simulated to the end."""
         return [result for (_, draw), result in self._results.items() if draw == 0]
 
 
-def load(result: Result | None) -> float:
+def highest_load(result: Result | None) -> float:
     """The highest load that a search found; 0 if none was searched or found."""
     return (objective.highest(result.metrics) or 0.0) if result else 0.0
 
@@ -323,7 +324,7 @@ class TwinSampler(TPESampler):
 
     def _ranked(self) -> list[Result]:
         """Configurations that are expected to run, the best first."""
-        running = [one for one in self._simulated.on_twin if one.complete]
+        running = [one for one in self._simulated.seen if one.complete]
         return sorted(running, key=lambda one: -score(self._config, one))
 
     def _allowed_s(self, results: Sequence[Result]) -> float:

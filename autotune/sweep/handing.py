@@ -27,7 +27,7 @@ def has_ended(folder: Path, job: str, trial: str) -> bool:
 
 def waits_after(folder: Path, job: str, trial: str) -> bool:
     """True if `job` waits for another trial, now that this one has ended, or has given up."""
-    return has_ended(folder, job, trial) and bool(left_in(folder / f"{job}.ended").get("waits"))
+    return left_in(folder / f"{job}.ended") == {"trial": trial, "waits": True}
 
 
 def hand_on(folder: Path, job: str, trial: bytes) -> bool:
