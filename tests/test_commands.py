@@ -1,5 +1,6 @@
 """`autotune <command>`: what is asked for runs, and what is mistyped is told in one line."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -145,6 +146,13 @@ def test_own_groups_are_found(written: list[str], tmp_path: Path, monkeypatch: p
 def test_command_is_a_module_too(name: str):
     done = subprocess.run([sys.executable, "-m", f"autotune.{name}", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and f"autotune {name}" in done.stdout
+
+
+@pytest.mark.slow
+def test_command_that_is_a_module_hides_secrets_too():
+    words = [sys.executable, "-m", "autotune.export", "format=command", "study=abc123secret9"]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "MY_TOKEN": "abc123secret9"})
+    assert done.returncode == 1 and "study=***: no such folder" in done.stderr
 
 
 @pytest.mark.slow

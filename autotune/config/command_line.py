@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,7 +18,8 @@ from yaml import YAMLError
 
 from autotune.config import CONF, bounds, fields, overrides, schema, sweeper, words
 from autotune.config.advice import told
-from autotune.config.redact import redact
+from autotune.config.redact import install, redact
+from autotune.config.words import parsed
 from autotune.errors import AutotuneError, InputError
 from autotune.text import one_line
 
@@ -73,8 +73,7 @@ def compose(arguments: Sequence[str], defaults: Sequence[str] = ()) -> tuple[sch
     arguments = [*defaults, *rest]
     if wrong := [argument for argument in arguments if argument.startswith("-") or not re.search("[=~]", argument)]:
         raise InputError(f"{wrong[0]!r}: write key=value, or --help")
-    parsed = OverridesParser.create().parse_overrides(arguments)
-    sweeps = [str(override.input_line) for override in parsed if override.is_sweep_override()]
+    sweeps = [argument for argument in arguments if parsed(argument).is_sweep_override()]
     with words.naming_files(folder), hydra.initialize_config_dir(str(CONF)):
         fixed = [argument for argument in arguments if argument not in sweeps]
         composed = hydra.compose("config", overrides=fixed, return_hydra_config=True)
@@ -88,7 +87,7 @@ def without_sweep(words: Sequence[str]) -> list[str]:
     kept, swept = [], []
     for word in words:
         is_override = "=" in word and not word.startswith("-")
-        if is_override and OverridesParser.create().parse_override(word).is_sweep_override():
+        if is_override and parsed(word).is_sweep_override():
             swept.append(word)
         elif word not in ("-m", "--multirun"):
             kept.append(word)
@@ -176,6 +175,7 @@ def write_out(text: str, output: str | None) -> None:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
+    install(sys.argv[1:])  # a command that runs as a module of its own (python -m autotune.verify) has not yet
     try:
         yield
     except (AutotuneError, HydraException, OmegaConfBaseException, YAMLError) as error:
