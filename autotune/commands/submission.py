@@ -32,7 +32,7 @@ from omegaconf import MISSING, OmegaConf
 
 from autotune.config import bounds
 from autotune.config.command_line import compose, errors_in_one_line, options, own_and_overrides
-from autotune.config.overrides import with_fields
+from autotune.config.overrides import leaves, with_fields
 from autotune.config.schema import Check, Config, Hot, Mode, Output, Rules, TrackingConfig
 from autotune.data import samples
 from autotune.data.models import Model
@@ -110,7 +110,8 @@ def planned(study: Study, settings: Submission, config: Config, overrides: Seque
     if wrong := [name for name in rates if name not in has] or ([] if rates else ["no scenario"]):
         raise InputError(f"{wrong[0]}: {benchmark.name} has {', '.join(has)}; write each as {has[0]}=<queries/s>")
     planned = []
-    changes = {key: value for key, value in overridden(overrides).items() if key.startswith(("scenario.", "dataset."))}
+    written: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    changes = {key: value for key, value in leaves(written) if key.startswith(("scenario.", "dataset."))}
     for name, rate in rates.items():
         asked = replace(rules.asked(benchmark, name, rate), warmup_requests=config.scenario.warmup_requests)
         kinds = {
@@ -125,16 +126,6 @@ def planned(study: Study, settings: Submission, config: Config, overrides: Seque
             folder = study.folder / FOLDER / f"{name}-{kind}"
             planned.append(Repeat(folder.name, 1, TrialSpec(one, list(overrides), folder)))
     return planned
-
-
-def overridden(words: Sequence[str]) -> dict[str, Any]:
-    """The value of each key in `words` (key=value)."""
-    values = {}
-    for word in words:
-        key = word.partition("=")[0]
-        node = OmegaConf.select(OmegaConf.from_dotlist([word]), key)
-        values[key] = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
-    return values
 
 
 def measure(study: Study, repeats: Sequence[Repeat], config: Config) -> Runs:
