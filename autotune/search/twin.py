@@ -119,7 +119,7 @@ class Simulated:
 
     @property
     def seen(self) -> list[Result]:
-        """What the twin itself said of each configuration that was simulated to the end."""
+        """Results on the twin itself, of each configuration that was simulated to the end."""
         return [result for (_, draw), result in self._results.items() if draw == 0]
 
 
