@@ -230,6 +230,20 @@ def test_job_that_waits_gets_the_next_trial_unless_it_has_left_the_queue(cluster
     assert [json.loads((trial.folder / JOB).read_text())["id"] for trial in trials] == ["7", "7", "8"]
 
 
+@pytest.mark.usefixtures("impatient")
+def test_job_that_is_restarted_while_it_waits_does_not_run_its_last_trial_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    ended = TrialSpec(Config(), [], tmp_path / "s/trial-0")
+    ended.folder.mkdir(parents=True)
+    (ended.folder / JOB).write_text('{"id": "7"}')
+    say_ended(tmp_path / "s" / LOGS, "7", "trial-0", waits=True)
+    assert clusters.run_noted(ended) == ""
+    assert [file.name for file in ended.folder.iterdir()] == [JOB]
+
+
 def test_handed_trial_is_readable_by_its_user_alone(tmp_path: Path):
     hand_on(tmp_path, "7", b"with a token")
     assert (tmp_path / "7.next").stat().st_mode & 0o777 == 0o600

@@ -123,8 +123,9 @@ def test_more_gpus_than_there_are_is_an_input_error():
         pass
 
 
-def test_visible_devices_without_indices_say_what_to_write(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f3a")
+@pytest.mark.parametrize("visible", ["GPU-8f3a", "", "-1"])
+def test_visible_devices_without_indices_say_what_to_write(visible: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(InputError, match=r"holds no indices; write gpus=\[0,1\]"):
         leases.devices("all")
 

@@ -187,6 +187,10 @@ def run_noted(one: TrialSpec) -> str:
     logs, longest_s = one.folder.parent / LOGS, 0.0
     if handed := handing.running(logs, own):
         one = pickle.loads(handed)
+    if handing.has_ended(logs, own, one.folder.name):  # the cluster restarted this job while it waited for another
+        if not (handing.waits_after(logs, own, one.folder.name) and (handed := handing.next_for(logs, own))):
+            return ""
+        one = pickle.loads(handed)
     with closing(Slot(shares=True)) as slot:
         while True:
             began = time.monotonic()

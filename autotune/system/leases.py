@@ -38,7 +38,7 @@ def devices(gpus: Any) -> list[int]:
         raise InputError("gpus=null: this launcher needs them; write gpus=[0,1], or gpus=all")
     if gpus != "all":
         return list(gpus)
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         if not all(index.strip().isdigit() for index in visible.split(",")):
             raise InputError(f"gpus=all: CUDA_VISIBLE_DEVICES={visible} holds no indices; write gpus=[0,1]")
         return [int(index) for index in visible.split(",")]
