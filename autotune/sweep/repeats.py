@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 from autotune.config.overrides import check_trusted, leaves
@@ -65,8 +66,9 @@ def run_missing(repeats: Sequence[Repeat], launcher: Launcher, on_end: Callable[
                 if running:
                     running[0][1].wait(POLL_S)
     finally:
-        for _, job in running:
-            job.cancel()
+        with ExitStack() as all_of_them:  # one that can't be cancelled doesn't keep the others
+            for _, job in running:
+                all_of_them.callback(job.cancel)
 
 
 def start(batch: Sequence[Repeat], launcher: Launcher) -> list[tuple[Repeat, Job]]:
