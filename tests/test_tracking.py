@@ -314,6 +314,12 @@ def test_database_that_was_deleted_since_gets_all_of_it_again(
     assert set(runs(uri)) == {"s", "trial-0"}
 
 
+@pytest.mark.parametrize("run", [3, None, [], {"a": 1}, "", "é\0", "a" * 32])
+def test_note_of_a_run_holds_an_id(tmp_path: Path, run: object):
+    (tmp_path / tracking.RUNS).write_text(json.dumps({"sqlite:///a.db": run}))
+    assert tracking.known_run(tmp_path, "sqlite:///a.db") == (run if run == "a" * 32 else None)
+
+
 def test_broken_note_of_a_run_costs_a_second_run_and_no_traceback(uri: str, trial: Path):
     (trial / "mlflow_run.json").write_text("{")
     follow(uri, trial.parent)

@@ -367,8 +367,9 @@ def trials_in(folder: Path) -> dict[Path, Result]:
 
 
 def known_run(folder: Path, uri: str) -> str | None:
-    """The run that `folder` was logged as at `uri`, which hides its password."""
-    return left_in(folder / RUNS).get(uri)
+    """The run that `folder` was logged as at `uri`, which hides its password; None also if its file is damaged."""
+    run = left_in(folder / RUNS).get(uri)
+    return run if isinstance(run, str) and run.isalnum() else None
 
 
 def _remember(folder: Path, uri: str, run: str) -> None:
