@@ -48,6 +48,15 @@ def test_node_set_aside_gets_no_more_jobs_unless_it_is_the_last(cluster: Cluster
     assert excluded(cluster, tmp_path) == "a"
 
 
+def test_canaries_that_sinfo_leaves_out_are_told(
+    cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    program(tmp_path, "sinfo", "echo no controller >&2; exit 1")
+    assert cluster.nodes() == [] and "no node gets a canary or is set aside, as sinfo failed: no c" in caplog.text
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert cluster.nodes() == [] and "No such file or directory: 'sinfo'" in caplog.text
+
+
 def test_job_of_a_canary_is_bound_to_its_node(cluster: Cluster, tmp_path: Path):
     assert cluster._executor(tmp_path, 1, "b")._executor.parameters["nodelist"] == "b"
 

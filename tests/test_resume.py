@@ -260,6 +260,20 @@ def test_storage_that_fails_amid_a_study_ends_it_in_one_line_and_loses_nothing(
     assert before.items() <= measured(tmp_path).items() and len(measured(tmp_path)) == 4
 
 
+def test_study_whose_folder_is_moved_says_so_and_goes_on_once_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder, elsewhere = tmp_path / "multirun/s", tmp_path / "elsewhere"
+    with monkeypatch.context() as patch:
+        in_second_trial(patch, lambda: folder.rename(elsewhere))
+        with pytest.raises(InputError, match=r"multirun/s was moved or deleted while its study ran; .*move it back"):
+            study(tmp_path, *SWEEP, "baseline=false", "n_trials=3")
+    shutil.rmtree(folder, ignore_errors=True)
+    elsewhere.rename(folder)
+    study(tmp_path, *SWEEP, "baseline=false", "n_trials=3")
+    assert len(measured(tmp_path)) == 3
+
+
 def test_trial_of_a_data_set_that_changed_amid_the_study_is_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = tmp_path / "data.jsonl"
     data.write_text('{"input": "a b", "output": "c"}\n')

@@ -134,7 +134,12 @@ class Cluster(Launcher):
             return []
         partition = self._parameters.get("slurm_partition")
         command = ["sinfo", "--Node", "--noheader", "--format=%N", *([f"--partition={partition}"] if partition else [])]
-        found = subprocess.run(command, capture_output=True, text=True).stdout.split()
+        try:
+            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = one_line(getattr(error, "stderr", "") or error)
+            log.warning("no node gets a canary or is set aside, as sinfo failed: %s", why)
+            return []
         return [node for node in dict.fromkeys(found) if node not in self._excluded]
 
     def set_aside(self, node: str) -> None:

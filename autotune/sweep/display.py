@@ -4,6 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console, Group
@@ -34,7 +35,8 @@ class Display:
 
     def __exit__(self, *_: object) -> None:
         if self._live:
-            self._live.stop()
+            with suppress(OSError):  # the terminal is gone
+                self._live.stop()
             _log_to_stdout()
 
     def show(self, running: Sequence[Any], study: Study, asked: int) -> None:
@@ -42,7 +44,8 @@ class Display:
         if not self._live or time.monotonic() - self._shown < EVERY_S:
             return
         self._shown = time.monotonic()
-        self._live.update(self._table(running, study, asked), refresh=True)
+        with suppress(OSError):  # the terminal is gone, and the study goes on
+            self._live.update(self._table(running, study, asked), refresh=True)
 
     def _table(self, running: Sequence[Any], study: Study, asked: int) -> Group:
         ended = asked - sum(one.pending.trial is not None for one in running)  # the baseline is none of n_trials

@@ -195,5 +195,5 @@ class LocalJob:
     def reason(self) -> str:
         if self._answer is not None:
             return self._answer or "no result.json"
-        last = next(filter(None, (last_line(log, "") for log in self._logs if log.exists())), "no output")
+        last = next(filter(None, (last_line(log, "") for log in self._logs)), "no output")
         return f"the trial's process ended with {self._process.exit_code()}: {last}"

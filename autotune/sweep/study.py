@@ -232,12 +232,21 @@ class Sweep:
         for one in self.running:
             self._attempt(f"{one.pending.name} may still run", one.job.cancel)
         self._attempt("a server that trials shared may still run", self.launcher.close)
+        self._check_folder()
         self._attempt("the last trials were not recorded", self._abandon)
         study = FinishedStudy(self.folder, self.config, results_in(self.folder), canaries_in(self.folder))
         self._attempt("no summary", lambda: log.info("\n%s", summary.render(study)))
         self._attempt("no summary.txt", summary.write, study)
         self._attempt(f"no report, `autotune report study={self.config.study}` writes it", self._write_report, study)
         return study
+
+    def _check_folder(self) -> None:
+        """Raise InputError if the study's folder is gone: what is written there now would look like a study."""
+        if not (self.folder / LOCK).exists():
+            raise InputError(
+                f"{self.folder} was moved or deleted while its study ran; delete what is there now, move it back, "
+                "and the same command continues the study"
+            )
 
     def _attempt(self, otherwise: str, work: Callable[..., object], *arguments: Any) -> None:
         """Do what must not end a study when it fails."""
@@ -284,6 +293,7 @@ class Sweep:
     def _end_some(self) -> None:
         """Finish the trials that have ended; wait a moment if none has."""
         interrupt.check()
+        self._check_folder()
         ended = [one for one in self.running if one.job.done()]
         for one in ended:
             self.running.remove(one)

@@ -55,8 +55,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def last_line(log: Path, otherwise: str) -> str:
-    """The last line of a `log`, or `otherwise` if it is empty."""
-    return (log.read_text(errors="replace").strip().splitlines() or [otherwise])[-1]
+    """The last line of a `log`, or `otherwise` if it is empty or missing."""
+    return ((log.read_text(errors="replace") if log.exists() else "").strip().splitlines() or [otherwise])[-1]
 
 
 def left_in(path: Path) -> dict[str, Any]:
@@ -76,8 +76,8 @@ def unless_refused(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        left = list(folder.iterdir())
-        if {path.name for path in left} <= {LOG, LOCK}:
+        left = list(folder.iterdir()) if folder.is_dir() else []
+        if left and {path.name for path in left} <= {LOG, LOCK}:
             for path in left:
                 path.unlink()
             folder.rmdir()
