@@ -4,16 +4,18 @@ import json
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 import sqlalchemy
 from optuna.trial import TrialState
 
-from autotune.errors import InputError
+from autotune.errors import InputError, MeasureError
+from autotune.measure.backend import Measurement
 from autotune.measure.result import Result
 from autotune.results.study import ON_SHARED, load, results_in
-from tests.standin import FLATTERED
+from tests.standin import FLATTERED, StandInEngine
 from tests.studies import SEQS, asked, autotune, study, trials
 
 MEMORY, TOKENS = "engine.args.gpu_memory_utilization", "engine.args.max_num_batched_tokens"
@@ -312,6 +314,20 @@ def test_best_trial_on_a_shared_server_is_measured_on_one_of_its_own_before_it_w
     assert "2 trials shared 1 server" in said and f"trial-1 on a server of its own: {fresh.values[0]:,.0f}" in said
     assert json.loads(counted.facts[ON_SHARED]) == [pytest.approx(FLATTERED * fresh.values[0])]
     assert load(str(tmp_path / "multirun/s")).config_of("trial-1").backend["bounds"] is None  # it is verified alone
+
+
+def test_best_trial_whose_own_server_fails_is_measured_on_another_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole, crashes = StandInEngine.run, ["the server crashed"]
+
+    def run(engine: StandInEngine, *arguments: Any) -> Measurement:
+        if engine.folder.name.startswith("fresh-") and crashes:
+            raise MeasureError(crashes.pop())
+        return whole(engine, *arguments)
+
+    monkeypatch.setattr(StandInEngine, "run", run)
+    said = study(tmp_path, *SHARED, f"{SEQS}=choice(64)")
+    assert "fresh-trial-0: failed: MeasureError: the server crashed" in said and "once more" in said
+    assert load(str(tmp_path / "multirun/s")).best == "trial-0" and result(tmp_path, "fresh-trial-0").complete
 
 
 def test_trial_that_repeats_the_best_one_does_not_win_by_what_a_shared_server_told(tmp_path: Path):

@@ -174,7 +174,7 @@ def test_line_of_progress_that_is_none_is_left_out(tmp_path: Path, line: bytes, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_study_leaves_no_process(tmp_path: Path, number: int):
     study = start(tmp_path, *ON_GPUS)
     wait_for(tmp_path, 1)

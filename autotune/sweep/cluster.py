@@ -135,8 +135,8 @@ class Cluster(Launcher):
         partition = self._parameters.get("slurm_partition")
         command = ["sinfo", "--Node", "--noheader", "--format=%N", *([f"--partition={partition}"] if partition else [])]
         try:
-            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-        except (OSError, subprocess.CalledProcessError) as error:
+            found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+        except (OSError, subprocess.SubprocessError) as error:
             why = one_line(getattr(error, "stderr", "") or error)
             log.warning("no node gets a canary or is set aside, as sinfo failed: %s", why)
             return []

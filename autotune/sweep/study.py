@@ -282,13 +282,20 @@ class Sweep:
     def _certify(self) -> None:
         """Measure the best trial on a server of its own if it shared one; where another is best then, that one, too."""
         for _ in range(FINALISTS):
-            study = self._so_far()
-            if not (name := study.uncertified()):
+            if not (name := self._so_far().uncertified()):
                 return
             log.info("%s is the best; it shared a server, and is measured again on one of its own", name)
-            self._start(self._not_begun([PendingTrial(f"{FRESH}{name}", study.results[name].params, None)]))
-            while self.running:
-                self._end_some()
+            shared = self.results[name]
+            self._measure_fresh(name)
+            if self.results[name].state is State.failed:  # perhaps by an accident, which must not cost the best trial
+                log.info("%s failed on a server of its own; once more", name)
+                self.results[name] = shared
+                self._measure_fresh(name)
+
+    def _measure_fresh(self, name: str) -> None:
+        self._start(self._not_begun([PendingTrial(f"{FRESH}{name}", self.results[name].params, None)]))
+        while self.running:
+            self._end_some()
 
     def _end_some(self) -> None:
         """Finish the trials that have ended; wait a moment if none has."""

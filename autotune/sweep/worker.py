@@ -58,7 +58,7 @@ def run(one: TrialSpec, slot: Slot | None = None) -> str:
 
 def run_job(one: TrialSpec, slot: Slot | None = None) -> str:
     """`run` as the main function of a process."""
-    interrupt.install()
+    interrupt.install(hangup=False)  # its guard hangs up a trial that is to end at once
     redact.install(one.overrides)
     learn_secrets(one.config)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

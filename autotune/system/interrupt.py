@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM unwind every `with`, so that no server stays behind.
+"""SIGINT, SIGTERM and SIGHUP unwind every `with`, so that no server stays behind.
 
 The exception comes in the midst of whatever runs (a database's transaction), and is lost where Python ignores
 exceptions (in a destructor or a callback). So code that must not be cut short runs within `deferred`, and code that
@@ -15,9 +15,12 @@ _received: list[int] = []
 _deferred = False
 
 
-def install() -> None:
+def install(hangup: bool = True) -> None:
+    """Raise an exception for SIGINT and SIGTERM; with `hangup` for SIGHUP, too, unless nohup has it ignored."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sets SIGINT, too: a shell's background job starts with it ignored
         signal.signal(number, _handle)
+    if hangup and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _handle)
     sys.unraisablehook = _unraisable
 
 
