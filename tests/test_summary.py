@@ -129,7 +129,7 @@ def test_winner_is_shown_with_its_gain_and_its_command():
     ("recipe", "words", "served"),
     [
         (11, "Best: max_num_seqs=0 (+20.0% against vLLM's defaults, +9.1% against the recipe, measured", "winner"),
-        (16, "No trial beat the recipe. The best was max_num_seqs=0 (+20.0% against vLLM's defaults, -25.0%", "recipe"),
+        (16, "No trial beat the recipe by more than 0.5%. The best was max_num_seqs=0 (+20.0% against", "recipe"),
     ],
 )
 def test_gain_is_told_against_the_recipe_too(recipe: float, words: str, served: str):
@@ -171,8 +171,9 @@ def test_lower_latency_wins():
     assert "Best: max_num_seqs=0 (-20.0% against" in summary.render(made)
 
 
-def test_defaults_that_win_are_served():
-    shown = summary.render(study(result(10, command="default"), result(9)))
+@pytest.mark.parametrize(("objective", "trial"), [(MAXIMIZE, 900), (MAXIMIZE, 1004), (MINIMIZE, 996)])
+def test_defaults_that_win_or_all_but_tie_are_served(objective: ObjectiveConfig, trial: float):
+    shown = summary.render(study(result(1000, command="default"), result(trial), config=config(objective)))
     assert "No trial beat vLLM's defaults" in shown and "\n  vllm serve default\n" in shown
 
 

@@ -176,7 +176,9 @@ def test_line_of_progress_that_is_none_is_left_out(tmp_path: Path, line: bytes, 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stopped_study_leaves_no_process(tmp_path: Path, number: int):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     study = start(tmp_path, *ON_GPUS)
+    signal.signal(signal.SIGHUP, before)
     wait_for(tmp_path, 1)
     study.send_signal(number)
     study.wait(60)

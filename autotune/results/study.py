@@ -33,6 +33,7 @@ CANARY = "canary-"  # then the node's name
 FRESH = "fresh-"  # then the name of a trial on a shared server, which this one measured again on a server of its own
 ON_SHARED = "on_shared_server"  # fact of a trial that was measured again: its values on the shared server
 VERIFY = "verify"  # folder of the repeats of `autotune verify`
+TIE = 0.005  # share of a reference's value by which a trial has to be better: less is noise, and nothing to deploy for
 FINALISTS = 3  # trials on a shared server that are measured again, at most
 SPACE = "space.json"  # in a study's folder: Optuna's distribution of each parameter, by configuration key
 TWIN = "twin.json"  # there: what recorded steps say of the baseline and the best trial (search/account.py)
@@ -112,8 +113,13 @@ class Study:
         return self._highest([*self.references, *self.ranked[:1]])
 
     def _highest(self, names: Iterable[str]) -> str | None:
-        sign = objective.sign(self.objective)
-        return max(names, key=lambda name: sign * self.results[name].values[0], default=None)
+        """The best of these; one of REFERENCES unless another is better by more than TIE."""
+
+        def worth(name: str) -> float:
+            value = self.results[name].values[0]
+            return objective.sign(self.objective) * value + (TIE * abs(value) if name in REFERENCES else 0.0)
+
+        return max(names, key=worth, default=None)
 
     def uncertified(self) -> str | None:
         """The trial to be measured on a server of its own: what has the best value, if it shared one."""

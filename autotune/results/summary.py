@@ -15,7 +15,7 @@ from autotune.measure.accuracy import CONSTRAINT, PASSED, UNKNOWN, impossible, i
 from autotune.measure.limits import heading, limits_of
 from autotune.measure.result import Result, State
 from autotune.results import fleet
-from autotune.results.study import BASELINE, ON_SHARED, RECIPE, REFERENCES, SPACE, Study
+from autotune.results.study import BASELINE, ON_SHARED, RECIPE, REFERENCES, SPACE, TIE, Study
 from autotune.system.files import left_in, write_whole
 from autotune.text import aligned, by_kind, count, rounded, shorten
 
@@ -175,7 +175,8 @@ def _verdict(study: Study, best: str) -> list[str]:
     text = f"Best: {changed} ({'; '.join(_against(study, best)) or 'no usable baseline to compare with'})"
     served = study.served or best
     if served != best:
-        text = f"No trial beat {REFERENCES[served]}. The best was {text.removeprefix('Best: ')}. Serve {SERVE[served]}:"
+        beat = f"No trial beat {REFERENCES[served]} by more than {TIE:.1%}"
+        text = f"{beat}. The best was {text.removeprefix('Best: ')}. Serve {SERVE[served]}:"
     return ["", text, "", f"  {study.results[served].shell_command}"]
 
 
