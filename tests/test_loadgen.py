@@ -22,7 +22,7 @@ from autotune.config.schema import Kind, ScenarioConfig
 from autotune.data.samples import Samples
 from autotune.live.client import Clients, MessageKind, bodies
 from autotune.live.load_generator import LoadGenerator, RunSpec
-from autotune.measure import loadgen_log, metrics
+from autotune.measure import loadgen_log, metrics, progress
 from autotune.measure.backend import RequestTiming
 from autotune.system.files import read_rows
 from autotune.system.process import GuardedProcess
@@ -215,6 +215,8 @@ def test_every_request_is_timed_and_counted(tmp_path: Path, url: str, kind: Kind
     requests = requests_in(tmp_path)
     assert len(requests) >= enough
     assert all(r.output_tokens == TOKENS and r.issued <= r.first_token <= r.last_token for r in requests)
+    begun = next(entry["time"] for entry in progress.Reader(tmp_path).new() if entry.get("phase") == "run")
+    assert abs(begun - time.time() + time.perf_counter() - report_in(tmp_path)["began"]) < 1  # after the warm-up
     if kind is Kind.ClosedLoop:  # LoadGen has none
         assert not (tmp_path / "mlperf_log_detail.txt").exists()
         return

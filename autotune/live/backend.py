@@ -213,8 +213,6 @@ class LiveEngine:
         Raises MeasureError if the server ends, LoadGen fails, the run takes longer than run_timeout_s, or a metric of
         vLLM's is missing.
         """
-        if spec.folder == self.folder:
-            progress.phase(self.folder, "run")
         states: list[ServerState] = []
         gpu_states: list[GpuState] = []
         deadline = time.monotonic() + self.config.run_timeout_s

@@ -193,6 +193,7 @@ def measure(spec: RunSpec, clients: Clients, samples: Samples) -> None:
     before = metrics_page.totals(spec.url) if spec.has_metrics else None
     warm, warm_cpu = time.perf_counter(), time.process_time()
     clients.begin(first_tokens=spec.scenario.kind is not Kind.Offline)
+    progress.phase(spec.folder, "run")
     source = None if spec.scenario.by_loadgen else traffic.source(spec.scenario, samples, room=spec.max_model_len)
     sut = Issuer(clients, spec, Traffic(source)) if source else Sut(clients, spec, len(samples))
     threading.Thread(target=publish, args=(sut, clients, spec.scenario, spec.folder), daemon=True).start()
