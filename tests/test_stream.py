@@ -159,6 +159,16 @@ def test_answer_is_the_same_in_whatever_pieces_it_comes(data: bytes, size: int):
     for stream in (first, second):
         assert stream.tokens == 3 and stream.sent < stream.first <= stream.last
     assert client.events == 2 * 4  # the text that looks like one is none; [DONE] neither
+    assert client.generated == 2 * 3
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_tokens_are_counted_also_where_an_event_has_several(count: int):
+    usage = f'{{"prompt_tokens":2,"total_tokens":{2 + 3 * count},"completion_tokens":{3 * count}}}'
+    token = f'data: {{"choices":[{{"text":"{"x" * count}"}}]}}\n\n'.encode()
+    events = [*[token] * 3, f'data: {{"choices":[],"usage":{usage}}}\n\n'.encode(), b"data: [DONE]\n\n"]
+    _, errors, client = ask(writes([chunked(events)]), requests=2)
+    assert errors == ["", ""] and client.events == 2 * 4 and client.generated == 2 * 3 * count
 
 
 def test_body_may_end_with_the_connection():

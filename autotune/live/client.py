@@ -305,7 +305,7 @@ class _Process:
         if self._in_run:  # else nobody may read it
             self._lags.append(max(0.0, now - due))
         if self._in_run and len(self._lags) % TICKS == 0:
-            self._send(MESSAGE.pack(MessageKind.GENERATED, 0, self._client.events, 0, 0, 0.0, 0.0, 0.0))
+            self._send(MESSAGE.pack(MessageKind.GENERATED, 0, self._client.generated, 0, 0, 0.0, 0.0, 0.0))
         self.loop.call_later(TICK_S, self._tick, now + TICK_S)
 
     def _report(self) -> None:

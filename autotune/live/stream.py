@@ -62,6 +62,7 @@ class Stream:
         self.sent = self.first = self.last = 0.0  # last byte written; first event, last bytes read
         self.status = 0
         self.tail = b"\n"
+        self.events = 0
         self.tokens = self.prompt_tokens = 0  # once it has ended: as the server counts them, with status 200
 
     def read(self, body: bytes, now: float) -> int:
@@ -127,7 +128,8 @@ class Client:
         parts = urlsplit(url)
         self.loop = loop
         self.address = (str(parts.hostname), parts.port or 80)
-        self.events = 0  # so far, of all requests; vLLM puts a token in each
+        self.events = 0  # so far, of all requests
+        self._ended = [0, 0]  # tokens and events of answers that have ended, those of earlier runs, too
         self.unsent = 0  # bytes of requests that the kernel has not taken yet
         self.most_unsent = self.most_waiting = 0
         self._keep, self._chat = keep, chat
@@ -138,6 +140,12 @@ class Client:
         self._on_end = on_end
         self._idle: list[Connection] = []
         self._running: dict[Stream, Connection] = {}  # oldest first
+
+    @property
+    def generated(self) -> int:
+        """Tokens so far, of all requests; an event may have several (stream_interval, speculation), or none."""
+        tokens, events = self._ended
+        return round(self.events * tokens / events) if events else self.events
 
     def start(self, number: int, request: bytes) -> None:
         """Send `request`; its stream has this `number`."""
@@ -167,6 +175,7 @@ class Client:
         events = stream.read(body, now)
         if stream.status == 200:
             self.events += events
+            stream.events += events
             if not stream.first and (events if stream.ids is None else stream.ids):
                 stream.first = now
                 self._on_first_token(stream)
@@ -201,6 +210,8 @@ class Client:
 
     def _end(self, stream: Stream, error: str) -> None:
         del self._running[stream]
+        if not error:
+            self._ended = [self._ended[0] + stream.tokens, self._ended[1] + stream.events]
         self._on_end(stream, error)
         self._send_waiting()
 
