@@ -48,7 +48,8 @@ step moe-twin study moe-twin "${moe[@]}" "${space[@]}" "${spared[@]}" "${twin[@]
 step moe-tpe study moe-tpe "${moe[@]}" "${space[@]}" "${spared[@]}" sampler=tpe seed=4
 step moe-random study moe-random "${moe[@]}" "${space[@]}" "${spared[@]}" sampler=random seed=5
 step moe-grid study moe-grid "${moe[@]}" space=none "${grid[@]}" "${spared[@]}" sampler=grid
-# The best of host 12's study and vLLM's defaults, repeated in turn on fresh servers: some 6 minutes for a pair, by what each took there.
+# The best of host 12's study and vLLM's defaults, repeated in turn on fresh servers: some 6 minutes for a pair, by what
+# each took there.
 step moe-restore python3 "$here/restore.py" one-gpu/host-12/moe-twin multirun/moe baseline trial-2
 step moe-verify verify moe trials=[trial-2] n="${REPEATS:-5}"
 step long-twin study long-twin "${long[@]}" "${space[@]}" "${twin[@]}"
